@@ -1,0 +1,70 @@
+# Everything runs from .venv, which the targets make by themselves out of `python3` and a package index.
+#   make demo       set-up, then the whole way: base -> sft -> ppo on the bundled model
+#   make test       set-up, then the default test suite
+# Another interpreter: make test PYTHON=python3.12      Options of the demo: make demo ARGS="--seed 1"
+
+PYTHON ?= python3
+ARGS   ?=
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -q
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-all check lock clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo      set up and run the demo: a small real model learns a task (ARGS=\"...\" for its options)"
+	@echo "make test      set up and run the default test suite"
+	@echo "make test-all  the same with the slow tests and those that want an accelerator"
+	@echo "make check     ruff, pyright, import-linter, then the default test suite"
+	@echo "make .venv     set up only"
+	@echo "make lock      resolve requirements/ anew (for maintainers)"
+	@echo "make clean     remove .venv and caches; runs/ stays"
+
+.venv: .venv/.ready
+
+.venv/.ready: requirements/torch.txt requirements/build.txt requirements/locked.txt requirements/compiled.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "upslope needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || { echo "== .venv: making the environment"; $(PYTHON) -m venv .venv; } \
+		|| { rm -rf .venv; echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "== .venv: torch (with its CUDA libraries it is several GB; a CPU build is some 200 MB)"
+	@sed -n 's/^\([a-z0-9].*==[^\\]*\) \\$$/\1/p' requirements/locked.txt requirements/build.txt > .venv/constraints.txt
+	@$(PIP) install --quiet -c .venv/constraints.txt -r requirements/torch.txt
+	@echo "== .venv: the pinned parts"
+	@$(PIP) install --quiet --require-hashes --no-deps -r requirements/build.txt
+	@$(PIP) install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517 -r requirements/locked.txt
+	@$(BIN)/python scripts/can_compile.py \
+		&& $(PIP) install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517 -r requirements/compiled.txt \
+		|| echo "== .venv: no C compiler with Python headers, so the few puzzles of reasoning-gym that need one are left out"
+	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+	@echo "== .venv: ready"
+
+.venv/.ready-check: .venv/.ready requirements/check.txt
+	@echo "== .venv: the checkers"
+	@$(PIP) install --quiet --require-hashes --no-deps -r requirements/check.txt
+	@touch $@
+
+demo: .venv/.ready
+	$(BIN)/upslope demo $(ARGS)
+
+test: .venv/.ready
+	$(PYTEST) -m "not slow and not gpu"
+
+test-all: .venv/.ready
+	$(PYTEST)
+
+check: .venv/.ready-check
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+	$(PYTEST) -m "not slow and not gpu"
+
+lock:
+	$(PYTHON) scripts/lock.py
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist
+	find src tests scripts -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,59 @@
+"""upslope: post-training of language models, supervised and by reinforcement, from theory to practice.
+
+The public names, loaded when first used (docs/api.md shows a whole PPO loop written with them).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from upslope.version import __version__
+
+_HOME = {
+    "upslope.build": ("Critic", "Policy", "load_critic", "load_policy", "load_reference", "make_engine", "make_optimizer"),
+    "upslope.data.chat": ("encode_conversation", "encode_prompt", "load_tokenizer"),
+    "upslope.data.records": ("examples_of", "read_records"),
+    "upslope.engine.engine": ("Engine",),
+    "upslope.errors": ("ConfigError", "DataError", "ModelError", "RunError", "UpslopeError"),
+    "upslope.evaluation.accuracy": ("evaluate",),
+    "upslope.functional.advantages": ("group_centered", "group_normalized", "leave_one_out"),
+    "upslope.functional.kl": ("AdaptiveKL",),
+    "upslope.functional.logprobs": ("entropy", "linear_token_logprobs", "token_logprobs"),
+    "upslope.functional.masking": ("masked_mean", "masked_sum", "masked_var", "whiten"),
+    "upslope.functional.policy_losses": ("clipped_surrogate", "importance_weights", "reinforce"),
+    "upslope.functional.returns": ("discounted_returns", "gae", "lambda_returns", "vtrace"),
+    "upslope.functional.shaping": ("at_last_token",),
+    "upslope.functional.supervised_losses": ("bradley_terry", "dpo", "nll", "value_loss"),
+    "upslope.models.attention": ("KVCache", "PackedContext", "PagedContext"),
+    "upslope.models.decoder": ("Decoder", "DecoderConfig"),
+    "upslope.models.heads": ("ScalarHead",),
+    "upslope.models.loading": ("load_model", "save_model"),
+    "upslope.models.sources": ("resolve",),
+    "upslope.options": ("GRPOOptions", "PPOOptions", "RunOptions", "SFTOptions"),
+    "upslope.recipes.grpo": ("grpo",),
+    "upslope.recipes.ppo": ("ppo",),
+    "upslope.recipes.sft": ("sft",),
+    "upslope.rollout.collect": ("collect",),
+    "upslope.rollout.workers": ("RewardPool", "make_scorer"),
+    "upslope.runs.folder": ("Run",),
+    "upslope.tasks.base": ("Task", "chat_prompt", "select_prompts"),
+    "upslope.tasks.loading": ("load_reward", "load_task"),
+    "upslope.training.experience": ("Experience",),
+    "upslope.training.optim": ("Group", "MasterAdamW", "decay_groups"),
+    "upslope.training.step": ("forward", "score", "update"),
+    "upslope.types": ("Completion", "Message", "Prompt", "Reward", "Rollout", "RolloutGroup", "SamplingParams"),
+}
+_NAMES = {name: home for home, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", *sorted(_NAMES)]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'upslope' has no attribute {name!r}")
+    return getattr(importlib.import_module(_NAMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,10 @@
+"""`python -m upslope` is the command `upslope`."""
+
+from __future__ import annotations
+
+import sys
+
+from upslope.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What the computation runs on: the processor and its dtypes."""

@@ -1,0 +1,70 @@
+"""What this processor multiplies fast, and the compute dtype that follows from it."""
+
+from __future__ import annotations
+
+import time
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from upslope.errors import ConfigError
+
+__all__ = ["choose_dtype", "cpu_features", "matmul_gflops"]
+
+BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
+
+
+@lru_cache(maxsize=1)
+def cpu_features() -> frozenset[str]:
+    """The processor's own feature names on Linux (avx2, avx512f, amx_bf16, ...); empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    names = (line.partition(":")[2].split() for line in lines if line.split(":")[0].strip() in {"flags", "Features"})
+    return frozenset(next(names, []))
+
+
+def choose_dtype(wanted: str = "auto", device: torch.device | str = "cpu") -> tuple[torch.dtype, str]:
+    """The compute dtype for `--dtype`, and the reason in words.
+
+    "auto" depends on what the hardware says it can do and never on a measurement: the same machine kind always
+    computes in the same dtype, which exact repeats and resumes stand on. `upslope doctor` measures beside it.
+    Errors: ConfigError for an unknown name.
+    """
+    named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if wanted in named:
+        return named[wanted], "as asked"
+    if wanted != "auto":
+        raise ConfigError(f"dtype is {wanted!r}; it must be auto, float32 or bfloat16")
+    if torch.device(device).type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "the accelerator multiplies bfloat16 in hardware"
+        return torch.float32, "the accelerator has no bfloat16 products"
+    found = sorted(BF16_FEATURES & cpu_features())
+    if found:
+        return torch.bfloat16, f"the processor has {', '.join(found)}"
+    return torch.float32, "the processor names no bfloat16 products (avx512_bf16, amx_bf16, bf16)"
+
+
+def matmul_gflops(
+    dtype: torch.dtype, *, device: torch.device | str = "cpu", size: int = 1024, seconds: float = 0.25
+) -> float:
+    """Measured rate of a size x size x size product in GFLOP/s: the best of the repeats that fit into `seconds`."""
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b = torch.ones(size, size, dtype=dtype, device=device)
+    best = float("inf")
+    _timed_product(a, b)
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        best = min(best, _timed_product(a, b))
+    return 2 * size**3 / min(best, seconds) / 1e9
+
+
+def _timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.matmul(a, b)
+    if a.device.type == "cuda":
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - start

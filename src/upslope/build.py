@@ -1,0 +1,247 @@
+"""Configuration -> the parts a recipe works with: policy, critic, reference, engine, optimizer. Plain functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upslope.data.chat import load_tokenizer
+from upslope.engine.engine import Engine
+from upslope.errors import ConfigError, ModelError
+from upslope.models.attention import BLOCK, KVCache
+from upslope.models.heads import ScalarHead
+from upslope.models.loading import load_model, save_model
+from upslope.models.protocol import CausalModel
+from upslope.models.sources import resolve
+from upslope.models.weights import load as load_weights
+from upslope.options import RLOptions, RunOptions
+from upslope.training.optim import Group, MasterAdamW, decay_groups
+
+__all__ = ["Critic", "Policy", "auto_dtype", "load_critic", "load_policy", "load_reference", "make_engine"]
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def device_of_machine() -> torch.device:
+    """The first GPU where there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def auto_dtype(device: torch.device) -> str:
+    """bfloat16 where the hardware multiplies it natively, else float32. A fact of the machine, not a timing."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+    flags = _cpu_flags()
+    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    for line in text.splitlines():
+        if line.startswith(("flags", "Features")):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+@dataclass(slots=True)
+class Policy:
+    """The network being trained, its tokenizer, and where it came from.
+
+    `masters` are the float32 weights behind parameters that compute in a narrower dtype; the optimizer takes them over.
+    """
+
+    model: CausalModel
+    tokenizer: Any
+    folder: Path
+    masters: dict[str, Tensor]
+    lora: Any = None
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion: the generation config's, else the tokenizer's."""
+        return eos_token_ids(self.folder, self.tokenizer)
+
+    def write(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
+        """Save as a Hugging Face folder (adapters: a PEFT folder) with the float32 masters `trained`."""
+        if self.lora is None:
+            save_model(self.model, folder, tensors=dict(trained), source_folder=self.folder, overwrite=True)
+            return
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        adapters = get_peft_model_state_dict(self.model, state_dict=dict(trained), adapter_name="default")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lora.save_pretrained(folder)
+        save_file(
+            {f"base_model.model.{name}": x.contiguous() for name, x in adapters.items()},
+            folder / "adapter_model.safetensors",
+        )
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """The trained float32 weights of a folder that `write` made, by parameter name."""
+        if self.lora is None:
+            return load_weights(folder, torch.float32)
+        from safetensors.torch import load_file
+
+        stored = load_file(folder / "adapter_model.safetensors")
+        return {
+            name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): x
+            for name, x in stored.items()
+        }
+
+    @contextmanager
+    def as_reference(self) -> Iterator[CausalModel]:
+        """The start model inside the trained one: its adapters switched off. Only under LoRA."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        if not layers:
+            raise ConfigError("the reference model is inside the policy only when adapters are trained (lora_rank > 0)")
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield self.model
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+
+
+def eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """The end-of-sequence ids of a model folder."""
+    path = folder / "generation_config.json"
+    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+    if ids is None:
+        ids = tokenizer.eos_token_id
+    if ids is None:
+        raise ModelError(f"{folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
+    found = [ids] if isinstance(ids, int) else list(ids)
+    own = tokenizer.eos_token_id
+    return tuple(dict.fromkeys([*found, *([own] if own is not None else [])]))
+
+
+def compute_dtype(options: RunOptions, device: torch.device) -> torch.dtype:
+    """The torch dtype that `--dtype` names here."""
+    name = auto_dtype(device) if options.dtype == "auto" else options.dtype
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def load_policy(options: RunOptions) -> Policy:
+    """Load `--model` with float32 masters and a compute copy, or with fresh adapters on frozen weights."""
+    device = device_of_machine()
+    dtype = compute_dtype(options, device)
+    folder = resolve(options.model)
+    tokenizer = load_tokenizer(folder)
+    model = load_model(folder, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)
+    lora = _add_adapters(model, options) if options.lora_rank else None
+    masters = _to_compute(model, dtype, device)
+    return Policy(model=model, tokenizer=tokenizer, folder=folder, masters=masters, lora=lora)
+
+
+def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Cast the module; return the float32 originals of what is trained and was rounded."""
+    masters = {}
+    if dtype != torch.float32:
+        masters = {name: p.detach().to(device) for name, p in model.named_parameters() if p.requires_grad}
+    model.to(device=device, dtype=dtype)
+    return masters
+
+
+def _add_adapters(model: CausalModel, options: RunOptions) -> Any:
+    """Inject LoRA layers (Hu et al. 2021, arXiv 2106.09685) with peft, seeded; everything else is frozen."""
+    from peft import LoraConfig, inject_adapter_in_model
+
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    targets = sorted(names & set(LORA_TARGETS))
+    if not targets:
+        raise ModelError(f"no layer of this model is called {', '.join(LORA_TARGETS)}: adapters cannot attach")
+    alpha = options.lora_alpha if options.lora_alpha is not None else 2 * options.lora_rank
+    config = LoraConfig(r=options.lora_rank, lora_alpha=alpha, target_modules=targets, base_model_name_or_path=None)
+    torch.manual_seed(options.seed)
+    inject_adapter_in_model(config, model, adapter_name="default")
+    return config
+
+
+def make_optimizer(policy: Policy, options: RunOptions, extra: list[Group] | None = None) -> MasterAdamW:
+    """AdamW over what is trained in the policy, and further groups (a value head)."""
+    groups = decay_groups(policy.model.named_parameters(), weight_decay=options.weight_decay)
+    optimizer = MasterAdamW([*groups, *(extra or [])], masters=policy.masters)
+    policy.masters = {}
+    return optimizer
+
+
+def load_reference(policy: Policy, options: RunOptions) -> CausalModel | None:
+    """A frozen copy of the start model; None under LoRA, where `Policy.as_reference` is it."""
+    if options.lora_rank:
+        return None
+    model = load_model(resolve(options.model), dtype=policy.model.dtype).to(policy.model.device)
+    return model.requires_grad_(False).eval()
+
+
+@dataclass(slots=True)
+class Critic:
+    """Where values come from: a head on the policy's trunk (`model` is None), or on a trunk of its own."""
+
+    head: ScalarHead
+    model: CausalModel | None
+    masters: dict[str, Tensor]
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Head and own trunk, by names that cannot clash with the policy's."""
+        named = {f"critic.{name}": p for name, p in self.head.named_parameters()}
+        if self.model is not None:
+            named |= {f"critic.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
+        return named
+
+
+def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
+    """shared: a zero head on the policy's trunk; separate: a copy of `--model`; else a reward model's folder."""
+    head = ScalarHead(policy.model.spec.hidden_size)
+    if choice == "shared":
+        return Critic(head.to(policy.model.device), None, {})
+    source = resolve(options.model if choice == "separate" else choice)
+    trunk = load_model(source, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)
+    if trunk.spec.vocab_size != policy.model.spec.vocab_size:
+        raise ModelError(
+            f"{choice}: its vocabulary has {trunk.spec.vocab_size} tokens, the policy's "
+            f"{policy.model.spec.vocab_size}: a critic must read the policy's tokens"
+        )
+    head = ScalarHead(trunk.spec.hidden_size)
+    if choice != "separate":
+        weights = load_weights(source, torch.float32)
+        if "score.weight" not in weights:
+            raise ModelError(f"{choice}: no score.weight in it; a critic starts from a reward model with a scalar head")
+        head.score.weight.data.copy_(weights["score.weight"])
+    masters = _to_compute(trunk, policy.model.dtype, policy.model.device)
+    return Critic(head.to(policy.model.device), trunk, {f"critic.{name}": x for name, x in masters.items()})
+
+
+def make_engine(policy: Policy, *, sequences: int, longest: int, max_batch: int = 256) -> Engine:
+    """An engine over the policy's own weights, with a cache that holds `sequences` of up to `longest` tokens.
+
+    The cache is capped at a gigabyte; what does not fit waits its turn.
+    """
+    per_block = KVCache.bytes_per_block(policy.model.spec, policy.model.dtype)
+    wanted = min(sequences, max_batch) * (-(-longest // BLOCK) + 1)
+    blocks = max(min(wanted, int(1e9) // per_block), 2 * (-(-policy.model.spec.max_positions // BLOCK)) if longest > 4096 else 8)
+    return Engine(
+        policy.model,
+        policy.tokenizer,
+        eos_token_ids=policy.eos_token_ids,
+        max_batch=max_batch,
+        num_blocks=blocks,
+    )
+
+
+def generation_length(options: RLOptions) -> int:
+    """Tokens a prompt and its completion may need, as a guess for the cache (it grows by preemption, not failure)."""
+    return 256 + options.max_completion_length

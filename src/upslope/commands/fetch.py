@@ -1,0 +1,23 @@
+"""`upslope fetch`: bring a model into the cache now, for work offline later."""
+
+from __future__ import annotations
+
+import json
+
+from upslope.models.sources import provenance, resolve
+from upslope.options import FetchOptions
+
+__all__ = ["run"]
+
+
+def run(options: FetchOptions) -> int:
+    """Print the model's local folder and where it came from; raise ModelError when it cannot be had."""
+    folder = resolve(options.model)
+    record = provenance(folder)
+    if options.json:
+        print(json.dumps({"folder": str(folder), "source": record}, ensure_ascii=False))
+        return 0
+    print(folder)
+    for key, value in record.items():
+        print(f"  {key}: {value}")
+    return 0

@@ -1,0 +1,326 @@
+"""One frozen dataclass of options from TOML files and a command line, with errors that name file, line and key.
+
+A file is flat: `key = value`, keys in snake_case or kebab-case. Later sources win. In a file, as on the command
+line, the string "none" means no value for an option that may have none. Free of torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, TypeVar
+
+from upslope.errors import ConfigError
+
+__all__ = ["Setting", "build", "coerce", "dump", "from_text", "hints_of", "load", "read_toml", "suggestion"]
+
+NONE = "none"
+
+
+class Options(Protocol):
+    """What this module asks of an options class: to be a dataclass. `validate()` is called when it is there."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+T = TypeVar("T", bound=Options)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A value and where it was given: "run.toml:3" or "--learning-rate"."""
+
+    value: Any
+    where: str
+
+
+def load(options: type[T], *paths: str | Path, overrides: Mapping[str, Any] | None = None) -> T:
+    """Read the files in order, then the overrides (names to values); return the checked options.
+
+    Errors: ConfigError naming file, line and key for an unreadable file, bad TOML, an unknown key (with the nearest
+    known one), a wrong type or a value that `validate()` refuses.
+    """
+    settings: dict[str, Setting] = {}
+    for path in paths:
+        settings.update(read_toml(options, path))
+    hints = hints_of(options)
+    for key, value in (overrides or {}).items():
+        name, where = key.replace("-", "_"), f"--{key.replace('_', '-')}"
+        if name not in hints:
+            raise ConfigError(f"unknown option {key!r}{suggestion(name, hints)}")
+        settings[name] = Setting(coerce(name, value, hints[name], where), where)
+    return build(options, settings)
+
+
+def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
+    """The settings of one file, each value checked against the type of its field."""
+    text = _read_text(Path(path))
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{path}: not valid TOML: values are nested too deeply") from None
+    except ValueError as error:  # TOMLDecodeError, or a number too long to convert
+        raise ConfigError(_toml_message(path, text, str(error))) from None
+    hints = hints_of(options)
+    settings: dict[str, Setting] = {}
+    for key, value in table.items():
+        where = f"{path}:{_line_of(text, key)}"
+        name = key.replace("-", "_")
+        if name not in hints:
+            what = (
+                f"unknown section [{key}]: options are written flat"
+                if isinstance(value, dict)
+                else (f"unknown key {key!r}")
+            )
+            raise ConfigError(f"{where}: {what}{suggestion(name, hints)}")
+        if name in settings:
+            raise ConfigError(f"{where}: {key!r} is given twice, also at {settings[name].where}")
+        settings[name] = Setting(coerce(name, value, hints[name], where), where)
+    return settings
+
+
+def build(options: type[T], settings: Mapping[str, Setting]) -> T:
+    """Make the options from settings whose values have the right types, and run the class's own `validate()`."""
+    missing = [
+        field.name
+        for field in dataclasses.fields(options)
+        if field.name not in settings
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise ConfigError(f"missing: {flags}; give it on the command line or in the file of --config")
+    try:
+        made = options(**{name: setting.value for name, setting in settings.items()})
+        check = getattr(made, "validate", None)
+        if check is not None:
+            check()
+    except ConfigError as error:
+        raise ConfigError(_located(str(error), settings)) from None
+    return made
+
+
+def dump(options: Options) -> str:
+    """TOML text that `load` reads back to an equal object; every key is written, None as "none".
+
+    Errors: ConfigError for what TOML or this format cannot hold (a lone surrogate; the text "none" where None is
+    allowed).
+    """
+    hints = hints_of(type(options))
+    lines = []
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value is None:
+            value = NONE
+        elif isinstance(value, str) and value.lower() == NONE and _allows_none(hints[field.name]):
+            raise ConfigError(f"{field.name}: the text {value!r} cannot be told from no value")
+        lines.append(f"{field.name} = {_toml_value(field.name, value)}\n")
+    return "".join(lines)
+
+
+def hints_of(options: type[Options]) -> dict[str, Any]:
+    """Field names to their types, `Annotated` stripped, in field order."""
+    hints = typing.get_type_hints(options)
+    return {field.name: hints[field.name] for field in dataclasses.fields(options)}
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """'; did you mean ...?' with the nearest known name as it is written in a file, or nothing."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def coerce(name: str, value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type `hint` asks for, or ConfigError. An integer serves as a float; nothing else is converted."""
+    try:
+        return _coerce(value, hint)
+    except _MismatchError as error:
+        raise ConfigError(f"{where}: {name} must be {describe(hint)}, got {error.got}{error.hint}") from None
+
+
+def from_text(name: str, text: str, hint: Any, where: str) -> Any:
+    """A word of the command line as the type `hint` asks for (one element of it, for a list), or ConfigError."""
+    try:
+        return _from_text(text, hint)
+    except _MismatchError as error:
+        raise ConfigError(f"{where}: {name} must be {describe(hint)}, got {error.got}{error.hint}") from None
+
+
+def _from_text(text: str, hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union) and not (type(None) in arguments and text.lower() == NONE):
+        for argument in arguments:
+            with contextlib.suppress(_MismatchError):
+                return _from_text(text, argument)
+        raise _MismatchError(text)
+    if origin in (tuple, list, Sequence):
+        return _from_text(text, arguments[0])
+    if hint in (int, float):
+        try:
+            return hint(text)
+        except ValueError:
+            raise _MismatchError(text) from None
+    return _coerce(text, hint)
+
+
+class _MismatchError(Exception):
+    def __init__(self, value: Any, hint: str = "") -> None:
+        text = repr(value)
+        self.got = text if len(text) <= 60 else text[:57] + "..."
+        self.hint = hint
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return _coerce_union(value, arguments)
+    if origin is Literal:
+        if value in arguments and type(value) in {type(choice) for choice in arguments}:
+            return value
+        raise _MismatchError(value, suggestion(value, map(str, arguments)) if isinstance(value, str) else "")
+    if origin in (tuple, list, Sequence):
+        if not isinstance(value, (list, tuple)):
+            raise _MismatchError(value)
+        return tuple(_coerce(item, arguments[0]) for item in value)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise _MismatchError(value)
+        return {key: _coerce(item, arguments[1]) for key, item in value.items()}
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return _float_of(value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise _MismatchError(value)
+
+
+def _coerce_union(value: Any, arguments: tuple[Any, ...]) -> Any:
+    if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() == NONE)):
+        return None
+    hints = ""
+    for argument in arguments:
+        if argument is type(None):
+            continue
+        try:
+            return _coerce(value, argument)
+        except _MismatchError as error:
+            hints = hints or error.hint
+    raise _MismatchError(value, hints)
+
+
+def _float_of(value: int) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise _MismatchError(value) from None
+
+
+NAMES = {
+    int: "an integer",
+    float: "a number",
+    str: "a string",
+    bool: "true or false",
+    Path: "a path",
+    type(None): "none",
+}
+
+
+def describe(hint: Any) -> str:
+    """The type in words: "a number or none"."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin in (tuple, list, Sequence):
+        return f"a list, each {describe(arguments[0])}"
+    if origin in (dict, Mapping):
+        return f"a table, each {describe(arguments[1])}"
+    return NAMES.get(hint, str(hint))
+
+
+def _allows_none(hint: Any) -> bool:
+    return type(None) in typing.get_args(hint)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; --config wants the path of a TOML file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
+    except ValueError as error:  # a path with a zero byte
+        raise ConfigError(f"{str(path)!r}: not a path: {error}") from None
+
+
+def _toml_message(path: str | Path, text: str, message: str) -> str:
+    place = re.search(r"\(at line (\d+), column \d+\)", message)
+    line = int(place[1]) if place else text.count("\n") + 1
+    reason = re.sub(r"\s*\(at (line \d+, column \d+|end of document)\)", "", message)
+    return f"{path}:{line}: not valid TOML: {reason}"
+
+
+def _line_of(text: str, key: str) -> int:
+    """The line on which top-level `key` is set: it names the key, and what stands before it is TOML without it."""
+    part = rf"""(?:{re.escape(key)}|"{re.escape(key)}"|'{re.escape(key)}')"""
+    pattern = re.compile(rf"\s*(?:{part}\s*[=.]|\[+\s*{part}\s*[\].])")
+    lines = text.split("\n")
+    for index, line in enumerate(lines):
+        if pattern.match(line) and _parses_without(key, "\n".join(lines[:index])):
+            return index + 1
+    return 1  # a key written with escapes: the file is right, the line unknown
+
+
+def _parses_without(key: str, text: str) -> bool:
+    try:
+        return key not in tomllib.loads(text)
+    except ValueError:
+        return False
+
+
+def _located(message: str, settings: Mapping[str, Setting]) -> str:
+    for word in re.findall(r"[a-z][a-z0-9_]*", message.replace("-", "_")):
+        if word in settings and settings[word].where:
+            return f"{settings[word].where}: {message}"
+    return message
+
+
+def _toml_value(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, float):
+        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, (str, Path)):
+        return _toml_string(name, str(value))
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_toml_value(name, item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        pairs = (f"{_toml_string(name, str(key))} = {_toml_value(name, item)}" for key, item in value.items())
+        return "{" + ", ".join(pairs) + "}"
+    raise ConfigError(f"{name}: a {type(value).__name__} cannot be written to TOML")
+
+
+ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def _toml_string(name: str, text: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise ConfigError(f"{name}: {text!r} is not text (a lone surrogate)")
+    return '"' + "".join(ESCAPES.get(c, f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c) for c in text) + '"'

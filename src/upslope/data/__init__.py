@@ -1,0 +1,1 @@
+"""Chat templates and loss masks, data records, packed batches and data order."""

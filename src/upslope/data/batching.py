@@ -1,0 +1,225 @@
+"""Examples to packed batches, micro-batches under a token budget, and the order in which data is met.
+
+Everything here is a pure function of its arguments: which sequences share a micro-batch never changes a gradient, and
+which item stands at a position of the data order follows from (seed, position) alone, so a run resumes exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from upslope.types import Batch, Example
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_WORD = 2**64 - 1
+
+
+def collate(examples: Sequence[Example], *, device: str | torch.device = "cpu") -> Batch:
+    """Lay examples end to end as one packed Batch (T tokens in all, N of them trained).
+
+    rows_N is the row before each trained token, whose output predicts it. `fields` are concatenated to [N] tensors:
+    int64 where every value is an integer, else float32 (a tensor keeps its own floating type). Raises ValueError for
+    lengths that do not fit each other, a trained first token, or examples whose fields differ.
+    """
+    if not examples:
+        raise ValueError("collate: no examples")
+    for index, example in enumerate(examples):
+        _check(index, example, examples[0])
+    lengths = [len(example.tokens) for example in examples]
+    tokens_T = torch.tensor([token for example in examples for token in example.tokens], dtype=torch.int64)
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    mask_T = torch.tensor([flag for example in examples for flag in example.mask], dtype=torch.bool)
+    sequence_T = torch.repeat_interleave(torch.arange(len(examples)), torch.tensor(lengths))
+    trained_N = mask_T.nonzero().squeeze(1)
+    fields = {name: _field([example.fields[name] for example in examples], name) for name in examples[0].fields}
+    return Batch(
+        tokens_T=tokens_T.to(device),
+        positions_T=positions_T.to(device),
+        lengths=lengths,
+        rows_N=(trained_N - 1).to(device),
+        targets_N=tokens_T[trained_N].to(device),
+        sequence_N=sequence_T[trained_N].to(device),
+        fields={name: values.to(device) for name, values in fields.items()},
+    )
+
+
+def _check(index: int, example: Example, first: Example) -> None:
+    length, trained = len(example.tokens), sum(map(bool, example.mask))
+    if length == 0:
+        raise ValueError(f"collate: example {index} has no tokens")
+    if len(example.mask) != length:
+        raise ValueError(f"collate: example {index} has {length} tokens but a mask of {len(example.mask)}")
+    if example.mask[0]:
+        raise ValueError(f"collate: example {index} trains on its first token, which nothing predicts")
+    if example.fields.keys() != first.fields.keys():
+        raise ValueError(f"collate: example {index} has fields {sorted(example.fields)}, not {sorted(first.fields)}")
+    for name, values in example.fields.items():
+        if len(values) != trained:
+            raise ValueError(f"collate: example {index}: {len(values)} values of {name!r} for {trained} trained tokens")
+
+
+def _field(parts: Sequence[Any], name: str) -> Tensor:
+    """Per-trained-token values of all examples as one [N] tensor."""
+    tensors = [_values(part, name) for part in parts]
+    if any(tensor.is_floating_point() for tensor in tensors):
+        # an example without trained tokens says nothing about the type
+        kind = max((t.dtype for t in tensors if t.is_floating_point()), key=lambda dtype: dtype.itemsize)
+        return torch.cat([tensor.to(kind) for tensor in tensors])
+    return torch.cat([tensor.to(torch.int64) for tensor in tensors])
+
+
+def _values(part: Any, name: str) -> Tensor:
+    if isinstance(part, torch.Tensor):
+        values = part
+    elif all(isinstance(value, (int, np.integer)) for value in part):
+        values = torch.tensor([int(value) for value in part], dtype=torch.int64)
+    else:
+        values = torch.tensor([float(value) for value in part], dtype=torch.float32)
+    if values.dim() != 1:
+        raise ValueError(f"collate: field {name!r} must be one value per trained token, has shape {list(values.shape)}")
+    return values
+
+
+def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group sequences (by index) into micro-batches of at most `budget` tokens, without padding.
+
+    Like lengths meet: the sequences are sorted, longest first (ties by index), and cut into consecutive groups, as few
+    as the budget allows, with the fullest group as small as that number permits. A sequence longer than the budget is
+    a group of its own. Every index occurs exactly once; the result depends on nothing but the arguments.
+    Raises ValueError for a budget below 1 or a length below 1.
+    """
+    if budget < 1:
+        raise ValueError(f"split_by_tokens: the budget is {budget} tokens; it must be at least 1")
+    if any(length < 1 for length in lengths):
+        raise ValueError(f"split_by_tokens: a length is {min(lengths)}; every sequence has at least 1 token")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    alone = [[index] for index in order if lengths[index] > budget]
+    rest = [index for index in order if lengths[index] <= budget]
+    if not rest:
+        return alone
+    fewest = len(_cut(rest, lengths, budget))
+    low, high = lengths[rest[0]], budget
+    while low < high:
+        middle = (low + high) // 2
+        if len(_cut(rest, lengths, middle)) <= fewest:
+            high = middle
+        else:
+            low = middle + 1
+    return alone + _cut(rest, lengths, low)
+
+
+def _cut(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
+    groups: list[list[int]] = []
+    room = 0
+    for index in order:
+        if lengths[index] > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(index)
+        room -= lengths[index]
+    return groups
+
+
+def data_order(n: int, *, seed: int, epoch: int) -> list[int]:
+    """A permutation of range(n), a pure function of (n, seed, epoch).
+
+    Items are sorted by the raw 64-bit outputs of a Philox counter generator keyed with (seed, epoch) (Salmon et al.
+    2011). Only raw outputs are used, the one thing numpy keeps unchanged between versions, so the order is stable
+    across versions and machines. Raises ValueError for n < 0 or epoch < 0.
+    """
+    if n < 0 or epoch < 0:
+        raise ValueError(f"data_order: n={n} and epoch={epoch} must not be negative")
+    key = np.array([seed & _WORD, epoch & _WORD], dtype=np.uint64)
+    raw = np.random.Philox(key=key).random_raw(n)
+    return np.argsort(raw, kind="stable").tolist()
+
+
+@dataclass(slots=True)
+class PromptStream:
+    """An endless order over n items: epoch after epoch, each a new permutation.
+
+    `at(position)` is a pure function of (n, seed, position); `position` is the cursor that `take` moves and that a
+    checkpoint stores. Raises ValueError for n < 1 or a negative position.
+    """
+
+    n: int
+    seed: int
+    position: int = 0
+    _order: tuple[int, list[int]] | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.position < 0:
+            raise ValueError(f"PromptStream: n={self.n} must be at least 1 and position={self.position} at least 0")
+
+    def at(self, position: int) -> int:
+        """The item at a position of the endless order."""
+        if position < 0:
+            raise ValueError(f"PromptStream: position {position} is negative")
+        epoch, offset = divmod(position, self.n)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, data_order(self.n, seed=self.seed, epoch=epoch))
+        return self._order[1][offset]
+
+    def take(self, count: int) -> list[int]:
+        """The next `count` items; the cursor moves behind them."""
+        if count < 0:
+            raise ValueError(f"PromptStream: cannot take {count} items")
+        items = [self.at(self.position + step) for step in range(count)]
+        self.position += count
+        return items
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            yield from self.take(1)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch the next item belongs to, from 0."""
+        return self.position // self.n
+
+    def state_dict(self) -> dict[str, int]:
+        """What a checkpoint stores."""
+        return {"n": self.n, "seed": self.seed, "position": self.position}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Continue where `state` was taken. Raises ValueError when it belongs to other data or another seed."""
+        for name, ours in (("n", self.n), ("seed", self.seed)):
+            if state[name] != ours:
+                raise ValueError(f"PromptStream: the stored {name} is {state[name]}, this run's is {ours}")
+        self.position = state["position"]
+
+
+def padded_from_flat(values_N: Tensor, sequence_N: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+    """Per-trained-token values [N] as [B, T] rows, one per sequence, with their mask [B, T].
+
+    B is `num_sequences`, T the largest number of trained tokens of a sequence; a row's values stand at its left, zeros
+    (mask False) follow. Untrained tokens between trained ones leave no gap. Differentiable in the values. Raises
+    ValueError when the shapes differ, or sequence_N descends or leaves 0..B-1.
+    """
+    if values_N.dim() != 1 or values_N.shape != sequence_N.shape:
+        raise ValueError(f"padded_from_flat: shapes {list(values_N.shape)} and {list(sequence_N.shape)} differ")
+    count = sequence_N.shape[0]
+    if count and (bool((sequence_N[1:] < sequence_N[:-1]).any()) or not 0 <= int(sequence_N[0]) <= int(sequence_N[-1])):
+        raise ValueError("padded_from_flat: sequence_N must ascend from 0")
+    if count and int(sequence_N[-1]) >= num_sequences:
+        raise ValueError(f"padded_from_flat: sequence {int(sequence_N[-1])} of only {num_sequences}")
+    counts_B = torch.bincount(sequence_N, minlength=num_sequences)
+    width = int(counts_B.max()) if num_sequences else 0
+    mask_BT = torch.arange(width, device=values_N.device) < counts_B[:, None]
+    padded_BT = values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
+    return padded_BT, mask_BT
+
+
+def flat_from_padded(padded_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """The inverse of `padded_from_flat`: the values under the mask, row by row, as [N]. Raises ValueError on shapes."""
+    if padded_BT.shape != mask_BT.shape or mask_BT.dtype != torch.bool:
+        shapes = f"{list(padded_BT.shape)} and mask {list(mask_BT.shape)} ({mask_BT.dtype})"
+        raise ValueError(f"flat_from_padded: values {shapes} do not fit")
+    return padded_BT[mask_BT]

@@ -1,0 +1,165 @@
+"""Conversations to tokens: what the sampler is prompted with, and what is trained on.
+
+For every assistant turn the prompt's tokens (`encode_prompt` of the messages before it) are a prefix of the training
+tokens (`encode_conversation` of the whole): both tokenise the template's text in the same pieces.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upslope.data.pieces import encode_pieces
+from upslope.data.template import ChatTemplate, Tools
+from upslope.errors import DataError, ModelError
+from upslope.types import Example, Message, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+class TooLongError(DataError):
+    """A sequence has more tokens than allowed. It is never cut; the caller drops and counts it, or stops."""
+
+    def __init__(self, length: int, max_length: int) -> None:
+        super().__init__(f"{length} tokens are more than max_length {max_length}: shorten it or raise max_length")
+        self.length = length
+        self.max_length = max_length
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder, read from local files only.
+
+    Raises ModelError when the folder or its files are missing or cannot be read.
+    """
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ModelError(f"{path}: no such model folder")
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{path}: no tokenizer here (expected tokenizer.json); copy it from the model's source")
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the Rust reader raises bare Exception; whatever it says is passed on
+        raise ModelError(f"{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json")
+    if len(tokenizer) == 0:
+        raise ModelError(f"{path}: the tokenizer's vocabulary is empty")
+    return tokenizer
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
+    """The tokens a sampler is given for `prompt`.
+
+    Messages go through the chat template with a generation prompt; text is taken as it stands, behind a BOS token only
+    if the tokenizer puts one there itself. Raises DataError for an empty prompt, a prompt with both or neither of
+    messages and text, or a template that is missing or refuses.
+    """
+    if bool(prompt.messages) == (prompt.text is not None):
+        raise DataError(f"prompt {prompt.key}: give exactly one of messages and text")
+    if prompt.text is not None:
+        ids = encode_text(tokenizer, prompt.text)
+    else:
+        rendered = ChatTemplate(tokenizer, tools).render(prompt.messages, add_generation_prompt=True)
+        ids, _ = encode_pieces(tokenizer, rendered.text, rendered.cuts)
+    if not ids:
+        raise DataError(f"prompt {prompt.key}: it has no tokens")
+    return ids
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text as it stands, behind BOS if the tokenizer adds one itself and the text does not have it."""
+    ids, _ = encode_pieces(tokenizer, text, ())
+    bos = tokenizer.bos_token_id
+    adds_bos = bos is not None and list(tokenizer("")["input_ids"])[:1] == [bos]
+    return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    max_length: int | None = None,
+    tools: Tools = (),
+) -> Example:
+    """The training sequence of a conversation; the mask is True on its assistant turns' own tokens.
+
+    That is what the model would sample after the generation prompt: the reply up to and with the end-of-turn token,
+    not the header before it and not the white space after it. `Message.train` overrides per assistant turn; system,
+    user and tool messages are never trained on.
+
+    Raises DataError when the template is missing, refuses the conversation, rewrites earlier turns, never closes a
+    turn, or leaves nothing to train on; TooLongError beyond `max_length` tokens (nothing is ever cut).
+    """
+    template = ChatTemplate(tokenizer, tools)
+    rendered = template.render(messages, add_generation_prompt=False)
+    spans = template.trained_spans(rendered, messages)
+    ids, starts = encode_pieces(tokenizer, rendered.text, rendered.cuts)
+    mask = [False] * len(ids)
+    for low, high in spans:
+        for t in range(bisect_left(starts, low), bisect_left(starts, high)):
+            mask[t] = True
+    if not any(mask[1:]):
+        raise DataError("the trained turns of this conversation have no tokens: is the tokenizer the template's own?")
+    mask[0] = False
+    return _checked(Example(ids, mask), max_length)
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message],
+    completion: str | Sequence[Message],
+    *,
+    max_length: int | None = None,
+    tools: Tools = (),
+) -> Example:
+    """The training sequence of a prompt and its completion; only the completion is trained on, end token included.
+
+    Two strings: the prompt as `encode_text`, then the completion's own tokens and EOS. A message list as prompt: a
+    chat, whose completion is a message list or the text of one assistant turn. Raises as `encode_conversation` does.
+    """
+    if isinstance(prompt, str):
+        if not isinstance(completion, str):
+            raise DataError("'prompt' is text but 'completion' is a list of messages: make both the same")
+        head = encode_text(tokenizer, prompt)
+        if not head:
+            raise DataError("'prompt' has no tokens")
+        tail = with_eos(tokenizer, encode_pieces(tokenizer, completion, (), continues=True)[0])
+        return _checked(Example(head + tail, [False] * len(head) + [True] * len(tail)), max_length)
+    given = [replace(m, train=False) if m.role == "assistant" and m.train is None else m for m in prompt]
+    reply = [Message("assistant", completion)] if isinstance(completion, str) else list(completion)
+    return encode_conversation(tokenizer, [*given, *reply], max_length=max_length, tools=tools)
+
+
+def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int | None = None) -> Example:
+    """The training sequence of a plain text: every token is trained on, with EOS at the end.
+
+    The very first token is not: nothing stands before it to predict it. Raises DataError when nothing is left to train
+    on or the tokenizer has no EOS; TooLongError beyond `max_length`.
+    """
+    ids = encode_text(tokenizer, text)
+    if not ids:
+        raise DataError("'text' has no tokens")
+    ids = with_eos(tokenizer, ids)
+    return _checked(Example(ids, [False] + [True] * (len(ids) - 1)), max_length)
+
+
+def with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """`ids` ended by exactly one EOS token. Raises DataError when the tokenizer has none."""
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError("the tokenizer has no EOS token, so nothing can teach the model to stop: set its eos_token")
+    return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _checked(example: Example, max_length: int | None) -> Example:
+    if max_length is not None and len(example.tokens) > max_length:
+        raise TooLongError(len(example.tokens), max_length)
+    return example

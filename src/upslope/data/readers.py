@@ -1,0 +1,198 @@
+"""Rows of a data file, each with the words that say where it stands. No row is skipped or guessed at."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from upslope.errors import ConfigError, DataError
+from upslope.extras import require
+
+Row = tuple[str, Mapping[str, Any]]
+
+_LARGEST_CSV_FIELD = 2**31 - 1
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
+
+
+def rows_of(source: str | Path, *, split: str | None = None) -> Iterator[Row]:
+    """(where, row) pairs of a file or, when no such file exists and the name looks like one, of a hub data set.
+
+    Files: .jsonl, .json (a list of objects), .csv (with a header), .txt (one text per line, blank lines skipped), each
+    also as .gz, and .parquet. A hub id may name a configuration: "owner/name:configuration"; its split is "train"
+    unless given. Raises DataError naming file and line or row; ConfigError for a missing optional package or a split
+    asked of a file.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if split is not None:
+            raise ConfigError(f"{source}: a split ({split!r}) can be chosen from a hub data set, not from a file")
+        yield from _reader(path)(path)
+    elif path.is_dir():
+        raise DataError(f"{source}: is a folder; name one data file in it")
+    elif _names_a_file(str(source)):
+        raise DataError(f"{source}: no such file{_near_file(path)}")
+    else:
+        yield from _hub_rows(str(source), split or "train")
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
+    name = path.name.lower().removesuffix(".gz")
+    for suffix, reader in _READERS.items():
+        if name.endswith(suffix) and not (suffix == ".parquet" and path.name.lower().endswith(".gz")):
+            return reader
+    raise DataError(f"{path}: unknown kind of file; accepted: {', '.join(_READERS)} (text kinds also as .gz)")
+
+
+def _names_a_file(source: str) -> bool:
+    name = source.lower().removesuffix(".gz")
+    return name.endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(source)
+
+
+def _near_file(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f" (the folder {folder} does not exist)"
+    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _text_of(path: Path) -> str:
+    """The file's text without a byte-order mark. DataError when unreadable, empty, corrupt or not UTF-8."""
+    try:
+        raw = path.read_bytes()
+        if path.name.lower().endswith(".gz"):
+            raw = gzip.decompress(raw)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: the gzip file is damaged or cut off ({error}); fetch or pack it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if not raw.strip():
+        raise DataError(f"{path}: the file is empty")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
+
+
+def _json(text: str, where: str, hint: str = "") -> Any:
+    """`where` names the line already when `text` is one line, else the line inside `text` is added."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        place = f"{where}:{error.lineno}" if "\n" in text else where
+        if error.msg == "Extra data" and error.lineno > 1:
+            hint = "; it looks like one object per line: name it .jsonl"
+        raise DataError(f"{place}: invalid JSON at column {error.colno}: {error.msg}{hint}") from error
+    except RecursionError as error:
+        raise DataError(f"{where}: invalid JSON: nested too deeply") from error
+    except ValueError as error:  # a number of more digits than Python converts
+        raise DataError(f"{where}: invalid JSON: {error}") from error
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    lines = _text_of(path).split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+    last = max(number for number, line in enumerate(lines, 1) if line.strip())
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        cut = number == last and number > 1
+        row = _json(line, where, " (the last line: was the file cut off?)" if cut else "")
+        yield where, _object(row, where, "each line must be one JSON object")
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    text = _text_of(path)
+    rows = _json(text, str(path))
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: must be a list of objects, is {_kind(rows)}")
+    for number, row in enumerate(rows, 1):
+        where = f"{path}: row {number}"
+        yield where, _object(row, where, "each entry of the list must be an object")
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(_LARGEST_CSV_FIELD)
+    reader = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True)
+    try:
+        header = next(reader)
+        if len(set(header)) != len(header) or not all(name.strip() for name in header):
+            raise DataError(f"{path}:1: the header has an empty or a repeated column name: {header!r}")
+        line = reader.line_num + 1
+        for cells in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                raise DataError(f"{where}: {len(cells)} columns, the header has {len(header)}; quote text with commas")
+            yield where, dict(zip(header, cells, strict=True))
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: invalid CSV: {error}") from error
+
+
+def _txt_rows(path: Path) -> Iterator[Row]:
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", {"text": line.rstrip("\r")}
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    pyarrow = require("data", "pyarrow")
+    parquet = require("data", "pyarrow.parquet")
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}: row {number}", row
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
+
+
+def _hub_rows(source: str, split: str) -> Iterator[Row]:
+    datasets = require("data", "datasets")
+    name, _, configuration = source.partition(":")
+    try:
+        table = datasets.load_dataset(name, configuration or None, split=split)
+    except Exception as error:  # the hub client raises a dozen unrelated kinds; what it says is passed on
+        raise DataError(
+            f"{source}: no such file, and as a hub data set (split {split!r}) it cannot be loaded: "
+            f"{_one_line(error)}; offline, pass the path of a local file"
+        ) from error
+    for number, row in enumerate(table, 1):
+        where = f"{source}[{split}] row {number}"
+        yield where, _object(row, where, "a row must have named columns")
+
+
+def _object(row: Any, where: str, rule: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError(f"{where}: {rule}, is {_kind(row)}")
+    return row
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+_READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".txt": _txt_rows,
+    ".parquet": _parquet_rows,
+}

@@ -1,0 +1,196 @@
+"""What a chat template makes of a conversation: its text, and where in it each assistant turn lies.
+
+Two kinds of template are understood. Those with {% generation %} blocks say what is trained on. All others are
+probed by prefixes: the text of messages[:k] with a generation prompt is what the sampler sees before turn k, the text
+of messages[:k+1] is that with the turn. Where these are not prefixes of the whole text the template rewrites
+history, and no mask over the whole text would describe what the model saw.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from upslope.data.pieces import closing_special
+from upslope.errors import DataError
+from upslope.types import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tools = Sequence[Mapping[str, Any]]
+Span = tuple[int, int]
+
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A conversation's text. `starts[k]`: the character where the sampler takes over in assistant turn k (a message
+    index), or None when its prompt is not a prefix of the text. `marked`: the {% generation %} spans, if there are."""
+
+    text: str
+    starts: dict[int, int | None]
+    marked: list[Span] | None
+
+    @property
+    def cuts(self) -> list[int]:
+        """The borders between what was given and what was sampled, ascending."""
+        return sorted({start for start in self.starts.values() if start is not None})
+
+
+class ChatTemplate:
+    """One tokenizer's chat template with the tools offered to it.
+
+    Raises DataError when the tokenizer has none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Tools = ()) -> None:
+        if tokenizer.chat_template is None:
+            raise DataError(
+                f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: put a "
+                "chat_template.jinja into the model folder, or give the data as text or as prompt and completion texts"
+            )
+        self.tokenizer = tokenizer
+        self.tools = [dict(tool) for tool in tools] or None
+        try:
+            self.source = tokenizer.get_chat_template(tools=self.tools)
+        except ValueError as error:
+            raise DataError(f"chat template: {_one_line(error)}") from error
+        self.has_marks = bool(_MARKED.search(self.source))
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
+        """The text of a conversation and where its assistant turns begin. Raises DataError if the template refuses."""
+        if not messages:
+            raise DataError("the conversation has no messages")
+        text, marked = self._raw(messages, add_generation_prompt)
+        starts = {k: self._start(text, messages[:k]) for k, turn in enumerate(messages) if turn.role == "assistant"}
+        return Rendered(text, starts, marked if self.has_marks else None)
+
+    def trained_spans(self, rendered: Rendered, messages: Sequence[Message]) -> list[Span]:
+        """Character spans that are trained on, end-of-turn tokens included, ascending.
+
+        Raises DataError naming the message when a turn cannot be told apart, is never closed by a special token, or
+        when nothing is trained at all.
+        """
+        spans: list[Span] = []
+        for k, turn in enumerate(messages):
+            if turn.train and turn.role != "assistant":
+                raise DataError(f"{_name(messages, k)}: only assistant turns can be trained on; drop its 'train'")
+            if turn.role == "assistant" and turn.train is not False:
+                spans.extend(self._turn_spans(rendered, messages, k))
+        if not spans:
+            raise DataError(
+                "no assistant turn is trained on in this conversation: end it with an assistant message "
+                "(and do not set train to false on all of them)"
+            )
+        return spans
+
+    def _turn_spans(self, rendered: Rendered, messages: Sequence[Message], k: int) -> list[Span]:
+        start = rendered.starts[k]
+        if start is None:
+            raise DataError(
+                f"{_name(messages, k)}: the chat template is not prefix-preserving: what the model would be prompted "
+                "with here is not how the whole conversation begins, so it cannot be trained as one sequence; split it "
+                "into one conversation per reply, or use a template that leaves earlier turns as they were"
+            )
+        self._check_generation_prompt(rendered.text, start, messages, k)
+        closed = self._raw(messages[: k + 1], False)[0].rstrip()
+        closing = closing_special(self.tokenizer, closed)
+        if closing is None:
+            raise DataError(
+                f"{_name(messages, k)}: the chat template closes the assistant's turn with no special token "
+                f"(it ends in {closed[-12:]!r}), so the model would never learn to stop; let the template write "
+                "eos_token there, or register its end-of-turn text as a special token"
+            )
+        if rendered.marked is not None:
+            return self._marked_spans(rendered, start, closing, messages, k)
+        if not rendered.text.startswith(closed) or len(closed) <= start:
+            raise DataError(
+                f"{_name(messages, k)}: the chat template is not prefix-preserving: it writes this turn differently "
+                "once more messages follow; set train to false on all but the last assistant turn, or split the "
+                "conversation into one per reply, or use a template with {% generation %} blocks"
+            )
+        return [(start, len(closed))]
+
+    def _marked_spans(
+        self, rendered: Rendered, start: int, closing: str, messages: Sequence[Message], k: int
+    ) -> list[Span]:
+        """The {% generation %} spans of turn k, the last one made to end right after the end-of-turn token."""
+        later = [s for s in rendered.starts.values() if s is not None and s > start]
+        limit = min(later, default=len(rendered.text))
+        spans = [span for span in rendered.marked or [] if start <= span[0] < limit and span[0] < span[1]]
+        if not spans:
+            if messages[k].train:
+                raise DataError(f"{_name(messages, k)}: train is true, but the template has no generation block for it")
+            return []
+        low, high = spans[-1]
+        inner = rendered.text[low:high].rstrip()
+        if closing_special(self.tokenizer, inner) is not None:
+            end = low + len(inner)
+        elif rendered.text.startswith(closing, high):
+            end = high + len(closing)
+        else:
+            raise DataError(
+                f"{_name(messages, k)}: the template's generation block ends before the end-of-turn token {closing!r}, "
+                "so the model would never learn to stop; move {% endgeneration %} behind it"
+            )
+        return [*spans[:-1], (low, end)]
+
+    def _check_generation_prompt(self, text: str, start: int, messages: Sequence[Message], k: int) -> None:
+        """Refuse a template that opens an assistant turn with a header the sampler would never be given."""
+        content = messages[k].content.strip()
+        if "add_generation_prompt" in self.source or not content:
+            return
+        header = text[start : max(start, text.find(content, start))].strip()
+        if header:
+            raise DataError(
+                f"{_name(messages, k)}: the chat template ignores add_generation_prompt, so the model would have to "
+                f"write {header!r} itself; add '{{% if add_generation_prompt %}}' with it to the template's end"
+            )
+
+    def _start(self, text: str, before: Sequence[Message]) -> int | None:
+        if not before:
+            return None
+        try:
+            prompt = self._raw(before, True)[0]
+        except DataError:
+            return None  # a template may refuse to prompt here; training on such a turn is refused by name
+        return len(prompt) if text.startswith(prompt) else None
+
+    def _raw(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, marked = render_jinja_template(
+                conversations=[[_as_dict(message) for message in messages]],
+                tools=self.tools,
+                chat_template=self.source,
+                return_assistant_tokens_mask=self.has_marks,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokenizer.special_tokens_map,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            roles = ", ".join(message.role for message in messages)
+            raise DataError(f"the chat template refuses this conversation ({roles}): {_one_line(error)}") from error
+        return texts[0], [(low, high) for low, high in marked[0]] if self.has_marks else []
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    entry: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.name is not None:
+        entry["name"] = message.name
+    if message.tool_calls:
+        entry["tool_calls"] = [dict(call) for call in message.tool_calls]
+    return entry
+
+
+def _name(messages: Sequence[Message], k: int) -> str:
+    return f"message {k + 1} of {len(messages)} ({messages[k].role})"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

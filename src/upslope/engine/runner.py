@@ -1,0 +1,105 @@
+"""Runs a plan on the model: block copies, the packed forward calls, and the logits of the rows to draw from."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upslope.engine.request import Sequence
+from upslope.engine.sampling import policy_temperature, top_alternatives
+from upslope.engine.scheduler import Chunk, Plan
+from upslope.functional.logprobs import log_softmax
+from upslope.models.attention import KVCache, PagedContext
+from upslope.models.protocol import CausalModel
+
+__all__ = ["Runner", "Stats"]
+
+_SCORED_ROWS = 128
+
+
+@dataclass(slots=True)
+class Stats:
+    """What the engine did since it was made: counts of tokens, wall-clock seconds.
+
+    `prefill_tokens` were fed in chunks, `cached_tokens` were found in the prefix cache instead. On an accelerator
+    the work of `prefill_seconds` and `decode_seconds` may be waited for in `sample_seconds`.
+    """
+
+    steps: int = 0
+    generated_tokens: int = 0
+    prefill_tokens: int = 0
+    cached_tokens: int = 0
+    preemptions: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    sample_seconds: float = 0.0
+
+
+class Runner:
+    """The model and its block cache."""
+
+    def __init__(self, model: CausalModel, num_blocks: int) -> None:
+        self.model = model
+        self.cache = KVCache(model.spec, num_blocks, dtype=model.dtype, device=model.device)
+        self.stats = Stats()
+
+    def run(self, plan: Plan) -> tuple[list[Sequence], Tensor | None]:
+        """Feed the plan's tokens; the sequences that can draw now, with their logits [N, V] (None where N is 0)."""
+        self.stats.steps += 1
+        for source, target in plan.copies:
+            self.cache.copy_block(source, target)
+        hidden = []
+        for chunks, clock in ((plan.prefill, "prefill_seconds"), (plan.decode, "decode_seconds")):
+            if chunks:
+                began = time.perf_counter()
+                hidden.append(self._forward(chunks))
+                setattr(self.stats, clock, getattr(self.stats, clock) + time.perf_counter() - began)
+        self.stats.prefill_tokens += sum(c.count for c in plan.prefill)
+        ready = [c.seq for c in plan.chunks if c.last]
+        if not ready:
+            return [], None
+        began = time.perf_counter()
+        logits = self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0])
+        self.stats.decode_seconds += time.perf_counter() - began
+        return ready, logits
+
+    def scrub(self, blocks: list[int]) -> None:
+        """Zero blocks that may hold NaN: a masked key has probability 0, but 0 times NaN is NaN."""
+        if blocks:
+            self.cache.keys[:, blocks] = 0
+            self.cache.values[:, blocks] = 0
+
+    def _forward(self, chunks: list[Chunk]) -> Tensor:
+        """Hidden states [n, D] of the last token of every chunk that completes its sequence."""
+        context = PagedContext(
+            self.cache, [c.seq.blocks for c in chunks], [c.start for c in chunks], [c.count for c in chunks]
+        )
+        fed = [token for c in chunks for token in c.seq.tokens[c.start : c.start + c.count]]
+        hidden = self.model(torch.tensor(fed, device=self.model.device), context)
+        offset, rows = 0, []
+        for chunk in chunks:
+            if chunk.seq.request.needs_prompt_scores:
+                self._score_prompt(chunk, hidden[offset : offset + chunk.count])
+            offset += chunk.count
+            if chunk.last:
+                rows.append(offset - 1)
+        return hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
+
+    def _score_prompt(self, chunk: Chunk, hidden_CD: Tensor) -> None:
+        """Log-probs of the prompt tokens that the chunk's rows predict, at the policy's temperature."""
+        request = chunk.seq.request
+        assert request.prompt_logprobs is not None
+        assert request.prompt_top_logprobs is not None
+        end = min(chunk.count, len(request.prompt) - 1 - chunk.start)
+        for low in range(0, end, _SCORED_ROWS):
+            rows = hidden_CD[low : min(low + _SCORED_ROWS, end)]
+            first = chunk.start + low + 1
+            targets = request.prompt[first : first + rows.shape[0]]
+            logp = log_softmax(self.model.logits(rows), policy_temperature(request.params))
+            own = logp.gather(1, torch.tensor(targets, device=logp.device)[:, None])[:, 0].tolist()
+            top = top_alternatives(logp, [request.params.prompt_logprobs] * len(targets), targets)
+            request.prompt_logprobs[first : first + len(targets)] = own
+            request.prompt_top_logprobs[first : first + len(targets)] = top

@@ -1,0 +1,37 @@
+"""The errors a user of upslope can meet: one base and four kinds, each also a standard-library type.
+
+Every message is one line that says where (file, row, key), what, and what to do about it.
+The command line prints the message and exits with the class's `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class UpslopeError(Exception):
+    """Base of every error raised on purpose by this project."""
+
+    exit_code = 1
+
+
+class ConfigError(UpslopeError, ValueError):
+    """An option, a configuration file or the installation is wrong (unknown key, bad range, missing extra)."""
+
+    exit_code = 2
+
+
+class DataError(UpslopeError, ValueError):
+    """A data file, a chat template, a task or a reward returned something unusable."""
+
+    exit_code = 3
+
+
+class ModelError(UpslopeError, ValueError):
+    """A model source cannot be found, read or run (missing weights, wrong shapes, unsupported architecture)."""
+
+    exit_code = 4
+
+
+class RunError(UpslopeError, RuntimeError):
+    """A run cannot start, continue or save (unwritable folder, full disk, non-finite loss, bad checkpoint)."""
+
+    exit_code = 5

@@ -1,0 +1,202 @@
+"""Log-probabilities of tokens: the one definition that sampling, scoring and training share.
+
+The log-softmax is computed in float32 (float64 for float64 logits), row by row, after the logits were divided by the
+temperature. `linear_token_logprobs` gives the same bits as `token_logprobs` on the logits of a linear head, without
+holding the logits of all rows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ._checks import check_range, check_rank, clean_rows, floats, nan_unless, select, shape
+
+CHUNK_ROWS = 256
+
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension, at least float32. [..., V] -> [..., V].
+
+    ValueError: temperature not positive.
+    """
+    check_range("temperature", temperature, 0.0, open_low=True)
+    (logits,) = floats(logits)
+    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def token_logprobs(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature)[token]: [B, T, V], [B, T] -> [B, T], or any other leading dimensions.
+
+    No shift is made: logits[b, t] must be those that predict tokens[b, t]. A row of NaN gives NaN, and gradient 0 if
+    it is masked afterwards. ValueError: shapes do not fit, tokens are not integers in 0..V-1, temperature <= 0.
+    """
+    _check_tokens(tokens_BT, logits_BTV.shape[:-1], logits_BTV.shape[-1], logits=logits_BTV)
+    ok_BT, logits_BTV = clean_rows(logits_BTV)
+    return nan_unless(ok_BT, _gather(log_softmax(logits_BTV, temperature), tokens_BT))
+
+
+def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """H = -sum_v p_v log p_v in nats of p = softmax(logits / temperature). [..., V] -> [...].
+
+    This is the entropy of the distribution at that temperature. Logits of -inf contribute 0.
+    """
+    ok, logits = clean_rows(logits)
+    return nan_unless(ok, _entropy(log_softmax(logits, temperature)))
+
+
+@overload
+def linear_token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    chunk: int = ...,
+    temperature: float = ...,
+    with_entropy: Literal[False] = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    chunk: int = ...,
+    temperature: float = ...,
+    with_entropy: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    chunk: int = CHUNK_ROWS,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """token_logprobs(hidden @ weight.T, tokens, temperature), `chunk` rows at a time: never builds [N, V].
+
+    [N, D], [V, D], [N] -> [N], at least float32; with_entropy=True returns (logp_N, entropy_N). Differentiable once
+    in hidden and weight: backward computes each chunk's logits again, skips rows whose gradient is 0, and accumulates
+    the weight's gradient in float32 (or float64) before casting it to the weight's dtype.
+
+    Logits are computed in the dtype of the inputs. A row's result does not depend on how many rows stand beside it:
+    chunks of fewer than 12 rows are padded to 4, 8 or 12, the counts from which the matrix products of CPUs agree.
+    ValueError: shapes do not fit, dtypes differ, tokens out of range, chunk < 1, temperature <= 0.
+    """
+    check_rank(2, hidden_ND=hidden_ND, weight_VD=weight_VD)
+    if hidden_ND.shape[1] != weight_VD.shape[1] or hidden_ND.dtype != weight_VD.dtype:
+        raise ValueError(
+            f"hidden_ND and weight_VD must agree in D and dtype: {shape(hidden_ND)} {hidden_ND.dtype}, "
+            f"{shape(weight_VD)} {weight_VD.dtype}"
+        )
+    _check_tokens(tokens_N, hidden_ND.shape[:1], weight_VD.shape[0], hidden_ND=hidden_ND, weight_VD=weight_VD)
+    check_range("chunk", chunk, 1)
+    check_range("temperature", temperature, 0.0, open_low=True)
+    logp_N, entropy_N = _LinearTokenLogprobs.apply(hidden_ND, weight_VD, tokens_N, temperature, chunk, with_entropy)
+    return (logp_N, entropy_N) if with_entropy else logp_N
+
+
+def _check_tokens(tokens: Tensor, rows: torch.Size, vocabulary: int, **others: Tensor) -> None:
+    if tokens.is_floating_point() or tokens.dtype == torch.bool or tokens.shape != rows:
+        named = ", ".join(f"{k} {shape(x)}" for k, x in others.items())
+        raise ValueError(f"tokens must be integers, one per row of {named}: got {tokens.dtype} {shape(tokens)}")
+    if tokens.numel():
+        low, high = (int(x) for x in tokens.aminmax())
+        if low < 0 or high >= vocabulary:
+            raise ValueError(f"tokens must lie in 0..{vocabulary - 1}, got {low}..{high}")
+
+
+def _gather(logp: Tensor, tokens: Tensor) -> Tensor:
+    return logp.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy(logp: Tensor) -> Tensor:
+    return -(logp.exp() * select(~logp.detach().isneginf(), logp)).sum(-1)
+
+
+def _head(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden @ weight.T with a row count from which a row's bits do not depend on the count."""
+    rows = hidden.shape[0]
+    padded = rows if rows >= 12 else -(-rows // 4) * 4
+    return F.linear(F.pad(hidden, (0, 0, 0, padded - rows)), weight)[:rows]
+
+
+def _chunks(rows: int, chunk: int) -> Iterator[slice]:
+    return (slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk))
+
+
+class _LinearTokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk: int, with_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        logp = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
+        entropies = torch.empty_like(logp) if with_entropy else logp.new_empty(0)
+        for part in _chunks(hidden.shape[0], chunk):
+            rows = log_softmax(_head(hidden[part], weight), temperature)
+            logp[part] = _gather(rows, tokens[part])
+            if with_entropy:
+                entropies[part] = _entropy(rows)
+        ctx.save_for_backward(hidden, weight, tokens)
+        ctx.options = (temperature, chunk, with_entropy)
+        return logp, entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        grad_logp, grad_entropy = grad_outputs
+        hidden, weight, tokens = ctx.saved_tensors
+        temperature, chunk, with_entropy = ctx.options
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        used = grad_logp != 0
+        if with_entropy:
+            used = used | (grad_entropy != 0)
+        index = used.nonzero().squeeze(1)
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        d_hidden = torch.zeros_like(hidden) if needs_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if needs_weight else None
+        for part in _chunks(index.shape[0], chunk):
+            rows = index[part]
+            h = hidden[rows]
+            d_logits = _logits_gradient(
+                log_softmax(_head(h, weight), temperature),
+                tokens[rows].long(),
+                grad_logp[rows] / temperature,
+                grad_entropy[rows] / temperature if with_entropy else None,
+            ).to(weight.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = d_logits @ weight
+            if d_weight is not None:
+                # float32 adds inside the product; lower precisions add the chunk's product in float32
+                if weight.dtype == exact:
+                    d_weight.addmm_(d_logits.t(), h)
+                else:
+                    d_weight += d_logits.t() @ h
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits_gradient(logp: Tensor, tokens: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None) -> Tensor:
+    """d/d(logits / temperature) of sum(grad_logp * logp[token] + grad_entropy * H): [n, V], may reuse logp's memory.
+
+    d logp_k / d z_v = 1[v = k] - p_v and d H / d z_v = -p_v (log p_v + H).
+    """
+    p = logp.exp()
+    if grad_entropy is None:
+        gradient = p.mul_(-grad_logp.unsqueeze(1))
+    else:
+        shifted = logp.add_(_entropy(logp).unsqueeze(1)).mul_(grad_entropy.unsqueeze(1)).add_(grad_logp.unsqueeze(1))
+        gradient = p.mul_(shifted).neg_()
+    rows = torch.arange(tokens.shape[0], device=tokens.device)
+    gradient[rows, tokens] += grad_logp
+    return gradient

@@ -1,0 +1,355 @@
+"""Causal attention over blocks of 64 keys, one code path for training, scoring, prefill and decoding.
+
+The sum over keys always runs block by block with a float32 running maximum, normaliser and accumulator, so that a
+query's output is the same number, bit for bit, whether it is computed alone from the cache (decode), in a packed
+batch (training) or behind a shared prompt. A block that is masked as a whole leaves every bit as it was.
+The online softmax is Milakov & Gimelshein 2018 (arXiv 1805.02867), its backward pass FlashAttention's
+(Dao et al. 2022, arXiv 2205.14135, appendix B).
+
+Shapes: T packed tokens, H query heads, K key/value heads, g = H / K query heads per key head, d head width,
+B sequences of one bucket, R query rows of one (sequence, key head): position-major, then the g heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from upslope.models.protocol import ModelSpec
+
+__all__ = ["BLOCK", "KVCache", "PackedContext", "PagedContext"]
+
+BLOCK = 64
+
+Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
+"""(block index j, number of sequences b) -> keys, values [b, K, BLOCK, d] of the first b sequences."""
+
+
+class KVCache:
+    """Keys and values of every layer in blocks of 64 tokens: [L, blocks, K, BLOCK, d]."""
+
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (spec.num_layers, num_blocks, spec.num_kv_heads, BLOCK, spec.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_blocks = num_blocks
+
+    @staticmethod
+    def bytes_per_block(spec: ModelSpec, dtype: torch.dtype) -> int:
+        """Memory of one block over all layers, keys and values."""
+        return 2 * spec.num_layers * spec.num_kv_heads * BLOCK * spec.head_dim * dtype.itemsize
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy one block in every layer (copy-on-write of a partly filled shared block)."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Which query rows meet which key block, for sequences sorted by falling number of blocks.
+
+    active[j]: how many sequences have a block j; first_row[j]: the first query row that may see it; mask_rows[j]: the
+    row up to which some key of it lies in the future; positions: [B or 1, R] of each row; rows: R, padded so that
+    every product has a row count at which results do not depend on the count.
+    """
+
+    active: tuple[int, ...]
+    first_row: tuple[int, ...]
+    mask_rows: tuple[int, ...]
+    positions: Tensor
+    rows: int
+
+
+def _plan(starts: Sequence[int], counts: Sequence[int], group: int, device: torch.device | str) -> _Plan:
+    """Plan for queries at positions starts[i] .. starts[i] + counts[i] - 1 (sorted by falling number of blocks)."""
+    blocks = [-(-(start + count) // BLOCK) for start, count in zip(starts, counts, strict=True)]
+    queries = max(counts)
+    earliest, active, first_row = min(starts), [], []
+    for j in range(blocks[0]):
+        here = sum(n > j for n in blocks)
+        active.append(here)
+        first_row.append(max(0, j * BLOCK - max(starts[:here])) * group)
+    least = 8 if queries == 1 else 12
+    rows = first_row[-1] + max(least, queries * group - first_row[-1])
+    mask_rows = [min(rows, max(0, (j + 1) * BLOCK - 1 - earliest) * group) for j in range(blocks[0])]
+    offsets = torch.arange(rows, device=device) // group
+    if earliest == max(starts):
+        positions = (offsets + earliest)[None]
+    else:
+        positions = offsets[None] + torch.tensor(starts, device=device)[:, None]
+    return _Plan(tuple(active), tuple(first_row), tuple(mask_rows), positions, rows)
+
+
+def _scores(q: Tensor, keys: Tensor, plan: _Plan, j: int, scale: float, stat: torch.dtype) -> Tensor:
+    """Scaled, masked scores [b * K, R - r0, BLOCK] of block j in the statistics' dtype."""
+    b, r0 = plan.active[j], plan.first_row[j]
+    kv_heads = keys.shape[1]
+    s = torch.bmm(q[: b * kv_heads, r0:], keys.flatten(0, 1).transpose(1, 2)).to(stat).mul_(scale)
+    masked = plan.mask_rows[j] - r0
+    if masked > 0:
+        positions = plan.positions[:b] if plan.positions.shape[0] > 1 else plan.positions
+        future = torch.arange(j * BLOCK, (j + 1) * BLOCK, device=q.device) > positions[:, r0 : r0 + masked, None]
+        s.view(b, kv_heads, *s.shape[1:])[:, :, :masked].masked_fill_(future[:, None], float("-inf"))
+    return s
+
+
+def _forward(q: Tensor, fetch: Fetch, plan: _Plan, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of query rows q [B * K, R, d]; returns the output like q and the log-normaliser [B * K, R, 1]."""
+    stat = torch.promote_types(q.dtype, torch.float32)
+    top = total = out = torch.empty(0)
+    for j, (b, r0) in enumerate(zip(plan.active, plan.first_row, strict=True)):
+        keys, values = fetch(j, b)
+        heads = b * keys.shape[1]
+        s = _scores(q, keys, plan, j, scale, stat)
+        peak = s.amax(-1, keepdim=True)
+        if j == 0:
+            top = peak
+            p = s.sub_(top).exp_()
+            total = p.sum(-1, keepdim=True)
+            out = torch.bmm(p.to(q.dtype), values.flatten(0, 1)).to(stat)
+            continue
+        old = top[:heads, r0:]
+        new = torch.maximum(old, peak)
+        shrink = (old - new).exp_()
+        p = s.sub_(new).exp_()
+        top[:heads, r0:] = new
+        total[:heads, r0:] = total[:heads, r0:] * shrink + p.sum(-1, keepdim=True)
+        out[:heads, r0:] = out[:heads, r0:] * shrink + torch.bmm(p.to(q.dtype), values.flatten(0, 1))
+    return (out / total).to(q.dtype), top + total.log()
+
+
+class _PackedAttention(torch.autograd.Function):
+    """Attention of one length bucket with FlashAttention's backward pass: no probability is kept."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, plan: _Plan, scale: float):  # type: ignore[no-untyped-def]
+        out, lse = _forward(q, lambda j, b: _block(k, v, j, b), plan, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.plan, ctx.scale = plan, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        q, k, v, out, lse = ctx.saved_tensors
+        plan, scale = ctx.plan, ctx.scale
+        grad_out = grad_out.contiguous()
+        stat = lse.dtype
+        delta = (grad_out.to(stat) * out.to(stat)).sum(-1, keepdim=True)
+        grad_q = torch.zeros(q.shape, dtype=stat, device=q.device)
+        grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
+        for j, (b, r0) in enumerate(zip(plan.active, plan.first_row, strict=True)):
+            keys, values = _block(k, v, j, b)
+            heads = b * k.shape[1]
+            rows = slice(r0, None)
+            p = _scores(q, keys, plan, j, scale, stat).sub_(lse[:heads, rows]).exp_()
+            upstream = grad_out[:heads, rows]
+            ds = torch.bmm(upstream, values.flatten(0, 1).transpose(1, 2)).to(stat)
+            ds = ds.sub_(delta[:heads, rows]).mul_(p).mul_(scale).to(q.dtype)
+            span = slice(j * BLOCK, (j + 1) * BLOCK)
+            grad_q[:heads, rows] += torch.bmm(ds, keys.flatten(0, 1))
+            grad_k[:b, :, span] = torch.bmm(ds.transpose(1, 2), q[:heads, rows]).view_as(keys)
+            grad_v[:b, :, span] = torch.bmm(p.to(q.dtype).transpose(1, 2), upstream).view_as(values)
+        return grad_q.to(q.dtype), grad_k, grad_v, None, None
+
+
+def _block(k: Tensor, v: Tensor, j: int, b: int) -> tuple[Tensor, Tensor]:
+    span = slice(j * BLOCK, (j + 1) * BLOCK)
+    return k[:b, :, span].contiguous(), v[:b, :, span].contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Sequences of like length: where their tokens lie in the pack, and back.
+
+    queries [B * Q], keys [B * S]: row of the pack for each padded slot (the row T, a zero row, for padding);
+    rows [n], slots [n]: pack row and padded query slot of each real token.
+    """
+
+    size: int
+    num_queries: int
+    num_keys: int
+    queries: Tensor
+    keys: Tensor
+    rows: Tensor
+    slots: Tensor
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+
+
+class PackedContext:
+    """Sequences laid end to end without padding; each attends to itself only, positions start at 0.
+
+    `lengths[i]` tokens belong to sequence i. Differentiable. Padding exists only inside the attention call, within
+    buckets of sequences that have the same number of key blocks.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, device: torch.device | str = "cpu") -> None:
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"every packed sequence needs at least one token, got lengths {list(lengths)}")
+        self.lengths = tuple(lengths)
+        self.device = device
+        self.positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+        self._buckets = self._make_buckets()
+        self._order = torch.argsort(torch.cat([b.rows for b in self._buckets]))
+        self._plans: dict[tuple[int, int], _Plan] = {}
+
+    def _make_buckets(self) -> list[_Bucket]:
+        total, offsets, by_blocks = 0, [], {}
+        for i, n in enumerate(self.lengths):
+            offsets.append(total)
+            by_blocks.setdefault(-(-n // BLOCK), []).append(i)
+            total += n
+        buckets = []
+        for blocks, members in sorted(by_blocks.items()):
+            counts = torch.tensor([self.lengths[i] for i in members])
+            first = torch.tensor([offsets[i] for i in members])
+            queries, keys = int(counts.max()), blocks * BLOCK
+            slot = torch.arange(keys)
+            padded = torch.where(slot < counts[:, None], first[:, None] + slot, total)
+            real = padded[:, :queries] < total
+            buckets.append(
+                _Bucket(
+                    size=len(members),
+                    num_queries=queries,
+                    num_keys=keys,
+                    queries=padded[:, :queries].flatten().to(self.device),
+                    keys=padded.flatten().to(self.device),
+                    rows=padded[:, :queries][real].to(self.device),
+                    slots=real.flatten().nonzero()[:, 0].to(self.device),
+                    starts=(0,) * len(members),
+                    counts=tuple(counts.tolist()),
+                )
+            )
+        return buckets
+
+    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Causal attention within each sequence; `layer` is not needed here."""
+        heads, kv_heads = q_THd.shape[1], k_TKd.shape[1]
+        q, k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (q_THd, k_TKd, v_TKd))
+        parts = []
+        for i, bucket in enumerate(self._buckets):
+            plan = self._plan(i, heads // kv_heads)
+            rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
+            keys, values = (
+                x[bucket.keys].view(bucket.size, bucket.num_keys, kv_heads, -1).transpose(1, 2) for x in (k, v)
+            )
+            out = _PackedAttention.apply(rows, keys, values, plan, scale)
+            parts.append(_token_rows(out, bucket.size, bucket.num_queries, kv_heads, heads)[bucket.slots])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)[self._order]
+
+    def _plan(self, bucket: int, group: int) -> _Plan:
+        if (bucket, group) not in self._plans:
+            b = self._buckets[bucket]
+            self._plans[bucket, group] = _plan(b.starts, (b.num_queries,) * b.size, group, self.device)
+        return self._plans[bucket, group]
+
+
+def _query_rows(q: Tensor, size: int, queries: int, kv_heads: int, rows: int) -> Tensor:
+    """[B * Q, H, d] -> [B * K, R, d], zero rows appended up to R."""
+    d = q.shape[-1]
+    q = q.view(size, queries, kv_heads, -1, d).transpose(1, 2).reshape(size * kv_heads, -1, d)
+    extra = rows - q.shape[1]
+    return torch.cat([q, q.new_zeros(q.shape[0], extra, d)], dim=1) if extra else q
+
+
+def _token_rows(out: Tensor, size: int, queries: int, kv_heads: int, heads: int) -> Tensor:
+    """[B * K, R, d] -> [B * Q, H, d], the inverse of `_query_rows`."""
+    d = out.shape[-1]
+    real = out[:, : queries * (heads // kv_heads)].reshape(size, kv_heads, queries, -1, d)
+    return real.transpose(1, 2).reshape(size * queries, heads, d)
+
+
+class PagedContext:
+    """New tokens of sequences whose earlier keys and values lie in a block cache. Not differentiable.
+
+    Sequence i has `starts[i]` tokens in the cache and brings `counts[i]` new ones, laid end to end in the call;
+    `tables[i]` lists its block ids and must cover starts[i] + counts[i] tokens. Blocks before the first new token may
+    be shared between sequences; the blocks written to may not.
+    """
+
+    def __init__(
+        self, cache: KVCache, tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]
+    ) -> None:
+        device = cache.keys.device
+        for i, (table, start, count) in enumerate(zip(tables, starts, counts, strict=True)):
+            if count < 1 or start < 0 or len(table) * BLOCK < start + count:
+                raise ValueError(
+                    f"sequence {i}: {len(table)} blocks of {BLOCK} cannot hold {start} cached + {count} new tokens"
+                )
+        self.cache = cache
+        ends = [s + c for s, c in zip(starts, counts, strict=True)]
+        needed = [-(-end // BLOCK) for end in ends]
+        positions = [torch.arange(s, e) for s, e in zip(starts, ends, strict=True)]
+        blocks = [torch.tensor(table[:n])[p // BLOCK] for table, n, p in zip(tables, needed, positions, strict=True)]
+        self.positions_T = torch.cat(positions).to(device)
+        self._slot_block = torch.cat(blocks).to(device)
+        self._slot_offset = self.positions_T % BLOCK
+        self._groups = self._make_groups(tables, starts, counts, needed, device)
+        self._plans: dict[tuple[int, int], _Plan] = {}
+
+    @staticmethod
+    def _make_groups(
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        needed: Sequence[int],
+        device: torch.device,
+    ) -> list[tuple[_Bucket, Tensor]]:
+        """Sequences that bring the same number of new tokens decode together, longest first."""
+        offsets, total = [], 0
+        for count in counts:
+            offsets.append(total)
+            total += count
+        by_count: dict[int, list[int]] = {}
+        for i, count in enumerate(counts):
+            by_count.setdefault(count if count == 1 else -(-count // BLOCK) * BLOCK, []).append(i)
+        groups = []
+        for members in by_count.values():
+            members.sort(key=lambda i: -needed[i])
+            queries = max(counts[i] for i in members)
+            first = torch.tensor([offsets[i] for i in members])
+            own = torch.tensor([counts[i] for i in members])
+            slot = torch.arange(queries)
+            padded = torch.where(slot < own[:, None], first[:, None] + slot, total)
+            real = padded < total
+            table = torch.zeros(len(members), needed[members[0]], dtype=torch.long)
+            for row, i in enumerate(members):
+                table[row, : needed[i]] = torch.tensor(tables[i][: needed[i]])
+            bucket = _Bucket(
+                size=len(members),
+                num_queries=queries,
+                num_keys=0,
+                queries=padded.flatten().to(device),
+                keys=torch.empty(0),
+                rows=padded[real].to(device),
+                slots=real.flatten().nonzero()[:, 0].to(device),
+                starts=tuple(starts[i] for i in members),
+                counts=tuple(counts[i] for i in members),
+            )
+            groups.append((bucket, table.T.contiguous().to(device)))
+        return groups
+
+    @torch.no_grad()
+    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Write the new keys and values of `layer`, then attend to everything up to each query."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self._slot_block, :, self._slot_offset] = k_TKd
+        values[self._slot_block, :, self._slot_offset] = v_TKd
+        heads, kv_heads = q_THd.shape[1], k_TKd.shape[1]
+        q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
+        result = torch.empty_like(q_THd)
+        for i, (bucket, table) in enumerate(self._groups):
+            key = (i, heads // kv_heads)
+            if key not in self._plans:
+                self._plans[key] = _plan(bucket.starts, bucket.counts, heads // kv_heads, q.device)
+            plan = self._plans[key]
+            rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
+            out, _ = _forward(rows, lambda j, b, t=table: (keys[t[j, :b]], values[t[j, :b]]), plan, scale)
+            result[bucket.rows] = _token_rows(out, bucket.size, bucket.num_queries, kv_heads, heads)[bucket.slots]
+        return result

@@ -1,0 +1,320 @@
+"""One decoder for the Llama family: Llama, Mistral, Qwen2, Qwen3 and SmolLM2, used for rollouts and for training.
+
+RMSNorm, rotary positions (with llama3 and linear scaling), grouped-query attention, SwiGLU, optional biases on q/k/v
+(Qwen2), norms on q and k (Qwen3), tied or untied embeddings. Parameter names are Hugging Face's, so a folder of
+weights loads without translation, and adapters of the peft library attach by the names people know.
+
+Every product runs over all packed rows at once and every other operation is row-wise, in forms whose result does not
+depend on where a value lies in memory: a token's hidden state is the same bits in a training batch and in decoding.
+
+Shapes: T packed tokens, D width, H query heads, K key/value heads, d head width, F feed-forward width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from upslope.errors import ModelError
+from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
+
+__all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The shape of a decoder; field names and meanings are those of a Hugging Face config.json."""
+
+    model_type: str = "llama"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-5
+    rope: Mapping[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0})
+    attention_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
+        """Read a config.json. Raises ModelError where the network would differ from ours."""
+        kind = config.get("model_type", "")
+        if kind not in MODEL_TYPES:
+            raise ModelError(f"model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
+        if config.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise ModelError(f"{kind}: activation {config['hidden_act']!r} is not supported, only silu")
+        if config.get("mlp_bias"):
+            raise ModelError(f"{kind}: mlp_bias=true is not supported")
+        heads = config["num_attention_heads"]
+        known = {
+            *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act"),
+            *("rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "initializer_range"),
+            *("architectures", "dtype", "torch_dtype", "transformers_version", "attention_bias"),
+        }
+        return cls(
+            model_type=kind,
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=heads,
+            num_key_value_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            max_position_embeddings=config.get("max_position_embeddings", 2048),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope=_rope_of(config),
+            attention_bias=kind == "qwen2" or bool(config.get("attention_bias", False)),
+            output_bias=kind != "qwen2" and bool(config.get("attention_bias", False)),
+            qk_norm=kind == "qwen3",
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            initializer_range=config.get("initializer_range", 0.02),
+            extra={k: v for k, v in config.items() if k not in known},
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The config.json that transformers reads back into the same network."""
+        config: dict[str, Any] = {
+            **self.extra,
+            "architectures": [_ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "hidden_act": "silu",
+            "rope_parameters": dict(self.rope),
+            "rope_theta": self.rope["rope_theta"],
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "initializer_range": self.initializer_range,
+        }
+        if self.rope["rope_type"] != "default":
+            config["rope_scaling"] = {k: v for k, v in self.rope.items() if k != "rope_theta"}
+        if self.model_type in ("llama", "qwen3"):
+            config["attention_bias"] = self.attention_bias
+        return config
+
+
+def _rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """One form for the two ways in which folders write rotary parameters."""
+    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rope["rope_type"] = rope.pop("type", rope.get("rope_type", "default"))
+    rope.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if rope["rope_type"] not in ("default", "linear", "llama3"):
+        raise ModelError(f"rope type {rope['rope_type']!r} is not supported: default, linear and llama3 are")
+    return rope
+
+
+def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> Tensor:
+    """Angular frequency of each pair of dimensions, float64 [d / 2] (RoFormer, arXiv 2104.09864, eq. 15).
+
+    "linear" divides all by a factor; "llama3" divides the long wavelengths and blends in between (Llama 3.1).
+    """
+    inverse = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    if rope["rope_type"] == "linear":
+        return inverse / rope["factor"]
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
+        share = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+        return (1 - share) * inverse / rope["factor"] + share * inverse
+    return inverse
+
+
+def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+    """Rotary embedding in float32, the halves paired as Hugging Face does, cast back to x's dtype."""
+    x = x_THd.to(cos_Td.dtype)
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat([-second, first], dim=-1)
+    return (x * cos_Td[:, None] + turned * sin_Td[:, None]).to(x_THd.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight with the mean square in float32 (Zhang & Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, with silu as gate / (1 + exp(-gate)).
+
+    torch's own silu and sigmoid evaluate the tail of a row by another routine than its vectorised body, so the same
+    number can differ in its last bit with its place in memory; exp and division do not.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gate, up)
+        wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        return (wide / wide.neg().exp_().add_(1)).to(gate.dtype) * up
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        gate, up = ctx.saved_tensors
+        wide = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        sigmoid = wide.neg().exp_().add_(1).reciprocal_()
+        silu = wide * sigmoid
+        slope = sigmoid + silu * (1 - sigmoid)
+        return (grad * up * slope).to(gate.dtype), grad * silu.to(gate.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention (Ainslie et al. 2023, arXiv 2305.13245) with rotary positions."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(width, config.hidden_size, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+        self.scale = config.head_dim**-0.5
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
+        real = context.positions_T.shape[0]
+        q, k, v = (
+            project(x)[:real].view(real, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        out = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v, self.scale)
+        return self.o_proj(pad_rows(out.flatten(1)))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (Shazeer 2020, arXiv 2002.05202)."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class Layer(nn.Module):
+    """Pre-norm Transformer block."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class _Trunk(nn.Module):
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(CausalModel):
+    """The decoder with random weights (normal, `initializer_range`); models.loading fills it from a folder."""
+
+    def __init__(self, config: DecoderConfig, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise ModelError(
+                f"{config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key heads evenly"
+            )
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        self.model = _Trunk(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer("rope_inverse", rope_frequencies(config.rope, config.head_dim), persistent=False)
+        self.apply(self._init)
+        self.spec = ModelSpec(
+            num_layers=config.num_hidden_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            hidden_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            max_positions=config.max_position_embeddings,
+            intermediate_size=config.intermediate_size,
+            parameters=sum(p.numel() for p in self.parameters()),
+        )
+
+    def _init(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Decoder:
+        """Cast and move everything but the rotary frequencies, which stay float64."""
+        inverse = self.rope_inverse
+        super()._apply(fn, recurse)
+        self.rope_inverse = inverse.to(self.rope_inverse.device)
+        return self
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding [V, D]."""
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
+        """Hidden states [T, D] after the last norm, for tokens int64 [T] that stand where `context` says."""
+        real = tokens_T.shape[0]
+        angles = context.positions_T[:, None].double() * self.rope_inverse
+        angles = torch.cat([angles, angles], dim=-1)
+        stat = torch.promote_types(self.dtype, torch.float32)
+        cos, sin = angles.cos().to(stat), angles.sin().to(stat)
+        x = F.embedding(pad_rows(tokens_T), self.model.embed_tokens.weight)
+        for layer in self.model.layers:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, context, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, context)
+        return self.model.norm(x)[:real]

@@ -1,0 +1,84 @@
+"""What every network gives the engine and the trainer: hidden states of packed tokens, and a head over them.
+
+Shapes: T tokens laid end to end, H query heads, K key/value heads, d head width, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["CausalModel", "Context", "ModelSpec", "pad_rows", "padded_row_count"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The numbers the engine and the memory estimate need; `parameters` counts shared weights once."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    max_positions: int
+    intermediate_size: int = 0
+    parameters: int = 0
+
+
+class Context(Protocol):
+    """Where the tokens of one call stand and what they may attend to (see models/attention.py)."""
+
+    positions_T: Tensor
+
+    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Causal attention of the call's queries, [T, H, d] -> [T, H, d]."""
+        ...
+
+
+def padded_row_count(rows: int) -> int:
+    """The smallest number of rows >= `rows` at which a CPU's matrix product does not depend on the number of rows.
+
+    In float32 the products of 4, 8, and 12 or more rows agree bit for bit row by row; other counts below 12 go
+    through kernels that add in another order. In bfloat16 every count agrees.
+    """
+    return rows if rows >= 12 else max(4, -(-rows // 4) * 4)
+
+
+def pad_rows(x: Tensor) -> Tensor:
+    """Zero rows appended to the first dimension up to `padded_row_count`."""
+    extra = padded_row_count(x.shape[0]) - x.shape[0]
+    return torch.cat([x, x.new_zeros(extra, *x.shape[1:])]) if extra else x
+
+
+class CausalModel(nn.Module):
+    """A network that predicts the next token of packed sequences, with a linear head over its hidden states."""
+
+    spec: ModelSpec
+
+    def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
+        """Hidden states [T, D] after the last norm, before the head."""
+        raise TypeError(f"{type(self).__name__} does not define forward(tokens, context)")
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output embedding [V, D]; the input embedding itself when the two are tied."""
+        raise TypeError(f"{type(self).__name__} does not define head_weight")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self.head_weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head_weight.device
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] in the compute dtype; each row is independent of the other rows, bit for bit."""
+        return F.linear(pad_rows(hidden_ND), self.head_weight)[: hidden_ND.shape[0]]

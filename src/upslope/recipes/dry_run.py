@@ -1,0 +1,232 @@
+"""`--dry-run`: look at data, mask, shapes, memory and time before a run is paid for.
+
+The data is really read and encoded, the model really loaded, and one small piece of the work really done; memory and
+time are extrapolated from that.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from upslope.build import Policy, load_critic, load_policy, make_engine
+from upslope.data.batching import collate
+from upslope.data.preview import mask_view, statistics
+from upslope.models.attention import BLOCK, KVCache
+from upslope.models.heads import ScalarHead
+from upslope.options import GRPOOptions, PPOOptions, RLOptions, RunOptions, SFTOptions
+from upslope.recipes.plan import Plan, plan_of
+from upslope.recipes.session import resident_memory_gb
+from upslope.training.step import forward
+from upslope.types import Example, SamplingParams
+
+__all__ = ["Prediction", "predict_policy_gradient", "predict_sft", "show_policy_gradient", "show_sft"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """Peak memory of the process (1e9 bytes), seconds of one training step, and of the whole run without evaluation."""
+
+    memory_gb: float
+    step_seconds: float
+    run_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What a small piece of work cost: seconds per token forward and backward, kept bytes per token."""
+
+    train_seconds: float
+    forward_seconds: float
+    activation_bytes: float
+
+
+def probe(policy: Policy, examples: Sequence[Example], *, head: ScalarHead | None, budget: int) -> Probe:
+    """Time one forward and backward pass over a few real examples and count the bytes autograd keeps."""
+    chosen: list[Example] = []
+    for example in examples:
+        if chosen and sum(len(e.tokens) for e in chosen) + len(example.tokens) > min(budget, 512):
+            break
+        chosen.append(example)
+    batch = collate([Example(e.tokens, e.mask) for e in chosen], device=policy.model.device)
+    tokens = sum(batch.lengths)
+    seen: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.no_grad():
+        forward(policy.model, batch, head=head)
+        started = time.perf_counter()
+        forward(policy.model, batch, head=head)
+        forward_seconds = time.perf_counter() - started
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            out = forward(policy.model, batch, head=head)
+        assert out.logp_N is not None
+        kept = sum(seen.values())
+        loss = out.logp_N.sum() if out.values_N is None else out.logp_N.sum() + out.values_N.sum()
+        loss.backward()
+        times.append(time.perf_counter() - started)
+        policy.model.zero_grad(set_to_none=True)
+        if head is not None:
+            head.zero_grad(set_to_none=True)
+        seen.clear()
+    return Probe(min(times) / tokens, forward_seconds / tokens, kept / tokens)
+
+
+def _weight_bytes(policy: Policy, options: RunOptions) -> float:
+    """Bytes still to come for masters, gradients and moments of what is trained (the compute copy is loaded)."""
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    return trained * (4 + 8)
+
+
+def _head_bytes(policy: Policy) -> float:
+    """The head's chunk: logits, their softmax and gradient, and the gradient of its weight in float32."""
+    spec = policy.model.spec
+    return 256 * spec.vocab_size * 14 + spec.vocab_size * spec.hidden_size * 6
+
+
+def predict_sft(options: SFTOptions, policy: Policy, examples: Sequence[Example]) -> Prediction:
+    """Memory and time of an sft run, from a probe on its own examples."""
+    cost = probe(policy, examples, head=None, budget=options.micro_batch_tokens)
+    mean = sum(len(e.tokens) for e in examples) / len(examples)
+    per_step = mean * options.batch_size
+    plan = plan_of(options, examples=len(examples))
+    micro = min(options.micro_batch_tokens, per_step)
+    memory = resident_memory_gb() + (
+        _weight_bytes(policy, options) + _head_bytes(policy) + micro * cost.activation_bytes
+    ) / 1e9
+    step = per_step * cost.train_seconds + _update_seconds(policy)
+    return Prediction(memory, step, step * plan.optimizer_steps)
+
+
+def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequence[Sequence[int]]) -> Prediction:
+    """Memory and time of a ppo or grpo run, from a probe that samples a few completions and trains on them."""
+    critic = load_critic(policy, options.critic, options) if isinstance(options, PPOOptions) else None
+    shared = critic.head if critic is not None and critic.model is None else None
+    count = min(8, options.num_prompts)
+    width = min(options.num_generations, 4)
+    params = SamplingParams(
+        max_tokens=options.max_completion_length, n=width, temperature=options.temperature, seed=options.seed
+    )
+    engine = make_engine(policy, sequences=count * width, longest=256 + options.max_completion_length)
+    with torch.no_grad():
+        engine.generate([list(p) for p in prompts[:2]], params)
+        started = time.perf_counter()
+        sampled = engine.generate([list(p) for p in prompts[:count]], params)
+        rollout_seconds = time.perf_counter() - started
+    examples = [
+        Example([*p, *c.tokens], [False] * len(p) + [True] * len(c.tokens))
+        for p, group in zip(prompts, sampled, strict=False)
+        for c in group
+    ]
+    plan = plan_of(options)
+    cost = probe(policy, examples, head=shared, budget=options.micro_batch_tokens)
+    mean = sum(len(e.tokens) for e in examples) / len(examples)
+    per_step = mean * plan.sequences_per_step
+    scoring = 1 + bool(_kl_weight(options)) + (critic is not None and critic.model is not None)
+    training = 1 + (critic is not None and critic.model is not None)
+    # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
+    scale = (plan.sequences_per_step / (count * width)) ** 0.75
+    step = (
+        rollout_seconds * scale
+        + per_step * (cost.forward_seconds * scoring + cost.train_seconds * training * plan.passes_per_sequence)
+        + _update_seconds(policy) * plan.optimizer_steps_per_step * training
+    )
+    memory = resident_memory_gb() + (
+        _weight_bytes(policy, options) * training
+        + _head_bytes(policy)
+        + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
+        + _cache_bytes(policy, plan, options)
+        + (policy.model.spec.parameters * policy.model.dtype.itemsize if _kl_weight(options) and not options.lora_rank else 0)
+    ) / 1e9
+    return Prediction(memory, step, step * options.max_steps)
+
+
+def _kl_weight(options: RLOptions) -> float:
+    return options.kl_coef if isinstance(options, PPOOptions) else options.beta if isinstance(options, GRPOOptions) else 0.0
+
+
+def _cache_bytes(policy: Policy, plan: Plan, options: RLOptions) -> float:
+    blocks = min(plan.sequences_per_step, 256) * (math.ceil((256 + options.max_completion_length) / BLOCK) + 1)
+    per_block = KVCache.bytes_per_block(policy.model.spec, policy.model.dtype)
+    return min(blocks * per_block, 1e9)
+
+
+def _update_seconds(policy: Policy) -> float:
+    """Clipping, AdamW and the renewed copies move about 40 bytes per trained weight; measure the machine on a copy."""
+    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    x = torch.ones(4_000_000)
+    started = time.perf_counter()
+    x.add_(1.0)
+    rate = 8 * x.numel() / (time.perf_counter() - started)
+    return 40 * trained / rate
+
+
+def show_sft(options: SFTOptions) -> int:
+    """Print what an sft run would do."""
+    from upslope.recipes.sft import load_examples
+    from upslope.tasks.loading import load_task
+
+    policy = load_policy(options)
+    examples, held_out = load_examples(options, policy.tokenizer, load_task(options.task) if options.task else None)
+    prediction = predict_sft(options, policy, examples)
+    print(statistics(examples), file=sys.stderr)
+    _report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, len(held_out))
+    return 0
+
+
+def show_policy_gradient(verb: str, options: RLOptions) -> int:
+    """Print what a ppo or grpo run would do."""
+    from upslope.data.chat import encode_prompt
+    from upslope.tasks.loading import load_task
+
+    policy = load_policy(options)
+    task = load_task(options.task)
+    prompts = task.prompts("train", min(options.num_prompts, options.num_train_prompts), seed=options.seed)
+    encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
+    prediction = predict_policy_gradient(options, policy, encoded)
+    example = Example(encoded[0], [False] * len(encoded[0]))
+    _report(options, policy, example, plan_of(options), prediction, options.eval_samples)
+    return 0
+
+
+def _report(
+    options: RunOptions, policy: Policy, example: Example, plan: Plan, prediction: Prediction, held_out: int
+) -> None:
+    spec = policy.model.spec
+    if options.json:
+        print(
+            json.dumps(
+                {"prediction": asdict(prediction), "plan": asdict(plan), "model": asdict(spec), "held_out": held_out}
+            )
+        )
+        return
+    from rich.console import Console
+
+    console = Console()
+    console.print(mask_view(example, policy.tokenizer))
+    console.print(
+        f"model: {spec.parameters:,} parameters, {spec.num_layers} layers, width {spec.hidden_size}, "
+        f"{policy.model.dtype}".replace("torch.", "")
+    )
+    for line in plan.words:
+        console.print(f"- {line}")
+    console.print(
+        f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.1f} s per step, "
+        f"{prediction.run_seconds / 60:.1f} min without evaluation."
+    )

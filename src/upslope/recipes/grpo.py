@@ -1,0 +1,219 @@
+"""Policy gradient without a critic: the other completions of a prompt are the baseline (GRPO, arXiv 2402.03300).
+
+    for each step:
+        sample G completions of each of P prompts from pi; judge them
+        A_i  = (R_i - mean) / (std + 1e-4)    grpo          R_i - mean            dr_grpo (2503.20783)
+               R_i - mean of the others       rloo (2402.14740)
+               centred, then whitened over the batch        reinforce++ baseline (2501.03262)
+        for each iteration, each minibatch:
+            rho  = exp(log pi(a_t | s_t) - old_t)
+            loss = -min(rho A, clip(rho) A)                                clipped; DAPO's clip-higher by epsilon_high
+                   per sequence, rho the geometric mean                    gspo (2507.18071)
+                   -sg(clip(rho)) A log pi                                 cispo (2506.13585)
+                   + beta KL(pi || ref)
+            normalised over tokens (DAPO, 2503.14476), sequences or a constant; AdamW step
+
+The whole sequence carries one advantage; a group whose rewards are all equal has advantage 0.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.build import Policy, load_policy, load_reference
+from upslope.data.batching import data_order, padded_from_flat
+from upslope.errors import DataError
+from upslope.functional.advantages import group_centered, group_normalized, leave_one_out
+from upslope.functional.kl import importance_k1, k1
+from upslope.functional.masking import whiten
+from upslope.functional.policy_losses import clipped_is_reinforce, clipped_surrogate, sequence_clipped_surrogate
+from upslope.options import GRPOOptions
+from upslope.recipes.dry_run import show_policy_gradient
+from upslope.recipes.policy_gradient import PolicyGradient, ratio_metrics, rollout_metrics, split_evenly
+from upslope.recipes.session import StepResult, exit_code, train
+from upslope.training.experience import Experience, Normalizer, group_rewards, logprob_gap, shaped_rewards
+from upslope.training.step import Outputs, score, update
+from upslope.types import Batch, RolloutGroup
+
+__all__ = ["GRPO", "grpo", "run"]
+
+
+def run(options: GRPOOptions) -> int:
+    """The verb `upslope grpo`."""
+    if options.dry_run:
+        return show_policy_gradient("grpo", options)
+    summary = grpo(options)
+    if options.json:
+        print(json.dumps(summary))
+    return exit_code(summary)
+
+
+def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
+    """Train and return the summary; a `policy` already loaded is trained in place."""
+    learner = GRPO(options, policy or load_policy(options))
+    try:
+        return train("grpo", options, learner)
+    finally:
+        learner.close()
+
+
+class GRPO(PolicyGradient):
+    """Group-relative advantages, one of three losses, one of three normalisers."""
+
+    options: GRPOOptions
+
+    def __init__(self, options: GRPOOptions, policy: Policy) -> None:
+        super().__init__(options, policy)
+        self.reference = load_reference(policy, options) if options.beta else None
+
+    def step(self, step: int) -> StepResult:
+        """Sample, judge, compare within groups, update."""
+        groups, metrics = self.sample_groups(step)
+        started = time.perf_counter()
+        experience = Experience.of(groups, drop_truncated=self.options.truncated == "mask")
+        metrics |= rollout_metrics(groups, experience)
+        metrics |= self.estimate(experience, len(groups))
+        metrics |= self.optimize(experience, step)
+        metrics["seconds/update"] = time.perf_counter() - started
+        tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in experience.rollouts)
+        metrics["tokens_per_second"] = tokens / (metrics["seconds/update"] + metrics["seconds/rollout"])
+        self.record(step, groups, experience, ("old_logp", "ref_logp", "advantages"))
+        return StepResult(metrics, experience.num_trained)
+
+    def sample_groups(self, step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """The step's groups; with dynamic sampling only those whose rewards differ, refilled until the batch is full."""
+        o = self.options
+        groups, metrics = self.sample(step)
+        if not o.dynamic_sampling:
+            return groups, metrics
+        kept, tried = [g for g in groups if _has_signal(g)], len(groups)
+        for round_ in range(1, o.dynamic_sampling_rounds):
+            if len(kept) >= o.num_prompts:
+                break
+            more, extra = self.sample(step, round_=round_, count=o.num_prompts - len(kept))
+            tried += len(more)
+            kept += [g for g in more if _has_signal(g)]
+            metrics = {name: value + extra.get(name, 0.0) for name, value in metrics.items()}
+        if len(kept) < o.num_prompts:
+            raise DataError(
+                f"dynamic_sampling: {tried} prompts in {o.dynamic_sampling_rounds} rounds gave {len(kept)} groups with "
+                f"different rewards of {o.num_prompts} wanted; the task is too easy or too hard for this model"
+            )
+        return kept[: o.num_prompts], {**metrics, "rollout/prompts_tried": float(tried)}
+
+    @torch.no_grad()
+    def estimate(self, experience: Experience, num_groups: int) -> dict[str, float]:
+        """Fill in old_logp and the advantage of every token."""
+        o, flat, model = self.options, experience.flat, self.policy.model
+        batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
+        logp_N = experience.in_order(score(model, batches, temperature=o.temperature), order).logp_N
+        assert logp_N is not None
+        flat["old_logp"] = logp_N
+        metrics = logprob_gap(experience, logp_N)
+        weights = self.correction(experience, logp_N, exact=metrics["rollout/max_logprob_diff"] == 0)
+        if weights is not None:
+            flat["importance"] = weights
+        if o.beta:
+            flat["ref_logp"] = self.reference_logp(experience, self.reference)
+            metrics["objective/kl"] = float(experience.sequence_sums(k1(logp_N, flat["ref_logp"])).mean())
+
+        scores_B, shaping = shaped_rewards(
+            experience,
+            missing_eos_penalty=o.missing_eos_penalty,
+            overlong_buffer=o.overlong_buffer,
+            max_completion_length=o.max_completion_length,
+        )
+        rewards_PG, mask_PG, place_B = group_rewards(experience, scores_B, num_groups)
+        advantages_B = self._advantages(rewards_PG, mask_PG).flatten()[place_B]
+        flat["advantages"] = experience.per_sequence(advantages_B)
+        metrics["objective/entropy"] = float(-logp_N.mean())
+        return metrics | shaping
+
+    def _advantages(self, rewards_PG: Tensor, mask_PG: Tensor) -> Tensor:
+        kind = self.options.advantage
+        if kind == "grpo":
+            return group_normalized(rewards_PG, mask_PG)
+        if kind == "rloo":
+            return leave_one_out(rewards_PG, mask_PG)
+        centred = group_centered(rewards_PG, mask_PG)
+        return whiten(centred, mask_PG) if kind == "reinforce++" else centred
+
+    def optimize(self, experience: Experience, step: int) -> dict[str, float]:
+        """The passes over the step's rollouts; metrics are means over the optimizer steps that were made."""
+        o, model = self.options, self.policy.model
+        normalizer = _normalizer(o)
+        constant = o.max_completion_length if normalizer == "constant" else None
+        made: list[dict[str, float]] = []
+        model.train()
+        for iteration in range(o.num_iterations):
+            order = data_order(experience.size, seed=o.seed, epoch=step * o.num_iterations + iteration)
+            for members in split_evenly(order, o.num_minibatches):
+                experience.set_weights(members, normalizer, constant=constant)
+                batches, _ = experience.batches(members, o.micro_batch_tokens, device=model.device)
+                made.append(
+                    update(
+                        model,
+                        self.optimizer,
+                        batches,
+                        self._loss,
+                        learning_rate=self.learning_rate(step),
+                        max_grad_norm=o.max_grad_norm,
+                        temperature=o.temperature,
+                        entropy=o.entropy_coef > 0,
+                    )
+                )
+        self.updated()
+        metrics = {name: sum(m[name] for m in made) / len(made) for name in made[0]}
+        return {**metrics, "optimizer_steps": float(len(made))}
+
+    def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        o, f = self.options, batch.fields
+        assert out.logp_N is not None
+        high = o.epsilon if o.epsilon_high is None else o.epsilon_high
+        old, advantages = f["old_logp"], f["advantages"]
+        if o.loss == "gspo":
+            policy_N = _sequence_loss(batch, out.logp_N, clip_low=o.epsilon, clip_high=high)
+        elif o.loss == "cispo":
+            policy_N = clipped_is_reinforce(out.logp_N, old, advantages, clip_high=high)
+        else:
+            policy_N = clipped_surrogate(out.logp_N, old, advantages, clip_low=o.epsilon, clip_high=high)
+        if "importance" in f:
+            policy_N = policy_N * f["importance"]
+        loss_N = policy_N
+        metrics = {"loss/policy": policy_N, **ratio_metrics(out.logp_N, f, o.epsilon, high)}
+        if o.beta:
+            loss_N = loss_N + o.beta * importance_k1(out.logp_N, f["ref_logp"], old)
+        if out.entropy_N is not None:
+            loss_N = loss_N - o.entropy_coef * out.entropy_N
+            metrics["policy/entropy"] = out.entropy_N
+        return loss_N, metrics
+
+
+def _normalizer(options: GRPOOptions) -> Normalizer:
+    if options.normalizer == "auto":
+        return "sequence" if options.loss == "gspo" else "token"
+    return options.normalizer
+
+
+def _sequence_loss(batch: Batch, logp_N: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """GSPO's loss of each sequence, given to each of its tokens: their weighted mean is the sequence's loss."""
+    sequences = len(batch.lengths)
+    logp_BT, mask_BT = padded_from_flat(logp_N, batch.sequence_N, sequences)
+    old_BT, _ = padded_from_flat(batch.fields["old_logp"], batch.sequence_N, sequences)
+    advantages_BT, _ = padded_from_flat(batch.fields["advantages"], batch.sequence_N, sequences)
+    loss_B = sequence_clipped_surrogate(
+        logp_BT, old_BT, advantages_BT[:, 0], mask_BT, clip_low=clip_low, clip_high=clip_high
+    )
+    return loss_B[batch.sequence_N]
+
+
+def _has_signal(group: RolloutGroup) -> bool:
+    """Whether the group's rewards differ (max > min; a deviation would be fooled by rounding)."""
+    values = [r.reward.value for r in group.rollouts if r.reward.value is not None]
+    return bool(values) and max(values) > min(values)

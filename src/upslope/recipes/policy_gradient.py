@@ -1,0 +1,207 @@
+"""What every recipe that samples shares: prompts in order, rollouts, judging, evaluation, checkpoints.
+
+The algorithm itself is in the recipe's own file.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.build import Policy, make_engine, make_optimizer
+from upslope.data.batching import PromptStream
+from upslope.evaluation.accuracy import evaluate
+from upslope.functional.policy_losses import importance_weights
+from upslope.models.protocol import CausalModel
+from upslope.options import RLOptions
+from upslope.recipes.session import Evaluation
+from upslope.rollout.collect import collect
+from upslope.rollout.judge import reward_metrics
+from upslope.rollout.workers import make_scorer
+from upslope.runs.folder import Run
+from upslope.tasks.loading import load_task
+from upslope.training.experience import Experience
+from upslope.training.optim import Group
+from upslope.training.schedule import learning_rate
+from upslope.training.step import score
+from upslope.types import RolloutGroup, SamplingParams
+
+__all__ = ["PolicyGradient", "ratio_metrics", "rollout_metrics", "split_evenly"]
+
+_STORED = {"old_logp": "trainer_logprobs", "ref_logp": "ref_logprobs", "targets": "returns"}
+"""Names in the rollout store of the flat tensors that are called otherwise here."""
+
+
+class PolicyGradient:
+    """Holds policy, engine, task and judge; samples a step's rollouts and measures held-out accuracy.
+
+    The engine reads the very weights that are trained: after each update its version goes up by one, so a step's
+    rollouts come from the policy that is about to be updated.
+    """
+
+    higher_is_better = True
+
+    def __init__(self, options: RLOptions, policy: Policy, *, extra: Sequence[Group] = ()) -> None:
+        self.options, self.policy = options, policy
+        self.run: Run | None = None
+        self.task = load_task(options.task)
+        self.judge = make_scorer(
+            self.task, options.reward, processes=options.reward_workers, timeout_s=options.reward_timeout
+        )
+        self.train_prompts = self.task.prompts("train", options.num_train_prompts, seed=options.seed)
+        self.eval_prompts = self.task.prompts("eval", options.eval_samples, seed=0) if options.eval_samples else []
+        self.order = PromptStream(len(self.train_prompts), seed=options.seed)
+        self.optimizer = make_optimizer(policy, options, list(extra))
+        self.engine = make_engine(
+            policy,
+            sequences=max(options.num_prompts * options.num_generations, len(self.eval_prompts)),
+            longest=256 + options.max_completion_length,
+        )
+
+    def sample(self, step: int, *, round_: int = 0, count: int | None = None) -> tuple[list[RolloutGroup], dict[str, float]]:
+        """The step's judged groups; what is sampled depends on (seed, step, round, prompt, sample) only."""
+        o, started = self.options, time.perf_counter()
+        prompts = [self.train_prompts[i] for i in self.order.take(count or o.num_prompts)]
+        params = SamplingParams(
+            max_tokens=o.max_completion_length,
+            n=o.num_generations,
+            temperature=o.temperature,
+            top_k=o.top_k,
+            top_p=o.top_p,
+            min_p=o.min_p,
+            seed=(o.seed * 1_000_003 + step) * 1009 + round_,
+        )
+        self.policy.model.eval()
+        with torch.no_grad():
+            groups, judged = collect(self.engine, self.policy.tokenizer, self.judge, prompts, params)
+        judged["seconds/reward"] = judged.pop("reward/seconds")
+        judged["seconds/rollout"] = time.perf_counter() - started - judged["seconds/reward"]
+        return groups, judged
+
+    def updated(self) -> None:
+        """The weights have moved: what the engine cached of the old ones is void."""
+        self.engine.set_version(self.engine.version + 1)
+
+    def learning_rate(self, step: int) -> float:
+        """The schedule at this step."""
+        o = self.options
+        return learning_rate(
+            step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
+        )
+
+    def reference_logp(self, experience: Experience, reference: CausalModel | None) -> Tensor:
+        """Log-probs of the step's tokens under the start model: a frozen copy, or the policy without its adapters."""
+        o = self.options
+        batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=self.policy.model.device)
+        if reference is not None:
+            out = score(reference, batches, temperature=o.temperature)
+        else:
+            with self.policy.as_reference() as model:
+                out = score(model, batches, temperature=o.temperature)
+        logp_N = experience.in_order(out, order).logp_N
+        assert logp_N is not None
+        return logp_N
+
+    def correction(self, experience: Experience, trainer_logp_N: Tensor, *, exact: bool) -> Tensor | None:
+        """Importance weights [N] of the trainer's policy against the distribution that was sampled from, or None."""
+        o = self.options
+        level = o.rollout_correction
+        if level == "none" or (level == "auto" and exact):
+            return None
+        return experience.unpadded(
+            importance_weights(
+                experience.padded(trainer_logp_N),
+                experience.padded(experience.flat["sampling_logp"]),
+                experience.mask_BT,
+                level="token" if level == "auto" else level,
+                high=o.rollout_correction_cap,
+            )
+        )
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Greedy accuracy (or the mean reward, where the task has no verdict) on held-out prompts."""
+        o = self.options
+        if not self.eval_prompts:
+            return None
+        params = SamplingParams(max_tokens=o.max_completion_length, temperature=o.eval_temperature, seed=o.seed)
+        self.policy.model.eval()
+        with torch.no_grad():
+            groups, _ = collect(self.engine, self.policy.tokenizer, self.judge, self.eval_prompts, params)
+        if self.run is not None:
+            self.run.record_rollouts(step, groups, split="eval")
+        rewards = [r.reward.value for g in groups for r in g.rollouts if r.reward.value is not None]
+        metrics: dict[str, Any] = {"reward": sum(rewards) / len(rewards) if rewards else float("nan")}
+        if any(r.reward.correct is not None for g in groups for r in g.rollouts):
+            metrics["accuracy"] = evaluate(groups)
+            return Evaluation(metrics["accuracy"]["value"], metrics)
+        return Evaluation(metrics["reward"], metrics)
+
+    def record(
+        self, step: int, groups: Sequence[RolloutGroup], experience: Experience, names: Sequence[str]
+    ) -> None:
+        """Store the step's rollouts with the trainer's per-token numbers; those left out of the update have none."""
+        if self.run is None:
+            return
+        place = {id(r): i for i, r in enumerate(experience.rollouts)}
+        counts = torch.bincount(experience.sequence_N, minlength=experience.size).tolist()
+        split = {name: experience.flat[name].split(counts) for name in names if name in experience.flat}
+        rollouts = [r for g in groups for r in g.rollouts]
+        arrays = {
+            _STORED.get(name, name): [parts[place[id(r)]].tolist() if id(r) in place else None for r in rollouts]
+            for name, parts in split.items()
+        }
+        self.run.record_rollouts(step + 1, groups, arrays=arrays)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's moments; the policy's weights are in the model folder."""
+        return {"optimizer": self.optimizer.state()}
+
+    def state(self) -> dict[str, Any]:
+        """Data position and weight version."""
+        return {"order": self.order.state_dict(), "version": self.engine.version}
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint; the recipe's own tensors in "critic" complete the model folder."""
+        self.optimizer.load({**self.policy.read(model), **tensors.get("critic", {})}, tensors["optimizer"])
+        self.order.load_state_dict(state["order"])
+        self.engine.set_version(state["version"])
+
+    def write_model(self, folder: Path) -> None:
+        """The policy with its float32 masters."""
+        own = {name for name, _ in self.policy.model.named_parameters()}
+        self.policy.write(folder, {name: x for name, x in self.optimizer.weights().items() if name in own})
+
+    def close(self) -> None:
+        """End the reward workers."""
+        self.judge.__exit__(None, None, None)
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], experience: Experience) -> dict[str, float]:
+    """Rewards and their parts, lengths, and how much of the step is left out of the update."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    return reward_metrics(groups) | {
+        "completions/mean_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
+        "completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        "rollout/left_out": float(len(rollouts) - experience.size),
+        "num_tokens": float(experience.num_trained),
+    }
+
+
+def split_evenly(order: Sequence[int], parts: int) -> list[list[int]]:
+    """Cut into `parts` runs whose lengths differ by at most one; fewer when there are fewer members."""
+    parts = min(parts, len(order))
+    edges = [i * len(order) // parts for i in range(parts + 1)]
+    return [list(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+
+
+def ratio_metrics(logp_N: Tensor, fields: Mapping[str, Tensor], low: float, high: float) -> dict[str, Tensor]:
+    """Per token: KL to the policy that sampled (k3), whether the clip removes the gradient, the ratio."""
+    log_ratio = logp_N.detach() - fields["old_logp"]
+    ratio, advantages = log_ratio.exp(), fields["advantages"]
+    clipped = ((advantages > 0) & (ratio > 1 + high)) | ((advantages < 0) & (ratio < 1 - low))
+    return {"policy/approx_kl": ratio - 1 - log_ratio, "policy/clipfrac": clipped.float(), "val/ratio": ratio}

@@ -1,0 +1,238 @@
+"""What surrounds every recipe's algorithm box: run folder, evaluation, checkpoints, stopping, progress, resume.
+
+A recipe is a Learner (what it holds, and one step) inside `train`, the one training loop of the project.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from upslope.config import dump
+from upslope.options import RunOptions
+from upslope.runs.folder import Run
+from upslope.runs.progress import Progress
+from upslope.runs.resume import check_resume
+from upslope.training import checkpoint
+from upslope.training.random_state import capture_random_state, restore_random_state
+from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
+
+__all__ = ["MAY_CHANGE", "Evaluation", "Learner", "StepResult", "train"]
+
+MAY_CHANGE = frozenset(
+    {"output_dir", "resume", "dry_run", "json", "max_steps", "max_tokens", "max_seconds", "target", "patience"}
+    | {"eval_every", "eval_samples", "save_every", "keep_last", "reward_workers"}
+)
+"""Options that may differ from the run that is resumed: when it stops, looks and saves, not what a step computes.
+
+A new max_steps also moves the end of a linear or cosine schedule, from the step of the resume on.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step reports: metrics for the log, trained tokens for the budget."""
+
+    metrics: Mapping[str, float]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A held-out measurement; `value` is what `best`, patience and target go by."""
+
+    value: float
+    metrics: Mapping[str, Any]
+
+
+class Learner(Protocol):
+    """What a recipe gives the loop."""
+
+    higher_is_better: bool
+    run: Run | None
+
+    def step(self, step: int) -> StepResult:
+        """One training step; `step` counts from 0."""
+        ...
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Measure on held-out data; None when there is nothing to measure."""
+        ...
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Tensors of a checkpoint besides the model folder."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """JSON of a checkpoint: data position, controllers."""
+        ...
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint, bit for bit."""
+        ...
+
+    def write_model(self, folder: Path) -> None:
+        """Write the policy as a model folder."""
+        ...
+
+
+def train(verb: str, options: RunOptions, learner: Learner, *, label: str = "") -> dict[str, Any]:
+    """Run `learner` until it stops; returns the summary, which is also in the run folder.
+
+    A first Ctrl-C finishes the step, saves and ends with "interrupted" in the summary; the caller exits with 130.
+    """
+    run = _open(verb, options)
+    mode = "max" if learner.higher_is_better else "min"
+    stop = StopWhen(
+        Budget(options.max_steps, options.max_tokens, options.max_seconds),
+        Patience(options.patience, mode=mode),
+        None if options.target is None else Target(options.target, mode=mode),
+    )
+    with run, GracefulInterrupt() as interrupt:
+        learner.run = run
+        if options.resume:
+            _restore(run, learner, stop, options.keep_last)
+        with Progress(options.max_steps, label or verb, done=stop.steps) as progress:
+            evaluated = _loop(run, learner, stop, interrupt, options, progress)
+        summary = {
+            "verb": verb,
+            "stopped": "interrupted" if interrupt.requested else stop.reason,
+            "steps": stop.steps,
+            "trained_tokens": stop.tokens,
+            "seconds": round(stop.seconds, 3),
+            "peak_memory_gb": round(peak_memory_gb(), 3),
+            "evaluation": dict(evaluated.metrics) if evaluated else None,
+            "folder": str(run.folder),
+            "model": str(run.checkpoints / "last" / "model"),
+        }
+        run.summary(summary)
+    return summary
+
+
+def _loop(
+    run: Run,
+    learner: Learner,
+    stop: StopWhen,
+    interrupt: GracefulInterrupt,
+    options: RunOptions,
+    progress: Progress,
+) -> Evaluation | None:
+    """Steps, each followed by what is due; at the end an evaluation and a checkpoint of the last step."""
+    saved = stop.steps or -1
+    evaluation: Evaluation | None = None
+    evaluated_at = -1
+
+    def look() -> bool:
+        nonlocal evaluation, evaluated_at
+        evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
+        if evaluation is None:
+            return False
+        run.record_evaluation(stop.steps, "held-out", evaluation.metrics)
+        progress.note(f"{progress.label}: step {stop.steps}: {_in_words(evaluation.metrics)}")
+        return stop.after_evaluation(evaluation.value)
+
+    while stop.reason is None and not interrupt.requested:
+        result = learner.step(stop.steps)
+        stop.after_step(tokens=result.tokens)
+        run.log(stop.steps, result.metrics)
+        progress.advance(1, _headline(result.metrics))
+        best = look() if options.eval_every and stop.steps % options.eval_every == 0 else False
+        if best or stop.steps % options.save_every == 0:
+            _save(run, learner, stop, options, best=best)
+            saved = stop.steps
+    best = look() if evaluated_at != stop.steps and not interrupt.requested else False
+    if best or saved != stop.steps:
+        _save(run, learner, stop, options, best=best)
+    return evaluation
+
+
+def exit_code(summary: Mapping[str, Any]) -> int:
+    """130 after Ctrl-C, else 0."""
+    return GracefulInterrupt.exit_code if summary["stopped"] == "interrupted" else 0
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in gigabytes (1e9 bytes)."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def resident_memory_gb() -> float:
+    """Resident memory of this process now, in gigabytes; where the system does not say, its peak so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_memory_gb()
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def _open(verb: str, options: RunOptions) -> Run:
+    config = dump(options)
+    environment = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    if not options.resume:
+        return Run.create(verb=verb, config_toml=config, output_dir=options.output_dir, environment=environment)
+    assert options.output_dir is not None
+    run = Run.open(options.output_dir, environment=environment)
+    try:
+        check_resume(run.config, tomllib.loads(config), MAY_CHANGE)
+        run.replace_config(config)
+    except BaseException:
+        run.close()
+        raise
+    return run
+
+
+def _restore(run: Run, learner: Learner, stop: StopWhen, keep_last: int) -> None:
+    """Go back to the last checkpoint; a run that was stopped before its first one begins anew."""
+    found = checkpoint.resume(run.checkpoints, keep_last=keep_last)
+    if found is None:
+        run.rewind(0)
+        return
+    resolved, tensors, state = found
+    stop.load_state_dict(state["stop"])
+    learner.load(resolved.path / "model", tensors, state["learner"])
+    for note in [resolved.note, *restore_random_state(tensors.get("random", {}), state["random"])]:
+        if note:
+            print(note, file=sys.stderr)
+    run.rewind(resolved.step)
+
+
+def _save(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, *, best: bool) -> None:
+    run.flush()
+    random_tensors, random = capture_random_state()
+    checkpoint.save(
+        run.checkpoints,
+        stop.steps,
+        tensors={**learner.tensors(), "random": random_tensors},
+        state={"learner": learner.state(), "stop": stop.state_dict(), "random": random},
+        write_model=learner.write_model,
+        keep_last=options.keep_last,
+        best=best,
+    )
+
+
+def _in_words(metrics: Mapping[str, Any]) -> str:
+    """Held-out numbers in one line, intervals in brackets."""
+    parts = []
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            parts.append(f"{name} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}")
+        else:
+            parts.append(f"{name} {value:.4g}")
+    return ", ".join(parts)
+
+
+def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The few numbers worth a place in the progress line."""
+    names = ("reward", "loss", "objective/kl", "val/explained_variance", "tokens_per_second")
+    return {name.rpartition("/")[2]: metrics[name] for name in names if name in metrics}

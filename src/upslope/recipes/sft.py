@@ -1,0 +1,169 @@
+"""Supervised fine-tuning: maximum likelihood of the completion, given the prompt.
+
+    for each batch of sequences:
+        logp_t = log pi(token_t | tokens before t)          at the trained tokens only
+        loss   = -sum_t logp_t / N                           N trained tokens in the whole batch
+        AdamW step on the float32 masters
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.build import Policy, load_policy, make_engine, make_optimizer
+from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.data.chat import encode_conversation
+from upslope.data.records import examples_of, read_records
+from upslope.errors import ConfigError
+from upslope.evaluation.accuracy import evaluate
+from upslope.functional.supervised_losses import nll
+from upslope.options import SFTOptions
+from upslope.recipes.dry_run import show_sft
+from upslope.recipes.session import Evaluation, StepResult, exit_code, train
+from upslope.rollout.collect import collect
+from upslope.rollout.workers import make_scorer
+from upslope.runs.folder import Run
+from upslope.tasks.base import Task
+from upslope.tasks.loading import load_task
+from upslope.training.schedule import learning_rate
+from upslope.training.step import Outputs, score, update
+from upslope.types import Batch, Example, RolloutGroup, SamplingParams
+
+__all__ = ["SFT", "run", "sft"]
+
+
+def run(options: SFTOptions) -> int:
+    """The verb `upslope sft`."""
+    if options.dry_run:
+        return show_sft(options)
+    summary = sft(options)
+    if options.json:
+        print(json.dumps(summary))
+    return exit_code(summary)
+
+
+def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:
+    """Train and return the summary; a `policy` already loaded is trained in place."""
+    learner = SFT(options, policy or load_policy(options))
+    return train("sft", learner.options, learner)
+
+
+class SFT:
+    """Maximum likelihood on examples, measured by held-out loss and, with a task, by greedy accuracy."""
+
+    def __init__(self, options: SFTOptions, policy: Policy) -> None:
+        self.policy = policy
+        self.run: Run | None = None
+        self.task = load_task(options.task) if options.task else None
+        self.higher_is_better = self.task is not None
+        self.train_examples, self.eval_examples = load_examples(options, policy.tokenizer, self.task)
+        if options.num_epochs is not None:
+            steps = max(1, round(options.num_epochs * len(self.train_examples) / options.batch_size))
+            options = replace(options, max_steps=steps, num_epochs=None)
+        self.options = options
+        self.order = PromptStream(len(self.train_examples), seed=options.seed)
+        self.optimizer = make_optimizer(policy, options)
+
+    def step(self, step: int) -> StepResult:
+        """One batch, one update."""
+        o, started = self.options, time.perf_counter()
+        examples = [self.train_examples[i] for i in self.order.take(o.batch_size)]
+        trained = sum(sum(e.mask) for e in examples)
+        self.policy.model.train()
+        metrics = update(
+            self.policy.model,
+            self.optimizer,
+            self._batches(examples, trained),
+            self._loss,
+            learning_rate=learning_rate(
+                step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
+            ),
+            max_grad_norm=o.max_grad_norm,
+        )
+        seconds = time.perf_counter() - started
+        tokens = sum(len(e.tokens) for e in examples)
+        return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": tokens / seconds}, trained)
+
+    def _batches(self, examples: list[Example], trained: int) -> list[Batch]:
+        weighted = [Example(e.tokens, e.mask, {"weight": torch.full((sum(e.mask),), 1 / trained)}) for e in examples]
+        parts = split_by_tokens([len(e.tokens) for e in weighted], self.options.micro_batch_tokens)
+        return [collate([weighted[i] for i in part], device=self.policy.model.device) for part in parts]
+
+    def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert out.logp_N is not None
+        return nll(out.logp_N), {}
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Held-out loss per token; with a task also greedy accuracy on its held-out problems."""
+        metrics: dict[str, Any] = {}
+        if self.eval_examples:
+            trained = sum(sum(e.mask) for e in self.eval_examples)
+            out = score(self.policy.model, self._batches(self.eval_examples, trained))
+            assert out.logp_N is not None
+            metrics["eval_loss"] = float(-out.logp_N.double().mean())
+        if self.task is not None and self.options.eval_samples:
+            groups = held_out_groups(
+                self.policy, self.task, self.options.eval_samples, self.options.max_completion_length
+            )
+            if self.run is not None:
+                self.run.record_rollouts(step, groups, split="eval")
+            metrics["accuracy"] = evaluate(groups)
+            return Evaluation(metrics["accuracy"]["value"], metrics)
+        return Evaluation(metrics["eval_loss"], metrics) if metrics else None
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's moments; the weights are in the model folder."""
+        return {"optimizer": self.optimizer.state()}
+
+    def state(self) -> dict[str, Any]:
+        """The data position."""
+        return {"order": self.order.state_dict()}
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
+        self.order.load_state_dict(state["order"])
+
+    def write_model(self, folder: Path) -> None:
+        """The policy with its float32 masters."""
+        self.policy.write(folder, self.optimizer.weights())
+
+
+def load_examples(options: SFTOptions, tokenizer: Any, task: Task | None) -> tuple[list[Example], list[Example]]:
+    """Training and held-out examples, from a task's demonstrations or from files."""
+    if task is not None:
+        prompts = task.prompts("train", options.num_examples, seed=options.seed)
+        return [encode_conversation(tokenizer, task.demonstration(p), max_length=options.max_length) for p in prompts], []
+    assert options.data is not None
+    train_set = _encoded(options.data, tokenizer, options.max_length)
+    if options.eval_data is not None:
+        return train_set, _encoded(options.eval_data, tokenizer, options.max_length)[: options.eval_samples or None]
+    held = min(len(train_set) // 10, options.eval_samples)
+    return (train_set[:-held], train_set[-held:]) if held else (train_set, [])
+
+
+def _encoded(source: str, tokenizer: Any, max_length: int) -> list[Example]:
+    encoded = examples_of(read_records(source), tokenizer, max_length=max_length)
+    if not encoded.examples:
+        raise ConfigError(f"{source}: {encoded}: nothing is left to train on; raise max_length (now {max_length})")
+    return list(encoded.examples)
+
+
+def held_out_groups(policy: Policy, task: Task, samples: int, max_tokens: int) -> list[RolloutGroup]:
+    """Greedy, judged replies to the task's held-out problems."""
+    prompts = task.prompts("eval", samples, seed=0)
+    engine = make_engine(policy, sequences=samples, longest=256 + max_tokens)
+    policy.model.eval()
+    with make_scorer(task) as judge, torch.no_grad():
+        groups, _ = collect(
+            engine, policy.tokenizer, judge, prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0)
+        )
+    return groups

@@ -1,0 +1,214 @@
+"""`upslope demo`: a pretrained model gets better at a verifiable task, first by supervision, then by PPO.
+
+Base, sft and ppo are measured greedily on the same held-out problems, none of which is ever trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from upslope.build import load_policy
+from upslope.errors import RunError
+from upslope.options import DemoOptions, PPOOptions, SFTOptions
+from upslope.recipes.ppo import ppo
+from upslope.recipes.session import peak_memory_gb
+from upslope.recipes.sft import held_out_groups, sft
+from upslope.evaluation.accuracy import evaluate
+from upslope.runs.atomic import write_atomic
+from upslope.runs.folder import Run
+from upslope.tasks.loading import load_task
+from upslope.types import RolloutGroup
+
+__all__ = ["demo", "ppo_options", "run", "sft_options"]
+
+SAMPLES_SHOWN = 6
+
+
+def run(options: DemoOptions) -> int:
+    """The verb `upslope demo`."""
+    summary = demo(options)
+    if options.json:
+        print(json.dumps(summary))
+    return 130 if summary["stopped"] == "interrupted" else 0
+
+
+def sft_options(o: DemoOptions, folder: Path) -> SFTOptions:
+    """A little supervision: enough to teach the form of the answer, not enough to exhaust the task."""
+    return SFTOptions(
+        model=o.model,
+        task=o.task,
+        output_dir=str(folder / "sft"),
+        num_examples=16 * o.sft_steps,
+        batch_size=16,
+        max_steps=o.sft_steps,
+        learning_rate=3e-5,
+        lr_scheduler_type="constant",
+        warmup_steps=min(5, o.sft_steps),
+        eval_every=0,
+        eval_samples=o.eval_samples,
+        max_completion_length=8,
+        keep_last=1,
+        save_every=max(o.sft_steps, 1),
+        seed=o.seed,
+    )
+
+
+def ppo_options(o: DemoOptions, folder: Path, model: str) -> PPOOptions:
+    """PPO from the supervised weights, with a critic on the policy's trunk."""
+    return PPOOptions(
+        model=model,
+        task=o.task,
+        output_dir=str(folder / "ppo"),
+        num_train_prompts=1000,
+        num_prompts=32,
+        num_generations=4,
+        max_completion_length=8,
+        max_steps=o.ppo_steps,
+        learning_rate=1e-5,
+        lr_scheduler_type="constant",
+        warmup_steps=min(2, o.ppo_steps),
+        num_epochs=1,
+        num_minibatches=2,
+        gamma=1.0,
+        lam=0.95,
+        vf_coef=0.1,
+        eval_every=0,
+        eval_samples=o.eval_samples,
+        keep_last=1,
+        save_every=max(o.ppo_steps, 1),
+        seed=o.seed,
+    )
+
+
+def demo(o: DemoOptions) -> dict[str, Any]:
+    """Run the three stages; returns what summary.json holds."""
+    started = time.perf_counter()
+    folder = _folder(o)
+    _say(f"demo: {o.model} on {o.task}, measured on {o.eval_samples} held-out problems; folder {folder}")
+    task = load_task(o.task)
+    supervised = sft_options(o, folder)
+    policy = load_policy(supervised)
+    samples, accuracy, seconds = {}, {}, {}
+    groups = held_out_groups(policy, task, o.eval_samples, supervised.max_completion_length)
+    accuracy["base"], samples["base"] = evaluate(groups), _shown(groups)
+    seconds["base"] = time.perf_counter() - started
+    _say(f"demo: base: {_words(accuracy['base'])}")
+
+    trained = sft(supervised, policy=policy)
+    del policy
+    accuracy["sft"], seconds["sft"] = trained["evaluation"]["accuracy"], trained["seconds"]
+    samples["sft"] = _stored_samples(folder / "sft")
+    stopped = trained["stopped"]
+    reinforced: dict[str, Any] | None = None
+    if stopped != "interrupted":
+        reinforced = ppo(ppo_options(o, folder, str(folder / "sft" / "checkpoints" / "last" / "model")))
+        stopped = reinforced["stopped"]
+        seconds["ppo"] = reinforced["seconds"]
+        if reinforced["evaluation"]:
+            accuracy["ppo"] = reinforced["evaluation"]["accuracy"]
+            samples["ppo"] = _stored_samples(folder / "ppo")
+    summary = {
+        "accuracy": accuracy,
+        "seconds": round(time.perf_counter() - started, 3),
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "seconds_by_stage": seconds,
+        "task": o.task,
+        "model": o.model,
+        "seed": o.seed,
+        "stopped": stopped,
+        "samples": samples,
+        "ppo": _ppo_numbers(folder / "ppo") if reinforced else None,
+        "folder": str(folder),
+    }
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    _show(summary)
+    return summary
+
+
+def _folder(o: DemoOptions) -> Path:
+    folder = Path(o.output_dir) if o.output_dir else Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = next(folder.iterdir(), None)
+    except OSError as error:
+        raise RunError(f"{folder}: {error.strerror}; choose another folder with --output-dir") from None
+    if occupied:
+        raise RunError(f"{folder}: is not empty; choose another folder with --output-dir")
+    return folder
+
+
+def _shown(groups: list[RolloutGroup]) -> list[dict[str, Any]]:
+    return [
+        {"prompt": g.prompt.messages[-1].content if g.prompt.messages else g.prompt.text, "answer": g.prompt.answer}
+        | {"completion": g.rollouts[0].text, "correct": g.rollouts[0].reward.correct}
+        for g in groups[:SAMPLES_SHOWN]
+    ]
+
+
+def _stored_samples(folder: Path) -> list[dict[str, Any]]:
+    with Run.open(folder, read_only=True) as stored:
+        rows = stored.store.rollouts(split="eval", limit=SAMPLES_SHOWN)
+    return [
+        {"prompt": r["prompt"], "answer": r["answer"], "completion": r["completion"], "correct": r["correct"]}
+        for r in rows
+    ]
+
+
+def _ppo_numbers(folder: Path) -> dict[str, Any]:
+    """How the critic came along, and where a step's seconds went: means over the first and the last fifth."""
+    with Run.open(folder, read_only=True) as stored:
+        lines = stored.metric_lines()
+    fifth = max(1, len(lines) // 5)
+
+    def mean(name: str, part: list[dict[str, Any]]) -> float:
+        values = [line[name] for line in part if isinstance(line.get(name), int | float)]
+        return sum(values) / len(values) if values else float("nan")
+
+    return {
+        "explained_variance": {
+            "first": mean("val/explained_variance", lines[:fifth]),
+            "last": mean("val/explained_variance", lines[-fifth:]),
+        },
+        "reward": {"first": mean("reward", lines[:fifth]), "last": mean("reward", lines[-fifth:])},
+        "max_logprob_diff": max(line["rollout/max_logprob_diff"] for line in lines),
+        "seconds_per_step": {
+            name: mean(f"seconds/{name}", lines) for name in ("rollout", "reward", "update")
+        },
+    }
+
+
+def _words(accuracy: dict[str, Any]) -> str:
+    return f"{accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}] of {accuracy['n']}"
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _show(summary: dict[str, Any]) -> None:
+    """The closing tables, on standard error."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(stderr=True, highlight=False)
+    table = Table(title=f"greedy accuracy on held-out problems: {summary['task']}", title_justify="left")
+    for column in ("stage", "accuracy", "95% interval", "n", "seconds"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for stage, a in summary["accuracy"].items():
+        interval = f"{a['low']:.1%} - {a['high']:.1%}"
+        table.add_row(stage, f"{a['value']:.1%}", interval, str(a["n"]), f"{summary['seconds_by_stage'][stage]:.0f}")
+    console.print(table)
+    for stage, shown in summary["samples"].items():
+        for sample in shown[:3]:
+            mark = "right" if sample["correct"] else "wrong"
+            question = " ".join(str(sample["prompt"]).split())
+            completion = " ".join(str(sample["completion"]).split())
+            console.print(f"{stage:>4}  {question[-48:]}  ->  {completion[:40]!r}  {mark}", markup=False)
+    console.print(
+        f"{summary['seconds']:.0f} s, {summary['peak_memory_gb']:.1f} GB at the peak, folder {summary['folder']}"
+    )

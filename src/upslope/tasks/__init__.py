@@ -1,0 +1,8 @@
+"""Prompts, rewards and verdicts: the same object for supervised learning, reinforcement learning and evaluation."""
+
+from __future__ import annotations
+
+from upslope.tasks.base import Task, chat_prompt, select_prompts
+from upslope.tasks.loading import load_reward, load_task, parse_rewards
+
+__all__ = ["Task", "chat_prompt", "load_reward", "load_task", "parse_rewards", "select_prompts"]

@@ -1,0 +1,144 @@
+"""What a task is: prompts, the reward of a reply, and the reply that supervised learning imitates.
+
+One object serves supervised learning, reinforcement learning and evaluation, so that the three agree on the problem,
+the wording and the verdict. Free of torch: reward workers import this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+from upslope.errors import ConfigError, DataError
+from upslope.types import Message, Prompt, Reward
+
+Split = Literal["train", "eval"]
+RewardLike = float | Mapping[str, float] | Reward | None
+RewardResult = Sequence[RewardLike]
+
+SPLITS: tuple[Split, ...] = ("train", "eval")
+KEY_BITS = 48
+_BUCKETS = 10_000
+
+
+class Task:
+    """Base class of every task; a user's own task subclasses it (docs/tasks.md).
+
+    `name` is what logs and error messages call it. `spec` is the text that rebuilds it in another process (set by
+    `load_task`). `inline_safe` says that grading any text is quick and runs none of it, so no worker process is
+    needed. `whole_group` says that a reward compares the completions of one group, so that they are never judged
+    one by one.
+    """
+
+    name: str = "task"
+    spec: str | None = None
+    inline_safe: bool = False
+    whole_group: ClassVar[bool] = False
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """`n` distinct prompts; a pure function of (task parameters, split, n, seed).
+
+        No eval prompt is ever a train prompt, whatever the two seeds: `select_prompts` gives this by content.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.prompts is not written")
+
+    def rewards(self, prompts: list[Prompt], completions: list[str]) -> RewardResult | Awaitable[RewardResult]:
+        """One judgement per completion: a number, a dict of named summands, a Reward, or None (no verdict).
+
+        May be `async def`. It must give the same judgement in any batch and order, and must never run model text.
+        """
+        raise DataError(f"task '{self.name}' has no reward of its own; name one with --reward")
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The whole conversation that supervised learning trains on, ending with the assistant's good reply."""
+        raise DataError(f"task '{self.name}' has no demonstrations to imitate; train it with rewards, or use own data")
+
+    @property
+    def has_reward(self) -> bool:
+        """Whether the task judges replies itself."""
+        return type(self).rewards is not Task.rewards
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """The content of a prompt as one string: two prompts with the same text are the same prompt."""
+    if prompt.text is not None:
+        return prompt.text
+    return json.dumps([[m.role, m.content] for m in prompt.messages], ensure_ascii=False)
+
+
+def content_key(text: str) -> int:
+    """A stable 48-bit number for a text; letter case and white space do not matter."""
+    folded = " ".join(text.split()).casefold()
+    digest = hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=KEY_BITS // 8).digest()
+    return int.from_bytes(digest, "big")
+
+
+def split_of(key: int, eval_fraction: float) -> Split:
+    """The split a content key belongs to: the key's bucket decides, so that no content is in both."""
+    return "eval" if key % _BUCKETS < round(eval_fraction * _BUCKETS) else "train"
+
+
+def check_split(split: str, n: int, eval_fraction: float = 0.5) -> None:
+    """Refuse an unknown split, a negative count and a fraction outside (0, 1)."""
+    if split not in SPLITS:
+        raise ConfigError(f"split must be 'train' or 'eval', not {split!r}")
+    if n < 0:
+        raise ConfigError(f"the number of prompts must not be negative, got {n}")
+    if not 1 / _BUCKETS <= eval_fraction <= 1 - 1 / _BUCKETS:
+        raise ConfigError(f"eval_fraction must lie between 0 and 1, got {eval_fraction}")
+
+
+def derive_seed(*parts: object) -> int:
+    """A 31-bit seed from any values; different values give unrelated seeds (adjacent integers too)."""
+    text = "\x1f".join(repr(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 33
+
+
+def select_prompts(
+    candidates: Iterable[Prompt],
+    split: Split,
+    n: int,
+    *,
+    name: str,
+    eval_fraction: float = 0.2,
+    identity: Callable[[Prompt], str] = prompt_text,
+    patience: int = 2000,
+) -> list[Prompt]:
+    """The first `n` distinct candidates whose content belongs to `split`, keyed by their content.
+
+    candidates: a deterministic stream, finite or endless. identity: the text that makes two prompts the same (the
+    question without its instructions, say). patience: how many candidates in a row may bring nothing new before the
+    problem space counts as exhausted.
+
+    Raises DataError when fewer than `n` distinct prompts are found.
+    """
+    check_split(split, n, eval_fraction)
+    chosen: dict[int, Prompt] = {}
+    if n == 0:
+        return []
+    stale = 0
+    for prompt in candidates:
+        key = content_key(identity(prompt))
+        if key in chosen or split_of(key, eval_fraction) != split:
+            stale += 1
+            if stale >= patience:
+                break
+            continue
+        stale = 0
+        chosen[key] = replace(prompt, key=key)
+        if len(chosen) == n:
+            return list(chosen.values())
+    raise DataError(
+        f"task '{name}': only {len(chosen)} distinct {split} prompts exist where {n} were asked for; ask for fewer, "
+        f"widen the task's parameters, or change eval_fraction (now {eval_fraction})"
+    )
+
+
+def chat_prompt(question: str, *, system: str = "", instruction: str = "", **fields: Any) -> Prompt:
+    """A prompt of one user turn: the question, then the instruction on a line of its own; `system` goes first."""
+    content = f"{question}\n{instruction}" if instruction else question
+    turns = (Message("system", system),) if system else ()
+    return Prompt(key=0, messages=(*turns, Message("user", content)), **fields)

@@ -1,0 +1,234 @@
+"""GSM8K: grade-school word problems with a worked solution that ends in `#### answer` (2110.14168, MIT).
+
+The data are given by path, one JSON object per line with `question` and `answer`; any file in this form will do.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from upslope.errors import ConfigError, DataError
+from upslope.extras import require
+from upslope.tasks.base import (
+    Split,
+    Task,
+    chat_prompt,
+    check_split,
+    content_key,
+    derive_seed,
+    prompt_text,
+    select_prompts,
+)
+from upslope.types import Message, Prompt, Reward
+
+INSTRUCTION = 'Solve the problem step by step. End with "#### " and the final number.'
+MAX_ANSWER_CHARACTERS = 80
+
+_MARKED = re.compile(r"####[ \t]*([^\n]+)")
+_STATED = re.compile(r"(?i:\banswer\s*(?:is|:|=))\s*([^\n]+)")
+_NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|-?\$?\.\d+")
+_PLAIN = re.compile(r"(-?)\s*\$?\s*(-?)(\d+(?:,\d{3})*|\d*)(\.\d*)?(?:\s*/\s*(\d+))?\s*%?")
+_CALCULATOR = re.compile(r"<<[^<>]*>>")
+_LONG_POWER = re.compile(r"(\^|\*\*)\s*[{(]?\s*-?\d{3,}|!|(\^|\*\*)[^\^*]*(\^|\*\*)|\d{25,}")
+
+
+class GSM8K(Task):
+    """Word problems graded by their final number.
+
+    path: the training file; eval_path: the held-out file. With one of the two, its rows are divided by content
+    (eval_fraction of them are eval); with both, rows of `path` that are in `eval_path` too are never trained on.
+    strict: only `#### x` or a box counts as an answer; otherwise "the answer is x" and the last number do too.
+    instruction, system: the wording around the question.
+
+    Plain numbers are compared exactly; everything else (LaTeX, units) by math-verify.
+    """
+
+    name = "gsm8k"
+
+    def __init__(
+        self,
+        path: str = "",
+        *,
+        eval_path: str = "",
+        strict: bool = False,
+        instruction: str = INSTRUCTION,
+        system: str = "",
+        eval_fraction: float = 0.2,
+    ) -> None:
+        check_split("train", 0, eval_fraction)
+        if not path and not eval_path:
+            raise ConfigError("'gsm8k' needs its data: gsm8k:path=train.jsonl, and eval_path=test.jsonl if you have it")
+        require("tasks", "math_verify")
+        self.path, self.eval_path = path, eval_path
+        self.strict = strict
+        self.instruction, self.system = instruction, system
+        self.eval_fraction = eval_fraction
+        self._rows: dict[str, list[dict[str, str]]] = {}
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """The first `n` rows of the split in an order given by `seed`. DataError: it has fewer."""
+        check_split(split, n)
+        rows = self._split(split) if self.path and self.eval_path else self._read(self.path or self.eval_path)
+        order = list(range(len(rows)))
+        random.Random(derive_seed("gsm8k", split, seed)).shuffle(order)
+        shuffled = (self._prompt(rows[index]) for index in order)
+        if not (self.path and self.eval_path):
+            return select_prompts(
+                shuffled, split, n, name=self.name, eval_fraction=self.eval_fraction, identity=_question, patience=10**9
+            )
+        return self._first(shuffled, split, n)
+
+    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+        """1 and correct if the final number is right, else 0; `answered` says whether one was found."""
+        return [self._judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The worked solution without the calculator marks (<<48/2=24>>)."""
+        return (*prompt.messages, Message("assistant", prompt.metadata["solution"]))
+
+    def _judge(self, prompt: Prompt, text: str) -> Reward:
+        found = extract_answer(text, strict=self.strict)
+        correct = found is not None and same_number(found, prompt.answer or "")
+        return Reward(
+            value=float(correct), parts={"correct": float(correct), "answered": float(found is not None)}, correct=correct
+        )
+
+    def _prompt(self, row: dict[str, str]) -> Prompt:
+        return chat_prompt(
+            row["question"],
+            system=self.system,
+            instruction=self.instruction,
+            answer=row["gold"],
+            metadata={"question": row["question"], "solution": row["solution"]},
+        )
+
+    def _first(self, shuffled: Any, split: Split, n: int) -> list[Prompt]:
+        chosen: dict[int, Prompt] = {}
+        for prompt in shuffled:
+            if len(chosen) == n:
+                break
+            key = content_key(_question(prompt))
+            chosen.setdefault(key, Prompt(key, prompt.messages, None, prompt.answer, prompt.metadata))
+        if len(chosen) < n:
+            raise DataError(f"gsm8k: {len(chosen)} distinct {split} rows exist where {n} were asked for; ask for fewer")
+        return list(chosen.values())
+
+    def _split(self, split: Split) -> list[dict[str, str]]:
+        held_out = self._read(self.eval_path)
+        if split == "eval":
+            return held_out
+        keys = {content_key(row["question"]) for row in held_out}
+        return [row for row in self._read(self.path) if content_key(row["question"]) not in keys]
+
+    def _read(self, path: str) -> list[dict[str, str]]:
+        if path not in self._rows:
+            self._rows[path] = read_rows(path)
+        return self._rows[path]
+
+
+def _question(prompt: Prompt) -> str:
+    return prompt.metadata.get("question") or prompt_text(prompt)
+
+
+def read_rows(path: str) -> list[dict[str, str]]:
+    """Rows with `question`, `solution` (no calculator marks) and `gold`. DataError names the file and the line."""
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{path}: holds no rows")
+    return rows
+
+
+def _row(line: str, where: str) -> dict[str, str]:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error})") from None
+    for key in ("question", "answer"):
+        if not isinstance(record, dict) or not isinstance(record.get(key), str):
+            raise DataError(f"{where}: the key '{key}' with a text is missing")
+    marked = _MARKED.findall(record["answer"])
+    if not marked:
+        raise DataError(f"{where}: 'answer' has no '#### ' line with the final number")
+    solution = _CALCULATOR.sub("", record["answer"])
+    return {"question": record["question"], "solution": solution, "gold": marked[-1].strip().replace(",", "")}
+
+
+def extract_answer(text: str, *, strict: bool) -> str | None:
+    """The final answer in a reply: the last `#### x`, else the last box, else (not strict) a stated or last number."""
+    marked = _MARKED.findall(text)
+    if marked:
+        latex = "\\" in marked[-1]
+        return (None if latex else _number_in(marked[-1], last=False)) or marked[-1].strip()
+    boxed = last_box(text)
+    if boxed is not None or strict:
+        return boxed
+    stated = _STATED.findall(text)
+    return (_number_in(stated[-1], last=False) if stated else None) or _number_in(text, last=True)
+
+
+def _number_in(text: str, *, last: bool) -> str | None:
+    numbers = _NUMBER.findall(text)
+    return numbers[-1 if last else 0] if numbers else None
+
+
+def last_box(text: str) -> str | None:
+    """The content of the last complete \\boxed{...}, braces matched; None if there is none."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for position in range(start + 6, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[position], 0)
+        if depth == 0:
+            return text[start + 7 : position].strip()
+    return None
+
+
+def plain_number(text: str) -> Fraction | None:
+    """The exact value of "1,234", "$12.50", "-3/4" or "20%" (the number before the sign); None for anything else."""
+    match = _PLAIN.fullmatch(text.strip().rstrip("."))
+    if match is None or not (match[3] or (match[4] or ".") != "."):
+        return None
+    value = Fraction(f"{match[3].replace(',', '') or '0'}{match[4] or ''}".rstrip("."))
+    if match[5] is not None:
+        if int(match[5]) == 0:
+            return None
+        value /= int(match[5])
+    return -value if bool(match[1]) != bool(match[2]) else value
+
+
+def same_number(found: str, gold: str) -> bool:
+    """Whether a reply's answer equals the gold one. Total: long texts and towers of powers are wrong, not slow."""
+    if len(found) > MAX_ANSWER_CHARACTERS:
+        return False
+    ours, theirs = plain_number(found), plain_number(gold)
+    if ours is not None and theirs is not None:
+        return ours == theirs
+    if _LONG_POWER.search(found):
+        return False
+    return _math_verify(found, gold)
+
+
+def _math_verify(found: str, gold: str) -> bool:
+    """math-verify without its alarm clock, which is swallowed as 'wrong' and works in the main thread only.
+
+    The judge's time limit kills what takes too long, and counts it as an error.
+    """
+    import logging
+
+    from math_verify import parse, verify
+
+    for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    inside = found.strip().strip("$")
+    read = parse(f"${inside}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    return bool(read) and verify(parse(gold, parsing_timeout=None), read, timeout_seconds=None)  # pyright: ignore

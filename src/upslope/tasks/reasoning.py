@@ -1,0 +1,184 @@
+"""Any data set of reasoning-gym as a task: endless problems with a verifier, split by the content of the question."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from upslope.errors import ConfigError, DataError
+from upslope.extras import require
+from upslope.tasks import graders
+from upslope.tasks.base import Split, Task, chat_prompt, check_split, derive_seed, select_prompts
+from upslope.tasks.specs import parse_value, suggest
+from upslope.types import Message, Prompt, Reward
+
+CHUNK = 64
+INSTRUCTION = "Reply with only the final answer."
+
+# Their generators iterate over sets of strings, whose order changes from process to process: the problems are
+# written by a process of their own with a fixed hash seed, or a resumed run would train on other problems.
+HASH_DEPENDENT = frozenset({"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note"})
+NEEDS_SPEC = frozenset({"composite"})
+
+
+def _gym() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return require("tasks", "reasoning_gym")
+
+
+def dataset_names() -> list[str]:
+    """Every data set that can be named here. ConfigError: reasoning-gym is not installed."""
+    _gym()
+    from reasoning_gym.factory import DATASETS
+
+    return sorted(set(DATASETS) - NEEDS_SPEC)
+
+
+class ReasoningTask(Task):
+    """A reasoning-gym data set (github.com/open-thought/reasoning-gym, Apache-2.0) as a task.
+
+    name: the data set. instruction: the line after the question; system: a system turn, left out when empty.
+    strict: the reward is 1 for a full score and else 0 (some verifiers give part marks for any text: countdown 0.01,
+    propositional_logic up to 0.25); False passes the verifier's own score on. eval_fraction: the share of problems that
+    belongs to the eval split. Every other parameter is the data set's own; lists are written a|b|c.
+
+    The whole reply, stripped, is the answer: "7" is right where "The answer is 7" is not. Verifiers of reasoning-gym
+    that would run model text as Python are never given any (`upslope.tasks.graders`).
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        instruction: str = INSTRUCTION,
+        system: str = "",
+        strict: bool = True,
+        eval_fraction: float = 0.2,
+        **config: Any,
+    ) -> None:
+        names = dataset_names()
+        if name not in names:
+            raise ConfigError(f"reasoning-gym has no data set '{name}'{suggest(str(name), names)}")
+        check_split("train", 0, eval_fraction)
+        self.name = name
+        self.instruction = instruction
+        self.system = system
+        self.strict = strict
+        self.eval_fraction = eval_fraction
+        self.config = _checked_config(name, config)
+        self._verifier = self._dataset(0)
+        self.inline_safe = graders.is_plain(self._verifier)
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """`n` distinct problems. DataError: the parameters allow fewer (two one-digit terms give 200 sums in all)."""
+        return select_prompts(
+            self._candidates(split, seed),
+            split,
+            n,
+            name=self.name,
+            eval_fraction=self.eval_fraction,
+            identity=lambda prompt: prompt.metadata["question"],
+        )
+
+    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+        """1 and correct for a full score; below that 0 if strict, else the verifier's score."""
+        return [self._judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The question and the gold answer. DataError: the data set gives none (boxnet, graph_color, ...)."""
+        if prompt.answer is None:
+            raise DataError(f"reasoning-gym's '{self.name}' gives no gold answers, so there is nothing to imitate")
+        return (*prompt.messages, Message("assistant", prompt.answer))
+
+    def _judge(self, prompt: Prompt, text: str) -> Reward:
+        score = graders.score(self._verifier, self.name, _entry(prompt), text.strip())
+        correct = score >= 1.0
+        return Reward(value=float(correct) if self.strict else score, correct=correct)
+
+    def _candidates(self, split: Split, seed: int) -> Iterator[Prompt]:
+        chunk = 0
+        while True:
+            for entry in self._entries(derive_seed(self.name, split, seed, chunk), chunk):
+                yield chat_prompt(
+                    entry["question"],
+                    system=self.system,
+                    instruction=self.instruction,
+                    answer=entry["answer"],
+                    metadata={"question": entry["question"], "entry": entry["metadata"]},
+                )
+            chunk += 1
+
+    def _entries(self, seed: int, chunk: int) -> Iterator[dict[str, Any]]:
+        if self.name in HASH_DEPENDENT:
+            yield from _entries_apart(self.name, self.config, seed, size=16 * 4 ** min(chunk, 3))
+            return
+        dataset = self._dataset(seed)
+        for index in range(CHUNK):
+            yield dataset[index]
+
+    def _dataset(self, seed: int) -> Any:
+        try:
+            return _gym().create_dataset(self.name, seed=seed, size=CHUNK, **self.config)
+        except (AssertionError, TypeError, ValueError) as error:
+            detail = str(error) or "a value out of range"
+            raise ConfigError(f"task '{self.name}': reasoning-gym refuses {self.config}: {detail}") from error
+
+
+def _entry(prompt: Prompt) -> dict[str, Any]:
+    return {
+        "question": prompt.metadata["question"],
+        "answer": prompt.answer,
+        "metadata": prompt.metadata["entry"],
+    }
+
+
+def _checked_config(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    from reasoning_gym.factory import DATASETS
+
+    fields = {f.name: f for f in dataclasses.fields(DATASETS[name][1]) if f.name not in ("seed", "size")}
+    checked = {}
+    for key, value in config.items():
+        if key not in fields:
+            own = ("instruction", "system", "strict", "eval_fraction")
+            listed = ", ".join((*own, *fields))
+            raise ConfigError(f"'{name}' has no parameter '{key}'{suggest(key, (*own, *fields))} (it takes: {listed})")
+        checked[key] = _as_field(fields[key], value)
+    return checked
+
+
+def _as_field(field: dataclasses.Field[Any], value: Any) -> Any:
+    default = field.default_factory() if callable(field.default_factory) else field.default
+    if isinstance(default, list | tuple) and not isinstance(value, list | tuple):
+        return type(default)(parse_value(part) for part in str(value).split("|"))
+    return value
+
+
+_APART = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+path, name, config, seed, size = json.loads(sys.argv[1])
+sys.path[:] = path
+from upslope.extras import require
+dataset = require("tasks", "reasoning_gym").create_dataset(name, seed=seed, size=size, **config)
+json.dump([dataset[index] for index in range(size)], sys.stdout)
+"""
+
+
+def _entries_apart(name: str, config: dict[str, Any], seed: int, size: int) -> list[dict[str, Any]]:
+    call = [sys.executable, "-c", _APART, json.dumps([sys.path, name, config, seed, size])]
+    done = subprocess.run(call, capture_output=True, text=True, env=_fixed_hash_environment(), check=False)
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DataError(f"task '{name}': writing its problems failed: {last}")
+    return json.loads(done.stdout)
+
+
+def _fixed_hash_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONHASHSEED": "0"}

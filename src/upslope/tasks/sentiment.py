@@ -1,0 +1,110 @@
+"""Continue a neutral opening so that it sounds positive (or negative), judged by the VADER lexicon.
+
+A dense reward for free text: Hutto and Gilbert (2014), VADER, MIT. The classic first task of learning from a
+reward on language models (1909.08593, section 3.1), with a lexicon in the place of a learned classifier.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, Literal
+
+from upslope.errors import ConfigError, DataError
+from upslope.extras import require
+from upslope.tasks.base import Split, Task, check_split, derive_seed, select_prompts
+from upslope.types import Message, Prompt, Reward
+
+THRESHOLD = 0.05
+MAX_CHARACTERS = 8000
+
+_SUBJECTS = (
+    "My neighbour", "The new teacher", "Our guide", "The bus driver", "The man next door", "The museum", "This book",
+    "The second chapter", "The restaurant by the station", "Her letter", "The meeting", "The film we saw", "The hotel",
+    "Their garden", "The evening train", "The phone I bought", "The class", "Our trip", "The concert", "This recipe",
+)  # fmt: skip
+_TURNS = (
+    "was, on the whole,", "turned out to be", "seemed to everyone", "left us thinking it was", "was described as",
+    "has always been", "reminded me of something", "looked, at first,", "made the whole week", "became, by the end,",
+    "sounded to me", "was said to be", "started out", "ended up", "had something",
+)  # fmt: skip
+
+
+class Sentiment(Task):
+    """Continuations of neutral openings, rewarded by VADER's compound score in [-1, 1].
+
+    target: the wanted sentiment. openings: a text file with one opening per line, in the place of the 300 built in.
+    chat: ask for the continuation in a user turn; otherwise the model continues the bare text. Correct means beyond
+    VADER's own threshold of 0.05. Only the continuation is scored.
+    """
+
+    name = "sentiment"
+    inline_safe = True
+
+    def __init__(
+        self,
+        *,
+        target: str = "positive",
+        openings: str = "",
+        chat: bool = False,
+        eval_fraction: float = 0.25,
+    ) -> None:
+        if target not in ("positive", "negative"):
+            raise ConfigError(f"'sentiment': target must be 'positive' or 'negative', not '{target}'")
+        check_split("train", 0, eval_fraction)
+        self.target: Literal["positive", "negative"] = target  # pyright: ignore[reportAttributeAccessIssue]
+        self.openings = openings
+        self.chat = chat
+        self.eval_fraction = eval_fraction
+        self._analyzer: Any = None
+        require("tasks", "vaderSentiment")
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """`n` different openings, in an order given by `seed`. DataError: there are fewer."""
+        openings = built_in_openings() if not self.openings else _read_openings(self.openings)
+        random.Random(derive_seed("sentiment", split, seed)).shuffle(openings)
+        return select_prompts(
+            (self._prompt(opening) for opening in openings),
+            split,
+            n,
+            name=self.name,
+            eval_fraction=self.eval_fraction,
+            identity=lambda prompt: prompt.metadata["opening"],
+            patience=len(openings) + 1,
+        )
+
+    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+        """The compound score, its sign turned for the target 'negative'."""
+        sign = 1.0 if self.target == "positive" else -1.0
+        scores = [sign * self._compound(text) for text in completions]
+        return [Reward(value=score, correct=score >= THRESHOLD) for score in scores]
+
+    def _compound(self, text: str) -> float:
+        if self._analyzer is None:
+            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+            self._analyzer = SentimentIntensityAnalyzer()
+        return float(self._analyzer.polarity_scores(text[:MAX_CHARACTERS])["compound"])
+
+    def _prompt(self, opening: str) -> Prompt:
+        metadata = {"opening": opening}
+        if not self.chat:
+            return Prompt(key=0, text=opening, metadata=metadata)
+        asked = f"Continue this text with one {self.target} sentence: {opening}"
+        return Prompt(key=0, messages=(Message("user", asked),), metadata=metadata)
+
+
+def built_in_openings() -> list[str]:
+    """Every pairing of a subject and a turn that VADER finds exactly neutral words for: 300 openings."""
+    return [f"{subject} {turn}" for subject in _SUBJECTS for turn in _TURNS]
+
+
+def _read_openings(path: str) -> list[str]:
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: the openings cannot be read ({error})") from error
+    openings = [line.strip() for line in lines if line.strip()]
+    if not openings:
+        raise DataError(f"{path}: holds no openings; write one per line")
+    return openings

