@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upslope.backends.hardware import choose_dtype
 from upslope.data.chat import load_tokenizer
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError
@@ -24,7 +25,7 @@ from upslope.models.weights import load as load_weights
 from upslope.options import RLOptions, RunOptions
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 
-__all__ = ["Critic", "Policy", "auto_dtype", "load_critic", "load_policy", "load_reference", "make_engine"]
+__all__ = ["Critic", "Policy", "load_critic", "load_policy", "load_reference", "make_engine"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -32,25 +33,6 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def device_of_machine() -> torch.device:
     """The first GPU where there is one, else the processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def auto_dtype(device: torch.device) -> str:
-    """bfloat16 where the hardware multiplies it natively, else float32. A fact of the machine, not a timing."""
-    if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
-    flags = _cpu_flags()
-    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return set()
-    for line in text.splitlines():
-        if line.startswith(("flags", "Features")):
-            return set(line.partition(":")[2].split())
-    return set()
 
 
 @dataclass(slots=True)
@@ -129,16 +111,10 @@ def eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*found, *([own] if own is not None else [])]))
 
 
-def compute_dtype(options: RunOptions, device: torch.device) -> torch.dtype:
-    """The torch dtype that `--dtype` names here."""
-    name = auto_dtype(device) if options.dtype == "auto" else options.dtype
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-
-
 def load_policy(options: RunOptions) -> Policy:
     """Load `--model` with float32 masters and a compute copy, or with fresh adapters on frozen weights."""
     device = device_of_machine()
-    dtype = compute_dtype(options, device)
+    dtype, _ = choose_dtype(options.dtype, device)
     folder = resolve(options.model)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)

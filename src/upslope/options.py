@@ -7,6 +7,7 @@ file and options on the command line are these names (on the command line with d
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ def _check(options: Any, **bounds: tuple[float | None, float | None]) -> None:
         value = getattr(options, name)
         if value is None:
             continue
-        if not (value == value) or (low is not None and value < low) or (high is not None and value > high):
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             wanted = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise ConfigError(f"{name} is {value}; it must be {wanted}")
 

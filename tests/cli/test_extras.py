@@ -57,7 +57,8 @@ else:
 
 
 def test_reasoning_gym_without_its_compiled_part(root: Path) -> None:
-    pytest.importorskip("reasoning_gym", reason="the tasks extra is not installed")
+    if not extras.installed("reasoning_gym"):
+        pytest.skip("the tasks extra is not installed")
     environment = {**os.environ, "PYTHONPATH": str(root / "src")}
     command = [sys.executable, "-c", WITHOUT_COMPILER]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

@@ -35,7 +35,14 @@ SHAPES = {
 }
 
 
-def tiny(shape: str = "grouped", dtype: torch.dtype = torch.float32, *, vocab: int = 97, context: int = 512) -> Decoder:
+def tiny(
+    shape: str = "grouped",
+    dtype: torch.dtype = torch.float32,
+    *,
+    vocab: int = 97,
+    context: int = 512,
+    tie_word_embeddings: bool = True,
+) -> Decoder:
     """A two-layer decoder whose distributions are far from uniform."""
     torch.manual_seed(7)
     config = DecoderConfig(
@@ -44,7 +51,7 @@ def tiny(shape: str = "grouped", dtype: torch.dtype = torch.float32, *, vocab: i
         num_hidden_layers=2,
         max_position_embeddings=context,
         initializer_range=0.3,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_word_embeddings,
         **SHAPES[shape],
     )
     return Decoder(config).to(dtype)
@@ -63,7 +70,7 @@ def trainer_logprobs(
     lengths = [len(p) + len(c) for p, c in sequences]
     tokens = torch.tensor([t for p, c in sequences for t in p + c])
     rows, offset = [], 0
-    for (p, c), length in zip(sequences, lengths, strict=True):
+    for (p, _), length in zip(sequences, lengths, strict=True):
         rows += range(offset + len(p) - 1, offset + length - 1)
         offset += length
     targets = torch.tensor([t for _, c in sequences for t in c])

@@ -57,7 +57,7 @@ def vtrace(
     c_clip: float = 1.0,
     bootstrap: float = 0.0,
 ) -> tuple[list[float], list[float]]:
-    """v_t = V_t + sum_k gamma^(k-t) (prod_{t <= i < k} c_i) rho_k delta_k, eq. 1 of the paper; -> advantages, targets."""
+    """v_t = V_t + sum_k gamma^(k-t) (prod_{t <= i < k} c_i) rho_k delta_k (eq. 1); -> advantages, targets."""
     T = len(r)
     rho = [min(rho_clip, math.exp(x)) for x in log_ratio]
     c = [lam * min(c_clip, math.exp(x)) for x in log_ratio]

@@ -27,7 +27,8 @@ class EnumerableLM:
     logits: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        assert self.vocabulary <= 5 and self.length <= 4
+        assert self.vocabulary <= 5
+        assert self.length <= 4
         self.sequences, self.prefixes = [], {}
         self._grow(())
         generator = torch.Generator().manual_seed(self.seed)

@@ -19,7 +19,9 @@ from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 
 def group(texts: list[str], key: int = 0, finish: str = "stop") -> RolloutGroup:
-    rollouts = [Rollout([1], [2] * 3, [True, False, True], [0.0] * 3, [0.0] * 3, finish, t, i) for i, t in enumerate(texts)]  # type: ignore[arg-type]
+    rollouts = [
+        Rollout([1], [2] * 3, [True, False, True], [0.0] * 3, [0.0] * 3, finish, t, i) for i, t in enumerate(texts)
+    ]  # type: ignore[arg-type]
     return RolloutGroup(Prompt(key, text="q", answer="a"), rollouts)
 
 
@@ -29,14 +31,14 @@ class Custom(Task):
     name = "custom"
     inline_safe = True
 
-    def __init__(self, answer) -> None:  # noqa: ANN001
+    def __init__(self, answer) -> None:
         self.answer = answer
 
-    def rewards(self, prompts, completions):  # noqa: ANN001, ANN201
+    def rewards(self, prompts, completions):
         return self.answer(completions)
 
 
-def judged(answer, texts: list[str], rewards=()) -> tuple[list[Reward], dict[str, float]]:  # noqa: ANN001
+def judged(answer, texts: list[str], rewards=()) -> tuple[list[Reward], dict[str, float]]:
     one = group(texts)
     with InlineScorer(Custom(answer), rewards) as scorer:
         counts = scorer.judge([one])
@@ -77,7 +79,7 @@ def test_every_kind_of_judgement() -> None:
         (Reward(1.0, steps=[(0, float("nan"))]), "not a finite number"),
     ],
 )
-def test_an_unusable_judgement_is_an_error_of_its_sample(answer, needle: str) -> None:  # noqa: ANN001
+def test_an_unusable_judgement_is_an_error_of_its_sample(answer, needle: str) -> None:
     rewards, counts = judged(lambda texts: [answer, 1.0], ["a", "b"])
     assert rewards[0].value is None
     assert needle in str(rewards[0].error)
@@ -124,7 +126,7 @@ def test_sys_exit_in_a_reward_is_an_error_too() -> None:
         (lambda texts: asyncio.sleep(0), "async def"),
     ],
 )
-def test_a_wrong_return_names_function_and_remedy(answer, needle: str) -> None:  # noqa: ANN001
+def test_a_wrong_return_names_function_and_remedy(answer, needle: str) -> None:
     with pytest.raises(DataError, match=needle) as caught:
         judged(answer, ["a", "b"])
     assert "custom" in str(caught.value)
@@ -137,12 +139,14 @@ def test_arrays_are_lists_too() -> None:
 
 
 def test_nothing_judged_at_all_stops() -> None:
-    with pytest.raises(DataError, match="any of 2 completions; the first: custom: .*nan"):
+    with pytest.raises(DataError, match=r"any of 2 completions; the first: custom: .*nan"):
         judged(lambda texts: [float("nan")] * len(texts), ["a", "b"])
 
 
 def test_weights_parts_and_names(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text("def two(prompts, completions):\n    return [{'x': 1, 'y': 2} for _ in completions]\n")
+    (tmp_path / "mine.py").write_text(
+        "def two(prompts, completions):\n    return [{'x': 1, 'y': 2} for _ in completions]\n"
+    )
     specs = ["task@2", f"{tmp_path / 'mine.py'}:two@0.5", "length:target=2", "length:target=4@-1"]
     rewards, _ = judged(lambda texts: [Reward(1.0, correct=False)] * len(texts), ["a b"], specs)
     assert rewards[0].parts == {"custom": 1.0, "two/x": 1.0, "two/y": 2.0, "length": 1.0, "length-2": 0.5}
@@ -183,7 +187,7 @@ class Slow(Task):
 
     name = "slow"
 
-    async def rewards(self, prompts, completions):  # noqa: ANN001, ANN201
+    async def rewards(self, prompts, completions):
         (text,) = completions
         await asyncio.sleep(float(text.split()[0]))
         if "raise" in text:
@@ -237,7 +241,13 @@ def test_nothing_that_judges_is_an_error() -> None:
 
 def test_metrics_by_hand() -> None:
     groups = [group(["a", "b"]), group(["c", "d"]), group(["e"])]
-    values = [Reward(1.0, {"p": 1.0}, True), Reward(0.0, {"p": 0.0}, False), Reward(0.5, {"q": 2.0}), Reward(0.5), Reward(None)]
+    values = [
+        Reward(1.0, {"p": 1.0}, True),
+        Reward(0.0, {"p": 0.0}, False),
+        Reward(0.5, {"q": 2.0}),
+        Reward(0.5),
+        Reward(None),
+    ]
     for rollout, reward in zip((r for g in groups for r in g.rollouts), values, strict=True):
         rollout.reward = reward
     metrics = reward_metrics(groups)
@@ -253,7 +263,12 @@ def test_metrics_by_hand() -> None:
 
 
 def test_missing_eos_penalty_is_applied_once_and_keeps_errors() -> None:
-    assert missing_eos_penalty([1.0, 1.0, None, 0.0], ["stop", "length", "length", "cancelled"], 0.5) == [1.0, 0.5, None, -0.5]
+    assert missing_eos_penalty([1.0, 1.0, None, 0.0], ["stop", "length", "length", "cancelled"], 0.5) == [
+        1.0,
+        0.5,
+        None,
+        -0.5,
+    ]
     assert missing_eos_penalty([1.0], ["length"], 0.0) == [1.0]
     with pytest.raises(ConfigError, match="negative"):
         missing_eos_penalty([1.0], ["length"], -1.0)

@@ -34,9 +34,9 @@ def test_a_threshold_makes_verdicts() -> None:
 
 def test_no_verdict_and_nothing_judged_are_errors() -> None:
     pytest.importorskip("upslope.evaluation.intervals")
-    with pytest.raises(DataError, match="without verdicts"):
+    with pytest.raises(DataError, match="no verdicts"):
         accuracy([Reward(0.5)])
-    with pytest.raises(DataError, match="no completion was judged.*boom"):
+    with pytest.raises(DataError, match=r"no completion was judged.*boom"):
         accuracy([Reward(None, error="boom")])
 
 

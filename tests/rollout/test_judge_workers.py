@@ -18,7 +18,7 @@ from upslope.rollout.workers import RewardPool, make_scorer
 from upslope.tasks import load_task
 from upslope.types import Prompt, Rollout, RolloutGroup
 
-SOURCE = '''
+SOURCE = """
 import asyncio, os, signal, subprocess, sys, time
 
 def number(text):
@@ -61,7 +61,7 @@ whole.whole_group = True
 def keyed(prompts, completions):
     time.sleep(0.05 if prompts[0].key % 3 == 0 else 0)
     return [prompts[0].key * 100 + float(text) for text in completions]
-'''
+"""
 
 
 @pytest.fixture
@@ -100,7 +100,12 @@ def gone(*pids: int, within: float = 10.0) -> bool:
 
 
 def test_only_the_guilty_samples_are_errors(file: str) -> None:
-    groups = [group(["a", "hang", "ccc"]), group(["exit", "b"]), group(["raise", "nan", "x"]), group(["yy", "segfault"])]
+    groups = [
+        group(["a", "hang", "ccc"]),
+        group(["exit", "b"]),
+        group(["raise", "nan", "x"]),
+        group(["yy", "segfault"]),
+    ]
     with RewardPool(None, [f"{file}:fn"], processes=2, timeout_s=0.7) as pool:
         counts = pool.judge(groups)
         again = group(["ab"])
@@ -109,7 +114,7 @@ def test_only_the_guilty_samples_are_errors(file: str) -> None:
     assert values(again) == [2.0]
     assert "timed out after 0.7 s" in errors(groups[0])[1]
     assert "exit code 3" in errors(groups[1])[0]
-    assert "RuntimeError: bad day (rewards.py:9)" in errors(groups[2])[0]
+    assert "RuntimeError: bad day (rewards.py:10)" in errors(groups[2])[0]
     assert "nan" in errors(groups[2])[1]
     assert "signal 11" in errors(groups[3])[1]
     assert (counts["reward/errors"], counts["reward/timeouts"]) == (5.0, 1.0)
@@ -169,7 +174,7 @@ def test_a_reward_of_the_whole_group_is_never_split(file: str) -> None:
 
 
 def test_nothing_judged_stops(file: str) -> None:
-    with RewardPool(None, [f"{file}:fn"]) as pool, pytest.raises(DataError, match="any of 2 completions.*bad day"):
+    with RewardPool(None, [f"{file}:fn"]) as pool, pytest.raises(DataError, match=r"any of 2 completions.*bad day"):
         pool.judge([group(["raise", "raise"])])
 
 
@@ -233,7 +238,8 @@ def test_make_scorer_stays_inline_only_where_that_is_safe(file: str) -> None:
         (sums, (), 0, True),
         (load_task(sums), ("task", "length:target=3"), 0, True),
         (sums, (), 2, False),
-        ("countdown", (), 0, False),
+        ("countdown", (), 0, True),
+        ("simple_integration", (), 0, False),
         (sums, (f"{file}:fn",), 0, False),
         (sums, ("format:pattern='a'",), 0, False),
     ]:
@@ -242,9 +248,9 @@ def test_make_scorer_stays_inline_only_where_that_is_safe(file: str) -> None:
 
 
 def test_a_task_with_its_own_verifier_through_the_pool() -> None:
-    task = load_task("countdown")
+    task = load_task("simple_integration")
     prompts = task.prompts("train", 3, seed=0)
-    groups = [group([str(prompt.answer), "9**9**9**9", "1+"]) for prompt in prompts]
+    groups = [group([str(prompt.answer), "9**9**9**9", "x+"]) for prompt in prompts]
     for one, prompt in zip(groups, prompts, strict=True):
         one.prompt = prompt
     with make_scorer(task, processes=2) as scorer:
@@ -259,7 +265,8 @@ from upslope.rollout.workers import RewardPool
 from upslope.types import Prompt, Rollout, RolloutGroup
 pool = RewardPool(None, [sys.argv[2] + ":fn"], processes=2, timeout_s=60)
 def ask(*texts):
-    one = RolloutGroup(Prompt(0, text="q"), [Rollout([1], [2], [True], [0.0], [0.0], "stop", t, i) for i, t in enumerate(texts)])
+    rollouts = [Rollout([1], [2], [True], [0.0], [0.0], "stop", t, i) for i, t in enumerate(texts)]
+    one = RolloutGroup(Prompt(0, text="q"), rollouts)
     pool.judge([one])
     return one
 print(int(ask("pid").rollouts[0].reward.value), *(w.process.pid for w in pool._workers), flush=True)
@@ -290,7 +297,7 @@ def program(root: Path, file: str, tmp_path: Path) -> Iterator:
 
 
 @pytest.mark.parametrize("text", ["hang", "hash"])
-def test_workers_die_with_a_killed_parent_even_while_busy(program, text: str) -> None:  # noqa: ANN001
+def test_workers_die_with_a_killed_parent_even_while_busy(program, text: str) -> None:
     process, pids = program(text)
     time.sleep(0.5)
     assert all(alive(pid) for pid in pids)
@@ -298,7 +305,7 @@ def test_workers_die_with_a_killed_parent_even_while_busy(program, text: str) ->
     assert gone(*pids)
 
 
-def test_what_a_reward_started_dies_too(program, tmp_path: Path) -> None:  # noqa: ANN001
+def test_what_a_reward_started_dies_too(program, tmp_path: Path) -> None:
     process, _ = program("child")
     deadline = time.monotonic() + 10
     while not (tmp_path / "child").exists() and time.monotonic() < deadline:
@@ -309,7 +316,7 @@ def test_what_a_reward_started_dies_too(program, tmp_path: Path) -> None:  # noq
     assert gone(*pids)
 
 
-def test_ctrl_c_shows_no_workers_traceback_and_leaves_nothing(program) -> None:  # noqa: ANN001
+def test_ctrl_c_shows_no_workers_traceback_and_leaves_nothing(program) -> None:
     process, pids = program("sleep")
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

@@ -11,7 +11,7 @@ from upslope.tasks import load_task
 from upslope.types import Rollout, RolloutGroup
 
 
-def group(prompt, texts: list[str], finish: str = "stop") -> RolloutGroup:  # noqa: ANN001
+def group(prompt, texts: list[str], finish: str = "stop") -> RolloutGroup:
     rollouts = [Rollout([1], [2], [True], [0.0], [0.0], finish, text, i) for i, text in enumerate(texts)]  # type: ignore[arg-type]
     return RolloutGroup(prompt, rollouts)
 

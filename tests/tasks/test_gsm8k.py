@@ -21,7 +21,10 @@ from upslope.types import Prompt
 
 def write(path: Path, count: int, first: int = 0) -> Path:
     rows = [
-        {"question": f"Ann has {i} eggs and buys 2. How many?", "answer": f"{i}+2=<<{i}+2={i + 2}>>{i + 2}\n#### {i + 2:,}"}
+        {
+            "question": f"Ann has {i} eggs and buys 2. How many?",
+            "answer": f"{i}+2=<<{i}+2={i + 2}>>{i + 2}\n#### {i + 2:,}",
+        }
         for i in range(first, first + count)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -29,7 +32,7 @@ def write(path: Path, count: int, first: int = 0) -> Path:
 
 
 @pytest.fixture
-def task(tmp_path: Path):  # noqa: ANN201
+def task(tmp_path: Path):
     return load_task(f"gsm8k:path={write(tmp_path / 'train.jsonl', 200)}")
 
 
@@ -37,7 +40,7 @@ def texts(prompts: list[Prompt]) -> set[str]:
     return {prompt.metadata["question"] for prompt in prompts}
 
 
-def test_one_file_is_divided_by_content(task) -> None:  # noqa: ANN001
+def test_one_file_is_divided_by_content(task) -> None:
     train = set().union(*(texts(task.prompts("train", 100, seed=seed)) for seed in range(5)))
     held_out = set().union(*(texts(task.prompts("eval", 20, seed=seed)) for seed in range(5)))
     assert not train & held_out
@@ -55,7 +58,7 @@ def test_two_files_and_rows_in_both_are_not_trained_on(tmp_path: Path) -> None:
         task.prompts("train", 26, seed=0)
 
 
-def test_demonstrations_earn_the_reward(task) -> None:  # noqa: ANN001
+def test_demonstrations_earn_the_reward(task) -> None:
     prompts = task.prompts("train", 50, seed=0)
     replies = [task.demonstration(prompt)[-1].content for prompt in prompts]
     assert not any("<<" in reply for reply in replies)
@@ -121,14 +124,28 @@ def test_writing_a_number_differently_does_not_matter(number: int) -> None:
     assert not same_number(str(number + 1), str(number))
 
 
-@pytest.mark.parametrize(("found", "right"), [(r"\frac{36}{2}", True), (r"\sqrt{324}", True), ("2*9", True), (r"\frac{35}{2}", False)])
+@pytest.mark.parametrize(
+    ("found", "right"), [(r"\frac{36}{2}", True), (r"\sqrt{324}", True), ("2*9", True), (r"\frac{35}{2}", False)]
+)
 def test_math_verify_judges_the_rest(found: str, right: bool) -> None:
     assert same_number(found, "18") is right
 
 
 @pytest.mark.parametrize(
     "found",
-    ["9**9**9**9", "9^{9^{9}}", "10^{100000000}", "9!!!!", "1e1000000000", "(" * 70, "{" * 70, r"\int" * 20, "\x00\ud800", r"\infty", "9" * 79],
+    [
+        "9**9**9**9",
+        "9^{9^{9}}",
+        "10^{100000000}",
+        "9!!!!",
+        "1e1000000000",
+        "(" * 70,
+        "{" * 70,
+        r"\int" * 20,
+        "\x00\ud800",
+        r"\infty",
+        "9" * 79,
+    ],
 )
 def test_no_answer_takes_long(found: str) -> None:
     start = time.perf_counter()

@@ -13,7 +13,7 @@ from upslope.tasks import load_reward, load_task, parse_rewards
 from upslope.tasks.reasoning import ReasoningTask
 from upslope.types import Prompt
 
-GOOD = '''
+GOOD = """
 from upslope.tasks import Task, chat_prompt
 from helper_of_user import WORD
 class Mine(Task):
@@ -28,7 +28,7 @@ def reward(prompts, completions, *, scale: float = 1.0):
 def one_argument(prompts):
     return []
 NOT_CALLABLE = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -151,7 +151,8 @@ def test_wrong_reward_names(text: str, needle: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "needle"), [("NOT_CALLABLE", "is not a function"), ("one_argument", "two arguments"), ("Mine", "not a function")]
+    ("name", "needle"),
+    [("NOT_CALLABLE", "is not a function"), ("one_argument", "two arguments"), ("Mine", "not a function")],
 )
 def test_wrong_names_in_a_reward_file(user_file: Path, name: str, needle: str) -> None:
     with pytest.raises(ConfigError, match=needle):
@@ -176,7 +177,17 @@ def test_wrong_weights(text: str) -> None:
 
 def test_importing_tasks_brings_no_torch(root: Path) -> None:
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import upslope.tasks, upslope.tasks.scoring, upslope.rollout.workers;"
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "import upslope.tasks, upslope.tasks.scoring, upslope.rollout.workers;"
         "heavy = {'torch', 'transformers', 'numpy', 'sympy'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program, str(root / "src")], check=True)
+
+
+def test_a_missing_extra_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(ConfigError, match=r"if it is one of reasoning-gym's: .*pip install 'upslope\[tasks\]'"):
+        load_task("chain_sum")
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ConfigError, match=r"math_verify is not installed; run: pip install 'upslope\[tasks\]'"):
+        load_task("gsm8k:path=x.jsonl")

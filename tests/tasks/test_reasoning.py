@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,13 +24,16 @@ from upslope.types import Prompt
 SUMS = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
 # One of each way of grading: plain, literal, algebra, own arithmetic, numbers, part marks, no gold answer.
 KINDS = [
-    "gcd", "spiral_matrix", "n_queens:n=4,min_remove=1,max_remove=3", "simple_integration", "countdown", "puzzle24", "coin_flip",
+    "gcd", "spiral_matrix", "n_queens:n=4,min_remove=1,max_remove=3", "simple_integration", "countdown",
+    "puzzle24", "coin_flip",
     "complex_arithmetic", "propositional_logic", "game_of_life_halting", "boxnet", "string_insertion", "number_sorting",
     "letter_counting", "syllogism",
 ]  # fmt: skip
 RUBBISH = [
-    "", " ", "None", "[", "[[1],", "{}", '{"a": 1}', '[{"a": [1]}]', "(((", "9**9**9**9", "1/0", "nan", "inf", "1e999999999",
-    "\x00\ud800", "x" * 6000, "[" * 500, "lambda: 0", "__import__('os')._exit(9)", "exit()", "a.b", "-", "True", "0x", "' ",
+    "", " ", "None", "[", "[[1],", "{}", '{"a": 1}', '[{"a": [1]}]', "(((", "9**9**9**9", "1/0", "nan", "inf",
+    "1e999999999",
+    "\x00\ud800", "x" * 6000, "[" * 500, "lambda: 0", "__import__('os')._exit(9)", "exit()", "a.b", "-", "True", "0x",
+    "' ",
     "9" * 5000, "x**x**x", "factorial(10**8)", "()", "1,2,3", "A", "yes", "{'a': {1: 2}}",
 ]  # fmt: skip
 
@@ -48,7 +52,9 @@ def test_prompts_are_a_pure_function_and_grow_from_the_front() -> None:
     assert len({prompt.key for prompt in long}) == 50
 
 
-@pytest.mark.parametrize("spec", [SUMS, "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1", "letter_counting"])
+@pytest.mark.parametrize(
+    "spec", [SUMS, "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1", "letter_counting"]
+)
 def test_train_and_eval_never_meet(spec: str) -> None:
     task = load_task(spec)
     train = set().union(*(questions(task.prompts("train", 60, seed=seed)) for seed in range(3)))
@@ -117,7 +123,9 @@ def test_gold_is_right_and_rubbish_is_wrong_and_never_run(spec: str) -> None:
             assert reward.correct is False
 
 
-@pytest.mark.parametrize("spec", ["gcd", "spiral_matrix", "simple_integration", "countdown", "coin_flip", "number_sorting"])
+@pytest.mark.parametrize(
+    "spec", ["gcd", "spiral_matrix", "simple_integration", "countdown", "coin_flip", "number_sorting"]
+)
 def test_graders_are_total(spec: str) -> None:
     task = load_task(spec, strict=False)
     (prompt,) = task.prompts("train", 1, seed=2)
@@ -130,6 +138,19 @@ def test_graders_are_total(spec: str) -> None:
         assert 0.0 <= reward.value <= 1.0
 
     judge()
+
+
+@pytest.mark.parametrize("spec", [SUMS, "countdown", "products", "gsm_symbolic", "spell_backward"])
+@pytest.mark.parametrize(
+    "text", ["9" * 4000, "1e999999999", "-" * 4000, "1," * 2000, "((((" * 500, "+1" * 2000, "0" * 3999 + "1"]
+)
+def test_what_may_be_judged_inline_is_quick(spec: str, text: str) -> None:
+    task = load_task(spec)
+    assert task.inline_safe
+    (prompt,) = task.prompts("train", 1, seed=0)
+    start = time.perf_counter()
+    assert task.rewards([prompt], [text])[0].value in (0.0, 1.0)
+    assert time.perf_counter() - start < 1.0
 
 
 @pytest.mark.parametrize(

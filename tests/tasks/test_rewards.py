@@ -23,7 +23,19 @@ SPECS = [
     "repetition:ngram=2",
     "exact_match:ignore_case=true",
 ]
-ODD = ["", " ", "\x00", "\ud800", "[" * 3000, '{"a":' * 3000, "9" * 10_000, "NaN", "{" * 100, "é\u202e\n\t", "a " * 5000]
+ODD = [
+    "",
+    " ",
+    "\x00",
+    "\ud800",
+    "[" * 3000,
+    '{"a":' * 3000,
+    "9" * 10_000,
+    "NaN",
+    "{" * 100,
+    "é\u202e\n\t",
+    "a " * 5000,
+]
 
 
 def values(spec: str, texts: list[str]) -> list[float]:
@@ -41,7 +53,7 @@ def test_any_text_gets_a_finite_reward(spec: str, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("spec", SPECS)
 @given(texts=st.lists(st.text(), min_size=2, max_size=5), order=st.randoms())
-def test_a_reward_does_not_depend_on_its_neighbours(spec: str, texts: list[str], order) -> None:  # noqa: ANN001
+def test_a_reward_does_not_depend_on_its_neighbours(spec: str, texts: list[str], order) -> None:
     alone = [values(spec, [text])[0] for text in texts]
     places = list(range(len(texts)))
     order.shuffle(places)

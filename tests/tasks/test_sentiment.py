@@ -18,7 +18,7 @@ POSITIVE, NEGATIVE = load_task("sentiment"), load_task("sentiment:target=negativ
 (PROMPT,) = POSITIVE.prompts("train", 1, seed=0)
 
 
-def value(text: str, task=POSITIVE) -> float:  # noqa: ANN001
+def value(text: str, task=POSITIVE) -> float:
     return task.rewards([PROMPT], [text])[0].value
 
 

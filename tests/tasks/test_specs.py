@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,15 +31,22 @@ def test_format_and_parse_are_inverse(name: str, params: dict[str, object], path
 
 @given(st.text(max_size=40))
 def test_parsing_is_total(text: str) -> None:
-    try:
+    with contextlib.suppress(ConfigError):  # the only error a text may cause
         parse_spec(text)
-    except ConfigError as error:
-        assert error.args  # the only error a text may cause
 
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3", 3), ("-3", -3), ("0.5", 0.5), ("1e-3", 1e-3), ("TRUE", True), ("false", False), ("nan", "nan"), ("a b", "a b")],
+    [
+        ("3", 3),
+        ("-3", -3),
+        ("0.5", 0.5),
+        ("1e-3", 1e-3),
+        ("TRUE", True),
+        ("false", False),
+        ("nan", "nan"),
+        ("a b", "a b"),
+    ],
 )
 def test_values_become_what_they_look_like(text: str, value: object) -> None:
     assert parse_value(text) == value

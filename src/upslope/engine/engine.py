@@ -233,6 +233,7 @@ class Engine:
     def _advance(self) -> None:
         plan = self.scheduler.schedule()
         if not plan.chunks:
+            assert not self._requests, "unfinished requests, but nothing to run"
             return
         ready, logits = self.runner.run(plan)
         self.scheduler.settle(plan)

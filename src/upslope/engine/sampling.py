@@ -79,9 +79,7 @@ class Drawn:
     top_logprobs: list[dict[int, float] | None]
 
 
-def uniforms(
-    seeds: Sequence[int], keys: Sequence[int], samples: Sequence[int], positions: Sequence[int]
-) -> np.ndarray:
+def uniforms(seeds: Sequence[int], keys: Sequence[int], samples: Sequence[int], positions: Sequence[int]) -> np.ndarray:
     """One number in [0, 1) per row, a function of (seed, key, sample, position) and of nothing else.
 
     Four rounds of splitmix64 over the counters; the upper 53 bits become the float64.
@@ -208,9 +206,7 @@ def adjust(logits_NV: Tensor, rows: Sequence[Row]) -> Tensor:
     return scores
 
 
-def keep_filtered(
-    scores_NV: Tensor, top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]
-) -> Tensor:
+def keep_filtered(scores_NV: Tensor, top_k: Sequence[int], top_p: Sequence[float], min_p: Sequence[float]) -> Tensor:
     """-inf wherever the row's top-k, top-p or min-p excludes the token; float32 scores are changed in place.
 
     top-k keeps the k largest; top-p the smallest set of most probable tokens whose share of what top-k left is at
@@ -235,21 +231,22 @@ def keep_filtered(
 
 def _nucleus_threshold(scores_NV: Tensor, top_p: Sequence[float]) -> Tensor:
     """The smallest score [N, 1] inside the nucleus, -inf for rows with top_p 1."""
-    vocab = scores_NV.shape[1]
+    vocab, size = scores_NV.shape[1], _CANDIDATES
     p_N1 = torch.tensor(top_p, dtype=torch.float64, device=scores_NV.device)[:, None]
-    peak = scores_NV.amax(-1, keepdim=True)
-    total = (scores_NV - peak).exp_().sum(-1, keepdim=True).double()
-    size = min(vocab, _CANDIDATES)
-    while True:
-        largest = scores_NV.topk(size, dim=-1).values
-        share = (largest - peak).exp_().double() / total
+    threshold = scores_NV.new_full((len(top_p), 1), -math.inf)
+    open_rows = (p_N1[:, 0] < 1).nonzero()[:, 0]
+    while len(open_rows):
+        size = min(vocab, size)
+        scores, p = scores_NV[open_rows], p_N1[open_rows]
+        largest = scores.topk(size, dim=-1).values
+        peak = largest[:, :1]
+        share = (largest - peak).exp_().double() / (scores - peak).exp_().sum(-1, keepdim=True).double()
         reached = share.cumsum(-1)
-        if size == vocab or not bool(((reached[:, -1:] < p_N1) & (p_N1 < 1)).any()):
-            break
-        size = min(vocab, size * 8)
-    inside = (reached - share < p_N1).sum(-1, keepdim=True)
-    threshold = largest.gather(1, (inside - 1).clamp_min(0))
-    return torch.where(p_N1 < 1, threshold, -math.inf)
+        inside = (reached - share < p).sum(-1, keepdim=True)
+        decided = (reached[:, -1] >= p[:, 0]) | (size == vocab)
+        threshold[open_rows[decided]] = largest.gather(1, (inside - 1).clamp_min(0))[decided]
+        open_rows, size = open_rows[~decided], size * 8
+    return threshold
 
 
 def top_alternatives(

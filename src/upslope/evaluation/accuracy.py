@@ -49,7 +49,7 @@ def _verdict(reward: Reward, threshold: float | None) -> bool:
         assert reward.value is not None
         return reward.value >= threshold
     if reward.correct is None:
-        raise DataError("the task gives rewards without verdicts; return Reward(value, correct=...) or pass a threshold")
+        raise DataError("the rewards carry no verdicts; return Reward(value, correct=...) or pass a threshold")
     return reward.correct
 
 

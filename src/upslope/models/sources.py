@@ -112,7 +112,7 @@ def _from_alias(name: str, alias: Alias) -> Path:
     target = cache_root() / "models" / name
     with _locked(target):
         if _ready(target):
-            _say(f"{name}: using {target} (from {provenance(target)['origin']})")
+            _say(f"{name}: using {target} (from {provenance(target).get('origin', 'an unknown place')})")
             return target
         try:
             snapshot = _from_hub(alias.repo, None)

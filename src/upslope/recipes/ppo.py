@@ -130,7 +130,7 @@ class PPO(PolicyGradient):
                 self.kl.update(kl, experience.size)
 
         cut_B = torch.tensor([r.finish_reason == "length" for r in experience.rollouts])
-        bootstrap_B = scored.final_B * cut_B if o.truncated == "bootstrap" else None
+        bootstrap_B = torch.where(cut_B, scored.final_B, 0.0) if o.truncated == "bootstrap" else None
         values_BT = experience.padded(flat["values"])
         advantages_BT = gae(rewards_BT, values_BT, mask_BT, gamma=o.gamma, lam=o.lam, bootstrap_B=bootstrap_B)
         returns_BT = discounted_returns(rewards_BT, mask_BT, gamma=o.gamma, bootstrap_B=bootstrap_B)

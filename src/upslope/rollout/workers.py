@@ -66,6 +66,7 @@ class _Job:
 class _Worker:
     process: subprocess.Popen[bytes]
     connection: Connection
+    lifeline: int
     deadline: float
     ready: bool = False
     job: _Job | None = None
@@ -91,9 +92,13 @@ class RewardPool:
         if not timeout_s > 0:
             raise ConfigError(f"the reward time limit must be positive, got {timeout_s}")
         self.timeout_s = timeout_s
-        self._setup = {"path": [str(entry) for entry in sys.path], "task": task, "rewards": parse_rewards(rewards), "timeout_s": timeout_s}
+        self._setup = {
+            "path": [str(entry) for entry in sys.path],
+            "task": task,
+            "rewards": parse_rewards(rewards),
+            "timeout_s": timeout_s,
+        }
         self._directory = os.getcwd()
-        self._lifeline = os.pipe()
         self._closed = False
         self._idle_deaths = 0
         self._workers: list[_Worker] = []
@@ -132,8 +137,6 @@ class RewardPool:
         for worker in self._workers:
             _kill(worker)
         self._workers.clear()
-        for descriptor in self._lifeline:
-            os.close(descriptor)
 
     def __enter__(self) -> Self:
         return self
@@ -239,17 +242,20 @@ class RewardPool:
 
     def _start(self) -> _Worker:
         ours, theirs = Pipe()
-        setup = {**self._setup, "connection": theirs.fileno(), "lifeline": self._lifeline[0]}
+        # One pipe per worker: whom the kernel signals is a property of the open file, which copies would share.
+        watched, held = os.pipe()
+        setup = {**self._setup, "connection": theirs.fileno(), "lifeline": watched}
         process = subprocess.Popen(
             [sys.executable, "-c", _BOOT, json.dumps(setup)],
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a reward prints must not end up in a command's machine-readable output
-            pass_fds=(theirs.fileno(), self._lifeline[0]),
+            pass_fds=(theirs.fileno(), watched),
             start_new_session=True,
             cwd=self._directory,
         )
         theirs.close()
-        return _Worker(process, ours, time.monotonic() + START_LIMIT_S)
+        os.close(watched)
+        return _Worker(process, ours, held, time.monotonic() + START_LIMIT_S)
 
 
 def make_scorer(
@@ -275,6 +281,7 @@ def _kill(worker: _Worker) -> str:
         os.killpg(worker.process.pid, signal.SIGKILL)
     worker.process.wait()
     worker.connection.close()
+    os.close(worker.lifeline)
     if code is None:
         return "killed"
     return f"signal {-code}" if code < 0 else f"exit code {code}"

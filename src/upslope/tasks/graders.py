@@ -17,6 +17,11 @@ from typing import Any
 from upslope.errors import DataError
 
 MAX_CHARACTERS = 4000
+# Judged here, or by a verifier that was read and only compares texts and bounded numbers.
+_QUICK = frozenset(
+    {"chain_sum", "products", "decimal_chain_sum", "spell_backward", "family_relationships", "gsm_symbolic"}
+    | {"countdown", "puzzle24", "game_of_life_halting"}
+)
 _LITERAL = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 _NUMERIC = frozenset({"coin_flip", "complex_arithmetic"})
 _PLAIN_NUMBER = re.compile(r"[-+0-9.,/*ij() ]{1,80}")
@@ -29,11 +34,11 @@ _FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|l
 _ALGEBRA_TOKEN = re.compile(rf"\s+|\d{{1,40}}(?:\.\d{{1,40}})?(?![A-Za-z0-9_.])|{_FUNCTION}|{_POWER}|\*(?!\*)|[-+/()]")
 
 
-def is_plain(verifier: Any) -> bool:
-    """Whether a data set's verifier only compares texts, so that it may run in the trainer's own process."""
+def is_quick(verifier: Any, name: str) -> bool:
+    """Whether judging any text is quick and runs none of it, so that the trainer's own process may do it."""
     from reasoning_gym.dataset import ProceduralDataset
 
-    return type(verifier).score_answer is ProceduralDataset.score_answer
+    return name in _QUICK or type(verifier).score_answer is ProceduralDataset.score_answer
 
 
 def score(verifier: Any, name: str, entry: dict[str, Any], text: str) -> float:

@@ -95,7 +95,9 @@ class GSM8K(Task):
         found = extract_answer(text, strict=self.strict)
         correct = found is not None and same_number(found, prompt.answer or "")
         return Reward(
-            value=float(correct), parts={"correct": float(correct), "answered": float(found is not None)}, correct=correct
+            value=float(correct),
+            parts={"correct": float(correct), "answered": float(found is not None)},
+            correct=correct,
         )
 
     def _prompt(self, row: dict[str, str]) -> Prompt:

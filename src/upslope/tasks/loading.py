@@ -77,7 +77,7 @@ def load_reward(spec: str) -> RewardFunction:
     if parsed.path is not None:
         function = _find(load_file(parsed.path), parsed)
         if not callable(function) or inspect.isclass(function):
-            raise ConfigError(f"'{parsed.label}' is not a function; a reward is def {parsed.name}(prompts, completions)")
+            raise ConfigError(f"'{parsed.label}' is not a function of (prompts, completions)")
         _check_two_arguments(function, parsed.label)
     elif parsed.name in REWARDS:
         function = getattr(importlib.import_module("upslope.tasks.rewards"), parsed.name)
@@ -186,7 +186,10 @@ def _reasoning_alias(parsed: Spec) -> Task:
     try:
         names = reasoning.dataset_names()
     except ConfigError as error:
-        raise ConfigError(f"{hint}{suggest(parsed.name, TASKS)} (reasoning-gym's tasks: {error})") from None
+        near = suggest(parsed.name, TASKS)
+        raise ConfigError(
+            f"task '{parsed.name}' is not built in{near}; if it is one of reasoning-gym's: {error}"
+        ) from None
     if parsed.name not in names:
         near = suggest(parsed.name, (*TASKS, *names))
         raise ConfigError(

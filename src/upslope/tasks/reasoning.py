@@ -74,7 +74,7 @@ class ReasoningTask(Task):
         self.eval_fraction = eval_fraction
         self.config = _checked_config(name, config)
         self._verifier = self._dataset(0)
-        self.inline_safe = graders.is_plain(self._verifier)
+        self.inline_safe = graders.is_quick(self._verifier, name)
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` distinct problems. DataError: the parameters allow fewer (two one-digit terms give 200 sums in all)."""

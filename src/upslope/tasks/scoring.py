@@ -178,8 +178,9 @@ async def _await_one(
 ) -> list[Reward]:
     limit = None if deadline is None else max(0.0, deadline - time.monotonic())
     started = time.monotonic()
+    clock = asyncio.timeout(limit)
     try:
-        async with asyncio.timeout(limit) as clock:
+        async with clock:
             return _checked(component, await component.call(prompt, samples), len(samples))
     except (_WrongReturn, ConfigError):
         raise

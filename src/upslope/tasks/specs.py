@@ -105,7 +105,9 @@ def _read_value(text: str, start: int, whole: str) -> tuple[Value, int]:
         try:
             return json.loads(match[0], strict=False), match.end()
         except ValueError as error:
-            raise ConfigError(f"'{whole}': bad escape in {match[0]} ({error}); use single quotes for text as is") from None
+            raise ConfigError(
+                f"'{whole}': bad escape in {match[0]} ({error}); use single quotes for text as is"
+            ) from None
     match = _BARE.match(text, start)
     assert match is not None
     return parse_value(match[0]), match.end()

@@ -1,0 +1,1 @@
+"""The networks, their heads, their weights and where those come from."""

@@ -1,0 +1,1 @@
+"""One file, one algorithm box; session.py is the loop around all of them."""

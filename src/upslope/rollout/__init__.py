@@ -1,0 +1,1 @@
+"""Prompts x engine x judge -> judged groups of rollouts."""

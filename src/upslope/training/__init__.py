@@ -1,0 +1,1 @@
+"""One optimizer update, and what makes a run stop, save and continue."""
