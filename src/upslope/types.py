@@ -181,19 +181,23 @@ class Example:
 
 @dataclass(slots=True)
 class Batch:
-    """A packed micro-batch: sequences laid end to end, no padding.
+    """A packed micro-batch: segments laid end to end, no padding.
 
-    tokens_T, positions_T: int64, every sequence's positions start at 0. lengths: tokens per sequence.
-    rows_N: the row in T whose output predicts the n-th trained token; targets_N that token; sequence_N the sequence
-    it belongs to (0..B-1). fields: per-trained-token tensors [N], aligned with targets_N.
+    A segment is a whole sequence, or, where sequences share a prompt, the prompt once and each continuation:
+    parents[i] is the segment that segment i continues (-1: none), lengths[i] its own tokens. tokens_T and positions_T
+    (of the token in its sequence, from 0) are int64. rows_N: the row in T whose output predicts the n-th trained
+    token; targets_N that token; sequence_N the sequence it belongs to (0..B-1). ends_B: the row of each sequence's
+    last token. fields: per-trained-token tensors [N], aligned with targets_N.
     """
 
     tokens_T: Tensor
     positions_T: Tensor
     lengths: list[int]
+    parents: list[int]
     rows_N: Tensor
     targets_N: Tensor
     sequence_N: Tensor
+    ends_B: Tensor
     fields: dict[str, Tensor]
 
     @property

@@ -247,3 +247,28 @@ def test_padding_refuses() -> None:
         flat_from_padded(torch.zeros(2, 3), torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"do not fit"):
         flat_from_padded(torch.zeros(2, 3), torch.ones(2, 3))
+
+
+def test_shared_prompts_are_laid_down_once_and_mean_the_same() -> None:
+    prompt, other = [5, 6, 7], [8, 9]
+    examples = [
+        Example([*prompt, 1, 2], [False, False, False, True, True], {"a": [1.0, 2.0]}),
+        Example([*other, 3], [False, False, True], {"a": [3.0]}),
+        Example([*prompt, 4], [False, False, False, True], {"a": [4.0]}),
+        Example([*prompt, 1, 2, 3], [False, False, False, True, False, True], {"a": [5.0, 6.0]}),
+    ]
+    batch = collate(examples, share_prompts=True)
+    assert batch.tokens_T.tolist() == [5, 6, 7, 1, 2, 8, 9, 3, 4, 1, 2, 3]
+    assert batch.positions_T.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 3, 4, 5]
+    assert batch.lengths == [3, 2, 3, 1, 3]
+    assert batch.parents == [-1, 0, -1, 0, 0]
+    assert batch.rows_N.tolist() == [2, 3, 6, 2, 2, 10]
+    assert batch.targets_N.tolist() == [1, 2, 3, 4, 1, 3]
+    assert batch.sequence_N.tolist() == [0, 0, 1, 2, 3, 3]
+    assert batch.ends_B.tolist() == [4, 7, 8, 11]
+    plain = collate(examples)
+    assert plain.parents == [-1] * 4
+    assert torch.equal(plain.tokens_T[plain.ends_B], batch.tokens_T[batch.ends_B])
+    for name in ("targets_N", "sequence_N"):
+        assert torch.equal(getattr(plain, name), getattr(batch, name))
+    assert torch.equal(plain.positions_T[plain.rows_N], batch.positions_T[batch.rows_N])

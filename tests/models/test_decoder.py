@@ -231,6 +231,38 @@ def test_packed_gradients_equal_those_of_separate_sequences_in_float64() -> None
             torch.testing.assert_close(p.grad, packed[name], rtol=1e-12, atol=1e-12 * float(packed[name].abs().max()))
 
 
+@pytest.mark.parametrize("prompt", [5, BLOCK - 2, BLOCK, BLOCK + 20])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_shared_prompt_equals_repeated_prompt(prompt: int, dtype: torch.dtype) -> None:
+    """Forward bit for bit (float32, bfloat16); gradients to rounding, for continuations of several lengths."""
+    torch.manual_seed(4)
+    model = Decoder(DecoderConfig.from_hf({**FAMILIES["qwen3"].to_dict(), "initializer_range": 0.2})).to(dtype)
+    tails = [1, 3, 4, BLOCK + 3, 9]
+    prompts = [torch.randint(0, 97, (prompt,)), torch.randint(0, 97, (prompt + 3,))]
+    ends = [torch.randint(0, 97, (n,)) for n in tails]
+    owner = [0, 1, 0, 0, 1]
+    weights = [torch.randn(n, SHAPE["hidden_size"], dtype=dtype) for n in tails]
+    repeated = [len(prompts[owner[i]]) + n for i, n in enumerate(tails)]
+    apart = model(
+        torch.cat([x for i, end in enumerate(ends) for x in (prompts[owner[i]], end)]), PackedContext(repeated)
+    ).split(repeated)
+    sum(((a[-n:] * w).sum() for a, n, w in zip(apart, tails, weights, strict=True)), torch.zeros(())).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    lengths = [len(p) for p in prompts] + tails
+    context = PackedContext(lengths, [-1, -1, *owner])
+    shared = model(torch.cat([*prompts, *ends]), context).split(lengths)[2:]
+    sum(((s * w).sum() for s, w in zip(shared, weights, strict=True)), torch.zeros(())).backward()
+    if dtype != torch.float64:
+        assert all(torch.equal(s, a[-n:]) for s, a, n in zip(shared, apart, tails, strict=True))
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    for name, gradient in expected.items():
+        found = dict(model.named_parameters())[name].grad
+        assert found is not None
+        gap = torch.linalg.vector_norm((found - gradient).double()) / torch.linalg.vector_norm(gradient.double())
+        assert float(gap) <= tolerance, name
+
+
 def test_attention_against_its_equation() -> None:
     """softmax(q k^T scale + causal mask) v in float64, written out, forward and backward."""
     torch.manual_seed(5)
@@ -258,6 +290,8 @@ def test_attention_against_its_equation() -> None:
 def test_contexts_refuse_impossible_layouts() -> None:
     with pytest.raises(ValueError, match="at least one token"):
         PackedContext([3, 0])
+    with pytest.raises(ValueError, match="continues none"):
+        PackedContext([3, 2, 2], [-1, 0, 1])
     cache = KVCache(Decoder(DecoderConfig.from_hf(FAMILIES["llama"].to_dict())).spec, 2, dtype=torch.float32)
     with pytest.raises(ValueError, match="cannot hold"):
         PagedContext(cache, [[0]], [BLOCK], [1])

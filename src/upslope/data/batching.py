@@ -6,6 +6,7 @@ which item stands at a position of the data order follows from (seed, position) 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,33 +22,84 @@ if TYPE_CHECKING:
 _WORD = 2**64 - 1
 
 
-def collate(examples: Sequence[Example], *, device: str | torch.device = "cpu") -> Batch:
+def collate(
+    examples: Sequence[Example], *, share_prompts: bool = False, device: str | torch.device = "cpu"
+) -> Batch:
     """Lay examples end to end as one packed Batch (T tokens in all, N of them trained).
 
-    rows_N is the row before each trained token, whose output predicts it. `fields` are concatenated to [N] tensors:
-    int64 where every value is an integer, else float32 (a tensor keeps its own floating type). Raises ValueError for
-    lengths that do not fit each other, a trained first token, or examples whose fields differ.
+    rows_N is the row of the token before each trained token, whose output predicts it. With `share_prompts`, what
+    comes before the first trained token is laid down once for all examples in which it is the same. `fields` are
+    concatenated to [N] tensors: int64 where every value is an integer, else float32 (a tensor keeps its own floating
+    type). Raises ValueError for lengths that do not fit each other, a trained first token, or examples whose fields
+    differ.
     """
     if not examples:
         raise ValueError("collate: no examples")
     for index, example in enumerate(examples):
         _check(index, example, examples[0])
-    lengths = [len(example.tokens) for example in examples]
-    tokens_T = torch.tensor([token for example in examples for token in example.tokens], dtype=torch.int64)
-    positions_T = torch.cat([torch.arange(length) for length in lengths])
-    mask_T = torch.tensor([flag for example in examples for flag in example.mask], dtype=torch.bool)
-    sequence_T = torch.repeat_interleave(torch.arange(len(examples)), torch.tensor(lengths))
-    trained_N = mask_T.nonzero().squeeze(1)
+    layout = _Layout()
+    prompts = [_untrained_head(example) if share_prompts else () for example in examples]
+    counts = Counter(prompts)
+    rows: list[int] = []
+    targets: list[int] = []
+    ends: list[int] = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        place = layout.add(example.tokens, prompt if counts[prompt] > 1 else ())
+        trained = [t for t, flag in enumerate(example.mask) if flag]
+        rows += [place[t - 1] for t in trained]
+        targets += [example.tokens[t] for t in trained]
+        ends.append(place[-1])
     fields = {name: _field([example.fields[name] for example in examples], name) for name in examples[0].fields}
+    sequence_N = torch.repeat_interleave(
+        torch.arange(len(examples)), torch.tensor([sum(map(bool, example.mask)) for example in examples])
+    )
     return Batch(
-        tokens_T=tokens_T.to(device),
-        positions_T=positions_T.to(device),
-        lengths=lengths,
-        rows_N=(trained_N - 1).to(device),
-        targets_N=tokens_T[trained_N].to(device),
-        sequence_N=sequence_T[trained_N].to(device),
+        tokens_T=torch.tensor(layout.tokens, dtype=torch.int64).to(device),
+        positions_T=torch.tensor(layout.positions, dtype=torch.int64).to(device),
+        lengths=layout.lengths,
+        parents=layout.parents,
+        rows_N=torch.tensor(rows, dtype=torch.int64).to(device),
+        targets_N=torch.tensor(targets, dtype=torch.int64).to(device),
+        sequence_N=sequence_N.to(device),
+        ends_B=torch.tensor(ends, dtype=torch.int64).to(device),
         fields={name: values.to(device) for name, values in fields.items()},
     )
+
+
+@dataclass(slots=True)
+class _Layout:
+    """Segments laid end to end so far."""
+
+    tokens: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    shared: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict)
+
+    def add(self, tokens: Sequence[int], prompt: tuple[int, ...]) -> list[int]:
+        """Lay down a sequence, its shared prompt only if it is new; returns the row of each of its tokens."""
+        if not prompt:
+            first, _ = self._segment(tokens, 0, -1)
+            return list(range(first, first + len(tokens)))
+        if prompt not in self.shared:
+            self.shared[prompt] = self._segment(prompt, 0, -1)
+        start, parent = self.shared[prompt]
+        first, _ = self._segment(tokens[len(prompt) :], len(prompt), parent)
+        return [*range(start, start + len(prompt)), *range(first, first + len(tokens) - len(prompt))]
+
+    def _segment(self, tokens: Sequence[int], position: int, parent: int) -> tuple[int, int]:
+        first = len(self.tokens)
+        self.tokens += tokens
+        self.positions += range(position, position + len(tokens))
+        self.lengths.append(len(tokens))
+        self.parents.append(parent)
+        return first, len(self.lengths) - 1
+
+
+def _untrained_head(example: Example) -> tuple[int, ...]:
+    """The tokens before the first trained one; nothing where none is trained."""
+    first = next((t for t, flag in enumerate(example.mask) if flag), 0)
+    return tuple(example.tokens[:first])
 
 
 def _check(index: int, example: Example, first: Example) -> None:

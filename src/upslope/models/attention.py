@@ -66,10 +66,10 @@ class _Plan:
     rows: int
 
 
-def _plan(starts: Sequence[int], counts: Sequence[int], group: int, device: torch.device | str) -> _Plan:
-    """Plan for queries at positions starts[i] .. starts[i] + counts[i] - 1 (sorted by falling number of blocks)."""
-    blocks = [-(-(start + count) // BLOCK) for start, count in zip(starts, counts, strict=True)]
-    queries = max(counts)
+def _plan(
+    starts: Sequence[int], queries: int, blocks: Sequence[int], group: int, device: torch.device | str
+) -> _Plan:
+    """Plan for `queries` query positions from starts[i] on, and blocks[i] key blocks (falling), of each sequence."""
     earliest, active, first_row = min(starts), [], []
     for j in range(blocks[0]):
         here = sum(n > j for n in blocks)
@@ -165,89 +165,189 @@ def _block(k: Tensor, v: Tensor, j: int, b: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:
-    """Sequences of like length: where their tokens lie in the pack, and back.
+    """Sequences of like shape: where their new tokens lie in the call, and back.
 
-    queries [B * Q], keys [B * S]: row of the pack for each padded slot (the row T, a zero row, for padding);
-    rows [n], slots [n]: pack row and padded query slot of each real token.
+    queries [B * Q]: row of the call for each padded query slot (the row T, a zero row, for padding). rows, slots [n]:
+    row in the call and padded query slot of each real token. starts, blocks: first query position and number of key
+    blocks of each sequence.
     """
 
     size: int
     num_queries: int
-    num_keys: int
     queries: Tensor
-    keys: Tensor
     rows: Tensor
     slots: Tensor
     starts: tuple[int, ...]
-    counts: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        first: Sequence[int],
+        counts: Sequence[int],
+        starts: Sequence[int],
+        blocks: Sequence[int],
+        total: int,
+        device: torch.device | str,
+    ) -> _Bucket:
+        """For sequences whose counts[i] new tokens begin at row first[i] of the call's `total`."""
+        queries = max(counts)
+        slot, own = torch.arange(queries), torch.tensor(counts)[:, None]
+        padded = torch.where(slot < own, torch.tensor(first)[:, None] + slot, total)
+        real = padded < total
+        return cls(
+            size=len(counts),
+            num_queries=queries,
+            queries=padded.flatten().to(device),
+            rows=padded[real].to(device),
+            slots=real.flatten().nonzero()[:, 0].to(device),
+            starts=tuple(starts),
+            blocks=tuple(blocks),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Where the keys of a bucket lie in the pack: [B, S] rows, of which the first may belong to a shared prompt.
+
+    rows [B * S] (the row T for padding). own_slots, own_rows [n]: slots that hold a sequence's own keys, and their
+    rows, each once. prompts [p]: the prompts' rows, [p groups, S] flattened, padding included; group_B: which prompt
+    each sequence continues. Sequences without a prompt have no prompts.
+    """
+
+    rows: Tensor
+    own_slots: Tensor
+    own_rows: Tensor
+    prompt_mask: Tensor | None = None
+    prompt_rows: Tensor | None = None
+    group_B: Tensor | None = None
+
+
+class _GatherKeys(torch.autograd.Function):
+    """x[T, K, d] -> [B * S, K, d] by rows, zeros for padding; the gradient of a shared prompt is summed in float32.
+
+    The sum runs over the sequences in their order: the same bits in every run, which an indexed sum in parallel
+    would not give.
+    """
+
+    @staticmethod
+    def forward(ctx, x, keys: _Keys, size: int):  # type: ignore[no-untyped-def]
+        ctx.keys, ctx.size, ctx.total = keys, size, x.shape[0]
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[keys.rows]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        keys, size = ctx.keys, ctx.size
+        out = grad.new_zeros(ctx.total + 1, *grad.shape[1:])
+        out[keys.own_rows] = grad[keys.own_slots]
+        if keys.group_B is not None:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            shared = grad.view(size, -1).to(wide) * keys.prompt_mask.to(wide).repeat_interleave(
+                grad.shape[1] * grad.shape[2], dim=1
+            )
+            groups = keys.prompt_rows.shape[0]
+            summed = torch.zeros(groups, shared.shape[1], dtype=wide, device=grad.device)
+            summed.index_add_(0, keys.group_B, shared)
+            out[keys.prompt_rows.flatten()] = summed.view(-1, *grad.shape[1:]).to(grad.dtype)
+        return out[:-1], None, None
 
 
 class PackedContext:
-    """Sequences laid end to end without padding; each attends to itself only, positions start at 0.
+    """Segments laid end to end without padding; positions start at 0 in each sequence. Differentiable.
 
-    `lengths[i]` tokens belong to sequence i. Differentiable. Padding exists only inside the attention call, within
-    buckets of sequences that have the same number of key blocks.
+    `lengths[i]` tokens belong to segment i. It is a sequence of its own, or continues segment `parents[i]` (a prompt
+    that several continuations share: its tokens are computed once and seen by all of them, its gradient is the sum of
+    theirs). Each token attends to its own segment and what that continues. Padding exists only inside the attention
+    call, within buckets of segments of like shape.
     """
 
-    def __init__(self, lengths: Sequence[int], *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        parents: Sequence[int] | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> None:
         if not lengths or min(lengths) < 1:
             raise ValueError(f"every packed sequence needs at least one token, got lengths {list(lengths)}")
-        self.lengths = tuple(lengths)
-        self.device = device
-        self.positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
-        self._buckets = self._make_buckets()
-        self._order = torch.argsort(torch.cat([b.rows for b in self._buckets]))
+        parents = [-1] * len(lengths) if parents is None else list(parents)
+        for i, (p, _) in enumerate(zip(parents, lengths, strict=True)):
+            if p != -1 and not (0 <= p < len(lengths) and parents[p] == -1 and p != i):
+                raise ValueError(f"segment {i} cannot continue segment {p}: it must be a segment that continues none")
+        self.lengths, self.parents, self.device = tuple(lengths), tuple(parents), device
+        starts = [0 if p == -1 else lengths[p] for p in parents]
+        self.positions_T = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]).to(device)
+        self._buckets = self._make_buckets(starts)
+        self._order = torch.argsort(torch.cat([bucket.rows for bucket, _ in self._buckets]))
         self._plans: dict[tuple[int, int], _Plan] = {}
 
-    def _make_buckets(self) -> list[_Bucket]:
-        total, offsets, by_blocks = 0, [], {}
+    def _make_buckets(self, starts: Sequence[int]) -> list[tuple[_Bucket, _Keys]]:
+        offsets, total = [], 0
+        by_shape: dict[tuple[int, int], list[int]] = {}
         for i, n in enumerate(self.lengths):
             offsets.append(total)
-            by_blocks.setdefault(-(-n // BLOCK), []).append(i)
             total += n
-        buckets = []
-        for blocks, members in sorted(by_blocks.items()):
-            counts = torch.tensor([self.lengths[i] for i in members])
-            first = torch.tensor([offsets[i] for i in members])
-            queries, keys = int(counts.max()), blocks * BLOCK
-            slot = torch.arange(keys)
-            padded = torch.where(slot < counts[:, None], first[:, None] + slot, total)
-            real = padded[:, :queries] < total
-            buckets.append(
-                _Bucket(
-                    size=len(members),
-                    num_queries=queries,
-                    num_keys=keys,
-                    queries=padded[:, :queries].flatten().to(self.device),
-                    keys=padded.flatten().to(self.device),
-                    rows=padded[:, :queries][real].to(self.device),
-                    slots=real.flatten().nonzero()[:, 0].to(self.device),
-                    starts=(0,) * len(members),
-                    counts=tuple(counts.tolist()),
-                )
+            width = 0 if self.parents[i] == -1 else (n - 1).bit_length() + 1
+            by_shape.setdefault((-(-(starts[i] + n) // BLOCK), width), []).append(i)
+        made = []
+        for (blocks, width), members in sorted(by_shape.items()):
+            bucket = _Bucket.of(
+                [offsets[i] for i in members],
+                [self.lengths[i] for i in members],
+                [starts[i] for i in members],
+                [blocks] * len(members),
+                total,
+                self.device,
             )
-        return buckets
+            made.append((bucket, self._keys(members, starts, offsets, blocks * BLOCK, total, shared=width > 0)))
+        return made
+
+    def _keys(
+        self, members: Sequence[int], starts: Sequence[int], offsets: Sequence[int], size: int, total: int, *, shared: bool
+    ) -> _Keys:
+        slot = torch.arange(size)
+        start, own = (torch.tensor([x[i] for i in members])[:, None] for x in (starts, self.lengths))
+        first = torch.tensor([offsets[i] for i in members])[:, None]
+        is_own = (slot >= start) & (slot < start + own)
+        rows = torch.where(is_own, first + slot - start, total)
+        own_slots = is_own.flatten().nonzero()[:, 0]
+        own_rows = rows.flatten()[own_slots]
+        if not shared:
+            return _Keys(*(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows)))
+        prompt_of = [self.parents[i] for i in members]
+        prompts = sorted(set(prompt_of))
+        before = torch.tensor([offsets[p] for p in prompt_of])[:, None]
+        is_prompt = slot < start
+        rows = torch.where(is_prompt, before + slot, rows)
+        prompt_first = torch.tensor([offsets[p] for p in prompts])[:, None]
+        prompt_size = torch.tensor([self.lengths[p] for p in prompts])[:, None]
+        prompt_rows = torch.where(slot < prompt_size, prompt_first + slot, total)
+        group = torch.tensor([prompts.index(p) for p in prompt_of])
+        return _Keys(
+            *(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows, is_prompt, prompt_rows, group))
+        )
 
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Causal attention within each sequence; `layer` is not needed here."""
         heads, kv_heads = q_THd.shape[1], k_TKd.shape[1]
-        q, k, v = (torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (q_THd, k_TKd, v_TKd))
+        q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
         parts = []
-        for i, bucket in enumerate(self._buckets):
+        for i, (bucket, where) in enumerate(self._buckets):
             plan = self._plan(i, heads // kv_heads)
             rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
             keys, values = (
-                x[bucket.keys].view(bucket.size, bucket.num_keys, kv_heads, -1).transpose(1, 2) for x in (k, v)
+                _GatherKeys.apply(x, where, bucket.size).view(bucket.size, -1, kv_heads, x.shape[2]).transpose(1, 2)
+                for x in (k_TKd, v_TKd)
             )
             out = _PackedAttention.apply(rows, keys, values, plan, scale)
             parts.append(_token_rows(out, bucket.size, bucket.num_queries, kv_heads, heads)[bucket.slots])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)[self._order]
+        return parts[0][self._order] if len(parts) == 1 else torch.cat(parts)[self._order]
 
-    def _plan(self, bucket: int, group: int) -> _Plan:
-        if (bucket, group) not in self._plans:
-            b = self._buckets[bucket]
-            self._plans[bucket, group] = _plan(b.starts, (b.num_queries,) * b.size, group, self.device)
-        return self._plans[bucket, group]
+    def _plan(self, index: int, group: int) -> _Plan:
+        if (index, group) not in self._plans:
+            bucket, _ = self._buckets[index]
+            self._plans[index, group] = _plan(bucket.starts, bucket.num_queries, bucket.blocks, group, self.device)
+        return self._plans[index, group]
 
 
 def _query_rows(q: Tensor, size: int, queries: int, kv_heads: int, rows: int) -> Tensor:
@@ -312,27 +412,11 @@ class PagedContext:
         groups = []
         for members in by_count.values():
             members.sort(key=lambda i: -needed[i])
-            queries = max(counts[i] for i in members)
-            first = torch.tensor([offsets[i] for i in members])
-            own = torch.tensor([counts[i] for i in members])
-            slot = torch.arange(queries)
-            padded = torch.where(slot < own[:, None], first[:, None] + slot, total)
-            real = padded < total
             table = torch.zeros(len(members), needed[members[0]], dtype=torch.long)
             for row, i in enumerate(members):
                 table[row, : needed[i]] = torch.tensor(tables[i][: needed[i]])
-            bucket = _Bucket(
-                size=len(members),
-                num_queries=queries,
-                num_keys=0,
-                queries=padded.flatten().to(device),
-                keys=torch.empty(0),
-                rows=padded[real].to(device),
-                slots=real.flatten().nonzero()[:, 0].to(device),
-                starts=tuple(starts[i] for i in members),
-                counts=tuple(counts[i] for i in members),
-            )
-            groups.append((bucket, table.T.contiguous().to(device)))
+            columns = ([x[i] for i in members] for x in (offsets, counts, starts, needed))
+            groups.append((_Bucket.of(*columns, total, device), table.T.contiguous().to(device)))
         return groups
 
     @torch.no_grad()
@@ -347,7 +431,9 @@ class PagedContext:
         for i, (bucket, table) in enumerate(self._groups):
             key = (i, heads // kv_heads)
             if key not in self._plans:
-                self._plans[key] = _plan(bucket.starts, bucket.counts, heads // kv_heads, q.device)
+                self._plans[key] = _plan(
+                    bucket.starts, bucket.num_queries, bucket.blocks, heads // kv_heads, q.device
+                )
             plan = self._plans[key]
             rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
             out, _ = _forward(rows, lambda j, b, t=table: (keys[t[j, :b]], values[t[j, :b]]), plan, scale)

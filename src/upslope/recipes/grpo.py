@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_policy, load_reference
-from upslope.data.batching import data_order, padded_from_flat
+from upslope.data.batching import padded_from_flat
 from upslope.errors import DataError
 from upslope.functional.advantages import group_centered, group_normalized, leave_one_out
 from upslope.functional.kl import importance_k1, k1
@@ -35,7 +35,7 @@ from upslope.functional.masking import whiten
 from upslope.functional.policy_losses import clipped_is_reinforce, clipped_surrogate, sequence_clipped_surrogate
 from upslope.options import GRPOOptions
 from upslope.recipes.dry_run import show_policy_gradient
-from upslope.recipes.policy_gradient import PolicyGradient, ratio_metrics, rollout_metrics, split_evenly
+from upslope.recipes.policy_gradient import PolicyGradient, ratio_metrics, rollout_metrics
 from upslope.recipes.session import StepResult, exit_code, train
 from upslope.training.experience import Experience, Normalizer, group_rewards, logprob_gap, shaped_rewards
 from upslope.training.step import Outputs, score, update
@@ -152,8 +152,8 @@ class GRPO(PolicyGradient):
         made: list[dict[str, float]] = []
         model.train()
         for iteration in range(o.num_iterations):
-            order = data_order(experience.size, seed=o.seed, epoch=step * o.num_iterations + iteration)
-            for members in split_evenly(order, o.num_minibatches):
+            place = step * o.num_iterations + iteration
+            for members in experience.minibatches(o.num_minibatches, seed=o.seed, epoch=place):
                 experience.set_weights(members, normalizer, constant=constant)
                 batches, _ = experience.batches(members, o.micro_batch_tokens, device=model.device)
                 made.append(

@@ -44,7 +44,7 @@ def _sft(o: SFTOptions, examples: int | None) -> Plan:
 def _policy_gradient(o: RLOptions) -> Plan:
     sequences = o.num_prompts * o.num_generations
     epochs = o.num_epochs if isinstance(o, PPOOptions) else o.num_iterations if isinstance(o, GRPOOptions) else 1
-    minibatches = min(o.num_minibatches, sequences) if isinstance(o, PPOOptions | GRPOOptions) else 1
+    minibatches = min(o.num_minibatches, o.num_prompts) if isinstance(o, PPOOptions | GRPOOptions) else 1
     updates = epochs * minibatches
     words = [
         f"Each step samples {o.num_prompts} prompts x {o.num_generations} completions = {sequences} sequences of at most "

@@ -31,7 +31,7 @@ from upslope.training.schedule import learning_rate
 from upslope.training.step import score
 from upslope.types import RolloutGroup, SamplingParams
 
-__all__ = ["PolicyGradient", "ratio_metrics", "rollout_metrics", "split_evenly"]
+__all__ = ["PolicyGradient", "ratio_metrics", "rollout_metrics"]
 
 _STORED = {"old_logp": "trainer_logprobs", "ref_logp": "ref_logprobs", "targets": "returns"}
 """Names in the rollout store of the flat tensors that are called otherwise here."""
@@ -190,13 +190,6 @@ def rollout_metrics(groups: Sequence[RolloutGroup], experience: Experience) -> d
         "rollout/left_out": float(len(rollouts) - experience.size),
         "num_tokens": float(experience.num_trained),
     }
-
-
-def split_evenly(order: Sequence[int], parts: int) -> list[list[int]]:
-    """Cut into `parts` runs whose lengths differ by at most one; fewer when there are fewer members."""
-    parts = min(parts, len(order))
-    edges = [i * len(order) // parts for i in range(parts + 1)]
-    return [list(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
 
 
 def ratio_metrics(logp_N: Tensor, fields: Mapping[str, Tensor], low: float, high: float) -> dict[str, Tensor]:

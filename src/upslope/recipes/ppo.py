@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from upslope.build import Critic, Policy, load_critic, load_policy, load_reference
-from upslope.data.batching import data_order
 from upslope.errors import ConfigError
 from upslope.functional.kl import AdaptiveKL, importance_k1, k1
 from upslope.functional.masking import whiten
@@ -36,7 +35,7 @@ from upslope.functional.shaping import at_last_token
 from upslope.functional.supervised_losses import value_loss
 from upslope.options import PPOOptions
 from upslope.recipes.dry_run import show_policy_gradient
-from upslope.recipes.policy_gradient import PolicyGradient, ratio_metrics, rollout_metrics, split_evenly
+from upslope.recipes.policy_gradient import PolicyGradient, ratio_metrics, rollout_metrics
 from upslope.recipes.session import StepResult, exit_code, train
 from upslope.training.experience import Experience, logprob_gap, shaped_rewards
 from upslope.training.optim import Group, MasterAdamW, decay_groups
@@ -159,8 +158,8 @@ class PPO(PolicyGradient):
         frozen = step < o.value_pretraining_steps
         made: list[dict[str, float]] = []
         for epoch in range(o.num_epochs):
-            order = data_order(experience.size, seed=o.seed, epoch=step * o.num_epochs + epoch)
-            for members in split_evenly(order, o.num_minibatches):
+            place = step * o.num_epochs + epoch
+            for members in experience.minibatches(o.num_minibatches, seed=o.seed, epoch=place):
                 made.append(self._update(experience, members, step, frozen=frozen))
             if o.target_kl and not frozen and made[-1]["policy/approx_kl"] > 1.5 * o.target_kl:
                 break

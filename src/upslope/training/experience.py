@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from upslope.data.batching import collate, flat_from_padded, padded_from_flat, split_by_tokens
+from upslope.data.batching import collate, data_order, flat_from_padded, padded_from_flat, split_by_tokens
 from upslope.errors import DataError
 from upslope.functional.masking import loss_weights, masked_mean
 from upslope.functional.shaping import soft_overlong_penalty
@@ -110,23 +110,47 @@ class Experience:
         )
         self.flat["weight"] = weights_BT[self.mask_BT] / denominator
 
+    def minibatches(self, parts: int, *, seed: int, epoch: int) -> list[list[int]]:
+        """Every sequence once, in `parts` shuffled sets whose numbers of prompts differ by at most one.
+
+        A prompt's completions stay in one set. A pure function of (seed, epoch); fewer sets where there are fewer
+        prompts.
+        """
+        groups = sorted(set(self.group_B))
+        order = [groups[i] for i in data_order(len(groups), seed=seed, epoch=epoch)]
+        parts = min(parts, len(order))
+        edges = [i * len(order) // parts for i in range(parts + 1)]
+        sets = [set(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        return [[i for i, g in enumerate(self.group_B) if g in chosen] for chosen in sets]
+
     def batches(
         self, members: Sequence[int], token_budget: int, *, device: torch.device | str = "cpu"
     ) -> tuple[list[Batch], list[int]]:
         """The sequences `members` as packed micro-batches of at most `token_budget` tokens, with all flat fields.
 
-        Also returns the sequences in the order in which the micro-batches hold them.
+        The completions of one prompt stay together and share its tokens. Also returns the sequences in the order in
+        which the micro-batches hold them.
         """
         ends = torch.bincount(self.sequence_N, minlength=self.size).cumsum(0).tolist()
         starts = [0, *ends[:-1]]
-        examples = []
+        groups: dict[int, list[int]] = {}
         for i in members:
-            r = self.rollouts[i]
-            fields = {name: x_N[starts[i] : ends[i]] for name, x_N in self.flat.items()}
-            examples.append(Example([*r.prompt_tokens, *r.tokens], [False] * len(r.prompt_tokens) + r.mask, fields))
-        parts = split_by_tokens([len(e.tokens) for e in examples], token_budget)
-        order = [members[i] for part in parts for i in part]
-        return [collate([examples[i] for i in part], device=device) for part in parts], order
+            groups.setdefault(self.group_B[i], []).append(i)
+        packs = list(groups.values())
+        sizes = [
+            len(self.rollouts[pack[0]].prompt_tokens) + sum(len(self.rollouts[i].tokens) for i in pack) for pack in packs
+        ]
+        parts = [[i for p in part for i in packs[p]] for part in split_by_tokens(sizes, token_budget)]
+        batches = []
+        for part in parts:
+            examples = []
+            for i in part:
+                r = self.rollouts[i]
+                fields = {name: x_N[starts[i] : ends[i]] for name, x_N in self.flat.items()}
+                mask = [False] * len(r.prompt_tokens) + r.mask
+                examples.append(Example([*r.prompt_tokens, *r.tokens], mask, fields))
+            batches.append(collate(examples, share_prompts=True, device=device))
+        return batches, [i for part in parts for i in part]
 
     def in_order(self, outputs: Outputs, order: Sequence[int]) -> Outputs:
         """Outputs of batches that hold the sequences in `order`, brought back into this experience's order."""

@@ -59,8 +59,8 @@ def forward(
 
     `detach_trunk` keeps the value head's gradient out of the network below it.
     """
-    hidden_TD = model(batch.tokens_T, PackedContext(batch.lengths, device=batch.tokens_T.device))
-    hidden_ND = hidden_TD[batch.rows_N]
+    hidden_TD = model(batch.tokens_T, PackedContext(batch.lengths, batch.parents, device=batch.tokens_T.device))
+    hidden_ND = hidden_TD.index_select(0, batch.rows_N)
     out = Outputs()
     if entropy:
         out.logp_N, out.entropy_N = linear_token_logprobs(
@@ -70,8 +70,7 @@ def forward(
         out.logp_N = linear_token_logprobs(hidden_ND, model.head_weight, batch.targets_N, temperature=temperature)
     if head is not None:
         out.values_N = head(hidden_ND.detach() if detach_trunk else hidden_ND)
-        ends = torch.tensor(batch.lengths, device=hidden_TD.device).cumsum(0) - 1
-        out.final_B = head(hidden_TD[ends].detach())
+        out.final_B = head(hidden_TD[batch.ends_B].detach())
     return out
 
 
