@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import importlib
 import io
+import itertools
 import os
 import re
 import sys
@@ -101,7 +102,7 @@ def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
     """The options of verb `name` from its arguments, or None when help was asked for (and printed)."""
     words, files, flags = _scan(name, options_class, arguments)
     settings: dict[str, Setting] = {}
-    for file in files:
+    for file in [*_file_of_resumed_run(words), *files]:
         settings.update(read_toml(options_class, file))
     if {"-h", "--help"} & set(words):
         _tyro(name, options_class, ["--help"], _defaults(options_class, settings))
@@ -109,6 +110,19 @@ def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
     given = _tyro(name, options_class, words, _defaults(options_class, settings))
     settings |= {key: Setting(getattr(given, key), f"--{_kebab(key)}") for key in flags}
     return build(options_class, settings)
+
+
+def _file_of_resumed_run(words: Sequence[str]) -> list[str]:
+    """With --resume --output-dir X, the configuration of the run in X: what is not said again stays as it was."""
+    folders = [word.partition("=")[2] for word in words if word.startswith("--output-dir=")]
+    folders += [after for word, after in itertools.pairwise(words) if word == "--output-dir"]
+    if "--resume" not in words or not folders:
+        return []
+    folder = folders[-1]
+    path = os.path.join(folder, "config.toml")
+    if not os.path.isfile(path):
+        raise ConfigError(f"--resume: {folder} is not a run folder (it has no config.toml)")
+    return [path]
 
 
 def _scan(name: str, options_class: type[Any], arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:

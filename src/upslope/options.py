@@ -340,13 +340,13 @@ class DemoOptions:
     """Folder of the demo; left out: a new folder under runs/."""
     model: str = "smollm2-135m"
     """Where the demo starts."""
-    task: str = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
+    task: str = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2,ask={expression} =,system=Calculate.,instruction="
     """A task with demonstrations and a verdict."""
     eval_samples: int = 512
     """Held-out problems on which every stage is measured (at least 500 for the intervals to mean something)."""
-    sft_steps: int = 20
+    sft_steps: int = 12
     """Supervised steps of 16 demonstrations."""
-    ppo_steps: int = 24
+    ppo_steps: int = 28
     """PPO steps."""
     seed: int = 0
     """Of everything."""

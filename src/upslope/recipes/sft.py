@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upslope.build import Policy, load_policy, make_engine, make_optimizer
 from upslope.data.batching import PromptStream, collate, split_by_tokens
-from upslope.data.chat import encode_conversation
+from upslope.data.chat import encode_completion, encode_conversation
 from upslope.data.records import examples_of, read_records
 from upslope.errors import ConfigError
 from upslope.evaluation.accuracy import evaluate
@@ -35,7 +35,7 @@ from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.training.schedule import learning_rate
 from upslope.training.step import Outputs, score, update
-from upslope.types import Batch, Example, RolloutGroup, SamplingParams
+from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
 
 __all__ = ["SFT", "run", "sft"]
 
@@ -141,13 +141,21 @@ def load_examples(options: SFTOptions, tokenizer: Any, task: Task | None) -> tup
     """Training and held-out examples, from a task's demonstrations or from files."""
     if task is not None:
         prompts = task.prompts("train", options.num_examples, seed=options.seed)
-        return [encode_conversation(tokenizer, task.demonstration(p), max_length=options.max_length) for p in prompts], []
+        return [demonstrated(tokenizer, task, p, max_length=options.max_length) for p in prompts], []
     assert options.data is not None
     train_set = _encoded(options.data, tokenizer, options.max_length)
     if options.eval_data is not None:
         return train_set, _encoded(options.eval_data, tokenizer, options.max_length)[: options.eval_samples or None]
     held = min(len(train_set) // 10, options.eval_samples)
     return (train_set[:-held], train_set[-held:]) if held else (train_set, [])
+
+
+def demonstrated(tokenizer: Any, task: Task, prompt: Prompt, *, max_length: int | None = None) -> Example:
+    """The training sequence of a task's demonstration: a conversation, or a text and its continuation."""
+    turns = task.demonstration(prompt)
+    if prompt.text is not None:
+        return encode_completion(tokenizer, prompt.text, turns[-1].content, max_length=max_length)
+    return encode_conversation(tokenizer, turns, max_length=max_length)
 
 
 def _encoded(source: str, tokenizer: Any, max_length: int) -> list[Example]:

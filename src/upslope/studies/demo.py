@@ -64,16 +64,16 @@ def ppo_options(o: DemoOptions, folder: Path, model: str) -> PPOOptions:
         model=model,
         task=o.task,
         output_dir=str(folder / "ppo"),
-        num_train_prompts=1000,
-        num_prompts=16,
-        num_generations=8,
+        num_train_prompts=2000,
+        num_prompts=32,
+        num_generations=4,
         max_completion_length=8,
         max_steps=o.ppo_steps,
-        learning_rate=1e-5,
-        lr_scheduler_type="constant",
+        learning_rate=3e-5,
+        lr_scheduler_type="linear",
         warmup_steps=min(2, o.ppo_steps),
         num_epochs=1,
-        num_minibatches=2,
+        num_minibatches=1,
         gamma=1.0,
         lam=0.95,
         vf_coef=0.1,
@@ -154,8 +154,7 @@ def _stored_samples(folder: Path) -> list[dict[str, Any]]:
     with Run.open(folder, read_only=True) as stored:
         rows = stored.store.rollouts(split="eval", limit=SAMPLES_SHOWN)
     return [
-        {"prompt": r["prompt"], "answer": r["answer"], "completion": r["completion"], "correct": r["correct"]}
-        for r in rows
+        {"prompt": r.prompt, "answer": r.answer, "completion": r.completion, "correct": r.correct} for r in rows
     ]
 
 

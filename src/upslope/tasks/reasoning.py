@@ -44,7 +44,9 @@ def dataset_names() -> list[str]:
 class ReasoningTask(Task):
     """A reasoning-gym data set (github.com/open-thought/reasoning-gym, Apache-2.0) as a task.
 
-    name: the data set. instruction: the line after the question; system: a system turn, left out when empty.
+    name: the data set. ask: how a problem is put, over {question} and the entry's metadata ("{expression} =").
+    chat: whether it is a conversation (then instruction is the line after the question, "Reply with only the final
+    answer." unless given, and system a system turn, left out when empty) or plain text that the reply continues.
     strict: the reward is 1 for a full score and else 0 (some verifiers give part marks for any text: countdown 0.01,
     propositional_logic up to 0.25); False passes the verifier's own score on. eval_fraction: the share of problems that
     belongs to the eval split. Every other parameter is the data set's own; lists are written a|b|c.
@@ -57,7 +59,9 @@ class ReasoningTask(Task):
         self,
         name: str,
         *,
-        instruction: str = INSTRUCTION,
+        ask: str = "{question}",
+        chat: bool = True,
+        instruction: str | None = None,
         system: str = "",
         strict: bool = True,
         eval_fraction: float = 0.2,
@@ -68,8 +72,12 @@ class ReasoningTask(Task):
             raise ConfigError(f"reasoning-gym has no data set '{name}'{suggest(str(name), names)}")
         check_split("train", 0, eval_fraction)
         self.name = name
-        self.instruction = instruction
+        self.ask = ask
+        self.chat = chat
+        self.instruction = (INSTRUCTION if chat else "") if instruction is None else instruction
         self.system = system
+        if system and not chat:
+            raise ConfigError(f"task '{name}': system is a turn of a conversation; it needs chat=true")
         self.strict = strict
         self.eval_fraction = eval_fraction
         self.config = _checked_config(name, config)
@@ -95,7 +103,8 @@ class ReasoningTask(Task):
         """The question and the gold answer. DataError: the data set gives none (boxnet, graph_color, ...)."""
         if prompt.answer is None:
             raise DataError(f"reasoning-gym's '{self.name}' gives no gold answers, so there is nothing to imitate")
-        return (*prompt.messages, Message("assistant", prompt.answer))
+        gap = "" if prompt.text is None or prompt.text[-1:].isspace() else " "
+        return (*prompt.messages, Message("assistant", gap + prompt.answer))
 
     def _judge(self, prompt: Prompt, text: str) -> Reward:
         score = graders.score(self._verifier, self.name, _entry(prompt), text.strip())
@@ -106,14 +115,21 @@ class ReasoningTask(Task):
         chunk = 0
         while True:
             for entry in self._entries(derive_seed(self.name, split, seed, chunk), chunk):
-                yield chat_prompt(
-                    entry["question"],
-                    system=self.system,
-                    instruction=self.instruction,
-                    answer=entry["answer"],
-                    metadata={"question": entry["question"], "entry": entry["metadata"]},
-                )
+                yield self._prompt(entry)
             chunk += 1
+
+    def _prompt(self, entry: dict[str, Any]) -> Prompt:
+        known = {**entry["metadata"], "question": entry["question"]}
+        try:
+            asked = self.ask.format_map(known)
+        except (KeyError, IndexError, ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"task '{self.name}': ask={self.ask!r} cannot be filled in ({error}); there are {', '.join(known)}"
+            ) from error
+        fields = {"answer": entry["answer"], "metadata": {"question": entry["question"], "entry": entry["metadata"]}}
+        if self.chat:
+            return chat_prompt(asked, system=self.system, instruction=self.instruction, **fields)
+        return Prompt(key=0, text=f"{asked}\n{self.instruction}" if self.instruction else asked, **fields)
 
     def _entries(self, seed: int, chunk: int) -> Iterator[dict[str, Any]]:
         if self.name in HASH_DEPENDENT:
