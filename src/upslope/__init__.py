@@ -11,7 +11,15 @@ from typing import Any
 from upslope.version import __version__
 
 _HOME = {
-    "upslope.build": ("Critic", "Policy", "load_critic", "load_policy", "load_reference", "make_engine", "make_optimizer"),
+    "upslope.build": (
+        "Critic",
+        "Policy",
+        "load_critic",
+        "load_policy",
+        "load_reference",
+        "make_engine",
+        "make_optimizer",
+    ),
     "upslope.data.chat": ("encode_conversation", "encode_prompt", "load_tokenizer"),
     "upslope.data.records": ("examples_of", "read_records"),
     "upslope.engine.engine": ("Engine",),

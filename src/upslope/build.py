@@ -22,7 +22,7 @@ from upslope.models.loading import load_model, save_model
 from upslope.models.protocol import CausalModel
 from upslope.models.sources import resolve
 from upslope.models.weights import load as load_weights
-from upslope.options import RLOptions, RunOptions
+from upslope.options import RunOptions
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 
 __all__ = ["Critic", "Policy", "load_critic", "load_policy", "load_reference", "make_engine"]
@@ -202,22 +202,19 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
 
 
 def make_engine(policy: Policy, *, sequences: int, longest: int, max_batch: int = 256) -> Engine:
-    """An engine over the policy's own weights, with a cache that holds `sequences` of up to `longest` tokens.
+    """An engine over the policy's own weights, with a cache for `sequences` of up to `longest` tokens each.
 
-    The cache is capped at a gigabyte; what does not fit waits its turn.
+    The cache is capped at a gigabyte (what does not fit waits its turn) and never smaller than two whole contexts of
+    up to 2,048 tokens, so that a prompt longer than expected still runs.
     """
-    per_block = KVCache.bytes_per_block(policy.model.spec, policy.model.dtype)
-    wanted = min(sequences, max_batch) * (-(-longest // BLOCK) + 1)
-    blocks = max(min(wanted, int(1e9) // per_block), 2 * (-(-policy.model.spec.max_positions // BLOCK)) if longest > 4096 else 8)
+    spec = policy.model.spec
+    least = 2 * -(-min(spec.max_positions, 2048) // BLOCK)
+    wanted = min(sequences, max_batch) * -(-(longest + 1) // BLOCK)
+    most = int(1e9) // KVCache.bytes_per_block(spec, policy.model.dtype)
     return Engine(
         policy.model,
         policy.tokenizer,
         eos_token_ids=policy.eos_token_ids,
         max_batch=max_batch,
-        num_blocks=blocks,
+        num_blocks=max(least, min(wanted, most)),
     )
-
-
-def generation_length(options: RLOptions) -> int:
-    """Tokens a prompt and its completion may need, as a guess for the cache (it grows by preemption, not failure)."""
-    return 256 + options.max_completion_length

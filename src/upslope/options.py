@@ -148,7 +148,7 @@ class RLOptions(RunOptions):
     task: str = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
     """Name of a task with parameters, or a file: chain_sum:min_terms=2, gsm8k:path=x.jsonl, my_task.py:MyTask."""
     reward: tuple[str, ...] = ()
-    """Rewards instead of the task's own: names or my_rewards.py:fn, each with an optional weight (length:target=20@0.5)."""
+    """Rewards instead of the task's own: names or my_rewards.py:fn, each with a weight (length:target=20@0.5)."""
     reward_workers: int = 0
     """Processes that compute rewards; 0 computes them in this process where they are safe, else in one worker."""
     reward_timeout: float = 10.0
@@ -283,18 +283,20 @@ class PPOOptions(RLOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOOptions(RLOptions):
-    """Policy gradient without a critic: the group is the baseline (GRPO, Dr. GRPO, RLOO, REINFORCE++; DAPO, GSPO, CISPO)."""
+    """Policy gradient with the group as baseline: GRPO, Dr. GRPO, RLOO, REINFORCE++; DAPO, GSPO, CISPO."""
 
     num_prompts: int = 16
     """Prompts per step (P)."""
     num_generations: int = 8
     """Completions per prompt (G)."""
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"
-    """grpo: centred and divided by the group's deviation; dr_grpo: centred; rloo: leave-one-out; reinforce++: centred, then whitened over the batch."""
+    """grpo: centred, divided by the group's deviation; dr_grpo: centred; rloo: leave-one-out; reinforce++: centred,
+    then whitened over the batch."""
     loss: Literal["clipped", "gspo", "cispo"] = "clipped"
     """clipped: PPO's per token; gspo: per sequence; cispo: clipped weights, every token keeps its gradient."""
     normalizer: Literal["auto", "token", "sequence", "constant"] = "auto"
-    """Divide by all trained tokens (DAPO), average each sequence first (GRPO paper), or by a constant length (Dr. GRPO); auto: sequence with gspo, else token."""
+    """Divide by all trained tokens (DAPO), average each sequence first (GRPO paper), or by a constant (Dr. GRPO);
+    auto: sequence with gspo, else token."""
     epsilon: float = 0.2
     """Clip range of the ratio downwards and (unless epsilon_high is given) upwards."""
     epsilon_high: float | None = None
@@ -340,7 +342,9 @@ class DemoOptions:
     """Folder of the demo; left out: a new folder under runs/."""
     model: str = "smollm2-135m"
     """Where the demo starts."""
-    task: str = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2,ask={expression} =,system=Calculate.,instruction="
+    task: str = (
+        "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2,ask={expression} =,system=Calculate.,instruction="
+    )
     """A task with demonstrations and a verdict."""
     eval_samples: int = 512
     """Held-out problems on which every stage is measured (at least 500 for the intervals to mean something)."""

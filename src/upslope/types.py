@@ -76,11 +76,7 @@ class SamplingParams:
     def filtered(self) -> bool:
         """True when the sampled distribution is not the policy's own at this temperature."""
         return bool(
-            self.top_k
-            or self.top_p < 1.0
-            or self.min_p > 0.0
-            or self.repetition_penalty != 1.0
-            or self.logit_bias
+            self.top_k or self.top_p < 1.0 or self.min_p > 0.0 or self.repetition_penalty != 1.0 or self.logit_bias
         )
 
 

@@ -268,9 +268,7 @@ def test_attention_against_its_equation() -> None:
     torch.manual_seed(5)
     lengths, heads, kv_heads, d = [5, 70, 65], 6, 2, 8
     total = sum(lengths)
-    q, k, v = (
-        torch.randn(total, n, d, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads)
-    )
+    q, k, v = (torch.randn(total, n, d, dtype=torch.float64, requires_grad=True) for n in (heads, kv_heads, kv_heads))
     found = PackedContext(lengths).attend(0, q, k, v, 0.3)
     parts = []
     for qs, ks, vs in zip(q.split(lengths), k.split(lengths), v.split(lengths), strict=True):

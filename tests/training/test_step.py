@@ -34,7 +34,8 @@ def examples_of(lengths: list[int], dtype: torch.dtype = torch.float64) -> list[
 
 
 def loss_of(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-    assert out.logp_N is not None and out.values_N is not None
+    assert out.logp_N is not None
+    assert out.values_N is not None
     policy = -out.logp_N * batch.fields["advantages"]
     return policy + 0.1 * (out.values_N - batch.fields["advantages"]).square(), {"policy": policy}
 
@@ -109,8 +110,10 @@ def test_values_are_of_the_state_before_the_action() -> None:
     a, b = [5, 6, 7, 8], [5, 6, 7, 200]
     mask = [False, False, True, True]
     first, second = (forward(model, collate([Example(t, mask)]), head=head) for t in (a, b))
-    assert first.values_N is not None and second.values_N is not None
-    assert first.final_B is not None and second.final_B is not None
+    assert first.values_N is not None
+    assert second.values_N is not None
+    assert first.final_B is not None
+    assert second.final_B is not None
     assert torch.equal(first.values_N, second.values_N)
     assert not torch.equal(first.final_B, second.final_B)
 
@@ -151,7 +154,9 @@ def test_clipping_is_of_the_accumulated_gradient() -> None:
     (p * torch.tensor([0.0, 4.0])).sum().backward()
     seen: dict[str, Tensor] = {}
     original = optimizer._adamw.step
-    optimizer._adamw.step = lambda: (seen.update({k: g.clone() for k, g in optimizer.gradients().items()}), original())[1]
+    optimizer._adamw.step = lambda: (seen.update({k: g.clone() for k, g in optimizer.gradients().items()}), original())[
+        1
+    ]
     assert optimizer.step(0.1, max_norm=1.0) == pytest.approx(5.0)
     torch.testing.assert_close(seen["p"], torch.tensor([0.6, 0.8]))
 
@@ -187,7 +192,8 @@ def test_decay_spares_vectors_and_frozen_parameters() -> None:
     model.model.embed_tokens.weight.requires_grad_(False)
     groups = decay_groups(model.named_parameters(), weight_decay=0.1)
     decayed, spared = groups
-    assert decayed.weight_decay == 0.1 and spared.weight_decay == 0.0
+    assert decayed.weight_decay == 0.1
+    assert spared.weight_decay == 0.0
     assert all(p.dim() == 2 for p in decayed.parameters.values())
     assert all(p.dim() == 1 for p in spared.parameters.values())
     assert "model.embed_tokens.weight" not in decayed.parameters

@@ -65,6 +65,10 @@ def _show_one(row: dict[str, Any]) -> None:
 def _held_out(row: dict[str, Any]) -> str:
     parts = []
     for name, value in (row["evaluation"] or {}).items():
-        shown = f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]" if isinstance(value, dict) else f"{value:.4g}"
+        shown = (
+            f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+            if isinstance(value, dict)
+            else f"{value:.4g}"
+        )
         parts.append(f"{name} {shown}")
     return ", ".join(parts) or "-"

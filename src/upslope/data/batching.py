@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 _WORD = 2**64 - 1
 
 
-def collate(
-    examples: Sequence[Example], *, share_prompts: bool = False, device: str | torch.device = "cpu"
-) -> Batch:
+def collate(examples: Sequence[Example], *, share_prompts: bool = False, device: str | torch.device = "cpu") -> Batch:
     """Lay examples end to end as one packed Batch (T tokens in all, N of them trained).
 
     rows_N is the row of the token before each trained token, whose output predicts it. With `share_prompts`, what

@@ -66,6 +66,16 @@ def importance_k1(logp: Tensor, ref_logp: Tensor, old_logp: Tensor | None = None
     return nan_unless(ok, safe_exp(logp - old_logp) * (logp - ref_logp))
 
 
+def rollout_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
+    """pi / pi_old - 1 - log(pi / pi_old) of tokens that pi_old sampled: KL(pi_old || pi), value and gradient unbiased.
+
+    The penalty form of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 8). Never negative; old_logp is detached.
+    """
+    check_broadcast(logp=logp, old_logp=old_logp)
+    ok, (logp, old_logp) = split_finite(*floats(logp, old_logp.detach()))
+    return nan_unless(ok, safe_expm1(logp - old_logp) - (logp - old_logp))
+
+
 def categorical_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) = sum_v p_v (log p_v - log q_v) of two softmax distributions, exact. [..., V] -> [...].
 

@@ -66,9 +66,7 @@ class _Plan:
     rows: int
 
 
-def _plan(
-    starts: Sequence[int], queries: int, blocks: Sequence[int], group: int, device: torch.device | str
-) -> _Plan:
+def _plan(starts: Sequence[int], queries: int, blocks: Sequence[int], group: int, device: torch.device | str) -> _Plan:
     """Plan for `queries` query positions from starts[i] on, and blocks[i] key blocks (falling), of each sequence."""
     earliest, active, first_row = min(starts), [], []
     for j in range(blocks[0]):
@@ -303,7 +301,14 @@ class PackedContext:
         return made
 
     def _keys(
-        self, members: Sequence[int], starts: Sequence[int], offsets: Sequence[int], size: int, total: int, *, shared: bool
+        self,
+        members: Sequence[int],
+        starts: Sequence[int],
+        offsets: Sequence[int],
+        size: int,
+        total: int,
+        *,
+        shared: bool,
     ) -> _Keys:
         slot = torch.arange(size)
         start, own = (torch.tensor([x[i] for i in members])[:, None] for x in (starts, self.lengths))
@@ -323,9 +328,7 @@ class PackedContext:
         prompt_size = torch.tensor([self.lengths[p] for p in prompts])[:, None]
         prompt_rows = torch.where(slot < prompt_size, prompt_first + slot, total)
         group = torch.tensor([prompts.index(p) for p in prompt_of])
-        return _Keys(
-            *(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows, is_prompt, prompt_rows, group))
-        )
+        return _Keys(*(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows, is_prompt, prompt_rows, group)))
 
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Causal attention within each sequence; `layer` is not needed here."""
@@ -431,9 +434,7 @@ class PagedContext:
         for i, (bucket, table) in enumerate(self._groups):
             key = (i, heads // kv_heads)
             if key not in self._plans:
-                self._plans[key] = _plan(
-                    bucket.starts, bucket.num_queries, bucket.blocks, heads // kv_heads, q.device
-                )
+                self._plans[key] = _plan(bucket.starts, bucket.num_queries, bucket.blocks, heads // kv_heads, q.device)
             plan = self._plans[key]
             rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
             out, _ = _forward(rows, lambda j, b, t=table: (keys[t[j, :b]], values[t[j, :b]]), plan, scale)

@@ -107,9 +107,10 @@ def predict_sft(options: SFTOptions, policy: Policy, examples: Sequence[Example]
     per_step = mean * options.batch_size
     plan = plan_of(options, examples=len(examples))
     micro = min(options.micro_batch_tokens, per_step)
-    memory = resident_memory_gb() + (
-        _weight_bytes(policy, options) + _head_bytes(policy) + micro * cost.activation_bytes
-    ) / 1e9
+    memory = (
+        resident_memory_gb()
+        + (_weight_bytes(policy, options) + _head_bytes(policy) + micro * cost.activation_bytes) / 1e9
+    )
     step = per_step * cost.train_seconds + _update_seconds(policy)
     return Prediction(memory, step, step * plan.optimizer_steps)
 
@@ -123,7 +124,8 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
     params = SamplingParams(
         max_tokens=options.max_completion_length, n=width, temperature=options.temperature, seed=options.seed
     )
-    engine = make_engine(policy, sequences=count * width, longest=256 + options.max_completion_length)
+    longest = max(map(len, prompts)) + options.max_completion_length
+    engine = make_engine(policy, sequences=count * width, longest=longest)
     with torch.no_grad():
         engine.generate([list(p) for p in prompts[:2]], params)
         started = time.perf_counter()
@@ -147,22 +149,41 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
         + per_step * (cost.forward_seconds * scoring + cost.train_seconds * training * plan.passes_per_sequence)
         + _update_seconds(policy) * plan.optimizer_steps_per_step * training
     )
-    memory = resident_memory_gb() + (
-        _weight_bytes(policy, options) * training
-        + _head_bytes(policy)
-        + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
-        + _cache_bytes(policy, plan, options)
-        + (policy.model.spec.parameters * policy.model.dtype.itemsize if _kl_weight(options) and not options.lora_rank else 0)
-    ) / 1e9
+    memory = (
+        resident_memory_gb()
+        + (
+            _weight_bytes(policy, options) * training
+            + _head_bytes(policy)
+            + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
+            + _cache_bytes(policy, plan, longest)
+            + (
+                policy.model.spec.parameters * policy.model.dtype.itemsize
+                if _kl_weight(options) and not options.lora_rank
+                else 0
+            )
+        )
+        / 1e9
+    )
     return Prediction(memory, step, step * options.max_steps)
 
 
 def _kl_weight(options: RLOptions) -> float:
-    return options.kl_coef if isinstance(options, PPOOptions) else options.beta if isinstance(options, GRPOOptions) else 0.0
+    return (
+        options.kl_coef
+        if isinstance(options, PPOOptions)
+        else options.beta
+        if isinstance(options, GRPOOptions)
+        else 0.0
+    )
 
 
-def _cache_bytes(policy: Policy, plan: Plan, options: RLOptions) -> float:
-    blocks = min(plan.sequences_per_step, 256) * (math.ceil((256 + options.max_completion_length) / BLOCK) + 1)
+def _reference_bytes(policy: Policy, options: RLOptions) -> float:
+    loaded = _kl_weight(options) and not options.lora_rank
+    return policy.model.spec.parameters * policy.model.dtype.itemsize if loaded else 0.0
+
+
+def _cache_bytes(policy: Policy, plan: Plan, longest: int) -> float:
+    blocks = min(plan.sequences_per_step, 256) * math.ceil((longest + 1) / BLOCK)
     per_block = KVCache.bytes_per_block(policy.model.spec, policy.model.dtype)
     return min(blocks * per_block, 1e9)
 

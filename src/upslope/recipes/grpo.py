@@ -87,7 +87,7 @@ class GRPO(PolicyGradient):
         return StepResult(metrics, experience.num_trained)
 
     def sample_groups(self, step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
-        """The step's groups; with dynamic sampling only those whose rewards differ, refilled until the batch is full."""
+        """The step's groups; with dynamic sampling only those whose rewards differ, until the batch is full."""
         o = self.options
         groups, metrics = self.sample(step)
         if not o.dynamic_sampling:

@@ -47,13 +47,13 @@ def _policy_gradient(o: RLOptions) -> Plan:
     minibatches = min(o.num_minibatches, o.num_prompts) if isinstance(o, PPOOptions | GRPOOptions) else 1
     updates = epochs * minibatches
     words = [
-        f"Each step samples {o.num_prompts} prompts x {o.num_generations} completions = {sequences} sequences of at most "
-        f"{o.max_completion_length} new tokens, from the weights as they are at that moment.",
+        f"Each step samples {o.num_prompts} prompts x {o.num_generations} completions = {sequences} sequences of at "
+        f"most {o.max_completion_length} new tokens, from the weights as they are at that moment.",
         f"The step passes over them {epochs} time{'s' * (epochs > 1)} in {minibatches} "
         f"minibatch{'es' * (minibatches > 1)} of about {sequences // minibatches} sequences: "
         f"{updates} optimizer step{'s' * (updates > 1)}.",
         f"{o.max_steps:,} steps draw {o.max_steps * o.num_prompts:,} prompts: "
-        f"{o.max_steps * o.num_prompts / o.num_train_prompts:.2g} passes over {o.num_train_prompts:,} training problems.",
+        f"{o.max_steps * o.num_prompts / o.num_train_prompts:.2g} passes over {o.num_train_prompts:,} problems.",
     ]
     if updates == 1:
         words.append("One optimizer step per batch: every ratio is 1 and clipping never acts (plain policy gradient).")
@@ -62,7 +62,9 @@ def _policy_gradient(o: RLOptions) -> Plan:
     if isinstance(o, GRPOOptions):
         words.append(_reference_words(o.beta, "beta", o.lora_rank))
         if o.dynamic_sampling:
-            words.append("Prompts whose rewards are all equal are replaced, so a step may sample several times as many.")
+            words.append(
+                "Prompts whose rewards are all equal are replaced, so a step may sample several times as many."
+            )
     return Plan(
         sequences_per_step=sequences,
         optimizer_steps_per_step=updates,
@@ -103,7 +105,7 @@ def _common(o: RunOptions) -> list[str]:
     evaluations = o.max_steps // o.eval_every + (o.max_steps % o.eval_every != 0) if o.eval_every else 1
     words.append(
         f"Held-out evaluation runs {evaluations} time{'s' * (evaluations != 1)} on up to {o.eval_samples} samples; "
-        f"a checkpoint is written every {o.save_every} steps and at the end, and {o.keep_last} are kept besides the best."
+        f"a checkpoint is written every {o.save_every} steps and at the end, {o.keep_last} are kept besides the best."
     )
     limits = [f"{o.max_steps:,} steps"]
     limits += [f"{o.max_tokens:,} trained tokens"] if o.max_tokens else []

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from upslope.build import Policy, make_engine, make_optimizer
 from upslope.data.batching import PromptStream
+from upslope.data.chat import encode_prompt
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.policy_losses import importance_weights
 from upslope.models.protocol import CausalModel
@@ -60,10 +61,17 @@ class PolicyGradient:
         self.engine = make_engine(
             policy,
             sequences=max(options.num_prompts * options.num_generations, len(self.eval_prompts)),
-            longest=256 + options.max_completion_length,
+            longest=self._longest_prompt() + options.max_completion_length,
         )
 
-    def sample(self, step: int, *, round_: int = 0, count: int | None = None) -> tuple[list[RolloutGroup], dict[str, float]]:
+    def _longest_prompt(self) -> int:
+        """In tokens, among the first hundred of either split: a guess that sizes the cache, not a limit."""
+        some = [*self.train_prompts[:100], *self.eval_prompts[:100]]
+        return max(len(encode_prompt(self.policy.tokenizer, prompt)) for prompt in some)
+
+    def sample(
+        self, step: int, *, round_: int = 0, count: int | None = None
+    ) -> tuple[list[RolloutGroup], dict[str, float]]:
         """The step's judged groups; what is sampled depends on (seed, step, round, prompt, sample) only."""
         o, started = self.options, time.perf_counter()
         prompts = [self.train_prompts[i] for i in self.order.take(count or o.num_prompts)]
@@ -97,7 +105,8 @@ class PolicyGradient:
     def reference_logp(self, experience: Experience, reference: CausalModel | None) -> Tensor:
         """Log-probs of the step's tokens under the start model: a frozen copy, or the policy without its adapters."""
         o = self.options
-        batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=self.policy.model.device)
+        device = self.policy.model.device
+        batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=device)
         if reference is not None:
             out = score(reference, batches, temperature=o.temperature)
         else:
@@ -141,9 +150,7 @@ class PolicyGradient:
             return Evaluation(metrics["accuracy"]["value"], metrics)
         return Evaluation(metrics["reward"], metrics)
 
-    def record(
-        self, step: int, groups: Sequence[RolloutGroup], experience: Experience, names: Sequence[str]
-    ) -> None:
+    def record(self, step: int, groups: Sequence[RolloutGroup], experience: Experience, names: Sequence[str]) -> None:
         """Store the step's rollouts with the trainer's per-token numbers; those left out of the update have none."""
         if self.run is None:
             return

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from upslope.build import Critic, Policy, load_critic, load_policy, load_reference
 from upslope.errors import ConfigError
-from upslope.functional.kl import AdaptiveKL, importance_k1, k1
+from upslope.functional.kl import AdaptiveKL, importance_k1, k1, rollout_kl
 from upslope.functional.masking import whiten
 from upslope.functional.metrics import explained_variance
 from upslope.functional.policy_losses import clipped_surrogate
@@ -103,7 +103,9 @@ class PPO(PolicyGradient):
         """Fill in old_logp, values, advantages and targets of every token."""
         o, flat = self.options, experience.flat
         scored = self._score(experience)
-        assert scored.logp_N is not None and scored.values_N is not None and scored.final_B is not None
+        assert scored.logp_N is not None
+        assert scored.values_N is not None
+        assert scored.final_B is not None
         metrics = logprob_gap(experience, scored.logp_N)
         flat["old_logp"], flat["values"] = scored.logp_N, scored.values_N
         weights = self.correction(experience, scored.logp_N, exact=metrics["rollout/max_logprob_diff"] == 0)
@@ -227,7 +229,7 @@ class PPO(PolicyGradient):
         if o.kl_coef and o.kl_placement == "loss":
             loss_N = loss_N + self.kl_coef * importance_k1(out.logp_N, f["ref_logp"], f["old_logp"])
         if o.rollout_kl_coef:
-            loss_N = loss_N + o.rollout_kl_coef * ((out.logp_N - f["old_logp"]).exp() - 1 - (out.logp_N - f["old_logp"]))
+            loss_N = loss_N + o.rollout_kl_coef * rollout_kl(out.logp_N, f["old_logp"])
         if out.entropy_N is not None:
             loss_N = loss_N - o.entropy_coef * out.entropy_N
             metrics["policy/entropy"] = out.entropy_N

@@ -1,9 +1,9 @@
 """Supervised fine-tuning: maximum likelihood of the completion, given the prompt.
 
-    for each batch of sequences:
-        logp_t = log pi(token_t | tokens before t)          at the trained tokens only
-        loss   = -sum_t logp_t / N                           N trained tokens in the whole batch
-        AdamW step on the float32 masters
+for each batch of sequences:
+    logp_t = log pi(token_t | tokens before t)          at the trained tokens only
+    loss   = -sum_t logp_t / N                           N trained tokens in the whole batch
+    AdamW step on the float32 masters
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from upslope.build import Policy, load_policy, make_engine, make_optimizer
 from upslope.data.batching import PromptStream, collate, split_by_tokens
-from upslope.data.chat import encode_completion, encode_conversation
+from upslope.data.chat import encode_completion, encode_conversation, encode_prompt
 from upslope.data.records import examples_of, read_records
 from upslope.errors import ConfigError
 from upslope.evaluation.accuracy import evaluate
@@ -84,7 +84,11 @@ class SFT:
             self._batches(examples, trained),
             self._loss,
             learning_rate=learning_rate(
-                step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
+                step,
+                base=o.learning_rate,
+                total_steps=o.max_steps,
+                warmup_steps=o.warmup_steps,
+                kind=o.lr_scheduler_type,
             ),
             max_grad_norm=o.max_grad_norm,
         )
@@ -168,7 +172,8 @@ def _encoded(source: str, tokenizer: Any, max_length: int) -> list[Example]:
 def held_out_groups(policy: Policy, task: Task, samples: int, max_tokens: int) -> list[RolloutGroup]:
     """Greedy, judged replies to the task's held-out problems."""
     prompts = task.prompts("eval", samples, seed=0)
-    engine = make_engine(policy, sequences=samples, longest=256 + max_tokens)
+    longest = max(len(encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
+    engine = make_engine(policy, sequences=samples, longest=longest + max_tokens)
     policy.model.eval()
     with make_scorer(task) as judge, torch.no_grad():
         groups, _ = collect(

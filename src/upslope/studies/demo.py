@@ -5,20 +5,20 @@ Base, sft and ppo are measured greedily on the same held-out problems, none of w
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from upslope.build import load_policy
 from upslope.errors import RunError
+from upslope.evaluation.accuracy import evaluate
 from upslope.options import DemoOptions, PPOOptions, SFTOptions
 from upslope.recipes.ppo import ppo
 from upslope.recipes.session import peak_memory_gb
 from upslope.recipes.sft import held_out_groups, sft
-from upslope.evaluation.accuracy import evaluate
 from upslope.runs.atomic import write_atomic
 from upslope.runs.folder import Run
 from upslope.tasks.loading import load_task
@@ -77,6 +77,7 @@ def ppo_options(o: DemoOptions, folder: Path, model: str) -> PPOOptions:
         gamma=1.0,
         lam=0.95,
         vf_coef=0.1,
+        micro_batch_tokens=640,
         eval_every=0,
         eval_samples=o.eval_samples,
         keep_last=1,
@@ -100,7 +101,8 @@ def demo(o: DemoOptions) -> dict[str, Any]:
     _say(f"demo: base: {_words(accuracy['base'])}")
 
     trained = sft(supervised, policy=policy)
-    del policy
+    del policy, groups
+    gc.collect()
     accuracy["sft"], seconds["sft"] = trained["evaluation"]["accuracy"], trained["seconds"]
     samples["sft"] = _stored_samples(folder / "sft")
     stopped = trained["stopped"]
@@ -153,9 +155,7 @@ def _shown(groups: list[RolloutGroup]) -> list[dict[str, Any]]:
 def _stored_samples(folder: Path) -> list[dict[str, Any]]:
     with Run.open(folder, read_only=True) as stored:
         rows = stored.store.rollouts(split="eval", limit=SAMPLES_SHOWN)
-    return [
-        {"prompt": r.prompt, "answer": r.answer, "completion": r.completion, "correct": r.correct} for r in rows
-    ]
+    return [{"prompt": r.prompt, "answer": r.answer, "completion": r.completion, "correct": r.correct} for r in rows]
 
 
 def _ppo_numbers(folder: Path) -> dict[str, Any]:
@@ -175,9 +175,7 @@ def _ppo_numbers(folder: Path) -> dict[str, Any]:
         },
         "reward": {"first": mean("reward", lines[:fifth]), "last": mean("reward", lines[-fifth:])},
         "max_logprob_diff": max(line["rollout/max_logprob_diff"] for line in lines),
-        "seconds_per_step": {
-            name: mean(f"seconds/{name}", lines) for name in ("rollout", "reward", "update")
-        },
+        "seconds_per_step": {name: mean(f"seconds/{name}", lines) for name in ("rollout", "reward", "update")},
     }
 
 
@@ -195,7 +193,7 @@ def _show(summary: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(stderr=True, highlight=False)
-    table = Table(title=f"greedy accuracy on held-out problems: {summary['task']}", title_justify="left")
+    table = Table(title="greedy accuracy on held-out problems", title_justify="left")
     for column in ("stage", "accuracy", "95% interval", "n", "seconds"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     for stage, a in summary["accuracy"].items():

@@ -9,6 +9,7 @@ Shapes: B sequences, T trained tokens of the longest, N trained tokens in all, P
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -120,7 +121,7 @@ class Experience:
         order = [groups[i] for i in data_order(len(groups), seed=seed, epoch=epoch)]
         parts = min(parts, len(order))
         edges = [i * len(order) // parts for i in range(parts + 1)]
-        sets = [set(order[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        sets = [set(order[a:b]) for a, b in itertools.pairwise(edges)]
         return [[i for i, g in enumerate(self.group_B) if g in chosen] for chosen in sets]
 
     def batches(
@@ -138,7 +139,8 @@ class Experience:
             groups.setdefault(self.group_B[i], []).append(i)
         packs = list(groups.values())
         sizes = [
-            len(self.rollouts[pack[0]].prompt_tokens) + sum(len(self.rollouts[i].tokens) for i in pack) for pack in packs
+            len(self.rollouts[pack[0]].prompt_tokens) + sum(len(self.rollouts[i].tokens) for i in pack)
+            for pack in packs
         ]
         parts = [[i for p in part for i in packs[p]] for part in split_by_tokens(sizes, token_budget)]
         batches = []

@@ -25,7 +25,7 @@ from upslope.models.protocol import CausalModel
 from upslope.training.optim import MasterAdamW
 from upslope.types import Batch
 
-__all__ = ["Loss", "Outputs", "forward", "evaluating", "forward", "score", "update"]
+__all__ = ["Loss", "Outputs", "evaluating", "forward", "score", "update"]
 
 
 @dataclass(slots=True)
@@ -121,7 +121,7 @@ def accumulate(
 ) -> dict[str, float]:
     """Add the gradient of the step's weighted loss to the parameters; returns the loss and the weighted metrics.
 
-    Each batch's field "weight" holds the weight of every trained token, its share of the whole step's denominator in it.
+    Each batch's field "weight" holds the weight of every trained token, the whole step's denominator in it.
     Raises RunError at the first loss that is not finite, before any update.
     """
     totals: dict[str, float] = {"loss": 0.0}
