@@ -92,7 +92,7 @@ def test_ppo_runs_on_policy(variant: str, tiny: Path, task: str, tmp_path: Path)
         assert line["rollout/differing_tokens"] == 0
     with Run.open(tmp_path / "run", read_only=True) as run:
         row = run.store.rollouts(split="train", limit=1)[0]
-        stored = run.store.rollout(row["id"])
+        stored = run.store.rollout(row.id)
         assert {"values", "advantages", "returns", "trainer_logprobs"} <= set(stored.arrays)
         assert len(stored.arrays["values"]) == len(stored.arrays["tokens"])
 
@@ -137,7 +137,7 @@ def test_ppo_and_grpo_learn(tiny: Path, task: str, tmp_path: Path) -> None:
         tiny, task, tmp_path / "ppo", max_steps=40, num_prompts=8, num_generations=8, lr_scheduler_type="constant"
     )
     ppo(PPOOptions(**base))
-    grpo(GRPOOptions(**{**base, "output_dir": str(tmp_path / "grpo")}))
+    grpo(GRPOOptions(**{**base, "output_dir": str(tmp_path / "grpo"), "max_steps": 60}))
     for name in ("ppo", "grpo"):
         rewards = [line["reward"] for line in lines(tmp_path / name)]
         assert sum(rewards[:5]) / 5 < 0.1
@@ -213,7 +213,7 @@ def test_a2c_is_ppo_with_one_pass(tiny: Path, task: str, tmp_path: Path) -> None
 
 BROKEN = """
 def raises_for_some(prompts, completions):
-    return [1.0 if len(c) % 2 else float("nan") for c in completions]
+    return [1.0 if sum(map(ord, c)) % 2 else float("nan") for c in completions]
 
 def wrong_count(prompts, completions):
     return [1.0]
@@ -269,7 +269,7 @@ def test_bad_input_is_one_clear_line(
 
     change = {key: filled(value) for key, value in change.items()}
     kind, recipe = (GRPOOptions, grpo) if change.pop("grpo", False) else (PPOOptions, ppo)
-    options = kind(**rl(tiny, task, tmp_path / "run", **change))
+    options = kind(**{**rl(tiny, task, tmp_path / "run"), **change})
 
     def checked() -> None:
         options.validate()
@@ -304,4 +304,19 @@ def test_non_finite_training_stops_and_keeps_the_last_checkpoint(tiny: Path, tas
         train("ppo", options, learner)
     weights = load_weights(tmp_path / "run/checkpoints/last/model", torch.float32)
     assert all(bool(torch.isfinite(w).all()) for w in weights.values())
+    assert (tmp_path / "run/checkpoints/last").resolve().name == "step-00000002"
+
+
+def test_a_failing_evaluation_still_saves_the_last_step(tiny: Path, task: str, tmp_path: Path) -> None:
+    options = PPOOptions(**rl(tiny, task, tmp_path / "run", max_steps=2, save_every=100))
+    learner = PPO(options, load_policy(options))
+
+    def broken(step: int) -> Any:
+        raise DataError("the judge is ill")
+
+    learner.evaluate = broken  # type: ignore[method-assign]
+    from upslope.recipes.session import train
+
+    with pytest.raises(DataError, match="ill"):
+        train("ppo", options, learner)
     assert (tmp_path / "run/checkpoints/last").resolve().name == "step-00000002"

@@ -50,10 +50,14 @@ def comparable(folder: Path) -> dict[str, Any]:
     }
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1).view(torch.uint8)
+
+
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found["tensors"].keys() == expected["tensors"].keys()
     for name, tensor in expected["tensors"].items():
-        assert torch.equal(found["tensors"][name].view(torch.uint8), tensor.view(torch.uint8)), name
+        assert torch.equal(bits(found["tensors"][name]), bits(tensor)), name
     for part in ("state", "metrics", "rollouts", "arrays"):
         assert found[part] == expected[part], part
 

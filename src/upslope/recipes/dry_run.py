@@ -156,11 +156,7 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
             + _head_bytes(policy)
             + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
             + _cache_bytes(policy, plan, longest)
-            + (
-                policy.model.spec.parameters * policy.model.dtype.itemsize
-                if _kl_weight(options) and not options.lora_rank
-                else 0
-            )
+            + _reference_bytes(policy, options)
         )
         / 1e9
     )

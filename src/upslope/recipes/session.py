@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from upslope.config import dump
+from upslope.errors import UpslopeError
 from upslope.options import RunOptions
 from upslope.runs.folder import Run
 from upslope.runs.progress import Progress
 from upslope.runs.resume import check_resume
 from upslope.training import checkpoint
-from upslope.training.random_state import capture_random_state, restore_random_state
+from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
 __all__ = ["MAY_CHANGE", "Evaluation", "Learner", "StepResult", "train"]
@@ -98,6 +99,7 @@ def train(verb: str, options: RunOptions, learner: Learner, *, label: str = "") 
     )
     with run, GracefulInterrupt() as interrupt:
         learner.run = run
+        seed_everything(options.seed)
         if options.resume:
             _restore(run, learner, stop, options.keep_last)
         with Progress(options.max_steps, label or verb, done=stop.steps) as progress:
@@ -132,7 +134,11 @@ def _loop(
 
     def look() -> bool:
         nonlocal evaluation, evaluated_at
-        evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
+        try:
+            evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
+        except UpslopeError:
+            _save(run, learner, stop, options, best=False)
+            raise
         if evaluation is None:
             return False
         run.record_evaluation(stop.steps, "held-out", evaluation.metrics)

@@ -83,3 +83,13 @@ def _restore_cuda(tensors: Mapping[str, Tensor]) -> list[str]:
     if devices > len(tensors) and torch.cuda.is_initialized():
         notes.append(f"the checkpoint has the random state of {len(tensors)} of this machine's {devices} CUDA devices")
     return notes
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of python, numpy and torch, which a user's own task or reward may draw from.
+
+    What the project itself samples and shuffles does not depend on them: that randomness is counter-based.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
