@@ -1,0 +1,218 @@
+"""Files and folders that are either whole or absent, whatever kills the process.
+
+The recipe is the usual one: write under a hidden temporary name in the same folder, fsync, rename, fsync the folder.
+A killed process leaves only hidden temporary entries behind; `clean_leftovers` removes those of dead processes.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from upslope.errors import RunError
+
+_PREFIX = ".upslope-tmp-"
+_TEMPORARY = re.compile(re.escape(_PREFIX) + r"(\d+)-([0-9a-f]+)-")
+_TOKEN = secrets.token_hex(4)
+_COUNTER = itertools.count()
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NO_FOLDER_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+
+def disk_error(error: OSError, path: Path, action: str = "write") -> RunError:
+    """The one-line RunError that a failed disk operation on `path` becomes; the errno decides the remedy."""
+    if error.errno in _FULL:
+        return RunError(
+            f"{path}: cannot {action}: the disk is full; what was saved before is untouched: "
+            "free some space (or choose another --output-dir), then continue with --resume"
+        )
+    if error.errno in _FORBIDDEN:
+        return RunError(f"{path}: cannot {action}: not writable; choose another --output-dir or change the permissions")
+    return RunError(f"{path}: cannot {action}: {error.strerror or error}")
+
+
+@contextmanager
+def saving(path: Path, action: str = "write") -> Iterator[None]:
+    """Turns an OSError of the block into a RunError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise disk_error(error, path, action) from error
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes the folder's entries (creations, renames) durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network filesystems cannot fsync a folder; there the rename itself is the strongest promise to be had.
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Makes the content of a file written by someone else (a library) durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path | str, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
+    """Replaces the file at `path` in one step: a reader, or a kill at any moment, sees the old content or the new.
+
+    Args:
+        path: the file; its folder must exist.
+        content: bytes, text (written as UTF-8) or a function that writes into the open binary file.
+
+    Raises:
+        RunError: unwritable folder or full disk; the old file is untouched.
+    """
+    path = Path(path)
+    temporary = _temporary(path)
+    with saving(path):
+        try:
+            with open(temporary, "xb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(path.parent)
+
+
+@contextmanager
+def publish_folder(target: Path | str) -> Iterator[Path]:
+    """Yields a hidden folder to fill; when the block ends, every file is fsynced and the folder takes its name.
+
+    When the block raises, nothing is left behind. `target` must not exist; its parent is made.
+
+    Raises:
+        RunError: unwritable parent, full disk, or `target` exists.
+    """
+    target = Path(target)
+    with saving(target):
+        if target.exists():
+            raise RunError(f"{target}: already exists; remove it or choose another name")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary(target)
+        os.mkdir(temporary)
+        try:
+            yield temporary
+            _fsync_tree(temporary)
+            os.rename(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_folder(target.parent)
+
+
+def remove_folder(path: Path) -> None:
+    """Deletes a folder so that no moment shows it half deleted under its own name."""
+    with saving(path, "remove"):
+        temporary = _temporary(path)
+        os.rename(path, temporary)
+        shutil.rmtree(temporary)
+
+
+def point_to(pointer: Path, name: str) -> None:
+    """Makes `pointer` a relative symbolic link to its sibling `name`, switched in one step.
+
+    On a filesystem without symbolic links it is a text file that holds the name; `read_pointer` reads both.
+    """
+    temporary = _temporary(pointer)
+    with saving(pointer):
+        try:
+            os.symlink(name, temporary)
+        except OSError as error:
+            if error.errno not in {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}:
+                raise
+            write_atomic(pointer, name + "\n")
+            return
+        try:
+            os.replace(temporary, pointer)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        fsync_folder(pointer.parent)
+
+
+def read_pointer(pointer: Path) -> str | None:
+    """The name that `point_to` stored, or None when there is none."""
+    try:
+        if pointer.is_symlink():
+            return os.readlink(pointer)
+        return pointer.read_text().strip() if pointer.is_file() else None
+    except OSError as error:
+        raise disk_error(error, pointer, "read") from error
+
+
+def is_temporary(name: str) -> bool:
+    """True for the names under which this module hides what is not finished."""
+    return name.startswith(_PREFIX)
+
+
+def clean_leftovers(folder: Path, *, exclusive: bool = False) -> list[Path]:
+    """Removes what killed processes left unfinished directly in `folder`; returns what was removed.
+
+    Entries of another living process are kept, it may be writing them; unless `exclusive`: the caller holds the lock
+    that every writer of the folder needs, so that the process id must since have gone to someone else.
+    """
+    removed: list[Path] = []
+    with saving(folder, "clean"):
+        if not folder.is_dir():
+            return removed
+        for path in sorted(folder.iterdir()):
+            match = _TEMPORARY.match(path.name)
+            if not match or _in_use(int(match[1]), match[2], exclusive):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f"{_PREFIX}{os.getpid()}-{_TOKEN}-{next(_COUNTER)}-{path.name[-80:]}")
+
+
+def _in_use(pid: int, token: str, exclusive: bool) -> bool:
+    if pid == os.getpid():
+        # In containers every process may have the same id: the token tells this process from an earlier one.
+        return token == _TOKEN
+    if exclusive:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def _fsync_tree(folder: Path) -> None:
+    for root, _, files in os.walk(folder):
+        for name in files:
+            fsync_file(Path(root, name))
+        fsync_folder(Path(root))

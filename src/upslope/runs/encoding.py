@@ -1,0 +1,70 @@
+"""How numbers are written: JSON that every reader accepts, and little-endian blobs for the token arrays."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from array import array
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+Kind = Literal["i", "f", "B"]
+
+
+def as_number(value: Any, name: str) -> int | float:
+    """A Python number out of a number, a bool, or a one-element numpy or torch value.
+
+    Raises:
+        TypeError: anything else; the message names the metric.
+    """
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, bool):
+        return int(value)
+    if not isinstance(value, int | float):
+        raise TypeError(f"metric {name!r} must be a number, not {type(value).__name__}: {value!r}")
+    return value
+
+
+def to_json(value: Any, *, indent: int | None = None) -> str:
+    """Strict JSON: non-finite numbers become the strings "NaN", "Infinity", "-Infinity" (float() reads them back)."""
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else _spelled(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value)
+
+
+def _spelled(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def pack(values: Any, kind: Kind) -> bytes:
+    """Numbers (list, numpy array, tensor) -> little-endian blob of int32 ("i"), float32 ("f") or bytes ("B")."""
+    items: Iterable[Any] = values.tolist() if hasattr(values, "tolist") else values
+    packed = array(kind, items)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack(blob: bytes, kind: Kind) -> list[Any]:
+    """The inverse of `pack`."""
+    packed = array(kind)
+    packed.frombytes(blob)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tolist()

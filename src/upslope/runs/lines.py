@@ -1,0 +1,123 @@
+"""metrics.jsonl: one JSON object per line, appended whole, so that any tool can follow it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from upslope.errors import RunError
+from upslope.runs.atomic import saving, write_atomic
+from upslope.runs.encoding import to_json
+
+
+class MetricLines:
+    """Appends to the file; a last line torn by a kill is repaired on construction.
+
+    Raises:
+        RunError: unwritable file, full disk (the file is cut back to its last whole line).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = -1
+        with saving(path):
+            _repair(path)
+            self._reopen()
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Writes one line; on failure nothing of it stays."""
+        data = memoryview((to_json(record) + "\n").encode())
+        with saving(self.path):
+            size = os.fstat(self._descriptor).st_size
+            try:
+                while data:
+                    data = data[os.write(self._descriptor, data) :]
+            except OSError:
+                os.ftruncate(self._descriptor, size)
+                raise
+
+    def keep_until(self, step: int) -> None:
+        """Drops every line of a later step, atomically; the lines that stay are kept byte for byte."""
+
+        def write(file: IO[bytes]) -> None:
+            for number, (line, record) in enumerate(_lines(self.path), start=1):
+                if not isinstance(record.get("step"), int):
+                    raise RunError(f"{self.path}:{number}: a metrics line without an integer step; delete that line")
+                if record["step"] <= step:
+                    file.write(line)
+
+        write_atomic(self.path, write)
+        with saving(self.path):
+            self._reopen()
+
+    def flush(self) -> None:
+        """Makes what was appended durable."""
+        with saving(self.path):
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _reopen(self) -> None:
+        self.close()
+        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a metrics file, also while it is being written: an unfinished last line is left out."""
+    for _, record in _lines(path):
+        yield record
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    with saving(path, "read"), open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            record = _parse(line)
+            if record is None:
+                raise RunError(f"{path}:{number}: not a JSON object; delete that line")
+            yield line, record
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _repair(path: Path) -> None:
+    """Completes a last line that lacks only its newline, and cuts off one that lacks more."""
+    if not path.exists():
+        return
+    with open(path, "r+b") as file:
+        start = _last_line_start(file)
+        file.seek(start)
+        tail = file.read()
+        if not tail:
+            return
+        if _parse(tail) is None:
+            file.truncate(start)
+        else:
+            file.write(b"\n")
+
+
+def _last_line_start(file: IO[bytes], chunk: int = 65536) -> int:
+    """The offset after the last newline (0 when there is none)."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        begin = max(0, end - chunk)
+        file.seek(begin)
+        newline = file.read(end - begin).rfind(b"\n")
+        if newline >= 0:
+            return begin + newline + 1
+        end = begin
+    return 0

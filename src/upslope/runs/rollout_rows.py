@@ -1,0 +1,135 @@
+"""Rollouts as rows of the store: plain values and packed token arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from upslope.runs.encoding import as_number, pack, to_json
+from upslope.runs.schema import array_kind
+from upslope.types import Message, Prompt, Rollout, RolloutGroup
+
+_OWN_ARRAYS = {"prompt_tokens", "tokens", "mask", "sampling_logprobs", "policy_logprobs"}
+
+
+def rollout_records(
+    step: int,
+    groups: Sequence[RolloutGroup],
+    split: str,
+    arrays: Mapping[str, Sequence[Any]],
+    advantages: Sequence[float | None] | None,
+    wall_time: float,
+) -> list[tuple[tuple[Any, ...], dict[str, bytes]]]:
+    """(column values in the table's order without the id, array name -> blob) for every rollout.
+
+    Raises:
+        ValueError: arrays that do not fit the rollouts; the message prints both lengths.
+    """
+    flat = list(_flat(groups))
+    _check_counts(len(flat), arrays, advantages)
+    records = []
+    for index, (prompt, rollout) in enumerate(flat):
+        extra = {name: _spread(name, rows[index], rollout) for name, rows in arrays.items() if rows[index] is not None}
+        advantage = advantages[index] if advantages is not None else _mean(extra.get("advantages"), rollout.mask)
+        values = _values(step, split, prompt, rollout, _finite(advantage), wall_time)
+        records.append((values, _blobs(rollout, extra)))
+    return records
+
+
+def _flat(groups: Sequence[RolloutGroup]) -> Iterator[tuple[Prompt, Rollout]]:
+    for group in groups:
+        for rollout in group.rollouts:
+            yield group.prompt, rollout
+
+
+def _check_counts(count: int, arrays: Mapping[str, Sequence[Any]], advantages: Sequence[Any] | None) -> None:
+    for name, rows in arrays.items():
+        if name in _OWN_ARRAYS:
+            raise ValueError(f"array {name!r} comes from the rollout itself; give the trainer's another name")
+        if len(rows) != count:
+            raise ValueError(f"array {name!r} has {len(rows)} entries for {count} rollouts")
+    if advantages is not None and len(advantages) != count:
+        raise ValueError(f"{len(advantages)} advantages for {count} rollouts")
+
+
+def _values(
+    step: int, split: str, prompt: Prompt, rollout: Rollout, advantage: float | None, wall_time: float
+) -> tuple[Any, ...]:
+    reward = rollout.reward
+    return (
+        step,
+        split,
+        prompt.key if -(2**63) <= prompt.key < 2**63 else str(prompt.key),
+        rollout.sample,
+        rollout.version,
+        _prompt_text(prompt),
+        to_json([_message(message) for message in prompt.messages]),
+        prompt.answer,
+        rollout.text,
+        _finite(reward.value),
+        to_json(reward.parts),
+        None if reward.correct is None else int(reward.correct),
+        reward.error,
+        to_json(reward.steps),
+        reward.seconds,
+        rollout.finish_reason,
+        advantage,
+        len(rollout.tokens),
+        wall_time,
+    )
+
+
+def _message(message: Message) -> dict[str, Any]:
+    optional = {"name": message.name, "tool_calls": list(message.tool_calls), "train": message.train}
+    return {
+        "role": message.role,
+        "content": message.content,
+        **{key: value for key, value in optional.items() if value not in (None, [])},
+    }
+
+
+def _prompt_text(prompt: Prompt) -> str:
+    if prompt.text is not None:
+        return prompt.text
+    return "\n\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
+
+
+def _blobs(rollout: Rollout, extra: Mapping[str, list[float]]) -> dict[str, bytes]:
+    own: dict[str, Sequence[Any]] = {
+        "prompt_tokens": rollout.prompt_tokens,
+        "tokens": rollout.tokens,
+        "mask": [int(sampled) for sampled in rollout.mask],
+        "sampling_logprobs": rollout.sampling_logprobs,
+        "policy_logprobs": rollout.policy_logprobs,
+    }
+    for name in ("mask", "sampling_logprobs", "policy_logprobs"):
+        if len(own[name]) != len(rollout.tokens):
+            raise ValueError(f"a rollout of {len(rollout.tokens)} tokens has {len(own[name])} values in {name!r}")
+    return {name: pack(values, array_kind(name)) for name, values in {**own, **extra}.items()}
+
+
+def _spread(name: str, values: Any, rollout: Rollout) -> list[float]:
+    """One value per token: as given, or from one value per sampled token with NaN at the observed ones."""
+    given = values.tolist() if hasattr(values, "tolist") else list(values)
+    sampled = sum(rollout.mask)
+    if len(given) == len(rollout.tokens):
+        return given
+    if len(given) != sampled:
+        raise ValueError(
+            f"array {name!r} has {len(given)} values for a rollout of {len(rollout.tokens)} tokens, {sampled} sampled"
+        )
+    remaining = iter(given)
+    return [next(remaining) if is_sampled else math.nan for is_sampled in rollout.mask]
+
+
+def _mean(values: Sequence[float] | None, mask: Sequence[bool]) -> float | None:
+    chosen = [value for value, is_sampled in zip(values or (), mask, strict=values is not None) if is_sampled]
+    return math.fsum(chosen) / len(chosen) if chosen else None
+
+
+def _finite(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = float(as_number(value, "reward"))
+    return number if math.isfinite(number) else None

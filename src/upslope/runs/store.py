@@ -1,0 +1,253 @@
+"""run.db: metrics, rollouts and evaluations of one run, written by its trainer, read by any number of viewers."""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from upslope.runs.encoding import as_number, unpack
+from upslope.runs.rollout_rows import rollout_records
+from upslope.runs.schema import (
+    Evaluation,
+    MetricPoint,
+    RolloutRow,
+    StoredRollout,
+    array_kind,
+    connect,
+    database_errors,
+)
+from upslope.types import RolloutGroup
+
+_COLUMNS = tuple(field.name for field in fields(RolloutRow))
+_ORDERS = {"id", "step", "reward", "advantage", "length", "reward_seconds"}
+
+
+class Store:
+    """One connection; may be used from several threads.
+
+    Raises (every method):
+        RunError: full disk, locked or damaged database.
+    """
+
+    def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
+        self.path = Path(path)
+        self._lock = threading.RLock()
+        self._connection = connect(self.path, read_only=read_only)
+
+    # Writing
+
+    def set_meta(self, key: str, value: str) -> None:
+        """Remembers one fact about the run."""
+        with self._transaction() as connection:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, value))
+
+    def add_metrics(self, step: int, metrics: Mapping[str, int | float], *, wall_time: float | None = None) -> None:
+        """Stores the step's values; a name logged twice at a step keeps the last value."""
+        now = time.time() if wall_time is None else wall_time
+        rows = [(name, step, float(value), now) for name, value in metrics.items()]
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO metrics VALUES (?, ?, ?, ?)", rows)
+
+    def add_rollouts(
+        self,
+        step: int,
+        groups: Sequence[RolloutGroup],
+        *,
+        split: str = "train",
+        arrays: Mapping[str, Sequence[Any]] | None = None,
+        advantages: Sequence[float | None] | None = None,
+    ) -> None:
+        """Stores every rollout of `groups`.
+
+        Args:
+            step: the update they are used in.
+            groups: judged rollouts, in (prompt, sample) order.
+            split: "train", or the name of an evaluation.
+            arrays: name -> one array per rollout (B = number of rollouts, in the order of `groups`): values per token
+                after the prompt, or per sampled token (spread by the mask, NaN elsewhere); None where there is none.
+            advantages: one scalar per rollout; default: the mean of arrays["advantages"] over the sampled tokens.
+
+        Raises:
+            ValueError: an array that fits neither length, or not one entry per rollout.
+        """
+        records = rollout_records(step, groups, split, arrays or {}, advantages, time.time())
+        names = ", ".join(_COLUMNS[1:])
+        marks = ", ".join("?" * (len(_COLUMNS) - 1))
+        with self._transaction() as connection:
+            for values, blobs in records:
+                rollout = connection.execute(f"INSERT INTO rollouts ({names}) VALUES ({marks})", values).lastrowid
+                rows = [(rollout, name, blob) for name, blob in blobs.items()]
+                connection.executemany("INSERT INTO token_arrays VALUES (?, ?, ?)", rows)
+
+    def add_evaluation(self, step: int, name: str, metrics: Mapping[str, float | Mapping[str, Any]]) -> None:
+        """Stores an evaluation: metric -> number, or {"value", "low", "high", "n", further details}."""
+        rows = []
+        for metric, given in metrics.items():
+            entry = dict(given) if isinstance(given, Mapping) else {"value": given}
+            numbers = [_optional(entry.pop(key, None), metric) for key in ("value", "low", "high", "n")]
+            rows.append((name, metric, step, *numbers, json.dumps(entry), time.time()))
+        with self._transaction() as connection:
+            connection.executemany("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+
+    def rewind(self, step: int) -> None:
+        """Drops everything recorded at a step greater than `step`."""
+        with self._transaction() as connection:
+            for table in ("metrics", "rollouts", "evaluations"):
+                connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+
+    def flush(self) -> None:
+        """Makes what was written survive a power cut (a kill it survives anyway)."""
+        with self._lock, database_errors(self.path, "write"):
+            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def close(self) -> None:
+        """May be called twice."""
+        with self._lock, database_errors(self.path, "close"):
+            self._connection.close()
+
+    # Reading
+
+    def meta(self, key: str) -> str | None:
+        """What `set_meta` stored."""
+        rows = self._rows("SELECT value FROM meta WHERE key = ?", [key])
+        return rows[0][0] if rows else None
+
+    def metric_names(self) -> list[str]:
+        """The names of all metrics, sorted."""
+        return [row[0] for row in self._rows("SELECT DISTINCT name FROM metrics ORDER BY name")]
+
+    def metric_series(self, name: str, *, after: int = -1) -> list[MetricPoint]:
+        """The values of one metric at steps greater than `after`, by step."""
+        query = "SELECT step, value, time FROM metrics WHERE name = ? AND step > ? ORDER BY step"
+        return [MetricPoint(step, _nan(value), at) for step, value, at in self._rows(query, [name, after])]
+
+    def latest_metrics(self) -> dict[str, MetricPoint]:
+        """Each metric's value at its last step."""
+        query = "SELECT name, max(step), value, time FROM metrics GROUP BY name ORDER BY name"
+        return {name: MetricPoint(step, _nan(value), at) for name, step, value, at in self._rows(query)}
+
+    def last_step(self) -> int | None:
+        """The greatest step with a metric, or None."""
+        return self._rows("SELECT max(step) FROM metrics")[0][0]
+
+    def rollout_steps(self, split: str = "train") -> list[tuple[int, int]]:
+        """(step, number of rollouts) for each step that has any."""
+        query = "SELECT step, count(*) FROM rollouts WHERE split = ? GROUP BY step ORDER BY step"
+        return [(step, count) for step, count in self._rows(query, [split])]
+
+    def rollouts(
+        self, *, order: str = "id", descending: bool = False, limit: int = 100, offset: int = 0, **filters: Any
+    ) -> list[RolloutRow]:
+        """Rollouts without their arrays. `filters` are those of `count_rollouts`; `limit` -1 means all.
+
+        Raises:
+            ValueError: an unknown order or filter.
+        """
+        if order not in _ORDERS:
+            raise ValueError(f"order must be one of {sorted(_ORDERS)}, not {order!r}")
+        where, values = _where(filters)
+        way = "DESC" if descending else "ASC"
+        query = (
+            f"SELECT {', '.join(_COLUMNS)} FROM rollouts {where} "
+            f"ORDER BY {order} IS NULL, {order} {way}, id LIMIT ? OFFSET ?"
+        )
+        return [_row(row) for row in self._rows(query, [*values, limit, offset])]
+
+    def count_rollouts(self, **filters: Any) -> int:
+        """How many rollouts match.
+
+        Filters: step, split, prompt_key, sample, correct, finish_reason (equal); error (True: judging failed);
+        min_reward, max_reward (inclusive); text (part of the prompt or completion, ASCII case ignored).
+        """
+        where, values = _where(filters)
+        return self._rows(f"SELECT count(*) FROM rollouts {where}", values)[0][0]
+
+    def rollout(self, rollout_id: int) -> StoredRollout:
+        """One rollout with all its arrays.
+
+        Raises:
+            KeyError: there is none with this id.
+        """
+        rows = self._rows(f"SELECT {', '.join(_COLUMNS)} FROM rollouts WHERE id = ?", [rollout_id])
+        if not rows:
+            raise KeyError(f"{self.path}: no rollout {rollout_id}")
+        blobs = self._rows("SELECT name, data FROM token_arrays WHERE rollout = ? ORDER BY name", [rollout_id])
+        return StoredRollout(_row(rows[0]), {name: unpack(blob, array_kind(name)) for name, blob in blobs})
+
+    def evaluations(self, name: str | None = None) -> list[Evaluation]:
+        """All evaluated numbers, or those of one evaluation, by step."""
+        where, values = ("WHERE name = ?", [name]) if name is not None else ("", [])
+        query = f"SELECT step, name, metric, value, low, high, n, details, time FROM evaluations {where}"
+        rows = self._rows(query + " ORDER BY step, name, metric", values)
+        return [Evaluation._make([*row[:3], _nan(row[3]), *row[4:7], json.loads(row[7]), row[8]]) for row in rows]
+
+    # Plumbing
+
+    def _rows(self, query: str, values: Iterable[Any] = ()) -> list[tuple[Any, ...]]:
+        with self._lock, database_errors(self.path, "read"):
+            return self._connection.execute(query, tuple(values)).fetchall()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, database_errors(self.path, "write"):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+def _where(filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
+    clauses: list[str] = []
+    values: list[Any] = []
+    for name, value in filters.items():
+        if value is None:
+            continue
+        if name == "prompt_key":
+            clauses.append("prompt_key = ?")
+            values.append(value if -(2**63) <= value < 2**63 else str(value))
+        elif name in {"step", "split", "sample", "correct", "finish_reason"}:
+            clauses.append(f"{name} = ?")
+            values.append(int(value) if isinstance(value, bool) else value)
+        elif name == "error":
+            clauses.append("error IS NOT NULL" if value else "error IS NULL")
+        elif name in {"min_reward", "max_reward"}:
+            clauses.append("reward >= ?" if name == "min_reward" else "reward <= ?")
+            values.append(float(value))
+        elif name == "text":
+            clauses.append("(prompt LIKE ? ESCAPE '\\' OR completion LIKE ? ESCAPE '\\')")
+            pattern = value.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+            values += [f"%{pattern}%"] * 2
+        else:
+            raise ValueError(f"unknown filter {name!r}")
+    return ("WHERE " + " AND ".join(clauses) if clauses else ""), values
+
+
+def _row(row: Sequence[Any]) -> RolloutRow:
+    named = dict(zip(_COLUMNS, row, strict=True))
+    named["prompt_key"] = int(named["prompt_key"])
+    named["correct"] = None if named["correct"] is None else bool(named["correct"])
+    named["messages"] = json.loads(named["messages"])
+    named["parts"] = json.loads(named["parts"])
+    named["process_rewards"] = [(int(at), float(value)) for at, value in json.loads(named["process_rewards"])]
+    return RolloutRow(**named)
+
+
+def _nan(value: float | None) -> float:
+    # SQLite stores NaN as NULL; metrics have no other NULLs.
+    return math.nan if value is None else value
+
+
+def _optional(value: Any, name: str) -> int | float | None:
+    return None if value is None else as_number(value, name)
