@@ -252,3 +252,35 @@ def test_shapes_are_checked_and_printed() -> None:
         kl.k1(torch.zeros(3), torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"\[2, 3\], \[2, 4\]"):
         kl.categorical_kl(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_rollout_kl_by_hand() -> None:
+    """Ratio 2: 2 - 1 - log 2; ratio 1/2: 1/2 - 1 + log 2; equal: 0."""
+    logp = torch.tensor([math.log(0.6), math.log(0.2), -1.0], dtype=torch.float64)
+    old = torch.tensor([math.log(0.3), math.log(0.4), -1.0], dtype=torch.float64)
+    expected = torch.tensor([1 - math.log(2), -0.5 + math.log(2), 0.0], dtype=torch.float64)
+    torch.testing.assert_close(kl.rollout_kl(logp, old), expected, **TOL)
+    assert torch.equal(kl.rollout_kl(logp, old), kl.k3(old, logp))
+
+
+def test_rollout_kl_has_the_gradient_of_kl_from_the_sampling_policy() -> None:
+    """E over pi_old of the estimator's gradient is the gradient of KL(pi_old || pi), for one state in float64."""
+    generator = torch.Generator().manual_seed(0)
+    old, new = (torch.randn(5, generator=generator, dtype=torch.float64) for _ in range(2))
+    new.requires_grad_()
+    exact = (old.softmax(0) * (old.log_softmax(0) - new.log_softmax(0))).sum()
+    estimated = (old.softmax(0) * kl.rollout_kl(new.log_softmax(0), old.log_softmax(0))).sum()
+    torch.testing.assert_close(estimated, exact, **TOL)
+    (a,), (b,) = torch.autograd.grad(estimated, new), torch.autograd.grad(exact, new)
+    torch.testing.assert_close(a, b, **TOL)
+
+
+def test_rollout_kl_keeps_nan_to_itself() -> None:
+    logp = torch.tensor([-1.0, math.nan, -2.0], requires_grad=True)
+    old = torch.tensor([-1.5, -1.0, math.nan])
+    loss = kl.rollout_kl(logp, old)
+    assert loss.isnan().tolist() == [False, True, True]
+    masked_sum(loss, torch.tensor([True, False, False])).backward()
+    assert logp.grad is not None
+    assert logp.grad.isfinite().all()
+    assert logp.grad[1:].tolist() == [0.0, 0.0]

@@ -226,7 +226,9 @@ def nothing(prompts, completions):
 def test_a_failing_reward_is_excluded_and_counted(tiny: Path, task: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(BROKEN)
     options = PPOOptions(
-        **rl(tiny, task, tmp_path / "run", reward=(f"{tmp_path}/broken.py:raises_for_some",), max_steps=1, eval_samples=0)
+        **rl(
+            tiny, task, tmp_path / "run", reward=(f"{tmp_path}/broken.py:raises_for_some",), max_steps=1, eval_samples=0
+        )
     )
     ppo(options)
     line = lines(tmp_path / "run")[0]

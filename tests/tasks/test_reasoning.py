@@ -245,3 +245,39 @@ def test_every_data_set_gives_prompts_and_accepts_its_gold() -> None:
                 reward = task.rewards([prompt], [text])[0]
                 assert reward.value is not None
                 assert 0.0 <= reward.value <= 1.0
+
+
+def test_ask_puts_the_problem_in_other_words() -> None:
+    task = load_task(f"{SUMS},ask={{expression}} =,instruction=,system=Calculate.")
+    for prompt in task.prompts("train", 5, seed=0):
+        assert [m.role for m in prompt.messages] == ["system", "user"]
+        asked = prompt.messages[-1].content
+        assert asked.endswith(" =")
+        assert eval(asked.removesuffix("=")) == int(prompt.answer or "")
+
+
+def test_a_problem_as_plain_text() -> None:
+    task = load_task(f"{SUMS},chat=false,ask={{expression}} =")
+    prompt = task.prompts("eval", 1, seed=0)[0]
+    assert not prompt.messages
+    assert prompt.text is not None
+    assert prompt.text.endswith(" =")
+    (turn,) = task.demonstration(prompt)
+    assert turn.content == f" {prompt.answer}"
+    assert task.rewards([prompt], [turn.content])[0].correct
+
+
+def test_the_wording_does_not_move_a_problem_to_the_other_split() -> None:
+    plain, asked = (load_task(spec) for spec in (SUMS, f"{SUMS},ask={{expression}} =,instruction="))
+    keys = {p.key for p in plain.prompts("train", 50, seed=0)}
+    assert keys == {p.key for p in asked.prompts("train", 50, seed=0)}
+
+
+@pytest.mark.parametrize(
+    ("params", "said"), [("ask={expresion}", "expression"), ("chat=false,system=Be.", "chat=true")]
+)
+def test_bad_wording_is_refused(params: str, said: str) -> None:
+    from upslope.errors import ConfigError
+
+    with pytest.raises(ConfigError, match=said):
+        load_task(f"{SUMS},{params}").prompts("train", 1, seed=0)

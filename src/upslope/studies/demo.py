@@ -103,17 +103,14 @@ def demo(o: DemoOptions) -> dict[str, Any]:
     trained = sft(supervised, policy=policy)
     del policy, groups
     gc.collect()
-    accuracy["sft"], seconds["sft"] = trained["evaluation"]["accuracy"], trained["seconds"]
-    samples["sft"] = _stored_samples(folder / "sft")
-    stopped = trained["stopped"]
-    reinforced: dict[str, Any] | None = None
-    if stopped != "interrupted":
-        reinforced = ppo(ppo_options(o, folder, str(folder / "sft" / "checkpoints" / "last" / "model")))
-        stopped = reinforced["stopped"]
-        seconds["ppo"] = reinforced["seconds"]
-        if reinforced["evaluation"]:
-            accuracy["ppo"] = reinforced["evaluation"]["accuracy"]
-            samples["ppo"] = _stored_samples(folder / "ppo")
+    stages = {"sft": trained}
+    if trained["stopped"] != "interrupted":
+        stages["ppo"] = ppo(ppo_options(o, folder, str(folder / "sft" / "checkpoints" / "last" / "model")))
+    for stage, outcome in stages.items():
+        seconds[stage] = outcome["seconds"]
+        if outcome["evaluation"]:
+            accuracy[stage] = outcome["evaluation"]["accuracy"]
+            samples[stage] = _stored_samples(folder / stage)
     summary = {
         "accuracy": accuracy,
         "seconds": round(time.perf_counter() - started, 3),
@@ -122,9 +119,9 @@ def demo(o: DemoOptions) -> dict[str, Any]:
         "task": o.task,
         "model": o.model,
         "seed": o.seed,
-        "stopped": stopped,
+        "stopped": list(stages.values())[-1]["stopped"],
         "samples": samples,
-        "ppo": _ppo_numbers(folder / "ppo") if reinforced else None,
+        "ppo": _ppo_numbers(folder / "ppo") if "ppo" in stages else None,
         "folder": str(folder),
     }
     write_atomic(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
