@@ -12,7 +12,7 @@ from upslope.errors import RunError
 from upslope.options import DemoOptions
 from upslope.studies.demo import demo
 
-SUMS = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=1,instruction="
+SUMS = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2,instruction="
 
 
 def test_summary_of_the_demo(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
