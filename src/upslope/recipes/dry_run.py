@@ -138,8 +138,10 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
     ]
     plan = plan_of(options)
     cost = probe(policy, examples, head=shared, budget=options.micro_batch_tokens)
-    mean = sum(len(e.tokens) for e in examples) / len(examples)
-    per_step = mean * plan.sequences_per_step
+    prompt = sum(map(len, prompts)) / len(prompts)
+    completion = sum(len(c.tokens) for group in sampled for c in group) / len(examples)
+    # A prompt's tokens are computed once for all its completions.
+    per_step = options.num_prompts * prompt + plan.sequences_per_step * completion
     scoring = 1 + bool(_kl_weight(options)) + (critic is not None and critic.model is not None)
     training = 1 + (critic is not None and critic.model is not None)
     # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
