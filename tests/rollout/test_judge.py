@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError, DataError
-from upslope.rollout.judge import InlineScorer, missing_eos_penalty, reward_metrics
+from upslope.rollout.judge import InlineScorer, reward_metrics
 from upslope.tasks import Task
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
@@ -260,17 +260,3 @@ def test_metrics_by_hand() -> None:
         "rewards/q/mean": 2.0,
     }
     assert reward_metrics([]) == {}
-
-
-def test_missing_eos_penalty_is_applied_once_and_keeps_errors() -> None:
-    assert missing_eos_penalty([1.0, 1.0, None, 0.0], ["stop", "length", "length", "cancelled"], 0.5) == [
-        1.0,
-        0.5,
-        None,
-        -0.5,
-    ]
-    assert missing_eos_penalty([1.0], ["length"], 0.0) == [1.0]
-    with pytest.raises(ConfigError, match="negative"):
-        missing_eos_penalty([1.0], ["length"], -1.0)
-    with pytest.raises(DataError, match="finish reasons"):
-        missing_eos_penalty([1.0], [], 1.0)

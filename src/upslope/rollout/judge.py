@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
-from upslope.errors import ConfigError, DataError
+from upslope.errors import DataError
 from upslope.tasks.base import Task
 from upslope.tasks.scoring import TIMED_OUT, Sample, build_scoring
 from upslope.types import Reward, Rollout, RolloutGroup
@@ -110,21 +110,3 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 def _value(reward: Reward) -> float:
     assert reward.value is not None
     return reward.value
-
-
-def missing_eos_penalty(
-    rewards: Sequence[float | None], finish_reasons: Sequence[str], penalty: float
-) -> list[float | None]:
-    """Rewards less `penalty` where sampling did not end by itself; applied once, and None stays None.
-
-    Source: `missing_eos_penalty` of TRL and of 2403.17031 (detail: reward for completions without EOS).
-    ConfigError: penalty < 0. DataError: the lengths differ.
-    """
-    if not penalty >= 0:
-        raise ConfigError(f"missing_eos_penalty must not be negative (it is subtracted), got {penalty}")
-    if len(rewards) != len(finish_reasons):
-        raise DataError(f"{len(rewards)} rewards but {len(finish_reasons)} finish reasons")
-    return [
-        value if value is None or reason == "stop" else value - penalty
-        for value, reason in zip(rewards, finish_reasons, strict=True)
-    ]
