@@ -56,9 +56,9 @@ def test_options_are_few(cls: type) -> None:
 
 def test_options_are_frozen_and_documented(root: Path) -> None:
     """Every option has a help text (the string under it), and every class can be checked."""
-    tree = ast.parse((root / "src/upslope/options.py").read_text(encoding="utf-8"))
+    files = sorted((root / "src/upslope/options").glob("*.py"))
     documented: dict[str, set[str]] = {}
-    for node in tree.body:
+    for node in [node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body]:
         if isinstance(node, ast.ClassDef):
             pairs = zip(node.body, node.body[1:], strict=False)
             documented[node.name] = {

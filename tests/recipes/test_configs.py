@@ -8,19 +8,18 @@ import pytest
 
 from upslope import options
 from upslope.config import load
-from upslope.recipes.plan import plan_of
+from upslope.recipes.plan import CLASSES, plan_of
 from upslope.tasks.loading import load_task
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
-CLASSES = {"sft": options.SFTOptions, "ppo": options.PPOOptions, "grpo": options.GRPOOptions}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_shipped_configuration_loads(path: Path) -> None:
     loaded = load(CLASSES[path.stem.partition("_")[0]], path)
     assert plan_of(loaded, examples=100).words
-    assert loaded.task is not None
-    load_task(loaded.task)
+    if getattr(loaded, "task", None) is not None:
+        load_task(loaded.task)
 
 
 def test_there_is_one_for_every_recipe() -> None:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from upslope import options as all_options
 from upslope.config import load
-from upslope.options import ExplainOptions
-from upslope.recipes.plan import plan_of
-
-_CLASSES = {"sft": all_options.SFTOptions, "ppo": all_options.PPOOptions, "grpo": all_options.GRPOOptions}
+from upslope.errors import ConfigError
+from upslope.options import DemoOptions, ExplainOptions
+from upslope.recipes.plan import CLASSES, plan_of
 
 
 def run(options: ExplainOptions) -> int:
     """Print the plan of `--verb` with `--config`."""
-    overrides = {"task": all_options.DemoOptions.task} if options.verb == "sft" and options.config is None else {}
-    loaded = load(_CLASSES[options.verb], *([options.config] if options.config else []), overrides=overrides)
+    if options.verb not in CLASSES:
+        raise ConfigError(f"verb is {options.verb!r}; the recipes are {', '.join(CLASSES)}")
+    overrides = {"task": DemoOptions.task} if options.verb == "sft" and options.config is None else {}
+    loaded = load(CLASSES[options.verb], *([options.config] if options.config else []), overrides=overrides)
     plan = plan_of(loaded)
     if options.json:
         print(json.dumps(dataclasses.asdict(plan)))

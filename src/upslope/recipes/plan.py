@@ -6,7 +6,14 @@ from dataclasses import dataclass
 
 from upslope.options import GRPOOptions, PPOOptions, RLOptions, RunOptions, SFTOptions
 
-__all__ = ["Plan", "plan_of"]
+__all__ = ["CLASSES", "Plan", "plan_of"]
+
+CLASSES: dict[str, type[RunOptions]] = {
+    "sft": SFTOptions,
+    "ppo": PPOOptions,
+    "grpo": GRPOOptions,
+}
+"""The options class of every training verb; configs/VERB_*.toml and `upslope explain --verb VERB` go by it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +29,7 @@ class Plan:
 
 
 def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
-    """The plan of an sft, ppo or grpo configuration; `examples` is the size of the supervised data where known."""
+    """The plan of a training configuration; `examples` is the size of the supervised data where known."""
     if isinstance(options, SFTOptions):
         return _sft(options, examples)
     assert isinstance(options, RLOptions)

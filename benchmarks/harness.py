@@ -1,0 +1,115 @@
+"""What a learning case returns, how its expectation is judged, and how results are written down."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import statistics
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CASES = (
+    "enumerable",
+    "random_walks",
+    "key_door",
+    "phonemes",
+    "banking77",
+    "json_and_sentiment",
+    "against_trl",
+    "wikitext",
+)
+
+Expectation = tuple[str, float] | None
+"""("<=" or ">=", bound), or None for what is only reported."""
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One run of one learner: its metrics, training samples, seconds, and (samples, seconds, value) along the way."""
+
+    metrics: dict[str, float]
+    samples: int
+    seconds: float
+    curve: list[tuple[float, float, float]] = field(default_factory=list)
+
+
+class Case(Protocol):
+    """A module of benchmarks/cases."""
+
+    NAME: str
+    LEARNERS: tuple[str, ...]
+    SEEDS: tuple[int, ...]
+    EXPECTED: Mapping[str, Mapping[str, Expectation]]
+
+    def run(self, learner: str, seed: int, folder: Path) -> Outcome:
+        """Train and measure once; whatever it writes goes into `folder`."""
+        ...
+
+
+def load_case(name: str) -> Case:
+    """The module of a case."""
+    return importlib.import_module(f"benchmarks.cases.{name}")  # type: ignore[return-value]
+
+
+def met(value: float, expected: Expectation) -> bool | None:
+    """Whether a median fulfils its expectation; None where nothing was expected."""
+    if expected is None:
+        return None
+    op, bound = expected
+    return not math.isnan(value) and (value <= bound if op == "<=" else value >= bound)
+
+
+def lines_of(case: Case, learner: str, outcomes: Mapping[int, Outcome], commit: str) -> list[dict[str, Any]]:
+    """One JSON line per metric of a learner: median and range over seeds, and whether it met what was expected."""
+    made = []
+    expected = case.EXPECTED.get(learner, {})
+    names = [*expected, *(n for o in outcomes.values() for n in o.metrics if n not in expected)]
+    for name in dict.fromkeys(names):
+        values = [o.metrics.get(name, math.nan) for o in outcomes.values()]
+        bound = expected.get(name)
+        median = statistics.median(values) if not any(map(math.isnan, values)) else math.nan
+        made.append(
+            {
+                "case": case.NAME,
+                "learner": learner,
+                "metric": name,
+                "median": _plain(median),
+                "min": _plain(min(values)),
+                "max": _plain(max(values)),
+                "expected": None if bound is None else f"{bound[0]} {bound[1]:g}",
+                "met": met(median, bound),
+                "seeds": list(outcomes),
+                "samples": int(statistics.median(o.samples for o in outcomes.values())),
+                "seconds": round(statistics.median(o.seconds for o in outcomes.values()), 2),
+                "commit": commit,
+            }
+        )
+    return made
+
+
+def _plain(value: float) -> float | None:
+    """JSON has no infinity: what was never reached is null."""
+    return round(value, 6) if math.isfinite(value) else None
+
+
+def commit() -> str:
+    """The short hash of the code that runs, with a plus sign when files have changed since."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
+
+
+def save(name: str, lines: Sequence[Mapping[str, Any]], curves: Mapping[str, Any]) -> None:
+    """Keep a case's lines and curves under benchmarks/results/learning/."""
+    folder = RESULTS / "learning"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps({"lines": list(lines), "curves": curves}, indent=1) + "\n")

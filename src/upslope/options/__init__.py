@@ -1,0 +1,27 @@
+"""Every option of every verb, free of torch, so that --help is instant.
+
+One frozen dataclass per verb. What all training verbs share is in RunOptions, what all verbs that sample share in
+RLOptions; a recipe's own class adds what its paper has. The string under a field is its help text. Keys in a TOML
+file and options on the command line are these names (on the command line with dashes).
+"""
+
+from __future__ import annotations
+
+from upslope.options.common import Dtype, RLOptions, RunOptions
+from upslope.options.policy import GRPOOptions, PPOOptions
+from upslope.options.supervised import SFTOptions
+from upslope.options.tools import DemoOptions, DoctorOptions, ExplainOptions, FetchOptions, RunsOptions
+
+__all__ = [
+    "DemoOptions",
+    "DoctorOptions",
+    "Dtype",
+    "ExplainOptions",
+    "FetchOptions",
+    "GRPOOptions",
+    "PPOOptions",
+    "RLOptions",
+    "RunOptions",
+    "RunsOptions",
+    "SFTOptions",
+]
