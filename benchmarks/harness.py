@@ -40,7 +40,7 @@ class Outcome:
 
 
 class Case(Protocol):
-    """A module of benchmarks/cases."""
+    """A module of benchmarks/cases. A dict SEEDS_OF (learner -> seeds) may give dear learners fewer seeds."""
 
     NAME: str
     LEARNERS: tuple[str, ...]

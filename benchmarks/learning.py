@@ -26,7 +26,8 @@ def run_case(case: Case, learners: list[str], seeds: list[int], *, as_json: bool
     at, lines, curves = commit(), [], {}
     for learner in learners:
         outcomes: dict[int, Outcome] = {}
-        for seed in seeds:
+        own = getattr(case, "SEEDS_OF", {}).get(learner, seeds)
+        for seed in [seed for seed in seeds if seed in own]:
             with tempfile.TemporaryDirectory(prefix="upslope-learning-") as folder:
                 outcomes[seed] = case.run(learner, seed, Path(folder))
             print(f"{case.NAME} {learner} seed {seed}: {_words(outcomes[seed])}", file=sys.stderr)

@@ -25,18 +25,36 @@ from upslope.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Verb:
-    """A verb: its options class in `upslope.options`, "module:function" called with them, one line of help."""
+    """A verb: its options class in `upslope.options`, "module:function" called with them, one line of help.
+
+    `words` names the option that takes the words right after the verb, as in `upslope compare a.toml b.toml`.
+    """
 
     options: str
     target: str
     summary: str
+    words: str = ""
 
 
 VERBS: dict[str, Verb] = {
     "demo": Verb("DemoOptions", "upslope.studies.demo:run", "the whole way on one task: base, then sft, then ppo"),
     "sft": Verb("SFTOptions", "upslope.recipes.sft:run", "supervised fine-tuning on conversations or text"),
+    "reinforce": Verb("ReinforceOptions", "upslope.recipes.reinforce:run", "policy gradient, one step per batch"),
     "ppo": Verb("PPOOptions", "upslope.recipes.ppo:run", "proximal policy optimisation with a critic"),
     "grpo": Verb("GRPOOptions", "upslope.recipes.grpo:run", "group-relative policy optimisation, no critic"),
+    "reward": Verb("RewardOptions", "upslope.recipes.reward:run", "a reward model, from comparisons or labelled steps"),
+    "dpo": Verb("DPOOptions", "upslope.recipes.dpo:run", "preferences without a reward model: dpo ipo kto orpo simpo"),
+    "expert": Verb("ExpertOptions", "upslope.recipes.expert:run", "sample, keep the best, imitate them, again"),
+    "distill": Verb("DistillOptions", "upslope.recipes.distill:run", "learn a teacher's distributions, on own samples"),
+    "compare": Verb(
+        "CompareOptions",
+        "upslope.studies.compare:run",
+        "recipes on an equal budget, with seeds, in one report",
+        "configs",
+    ),
+    "seq2seq": Verb("Seq2SeqOptions", "upslope.recipes.seq2seq:run", "an encoder-decoder on pairs of texts"),
+    "classify": Verb("ClassifyOptions", "upslope.recipes.classify:run", "an encoder that labels texts"),
+    "tag": Verb("TagOptions", "upslope.recipes.tag:run", "an encoder that tags words, entities say"),
     "fetch": Verb("FetchOptions", "upslope.commands.fetch:run", "bring a model into the cache, for work offline"),
     "doctor": Verb("DoctorOptions", "upslope.commands.doctor:run", "what this machine has and what runs on it"),
     "explain": Verb("ExplainOptions", "upslope.commands.explain:run", "the batch arithmetic of a recipe, in words"),
@@ -80,6 +98,8 @@ def _main(argv: list[str]) -> int:
         raise ConfigError(f"unknown {kind} {name!r}{_or_all(name, VERBS)}")
     verb = VERBS[name]
     options_class = getattr(importlib.import_module("upslope.options"), verb.options)
+    if verb.words and arguments and not arguments[0].startswith("-"):
+        arguments = [f"--{_kebab(verb.words)}", *arguments]
     options = parse(name, options_class, arguments)
     if options is None:
         return 0

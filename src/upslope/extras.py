@@ -12,11 +12,13 @@ from upslope.errors import ConfigError
 MODULES: dict[str, tuple[str, ...]] = {
     "tasks": ("reasoning_gym", "math_verify", "vaderSentiment"),
     "data": ("datasets", "pyarrow"),
+    "eval": ("sklearn", "seqeval"),
 }
 
 PURPOSE: dict[str, str] = {
     "tasks": "no reasoning-gym tasks, no GSM8K answers, no sentiment lexicon; the demo needs them",
     "data": "no Parquet files, no data sets of the hub",
+    "eval": "no precision, recall and F1 of classify and tag",
 }
 
 # reasoning-gym imports pycosat at the top for one puzzle family. pycosat has no wheels, so a machine without a

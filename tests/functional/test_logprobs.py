@@ -185,6 +185,40 @@ class TestLinear:
         _, ent = linear_token_logprobs(hidden, weight, tokens, chunk=7, with_entropy=True)
         assert torch.equal(ent, entropy(F.linear(hidden, weight)))
 
+    @pytest.mark.parametrize("chunk", [1, 3, 100])
+    @pytest.mark.parametrize("with_entropy", [False, True])
+    def test_mean_against_the_definition_and_numerical_differences(self, chunk: int, with_entropy: bool) -> None:
+        hidden, weight, tokens = head(7, 4, 5, torch.float64)
+
+        def function(h: Tensor, w: Tensor) -> Tensor | tuple[Tensor, ...]:
+            return linear_token_logprobs(
+                h, w, tokens, chunk=chunk, temperature=1.3, with_entropy=with_entropy, with_mean=True
+            )
+
+        logp, *further = function(hidden, weight)
+        assert len(further) == 1 + with_entropy
+        rows = [definitions.log_softmax(z, 1.3) for z in F.linear(hidden, weight).tolist()]
+        oracle = torch.tensor([math.fsum(row) / len(row) for row in rows], dtype=torch.float64)
+        torch.testing.assert_close(further[-1], oracle)
+        assert torch.equal(logp, linear_token_logprobs(hidden, weight, tokens, temperature=1.3))
+        assert torch.autograd.gradcheck(function, (hidden.requires_grad_(), weight.requires_grad_()))
+
+    def test_mean_gradient_equals_the_unchunked_form_where_only_the_mean_has_one(self) -> None:
+        hidden, weight, tokens = head(40, 16, 50, torch.float64)
+        upstream = torch.randn(40, dtype=torch.float64)
+        upstream[::3] = 0
+        results = []
+        for chunked in (False, True):
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+            if chunked:
+                _, mean = linear_token_logprobs(h, w, tokens, chunk=16, with_mean=True)
+            else:
+                mean = log_softmax(F.linear(h, w)).mean(-1)
+            (mean * upstream).sum().backward()
+            results.append((mean.detach(), h.grad, w.grad))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
     def test_float32_gradient_does_not_depend_on_the_chunk(self) -> None:
         hidden, weight, tokens = head(64, 32, 500, torch.float32)
         gradients = []

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -43,6 +44,21 @@ def test_each_budget_ends_a_run_with_its_reason() -> None:
     for bad in ({"max_steps": -1}, {"max_seconds": math.nan}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             Budget(**bad)  # type: ignore[arg-type]
+
+
+def test_evaluations_cost_no_seconds() -> None:
+    clock = Clock()
+    stop = StopWhen(Budget(max_seconds=10.0), clock=clock)
+    clock.now += 4.0
+    with stop.paused():
+        clock.now += 100.0
+    clock.now += 5.0
+    assert stop.seconds == 9.0
+    assert stop.reason is None
+    with contextlib.suppress(KeyError), stop.paused():
+        clock.now += 100.0
+        raise KeyError
+    assert stop.seconds == 9.0, "a failed evaluation costs nothing either"
 
 
 def test_patience_counts_evaluations_without_improvement() -> None:

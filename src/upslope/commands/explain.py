@@ -15,7 +15,9 @@ def run(options: ExplainOptions) -> int:
     """Print the plan of `--verb` with `--config`."""
     if options.verb not in CLASSES:
         raise ConfigError(f"verb is {options.verb!r}; the recipes are {', '.join(CLASSES)}")
-    overrides = {"task": DemoOptions.task} if options.verb == "sft" and options.config is None else {}
+    rows = {"data": "pairs.jsonl"}
+    needed = {"sft": {"task": DemoOptions.task}} | dict.fromkeys(("dpo", "reward", "classify", "tag"), rows)
+    overrides = needed.get(options.verb, {}) if options.config is None else {}
     loaded = load(CLASSES[options.verb], *([options.config] if options.config else []), overrides=overrides)
     plan = plan_of(loaded)
     if options.json:

@@ -10,8 +10,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, is_pair_folder, pair_tokenizer
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate, Tools
 from upslope.errors import DataError, ModelError
@@ -20,6 +21,7 @@ from upslope.types import Example, Message, Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_NO_CHAT = "an encoder-decoder takes a text as prompt (the source) and as completion (the target), not messages"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -32,20 +34,31 @@ class TooLongError(DataError):
         self.max_length = max_length
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder, read from local files only.
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a model folder, read from local files only: transformers' own, or an encoder-decoder's pair.
 
     Raises ModelError when the folder or its files are missing or cannot be read.
     """
     path = Path(folder).expanduser()
+    if not is_pair_folder(path):
+        return _load_one(path)
+    source = _load_one(path / SOURCE_FOLDER, pair=True) if (path / SOURCE_FOLDER).is_dir() else None
+    return pair_tokenizer(path, _load_one(path, pair=True), source)
+
+
+def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
+    """One tokenizer; those of a pair come from tokenizer.json, whatever class config.json's architecture has."""
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder")
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(f"{path}: no tokenizer here (expected tokenizer.json); copy it from the model's source")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if pair and not (path / "tokenizer.json").is_file():
+        raise ModelError(f"{path}: no tokenizer.json here; save the tokenizer as a fast one")
+    kind = PreTrainedTokenizerFast if pair else AutoTokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust reader raises bare Exception; whatever it says is passed on
         raise ModelError(f"{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not getattr(tokenizer, "is_fast", False):
@@ -59,11 +72,19 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: 
     """The tokens a sampler is given for `prompt`.
 
     Messages go through the chat template with a generation prompt; text is taken as it stands, behind a BOS token only
-    if the tokenizer puts one there itself. Raises DataError for an empty prompt, a prompt with both or neither of
-    messages and text, or a template that is missing or refuses.
+    if the tokenizer puts one there itself; an encoder-decoder's pair makes the text a source and takes no messages.
+    Raises DataError for an empty prompt, a prompt with both or neither of messages and text, or a template that is
+    missing or refuses.
     """
     if bool(prompt.messages) == (prompt.text is not None):
         raise DataError(f"prompt {prompt.key}: give exactly one of messages and text")
+    if isinstance(tokenizer, PairTokenizer):
+        if prompt.text is None:
+            raise DataError(f"prompt {prompt.key}: {_NO_CHAT}")
+        try:
+            return tokenizer.source_ids(prompt.text)
+        except DataError as error:
+            raise DataError(f"prompt {prompt.key}: {error}") from error
     if prompt.text is not None:
         ids = encode_text(tokenizer, prompt.text)
     else:
@@ -98,6 +119,8 @@ def encode_conversation(
     Raises DataError when the template is missing, refuses the conversation, rewrites earlier turns, never closes a
     turn, or leaves nothing to train on; TooLongError beyond `max_length` tokens (nothing is ever cut).
     """
+    if isinstance(tokenizer, PairTokenizer):
+        raise DataError(_NO_CHAT)
     template = ChatTemplate(tokenizer, tools)
     rendered = template.render(messages, add_generation_prompt=False)
     spans = template.trained_spans(rendered, messages)
@@ -123,8 +146,14 @@ def encode_completion(
     """The training sequence of a prompt and its completion; only the completion is trained on, end token included.
 
     Two strings: the prompt as `encode_text`, then the completion's own tokens and EOS. A message list as prompt: a
-    chat, whose completion is a message list or the text of one assistant turn. Raises as `encode_conversation` does.
+    chat, whose completion is a message list or the text of one assistant turn. For an encoder-decoder's pair both are
+    strings, source and target. Raises as `encode_conversation` does.
     """
+    if isinstance(tokenizer, PairTokenizer):
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            raise DataError(_NO_CHAT)
+        head, tail = tokenizer.source_ids(prompt), tokenizer.target_ids(completion)
+        return _checked(Example(head + tail, [False] * len(head) + [True] * len(tail)), max_length)
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise DataError("'prompt' is text but 'completion' is a list of messages: make both the same")
@@ -144,6 +173,8 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length
     The very first token is not: nothing stands before it to predict it. Raises DataError when nothing is left to train
     on or the tokenizer has no EOS; TooLongError beyond `max_length`.
     """
+    if isinstance(tokenizer, PairTokenizer):
+        raise DataError("an encoder-decoder learns from pairs: give records with 'prompt' (source) and 'completion'")
     ids = encode_text(tokenizer, text)
     if not ids:
         raise DataError("'text' has no tokens")

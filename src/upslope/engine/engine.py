@@ -34,7 +34,8 @@ class Engine:
     model: its weights are read where they are; after changing them call `set_version`. tokenizer: needed for text
     and stop strings only. eos_token_ids: end every request that does not say ignore_eos. max_batch: rows decoded
     together. num_blocks, or as many blocks of 64 tokens as fit kv_cache_gb (GiB). prefill_tokens: prompt tokens per
-    step. ConfigError where these make no sense.
+    step. prefix_cache is off for an encoder-decoder, whose prompts mean nothing in parts. ConfigError where these make
+    no sense.
     """
 
     def __init__(
@@ -58,8 +59,9 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
         self.runner = Runner(model, num_blocks)
-        self.pool = BlockPool(num_blocks, BLOCK, prefix_cache=prefix_cache)
-        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_tokens=prefill_tokens)
+        whole = model.whole_prompts
+        self.pool = BlockPool(num_blocks, BLOCK, prefix_cache=prefix_cache and not whole)
+        self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_tokens=prefill_tokens, whole_prompts=whole)
         self.outputs = Outputs(self.scheduler, self.runner, tokenizer)
         self._requests = self.outputs.requests
         self._next_id = 0
@@ -113,10 +115,15 @@ class Engine:
         """
         spec = self.model.spec
         check_params(params, spec.vocab_size)
-        prompt = check_prompt(prompt_tokens, spec.vocab_size, spec.max_positions)
+        prompt = check_prompt(prompt_tokens, spec.input_vocab_size, spec.max_positions)
+        self.model.check_prompt(prompt)
+        if params.prompt_logprobs is not None and self.model.whole_prompts:
+            raise ConfigError(
+                "sampling option prompt_logprobs: an encoder-decoder does not predict its prompt"
+            )
         if params.stop and self.tokenizer is None:
             raise ConfigError(f"sampling option stop = {params.stop!r} needs an engine with a tokenizer")
-        limit = min(params.max_tokens, spec.max_positions - len(prompt))
+        limit = min(params.max_tokens, self.model.room(len(prompt)))
         fed = len(prompt) + max(limit - 1, 0)
         needed = self.pool.blocks_for(fed)
         if needed > self.pool.num_blocks:

@@ -98,7 +98,7 @@ class Outputs:
         for seq, uniform in zip(seqs, numbers.tolist(), strict=True):
             row = Row(seq.request.params, uniform)
             if seq.request.params.repetition_penalty != 1.0:
-                row.history = seq.tokens
+                row.history = seq.generated if self.runner.model.whole_prompts else seq.tokens
             if seq.request.token_mask is not None:
                 try:
                     row.allowed = self._allowed(seq)

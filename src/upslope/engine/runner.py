@@ -75,7 +75,11 @@ class Runner:
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         """Hidden states [n, D] of the last token of every chunk that completes its sequence."""
         context = PagedContext(
-            self.cache, [c.seq.blocks for c in chunks], [c.start for c in chunks], [c.count for c in chunks]
+            self.cache,
+            [c.seq.blocks for c in chunks],
+            [c.start for c in chunks],
+            [c.count for c in chunks],
+            prompts=[len(c.seq.request.prompt) for c in chunks],
         )
         fed = [token for c in chunks for token in c.seq.tokens[c.start : c.start + c.count]]
         hidden = self.model(torch.tensor(fed, device=self.model.device), context)

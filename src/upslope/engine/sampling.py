@@ -44,8 +44,8 @@ _CPU_ROWS = 16  # a slice of so many rows stays in a processor's cache from the 
 class Row:
     """What one row of logits is drawn with.
 
-    `uniform` in [0, 1) is the row's only randomness; `history` is the prompt and what followed (read by the
-    repetition penalty alone); `allowed` [V] is the token mask, None for all.
+    `uniform` in [0, 1) is the row's only randomness; `history` is the prompt (but for an encoder's) and what followed,
+    read by the repetition penalty alone; `allowed` [V] is the token mask, None for all.
     """
 
     params: SamplingParams

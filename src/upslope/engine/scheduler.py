@@ -53,12 +53,15 @@ def _newest_first(seq: Sequence) -> tuple[int, int]:
 class Scheduler:
     """`max_batch` running sequences, at most `prefill_tokens` prompt tokens a step.
 
+    With `whole_prompts` nothing is cut into chunks: what does not fit the rest of the budget waits for the next step,
+    and what does not fit the whole budget is fed as the only prompt of a step.
     `waiting` is sorted newest first (the next to be admitted is last); `parked` sequences have nothing to feed: beams
     that wait for their siblings. Waiting and parked ones may hold blocks that they can be asked to give back.
     """
 
-    def __init__(self, pool: BlockPool, *, max_batch: int, prefill_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, *, max_batch: int, prefill_tokens: int, whole_prompts: bool = False) -> None:
         self.pool = pool
+        self.whole_prompts = whole_prompts
         self.max_batch = max_batch
         self.prefill_tokens = prefill_tokens
         self.waiting: list[Sequence] = []
@@ -161,7 +164,10 @@ class Scheduler:
         """Tokens of the sequence this step may feed: a single one always, more within the prefill budget."""
         if seq.pending == 1:
             return 1
-        return min(seq.pending, self.prefill_tokens - sum(c.count for c in plan.prefill))
+        left = self.prefill_tokens - sum(c.count for c in plan.prefill)
+        if self.whole_prompts and plan.prefill and left < seq.pending:
+            return 0
+        return seq.pending if self.whole_prompts else min(seq.pending, left)
 
     def _feed(self, seq: Sequence, count: int, plan: Plan) -> None:
         plan.copies += self.pool.cover(seq, count)

@@ -59,6 +59,7 @@ def linear_token_logprobs(
     chunk: int = ...,
     temperature: float = ...,
     with_entropy: Literal[False] = ...,
+    with_mean: Literal[False] = ...,
 ) -> Tensor: ...
 
 
@@ -71,7 +72,34 @@ def linear_token_logprobs(
     chunk: int = ...,
     temperature: float = ...,
     with_entropy: Literal[True],
+    with_mean: Literal[False] = ...,
 ) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    chunk: int = ...,
+    temperature: float = ...,
+    with_entropy: Literal[False] = ...,
+    with_mean: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def linear_token_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    tokens_N: Tensor,
+    *,
+    chunk: int = ...,
+    temperature: float = ...,
+    with_entropy: bool = ...,
+    with_mean: bool = ...,
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 def linear_token_logprobs(
@@ -82,11 +110,13 @@ def linear_token_logprobs(
     chunk: int = CHUNK_ROWS,
     temperature: float = 1.0,
     with_entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    with_mean: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """token_logprobs(hidden @ weight.T, tokens, temperature), `chunk` rows at a time: never builds [N, V].
 
-    [N, D], [V, D], [N] -> [N], at least float32; with_entropy=True returns (logp_N, entropy_N). Differentiable once
-    in hidden and weight: backward computes each chunk's logits again, skips rows whose gradient is 0, and accumulates
+    [N, D], [V, D], [N] -> [N], at least float32. with_entropy and with_mean return a tuple: logp_N, then entropy_N,
+    then mean_logp_N = 1/V sum_v log p_v (what label smoothing adds, `supervised_losses.nll`). Differentiable once in
+    hidden and weight: backward computes each chunk's logits again, skips rows whose gradient is 0, and accumulates
     the weight's gradient in float32 (or float64) before casting it to the weight's dtype.
 
     Logits are computed in the dtype of the inputs. A row's result does not depend on how many rows stand beside it:
@@ -102,8 +132,12 @@ def linear_token_logprobs(
     _check_tokens(tokens_N, hidden_ND.shape[:1], weight_VD.shape[0], hidden_ND=hidden_ND, weight_VD=weight_VD)
     check_range("chunk", chunk, 1)
     check_range("temperature", temperature, 0.0, open_low=True)
-    logp_N, entropy_N = _LinearTokenLogprobs.apply(hidden_ND, weight_VD, tokens_N, temperature, chunk, with_entropy)
-    return (logp_N, entropy_N) if with_entropy else logp_N
+    logp_N, entropy_N, mean_N = _LinearTokenLogprobs.apply(
+        hidden_ND, weight_VD, tokens_N, temperature, chunk, with_entropy, with_mean
+    )
+    if not (with_entropy or with_mean):
+        return logp_N
+    return (logp_N, *([entropy_N] if with_entropy else []), *([mean_N] if with_mean else []))
 
 
 def _check_tokens(tokens: Tensor, rows: torch.Size, vocabulary: int, **others: Tensor) -> None:
@@ -138,30 +172,42 @@ def _chunks(rows: int, chunk: int) -> Iterator[slice]:
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, temperature: float, chunk: int, with_entropy: bool
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        chunk: int,
+        with_entropy: bool,
+        with_mean: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logp = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
         entropies = torch.empty_like(logp) if with_entropy else logp.new_empty(0)
+        means = torch.empty_like(logp) if with_mean else logp.new_empty(0)
         for part in _chunks(hidden.shape[0], chunk):
             rows = log_softmax(_head(hidden[part], weight), temperature)
             logp[part] = _gather(rows, tokens[part])
             if with_entropy:
                 entropies[part] = _entropy(rows)
+            if with_mean:
+                means[part] = rows.mean(-1)
         ctx.save_for_backward(hidden, weight, tokens)
-        ctx.options = (temperature, chunk, with_entropy)
-        return logp, entropies
+        ctx.options = (temperature, chunk, with_entropy, with_mean)
+        return logp, entropies, means
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        grad_logp, grad_entropy = grad_outputs
+        grad_logp, grad_entropy, grad_mean = grad_outputs
         hidden, weight, tokens = ctx.saved_tensors
-        temperature, chunk, with_entropy = ctx.options
+        temperature, chunk, with_entropy, with_mean = ctx.options
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         used = grad_logp != 0
         if with_entropy:
             used = used | (grad_entropy != 0)
+        if with_mean:
+            used = used | (grad_mean != 0)
         index = used.nonzero().squeeze(1)
         exact = torch.promote_types(weight.dtype, torch.float32)
         d_hidden = torch.zeros_like(hidden) if needs_hidden else None
@@ -174,6 +220,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 tokens[rows].long(),
                 grad_logp[rows] / temperature,
                 grad_entropy[rows] / temperature if with_entropy else None,
+                grad_mean[rows] / temperature if with_mean else None,
             ).to(weight.dtype)
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ weight
@@ -183,20 +230,26 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                     d_weight.addmm_(d_logits.t(), h)
                 else:
                     d_weight += d_logits.t() @ h
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None, None
 
 
-def _logits_gradient(logp: Tensor, tokens: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None) -> Tensor:
-    """d/d(logits / temperature) of sum(grad_logp * logp[token] + grad_entropy * H): [n, V], may reuse logp's memory.
+def _logits_gradient(
+    logp: Tensor, tokens: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None, grad_mean: Tensor | None
+) -> Tensor:
+    """d/d(logits / temperature) of sum(grad_logp * logp[token] + grad_entropy * H + grad_mean * mean_v logp_v).
 
-    d logp_k / d z_v = 1[v = k] - p_v and d H / d z_v = -p_v (log p_v + H).
+    [n, V], may reuse logp's memory. d logp_k / d z_v = 1[v = k] - p_v, d H / d z_v = -p_v (log p_v + H), and the mean
+    over the vocabulary has 1/V - p_v.
     """
     p = logp.exp()
+    both = grad_logp if grad_mean is None else grad_logp + grad_mean
     if grad_entropy is None:
-        gradient = p.mul_(-grad_logp.unsqueeze(1))
+        gradient = p.mul_(-both.unsqueeze(1))
     else:
-        shifted = logp.add_(_entropy(logp).unsqueeze(1)).mul_(grad_entropy.unsqueeze(1)).add_(grad_logp.unsqueeze(1))
+        shifted = logp.add_(_entropy(logp).unsqueeze(1)).mul_(grad_entropy.unsqueeze(1)).add_(both.unsqueeze(1))
         gradient = p.mul_(shifted).neg_()
+    if grad_mean is not None:
+        gradient.add_((grad_mean / logp.shape[1]).unsqueeze(1))
     rows = torch.arange(tokens.shape[0], device=tokens.device)
     gradient[rows, tokens] += grad_logp
     return gradient

@@ -1,4 +1,4 @@
-"""Causal attention over blocks of 64 keys, one code path for training, scoring, prefill and decoding.
+"""Attention over blocks of 64 keys, causal or not, one code path for training, scoring, prefill and decoding.
 
 The sum over keys always runs block by block with a float32 running maximum, normaliser and accumulator, so that a
 query's output is the same number, bit for bit, whether it is computed alone from the cache (decode), in a packed
@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from upslope.models.protocol import ModelSpec
+from upslope.models.protocol import ModelSpec, Segment
 
 __all__ = ["BLOCK", "KVCache", "PackedContext", "PagedContext"]
 
@@ -82,6 +84,16 @@ def _plan(starts: Sequence[int], queries: int, blocks: Sequence[int], group: int
     else:
         positions = offsets[None] + torch.tensor(starts, device=device)[:, None]
     return _Plan(tuple(active), tuple(first_row), tuple(mask_rows), positions, rows)
+
+
+def _plan_all(lengths: Sequence[int], blocks: Sequence[int], group: int, device: torch.device | str) -> _Plan:
+    """Plan in which every query of sequence i sees all of its lengths[i] keys: each row stands at the last position."""
+    queries, last = max(lengths), min(lengths) - 1
+    rows = max(8 if queries == 1 else 12, queries * group)
+    mask_rows = tuple(rows if (j + 1) * BLOCK - 1 > last else 0 for j in range(blocks[0]))
+    positions = (torch.tensor(lengths, device=device) - 1)[:, None].expand(len(lengths), rows)
+    active = tuple(sum(n > j for n in blocks) for j in range(blocks[0]))
+    return _Plan(active, (0,) * blocks[0], mask_rows, positions, rows)
 
 
 def _scores(q: Tensor, keys: Tensor, plan: _Plan, j: int, scale: float, stat: torch.dtype) -> Tensor:
@@ -166,8 +178,8 @@ class _Bucket:
     """Sequences of like shape: where their new tokens lie in the call, and back.
 
     queries [B * Q]: row of the call for each padded query slot (the row T, a zero row, for padding). rows, slots [n]:
-    row in the call and padded query slot of each real token. starts, blocks: first query position and number of key
-    blocks of each sequence.
+    row in the call and padded query slot of each real token. counts, starts, blocks: new tokens, first query position
+    and number of key blocks of each sequence.
     """
 
     size: int
@@ -175,6 +187,7 @@ class _Bucket:
     queries: Tensor
     rows: Tensor
     slots: Tensor
+    counts: tuple[int, ...]
     starts: tuple[int, ...]
     blocks: tuple[int, ...]
 
@@ -199,6 +212,7 @@ class _Bucket:
             queries=padded.flatten().to(device),
             rows=padded[real].to(device),
             slots=real.flatten().nonzero()[:, 0].to(device),
+            counts=tuple(counts),
             starts=tuple(starts),
             blocks=tuple(blocks),
         )
@@ -255,8 +269,9 @@ class PackedContext:
 
     `lengths[i]` tokens belong to segment i. It is a sequence of its own, or continues segment `parents[i]` (a prompt
     that several continuations share: its tokens are computed once and seen by all of them, its gradient is the sum of
-    theirs). Each token attends to its own segment and what that continues. Padding exists only inside the attention
-    call, within buckets of segments of like shape.
+    theirs). Each token attends to its own segment and what that continues, up to itself, or with causal=False to the
+    whole of its segment (which may then continue none). Padding exists only inside the attention call, within buckets
+    of segments of like shape. ValueError: an empty segment, or one that cannot continue what it should.
     """
 
     def __init__(
@@ -264,6 +279,7 @@ class PackedContext:
         lengths: Sequence[int],
         parents: Sequence[int] | None = None,
         *,
+        causal: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:
         if not lengths or min(lengths) < 1:
@@ -272,8 +288,14 @@ class PackedContext:
         for i, (p, _) in enumerate(zip(parents, lengths, strict=True)):
             if p != -1 and not (0 <= p < len(lengths) and parents[p] == -1 and p != i):
                 raise ValueError(f"segment {i} cannot continue segment {p}: it must be a segment that continues none")
-        self.lengths, self.parents, self.device = tuple(lengths), tuple(parents), device
+        if not causal and max(parents) != -1:
+            raise ValueError("no segment can continue another where every token sees the whole of its own (not causal)")
+        self.lengths, self.parents, self.causal, self.device = tuple(lengths), tuple(parents), causal, device
         starts = [0 if p == -1 else lengths[p] for p in parents]
+        ends = accumulate(lengths)
+        self.segments = tuple(
+            Segment(end - n, n, s, p) for end, n, s, p in zip(ends, lengths, starts, parents, strict=True)
+        )
         self.positions_T = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]).to(device)
         self._buckets = self._make_buckets(starts)
         self._order = torch.argsort(torch.cat([bucket.rows for bucket, _ in self._buckets]))
@@ -330,8 +352,14 @@ class PackedContext:
         group = torch.tensor([prompts.index(p) for p in prompt_of])
         return _Keys(*(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows, is_prompt, prompt_rows, group)))
 
+    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
+        """Nothing: what is trained on is not kept."""
+
+    def before(self, layer: int) -> None:
+        """Nothing stands before a packed sequence."""
+
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
-        """Causal attention within each sequence; `layer` is not needed here."""
+        """Attention within each sequence; `layer` is not needed here."""
         heads, kv_heads = q_THd.shape[1], k_TKd.shape[1]
         q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
         parts = []
@@ -349,7 +377,11 @@ class PackedContext:
     def _plan(self, index: int, group: int) -> _Plan:
         if (index, group) not in self._plans:
             bucket, _ = self._buckets[index]
-            self._plans[index, group] = _plan(bucket.starts, bucket.num_queries, bucket.blocks, group, self.device)
+            if self.causal:
+                plan = _plan(bucket.starts, bucket.num_queries, bucket.blocks, group, self.device)
+            else:
+                plan = _plan_all(bucket.counts, bucket.blocks, group, self.device)
+            self._plans[index, group] = plan
         return self._plans[index, group]
 
 
@@ -373,11 +405,18 @@ class PagedContext:
 
     Sequence i has `starts[i]` tokens in the cache and brings `counts[i]` new ones, laid end to end in the call;
     `tables[i]` lists its block ids and must cover starts[i] + counts[i] tokens. Blocks before the first new token may
-    be shared between sequences; the blocks written to may not.
+    be shared between sequences; the blocks written to may not. `prompts[i]`, where given, is the number of tokens of
+    the sequence's prompt, which a network that treats prompts apart needs to know.
     """
 
     def __init__(
-        self, cache: KVCache, tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]
+        self,
+        cache: KVCache,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        prompts: Sequence[int] | None = None,
     ) -> None:
         device = cache.keys.device
         for i, (table, start, count) in enumerate(zip(tables, starts, counts, strict=True)):
@@ -386,6 +425,11 @@ class PagedContext:
                     f"sequence {i}: {len(table)} blocks of {BLOCK} cannot hold {start} cached + {count} new tokens"
                 )
         self.cache = cache
+        known = [None] * len(starts) if prompts is None else prompts
+        offsets = [end - n for end, n in zip(accumulate(counts), counts, strict=True)]
+        self.segments = tuple(
+            Segment(row, n, s, prompt=p) for row, n, s, p in zip(offsets, counts, starts, known, strict=True)
+        )
         ends = [s + c for s, c in zip(starts, counts, strict=True)]
         needed = [-(-end // BLOCK) for end in ends]
         positions = [torch.arange(s, e) for s, e in zip(starts, ends, strict=True)]
@@ -393,8 +437,28 @@ class PagedContext:
         self.positions_T = torch.cat(positions).to(device)
         self._slot_block = torch.cat(blocks).to(device)
         self._slot_offset = self.positions_T % BLOCK
-        self._groups = self._make_groups(tables, starts, counts, needed, device)
+        last = [
+            (table[(s - 1) // BLOCK], (s - 1) % BLOCK) if s else (0, 0) for table, s in zip(tables, starts, strict=True)
+        ]
+        self._last_block, self._last_offset = torch.tensor(last).to(device).unbind(1)
+        self._begins = torch.tensor([s == 0 for s in starts]).to(device)
+        self._columns = (tables, starts, counts, needed, device)
         self._plans: dict[tuple[int, int], _Plan] = {}
+
+    @cached_property
+    def _groups(self) -> list[tuple[_Bucket, Tensor]]:
+        return self._make_groups(*self._columns)
+
+    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
+        """Put the call's keys and values of `layer` into the cache."""
+        self.cache.keys[layer][self._slot_block, :, self._slot_offset] = k_TKd
+        self.cache.values[layer][self._slot_block, :, self._slot_offset] = v_TKd
+
+    def before(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Key and value [S, K, d] of the token before each sequence's first new one; zeros where there is none."""
+        begins = self._begins[:, None, None]
+        keys, values = (x[layer][self._last_block, :, self._last_offset] for x in (self.cache.keys, self.cache.values))
+        return keys.masked_fill(begins, 0), values.masked_fill(begins, 0)
 
     @staticmethod
     def _make_groups(
@@ -425,9 +489,8 @@ class PagedContext:
     @torch.no_grad()
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Write the new keys and values of `layer`, then attend to everything up to each query."""
+        self.write(layer, k_TKd, v_TKd)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self._slot_block, :, self._slot_offset] = k_TKd
-        values[self._slot_block, :, self._slot_offset] = v_TKd
         heads, kv_heads = q_THd.shape[1], k_TKd.shape[1]
         q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
         result = torch.empty_like(q_THd)

@@ -13,7 +13,11 @@ from torch import Tensor
 
 from upslope.errors import ModelError
 from upslope.models.decoder import MODEL_TYPES, Decoder, DecoderConfig, rope_frequencies
+from upslope.models.lstm import LSTM, LSTMConfig
+from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
 from upslope.models.protocol import CausalModel
+from upslope.models.seq2seq import Seq2Seq
+from upslope.models.seq2seq_files import is_seq2seq, load_seq2seq, stored_tensors
 from upslope.models.weights import (
     GENERATION_CONFIG,
     Tokenizer,
@@ -44,27 +48,37 @@ def load_model(
 ) -> CausalModel:
     """The network of a model folder with its weights in `dtype`.
 
-    Decoder for llama, mistral, qwen2 and qwen3 folders it can run exactly, TransformersModel for any other causal
+    Decoder for llama, mistral, qwen2 and qwen3 folders it can run exactly, LSTM for its own, TransformersModel for any other causal
     architecture. A reward model's folder (a `score.weight` in place of the head) gives its trunk; its logits then
     mean nothing. Raises ModelError, naming the folder and what is missing, misshapen or unsupported.
     """
+    if read_config(folder).get("model_type") == LSTM_TYPE:
+        return _filled(LSTM, LSTMConfig.from_hf(read_config(folder)), folder, dtype, gradient_checkpointing)
+    if is_seq2seq(read_config(folder)):
+        return load_seq2seq(folder, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
     config = decoder_config(folder)
     if config is None:
         from upslope.models.adapter import TransformersModel
 
         return TransformersModel.from_folder(folder, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
+    model = _filled(Decoder, config, folder, dtype, gradient_checkpointing)
+    model.rope_inverse = rope_frequencies(config.rope, config.head_dim)
+    return model
+
+
+def _filled(network: type[Any], config: Any, folder: Path | str, dtype: torch.dtype, checkpointing: bool) -> Any:
+    """The network of a configuration with the folder's weights, every one of which must be there and fit."""
     found = {n: shape for n, shape in read_shapes(folder).items() if not n.endswith(_IGNORED_ENDINGS)}
     if found.pop(_SCORE, None) and _HEAD not in found:
         config = replace(config, tie_word_embeddings=True)
     with torch.device("meta"):
-        model = Decoder(config, gradient_checkpointing=gradient_checkpointing)
+        model = network(config, gradient_checkpointing=checkpointing)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if config.tie_word_embeddings and _HEAD in found and _EMBEDDING in found:
         _check_tied_copy(folder)
         del found[_HEAD]
     check_shapes(expected, found, where=folder)
     model.load_state_dict(load(folder, dtype=dtype, names=list(expected)), assign=True)
-    model.rope_inverse = rope_frequencies(config.rope, config.head_dim)
     return model
 
 
@@ -109,7 +123,7 @@ def save_model(
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
 ) -> Path:
-    """Write `model` as a folder that transformers and vLLM load; atomic (models.weights.save_folder).
+    """Write `model` as a folder that transformers and vLLM load (an LSTM: only upslope); atomic (models.weights.save_folder).
 
     `tensors` (float32 master weights, say) take the place of the model's own parameters; names and shapes are
     checked. Tokenizer, chat template and generation config are copied from `source_folder`.
@@ -117,7 +131,7 @@ def save_model(
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     state = dict(model.named_parameters()) if tensors is None else dict(tensors)
     check_shapes(expected, {name: tuple(t.shape) for name, t in state.items()}, where="weights to save")
-    if isinstance(model, Decoder):
+    if isinstance(model, Decoder | LSTM):
         return save_folder(
             folder,
             model.config.to_hf(),
@@ -126,6 +140,19 @@ def save_model(
             max_shard_bytes=max_shard_bytes,
             source_folder=source_folder,
             tokenizer=tokenizer,
+            overwrite=overwrite,
+        )
+    if isinstance(model, Seq2Seq):
+        own = source_folder is not None and (Path(source_folder) / GENERATION_CONFIG).is_file()
+        return save_folder(
+            folder,
+            model.config.to_hf(),
+            stored_tensors(model, state),
+            dtype=dtype,
+            max_shard_bytes=max_shard_bytes,
+            source_folder=source_folder,
+            tokenizer=tokenizer,
+            generation_config=None if own else model.config.generation_config(),
             overwrite=overwrite,
         )
     from upslope.models.adapter import TransformersModel

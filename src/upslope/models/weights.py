@@ -50,6 +50,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     CHAT_TEMPLATE,
 )
+TOKENIZER_FOLDERS = ("additional_chat_templates", "source_tokenizer")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
@@ -275,8 +276,9 @@ def copy_companions(source: Path, target: Path) -> None:
     for name in (*TOKENIZER_FILES, GENERATION_CONFIG):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates")
+    for name in TOKENIZER_FOLDERS:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
 
 
 def _by_file(folder: Path) -> dict[Path, set[str] | None]:

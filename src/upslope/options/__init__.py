@@ -8,20 +8,36 @@ file and options on the command line are these names (on the command line with d
 from __future__ import annotations
 
 from upslope.options.common import Dtype, RLOptions, RunOptions
-from upslope.options.policy import GRPOOptions, PPOOptions
+from upslope.options.compare import CompareOptions
+from upslope.options.distill import DistillOptions
+from upslope.options.encoder import ClassifyOptions, EncoderOptions, TagOptions
+from upslope.options.expert import ExpertOptions
+from upslope.options.policy import GRPOOptions, PPOOptions, ReinforceOptions
+from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.options.preference import DPOOptions, RewardOptions
 from upslope.options.supervised import SFTOptions
 from upslope.options.tools import DemoOptions, DoctorOptions, ExplainOptions, FetchOptions, RunsOptions
 
 __all__ = [
+    "ClassifyOptions",
+    "CompareOptions",
+    "DPOOptions",
     "DemoOptions",
+    "DistillOptions",
     "DoctorOptions",
     "Dtype",
+    "EncoderOptions",
+    "ExpertOptions",
     "ExplainOptions",
     "FetchOptions",
     "GRPOOptions",
     "PPOOptions",
     "RLOptions",
+    "RewardOptions",
+    "ReinforceOptions",
     "RunOptions",
     "RunsOptions",
     "SFTOptions",
+    "Seq2SeqOptions",
+    "TagOptions",
 ]

@@ -132,6 +132,8 @@ class RLOptions(RunOptions):
     """Importance weights between trainer and sampler, capped; auto: token where the two differ in a bit, else none."""
     rollout_correction_cap: float = 2.0
     """Largest importance weight."""
+    rollout_lag: int = 0
+    """Train on rollouts sampled this many steps ago, as asynchronous sampling does; 0 is on-policy."""
     truncated: Literal["terminate", "bootstrap", "mask"] = "terminate"
     """A completion cut by its budget: ends there, bootstraps from the critic, or is left out of the loss."""
     missing_eos_penalty: float = 0.0
@@ -140,6 +142,11 @@ class RLOptions(RunOptions):
     """Last tokens of the budget over which a penalty grows from 0 to 1 (DAPO); 0 is off."""
     eval_temperature: float = 0.0
     """Temperature of held-out evaluation; 0 is greedy."""
+
+    @property
+    def filtered(self) -> bool:
+        """Whether what is sampled from is not the policy's own distribution."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range or a sampling filter without its correction."""
@@ -157,11 +164,12 @@ class RLOptions(RunOptions):
             top_p=(1e-6, 1),
             min_p=(0, 1),
             rollout_correction_cap=(1, None),
+            rollout_lag=(0, None),
             missing_eos_penalty=(0, None),
             overlong_buffer=(0, self.max_completion_length),
             eval_temperature=(0, 100),
         )
-        if (self.top_k or self.top_p < 1 or self.min_p > 0) and self.rollout_correction in ("auto", "none"):
+        if self.filtered and self.rollout_correction in ("auto", "none"):
             raise ConfigError(
                 "top_k, top_p or min_p makes the sampled distribution another than the policy's: "
                 "name the correction (rollout_correction = token, sequence or geometric) or switch the filter off"

@@ -1,4 +1,4 @@
-"""Options of the policy gradients with and without a critic."""
+"""Options of the policy gradients: REINFORCE, PPO with a critic, and the group as baseline."""
 
 from __future__ import annotations
 
@@ -10,13 +10,87 @@ from upslope.options.common import RLOptions, check
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReinforceOptions(RLOptions):
+    """REINFORCE (Williams 1992): one gradient step per batch, return to go minus a baseline, no ratio and no clip."""
+
+    baseline: Literal["none", "moving", "learned", "greedy", "reinforce++"] = "moving"
+    """none; moving: mean of past rewards; learned: a value head (actor-critic); greedy: the reward of the greedy reply
+    (SCST, ReMax); reinforce++: no baseline, advantages whitened over the batch's tokens."""
+    baseline_decay: float = 0.9
+    """How much of the moving mean is kept at each step."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 1.0
+    """Lambda of generalized advantage estimation with the learned baseline; 1 is the Monte Carlo return minus V."""
+    normalizer: Literal["token", "constant"] = "token"
+    """Divide by all trained tokens, or by completions times max_completion_length: the unbiased gradient, scaled."""
+    whiten_advantages: bool | None = None
+    """Give the advantages of a step mean 0 and variance 1 over its tokens; left out: only with reinforce++."""
+    critic: str = "shared"
+    """shared: a value head on the policy's trunk; separate: a copy of the model; or a reward model's folder."""
+    critic_learning_rate: float | None = None
+    """Of the critic's own parameters (the value head when shared); left out: ten times learning_rate."""
+    vf_coef: float = 0.1
+    """Weight of the value loss where it reaches the shared trunk."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence to the reference model, in the reward (k1); at 0 no reference is loaded."""
+    kl_target: float | None = None
+    """Adapt kl_coef so that the KL per completion stays here (arXiv 1909.08593)."""
+    kl_horizon: int = 10000
+    """Samples over which kl_coef adapts."""
+    entropy_coef: float = 0.0
+    """Weight of an entropy bonus."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for a value out of range, or one that this baseline does not use."""
+        RLOptions.validate(self)
+        check(
+            self,
+            baseline_decay=(0, 0.999999),
+            gamma=(0, 1),
+            lam=(0, 1),
+            critic_learning_rate=(0, None),
+            vf_coef=(0, None),
+            kl_coef=(0, None),
+            kl_target=(0, None),
+            kl_horizon=(1, None),
+            entropy_coef=(0, None),
+        )
+        if self.kl_target is not None and self.kl_coef == 0:
+            raise ConfigError("kl_target adapts kl_coef: give kl_coef a start value above 0")
+        for name, needed in _NEEDED_BASELINE.items():
+            changed = getattr(self, name) != type(self).__dataclass_fields__[name].default
+            if changed and self.baseline != needed:
+                raise ConfigError(f"{name} belongs to baseline = {needed}; baseline is {self.baseline}")
+        if self.truncated == "bootstrap" and self.baseline != "learned":
+            raise ConfigError("truncated = bootstrap needs a critic: use baseline = learned, or terminate or mask")
+        if self.baseline == "reinforce++" and self.whiten_advantages is False:
+            raise ConfigError("reinforce++ is whitening: without it use baseline = none")
+
+
+_NEEDED_BASELINE = {
+    "baseline_decay": "moving",
+    "lam": "learned",
+    "critic": "learned",
+    "critic_learning_rate": "learned",
+    "vf_coef": "learned",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
 class PPOOptions(RLOptions):
     """Proximal policy optimization with a critic (Schulman et al. 2017, arXiv 1707.06347), token by token."""
 
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
-    """Lambda of generalized advantage estimation."""
+    """Lambda of generalized advantage estimation; of V-trace's value targets."""
+    advantage: Literal["gae", "vtrace"] = "gae"
+    """gae; vtrace: corrects for rollouts of older weights inside the estimator (arXiv 1802.01561)."""
+    rho_clip: float = 1.0
+    """V-trace: largest importance weight of a temporal difference and of the policy gradient."""
+    c_clip: float = 1.0
+    """V-trace: largest importance weight in the trace."""
     epsilon: float = 0.2
     """Clip range of the ratio, downwards and (unless epsilon_high is given) upwards."""
     epsilon_high: float | None = None
@@ -56,11 +130,23 @@ class PPOOptions(RLOptions):
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range."""
+        if self.advantage == "vtrace":
+            if self.filtered:
+                raise ConfigError("advantage = vtrace samples from the whole policy: switch top_k, top_p and min_p off")
+            if self.rollout_correction not in ("auto", "none"):
+                raise ConfigError(
+                    f"advantage = vtrace has its own importance weights (rho_clip): rollout_correction = "
+                    f"{self.rollout_correction} would apply them twice; leave it at auto"
+                )
+        elif self.rho_clip != 1.0 or self.c_clip != 1.0:
+            raise ConfigError("rho_clip and c_clip belong to advantage = vtrace; advantage is gae")
         RLOptions.validate(self)
         check(
             self,
             gamma=(0, 1),
             lam=(0, 1),
+            rho_clip=(1e-6, None),
+            c_clip=(1e-6, None),
             epsilon=(0, None),
             epsilon_high=(0, None),
             dual_clip=(1, None),
@@ -83,7 +169,7 @@ class PPOOptions(RLOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOOptions(RLOptions):
-    """Policy gradient with the group as baseline: GRPO, Dr. GRPO, RLOO, REINFORCE++; DAPO, GSPO, CISPO."""
+    """Policy gradient with the group as baseline: GRPO, Dr. GRPO, RLOO, REINFORCE++; DAPO, GSPO, CISPO, SAPO."""
 
     num_prompts: int = 16
     """Prompts per step (P)."""
@@ -92,15 +178,20 @@ class GRPOOptions(RLOptions):
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce++"] = "grpo"
     """grpo: centred, divided by the group's deviation; dr_grpo: centred; rloo: leave-one-out; reinforce++: centred,
     then whitened over the batch."""
-    loss: Literal["clipped", "gspo", "cispo"] = "clipped"
-    """clipped: PPO's per token; gspo: per sequence; cispo: clipped weights, every token keeps its gradient."""
+    loss: Literal["clipped", "gspo", "cispo", "sapo"] = "clipped"
+    """clipped: PPO's per token; gspo: per sequence; cispo: clipped weights, every token keeps its gradient; sapo: a
+    smooth gate instead of a clip."""
     normalizer: Literal["auto", "token", "sequence", "constant"] = "auto"
     """Divide by all trained tokens (DAPO), average each sequence first (GRPO paper), or by a constant (Dr. GRPO);
-    auto: sequence with gspo, else token."""
+    auto: sequence with gspo and sapo, else token."""
     epsilon: float = 0.2
     """Clip range of the ratio downwards and (unless epsilon_high is given) upwards."""
     epsilon_high: float | None = None
     """Clip range upwards (DAPO: 0.28)."""
+    tau_positive: float = 1.0
+    """SAPO: how fast the gate closes for good completions."""
+    tau_negative: float = 1.05
+    """SAPO: how fast the gate closes for bad completions."""
     num_iterations: int = 1
     """Passes over each batch of rollouts."""
     num_minibatches: int = 1
@@ -122,6 +213,8 @@ class GRPOOptions(RLOptions):
             num_generations=(2, None),
             epsilon=(0, None),
             epsilon_high=(0, None),
+            tau_positive=(1e-6, None),
+            tau_negative=(1e-6, None),
             num_iterations=(1, None),
             num_minibatches=(1, None),
             beta=(0, None),
@@ -130,5 +223,7 @@ class GRPOOptions(RLOptions):
         )
         if self.loss == "gspo" and self.normalizer not in ("auto", "sequence"):
             raise ConfigError(f"normalizer = {self.normalizer}: gspo has one loss per sequence; use auto or sequence")
+        if self.loss != "sapo" and (self.tau_positive, self.tau_negative) != (1.0, 1.05):
+            raise ConfigError(f"tau_positive and tau_negative belong to loss = sapo; loss is {self.loss}")
         if self.truncated == "bootstrap":
             raise ConfigError("truncated = bootstrap needs a critic: use terminate or mask, or the ppo verb")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from upslope.errors import ConfigError
 from upslope.options.common import RunOptions, check
@@ -24,6 +25,10 @@ class SFTOptions(RunOptions):
     """Sequences per optimizer step."""
     num_epochs: float | None = None
     """Passes over the data; when given it sets max_steps."""
+    loss: Literal["nll", "dft"] = "nll"
+    """nll: negative log-likelihood; dft: each token's weighted by its own probability (arXiv 2508.05629)."""
+    label_smoothing: float = 0.0
+    """Share of every target spread evenly over the vocabulary (arXiv 1512.00567); 0 is off."""
     max_length: int = 1024
     """Longest sequence in tokens; longer rows are dropped, counted and reported."""
     max_completion_length: int = 32
@@ -36,9 +41,12 @@ class SFTOptions(RunOptions):
             self,
             num_examples=(1, None),
             batch_size=(1, None),
+            label_smoothing=(0, 1),
             max_length=(2, None),
             max_completion_length=(1, None),
             num_epochs=(0, None),
         )
         if (self.data is None) == (self.task is None):
             raise ConfigError("give exactly one of data and task")
+        if self.loss == "dft" and self.label_smoothing:
+            raise ConfigError("label_smoothing belongs to loss = nll: dft has no smoothed form; set it to 0 with dft")

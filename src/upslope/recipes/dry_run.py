@@ -21,7 +21,7 @@ from upslope.data.batching import collate
 from upslope.data.preview import mask_view, statistics
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
-from upslope.options import GRPOOptions, PPOOptions, RLOptions, RunOptions, SFTOptions
+from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
 from upslope.recipes.plan import Plan, plan_of
 from upslope.recipes.session import resident_memory_gb
 from upslope.training.step import forward
@@ -117,7 +117,8 @@ def predict_sft(options: SFTOptions, policy: Policy, examples: Sequence[Example]
 
 def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequence[Sequence[int]]) -> Prediction:
     """Memory and time of a ppo or grpo run, from a probe that samples a few completions and trains on them."""
-    critic = load_critic(policy, options.critic, options) if isinstance(options, PPOOptions) else None
+    choice = _critic_choice(options)
+    critic = load_critic(policy, choice, options) if choice is not None else None
     shared = critic.head if critic is not None and critic.model is None else None
     count = min(8, options.num_prompts)
     width = min(options.num_generations, 4)
@@ -165,10 +166,16 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
     return Prediction(memory, step, step * options.max_steps)
 
 
+def _critic_choice(options: RLOptions) -> str | None:
+    if isinstance(options, ReinforceOptions):
+        return options.critic if options.baseline == "learned" else None
+    return options.critic if isinstance(options, PPOOptions) else None
+
+
 def _kl_weight(options: RLOptions) -> float:
     return (
         options.kl_coef
-        if isinstance(options, PPOOptions)
+        if isinstance(options, PPOOptions | ReinforceOptions)
         else options.beta
         if isinstance(options, GRPOOptions)
         else 0.0

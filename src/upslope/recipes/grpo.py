@@ -10,6 +10,7 @@
             loss = -min(rho A, clip(rho) A)                                clipped; DAPO's clip-higher by epsilon_high
                    per sequence, rho the geometric mean                    gspo (2507.18071)
                    -sg(clip(rho)) A log pi                                 cispo (2506.13585)
+                   -(4 / tau) sigmoid(tau (rho - 1)) A                     sapo (2511.20347)
                    + beta KL(pi || ref)
             normalised over tokens (DAPO, 2503.14476), sequences or a constant; AdamW step
 
@@ -32,10 +33,16 @@ from upslope.errors import DataError
 from upslope.functional.advantages import group_centered, group_normalized, leave_one_out
 from upslope.functional.kl import importance_k1, k1
 from upslope.functional.masking import whiten
-from upslope.functional.policy_losses import clipped_is_reinforce, clipped_surrogate, sequence_clipped_surrogate
+from upslope.functional.policy_losses import (
+    clipped_is_reinforce,
+    clipped_surrogate,
+    sequence_clipped_surrogate,
+    soft_gated,
+)
 from upslope.options import GRPOOptions
 from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.policy_gradient import PolicyGradient, ratio_metrics, rollout_metrics
+from upslope.recipes.rollout_queue import Sampled
 from upslope.recipes.session import StepResult, exit_code, train
 from upslope.training.experience import Experience, Normalizer, group_rewards, logprob_gap, shaped_rewards
 from upslope.training.step import Outputs, score, update
@@ -64,7 +71,7 @@ def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any
 
 
 class GRPO(PolicyGradient):
-    """Group-relative advantages, one of three losses, one of three normalisers."""
+    """Group-relative advantages, one of four losses, one of three normalisers."""
 
     options: GRPOOptions
 
@@ -74,7 +81,8 @@ class GRPO(PolicyGradient):
 
     def step(self, step: int) -> StepResult:
         """Sample, judge, compare within groups, update."""
-        groups, metrics = self.sample_groups(step)
+        sampled = self.rollouts(step)
+        groups, metrics = sampled.groups, sampled.metrics
         started = time.perf_counter()
         experience = Experience.of(groups, drop_truncated=self.options.truncated == "mask")
         metrics |= rollout_metrics(groups, experience)
@@ -86,17 +94,17 @@ class GRPO(PolicyGradient):
         self.record(step, groups, experience, ("old_logp", "ref_logp", "advantages"))
         return StepResult(metrics, experience.num_trained)
 
-    def sample_groups(self, step: int) -> tuple[list[RolloutGroup], dict[str, float]]:
-        """The step's groups; with dynamic sampling only those whose rewards differ, until the batch is full."""
+    def draw(self, index: int) -> Sampled:
+        """A batch; with dynamic sampling only groups whose rewards differ, until the batch is full."""
         o = self.options
-        groups, metrics = self.sample(step)
+        groups, metrics = self.sample(index)
         if not o.dynamic_sampling:
-            return groups, metrics
+            return Sampled(groups, metrics)
         kept, tried = [g for g in groups if _has_signal(g)], len(groups)
         for round_ in range(1, o.dynamic_sampling_rounds):
             if len(kept) >= o.num_prompts:
                 break
-            more, extra = self.sample(step, round_=round_, count=o.num_prompts - len(kept))
+            more, extra = self.sample(index, round_=round_, count=o.num_prompts - len(kept))
             tried += len(more)
             kept += [g for g in more if _has_signal(g)]
             metrics = {name: value + extra.get(name, 0.0) for name, value in metrics.items()}
@@ -105,7 +113,7 @@ class GRPO(PolicyGradient):
                 f"dynamic_sampling: {tried} prompts in {o.dynamic_sampling_rounds} rounds gave {len(kept)} groups with "
                 f"different rewards of {o.num_prompts} wanted; the task is too easy or too hard for this model"
             )
-        return kept[: o.num_prompts], {**metrics, "rollout/prompts_tried": float(tried)}
+        return Sampled(kept[: o.num_prompts], {**metrics, "rollout/prompts_tried": float(tried)})
 
     @torch.no_grad()
     def estimate(self, experience: Experience, num_groups: int) -> dict[str, float]:
@@ -181,6 +189,10 @@ class GRPO(PolicyGradient):
             policy_N = _sequence_loss(batch, out.logp_N, clip_low=o.epsilon, clip_high=high)
         elif o.loss == "cispo":
             policy_N = clipped_is_reinforce(out.logp_N, old, advantages, clip_high=high)
+        elif o.loss == "sapo":
+            policy_N = soft_gated(
+                out.logp_N, old, advantages, tau_positive=o.tau_positive, tau_negative=o.tau_negative
+            )
         else:
             policy_N = clipped_surrogate(out.logp_N, old, advantages, clip_low=o.epsilon, clip_high=high)
         if "importance" in f:
@@ -197,7 +209,7 @@ class GRPO(PolicyGradient):
 
 def _normalizer(options: GRPOOptions) -> Normalizer:
     if options.normalizer == "auto":
-        return "sequence" if options.loss == "gspo" else "token"
+        return "sequence" if options.loss in ("gspo", "sapo") else "token"
     return options.normalizer
 
 

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from upslope.options import GRPOOptions, PPOOptions, RLOptions, RunOptions, SFTOptions
+from upslope.options import (
+    ClassifyOptions,
+    DistillOptions,
+    DPOOptions,
+    EncoderOptions,
+    ExpertOptions,
+    GRPOOptions,
+    PPOOptions,
+    ReinforceOptions,
+    RewardOptions,
+    RLOptions,
+    RunOptions,
+    SFTOptions,
+    TagOptions,
+)
+from upslope.options.seq2seq import Seq2SeqOptions
 
 __all__ = ["CLASSES", "Plan", "plan_of"]
 
 CLASSES: dict[str, type[RunOptions]] = {
     "sft": SFTOptions,
+    "reinforce": ReinforceOptions,
     "ppo": PPOOptions,
     "grpo": GRPOOptions,
+    "seq2seq": Seq2SeqOptions,
+    "expert": ExpertOptions,
+    "distill": DistillOptions,
+    "reward": RewardOptions,
+    "dpo": DPOOptions,
+    "classify": ClassifyOptions,
+    "tag": TagOptions,
 }
 """The options class of every training verb; configs/VERB_*.toml and `upslope explain --verb VERB` go by it."""
 
@@ -32,12 +55,26 @@ def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
     """The plan of a training configuration; `examples` is the size of the supervised data where known."""
     if isinstance(options, SFTOptions):
         return _sft(options, examples)
+    if isinstance(options, Seq2SeqOptions):
+        return _seq2seq(options, examples)
+    if isinstance(options, EncoderOptions):
+        return _encoder(options, examples)
+    if isinstance(options, ExpertOptions):
+        return _expert(options)
+    if isinstance(options, DistillOptions):
+        return _distill(options)
+    if isinstance(options, DPOOptions | RewardOptions):
+        return _preference(options, examples)
     assert isinstance(options, RLOptions)
     return _policy_gradient(options)
 
 
 def _sft(o: SFTOptions, examples: int | None) -> Plan:
     words = [f"Each step trains on {o.batch_size} sequences and makes one optimizer step."]
+    if o.loss == "dft":
+        words.append("The loss of every token is weighted by the probability the model gives it (dynamic fine-tuning).")
+    if o.label_smoothing:
+        words.append(f"{o.label_smoothing:.0%} of every target is spread evenly over the vocabulary.")
     steps = o.max_steps
     if examples:
         if o.num_epochs is not None:
@@ -48,6 +85,119 @@ def _sft(o: SFTOptions, examples: int | None) -> Plan:
     return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
 
 
+def _encoder(o: EncoderOptions, examples: int | None) -> Plan:
+    item = "word" if isinstance(o, TagOptions) else "text"
+    reward = f"the rewards in {o.rewards}" if o.rewards else "reward 1 for the right label, 0 for another"
+    words = [
+        f"Each step trains on {o.batch_size} rows and makes one optimizer step.",
+        {
+            "cross_entropy": f"It raises the likelihood of every {item}'s right label.",
+            "policy_gradient": f"It raises the expected reward of every {item} in closed form: {reward}.",
+            "policy_gradient_sampled": f"It samples {o.num_samples} labels per {item} (baseline {o.baseline}): {reward}.",
+        }[o.objective],
+    ]
+    steps = o.max_steps
+    if examples:
+        if o.num_epochs is not None:
+            steps = max(1, round(o.num_epochs * examples / o.batch_size))
+            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} rows sets max_steps to {steps:,}.")
+        words.append(f"{steps:,} steps see {steps * o.batch_size:,} rows: {steps * o.batch_size / examples:.2g} passes.")
+    if o.eval_data is None:
+        words.append(f"{o.eval_share:.0%} of the data, chosen by seed and content, is held out as dev rows.")
+    if o.test_data is not None:
+        words.append("The test rows are scored once, at the end, with the checkpoint that was best on dev.")
+    if o.lora_rank:
+        words.append("The head is trained in full beside the adapters.")
+    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
+
+
+def _preference(o: DPOOptions | RewardOptions, examples: int | None) -> Plan:
+    labelled = (isinstance(o, DPOOptions) and o.loss == "kto") or (isinstance(o, RewardOptions) and o.kind == "process")
+    rows, width = ("rows", 1) if labelled else ("pairs", 2)
+    words = [f"Each step trains on {o.batch_size} {rows} ({width * o.batch_size} sequences), one optimizer step."]
+    steps = o.max_steps
+    if examples:
+        if o.num_epochs is not None:
+            steps = max(1, round(o.num_epochs * examples / o.batch_size))
+            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} {rows} sets max_steps to {steps:,}.")
+        passes = steps * o.batch_size / examples
+        words.append(f"{steps:,} steps see {steps * o.batch_size:,} {rows}: {passes:.2g} passes over the data.")
+    if isinstance(o, DPOOptions):
+        if o.loss in ("orpo", "simpo"):
+            words.append(f"{o.loss} has no reference model.")
+        else:
+            words.append("The start model reads every row once before the first step; no second model is kept.")
+        if o.loss == "kto":
+            words.append("Each step first reads as many mismatched pairs, without gradient, to estimate the KL.")
+    else:
+        words.append(
+            "The language head is left out; a scalar head is read at the end of each "
+            + ("step." if o.kind == "process" else "answer.")
+        )
+    return Plan(width * o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
+
+
+def _expert(o: ExpertOptions) -> Plan:
+    if o.num_rounds is not None:
+        o = replace(o, max_steps=o.num_rounds * o.train_steps, num_rounds=None)
+    rounds = -(-o.max_steps // o.train_steps)
+    samples = o.num_prompts * o.num_generations
+    kept = {
+        "threshold": "those the task calls correct" if o.threshold is None else f"those with reward >= {o.threshold:g}",
+        "best": "the best sample of each prompt",
+        "top": f"the best {o.keep_share:.0%} of the round",
+    }[o.keep]
+    words = [
+        f"Each of {rounds} rounds samples {o.num_prompts} prompts x {o.num_generations} completions = {samples} "
+        f"sequences of at most {o.max_completion_length} new tokens and keeps {kept}, {o.max_per_prompt} of a prompt "
+        f"at most; then it trains on them for {o.train_steps} steps of {o.batch_size} sequences.",
+        "Every round trains from the start model." if o.restart else "Every round goes on from the last one's weights.",
+    ]
+    if o.from_run is not None:
+        words.append(f"The first round samples nothing: it takes the rollouts of {o.from_run}.")
+    if o.mix_data is not None:
+        words.append(f"{o.mix_ratio:.0%} of each batch are rows of {o.mix_data}.")
+    return Plan(o.batch_size, 1, o.max_steps, 1, samples * o.max_completion_length, tuple(words + _common(o)))
+
+
+def _distill(o: DistillOptions) -> Plan:
+    own = o.num_prompts * o.on_policy_fraction
+    sequences = round(own * o.num_generations + o.num_prompts - own)
+    loss = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "jsd": "the generalised JSD"}
+    words = [
+        f"Each step takes {o.num_prompts} prompts; the student answers {o.on_policy_fraction:.0%} of them "
+        f"{o.num_generations} time{'s' * (o.num_generations > 1)} with at most {o.max_completion_length} new tokens, "
+        f"the others come with the data's completions: {sequences} sequences, one optimizer step.",
+        f"The loss is {loss[o.divergence]} per token, exact over the vocabulary, at temperature {o.temperature:g}.",
+        f"The teacher {o.teacher} is loaded beside the student, frozen, in its compute dtype.",
+    ]
+    new = round(own * o.num_generations) * o.max_completion_length
+    return Plan(sequences, 1, o.max_steps, 1, new, tuple(words + _common(o)))
+
+
+def _seq2seq(o: Seq2SeqOptions, examples: int | None) -> Plan:
+    risk = o.objective == "minimum_risk"
+    if risk:
+        words = [
+            f"Each step samples {o.num_samples} targets for each of {o.batch_size} sources"
+            f"{', adds the reference' if o.include_reference else ''}, counts equal ones once, scores the sets without "
+            "gradient, and makes one optimizer step."
+        ]
+    else:
+        words = [f"Each step trains on {o.batch_size} pairs and makes one optimizer step."]
+    steps = o.max_steps
+    if examples:
+        what = "sources" if risk else "pairs"
+        if o.num_epochs is not None:
+            steps = max(1, round(o.num_epochs * examples / o.batch_size))
+            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} {what} sets max_steps to {steps:,}.")
+        passes = steps * o.batch_size / examples
+        words.append(f"{steps:,} steps see {steps * o.batch_size:,} {what}: {passes:.2g} passes over the data.")
+    sequences = o.batch_size * (o.num_samples + o.include_reference if risk else 1)
+    new_tokens = o.batch_size * o.num_samples * o.max_completion_length if risk else 0
+    return Plan(sequences, 1, steps, 1 + risk, new_tokens, tuple(words + _common(o)))
+
+
 def _policy_gradient(o: RLOptions) -> Plan:
     sequences = o.num_prompts * o.num_generations
     epochs = o.num_epochs if isinstance(o, PPOOptions) else o.num_iterations if isinstance(o, GRPOOptions) else 1
@@ -56,14 +206,17 @@ def _policy_gradient(o: RLOptions) -> Plan:
     words = [
         f"Each step samples {o.num_prompts} prompts x {o.num_generations} completions = {sequences} sequences of at "
         f"most {o.max_completion_length} new tokens, from the weights as they are at that moment.",
+        *_lag_words(o),
         f"The step passes over them {epochs} time{'s' * (epochs > 1)} in {minibatches} "
         f"minibatch{'es' * (minibatches > 1)} of about {sequences // minibatches} sequences: "
         f"{updates} optimizer step{'s' * (updates > 1)}.",
         f"{o.max_steps:,} steps draw {o.max_steps * o.num_prompts:,} prompts: "
         f"{o.max_steps * o.num_prompts / o.num_train_prompts:.2g} passes over {o.num_train_prompts:,} problems.",
     ]
-    if updates == 1:
+    if updates == 1 and not isinstance(o, ReinforceOptions):
         words.append("One optimizer step per batch: every ratio is 1 and clipping never acts (plain policy gradient).")
+    if isinstance(o, ReinforceOptions):
+        words += _reinforce_words(o)
     if isinstance(o, PPOOptions):
         words += _ppo_words(o)
     if isinstance(o, GRPOOptions):
@@ -82,12 +235,32 @@ def _policy_gradient(o: RLOptions) -> Plan:
     )
 
 
-def _ppo_words(o: PPOOptions) -> list[str]:
-    critic = {
+def _lag_words(o: RLOptions) -> list[str]:
+    if not o.rollout_lag:
+        return []
+    return [f"It trains on what was sampled {o.rollout_lag} step{'s' * (o.rollout_lag > 1)} before."]
+
+
+def _reinforce_words(o: ReinforceOptions) -> list[str]:
+    baseline = {
+        "none": "Nothing is subtracted from the return.",
+        "moving": "The baseline is a moving mean of past rewards.",
+        "learned": _critic_words(o.critic),
+        "greedy": f"The baseline is the reward of a greedy reply: {o.num_prompts} more completions per step.",
+        "reinforce++": "The returns are whitened over all tokens of the step.",
+    }[o.baseline]
+    return [baseline, _reference_words(o.kl_coef, "kl_coef", o.lora_rank)]
+
+
+def _critic_words(critic: str) -> str:
+    return {
         "shared": "The critic is a head on the policy's own trunk: one forward pass gives log-probs and values.",
         "separate": "The critic is a second copy of the model with its own optimizer: twice the memory and time.",
-    }.get(o.critic, f"The critic starts from the reward model {o.critic}, with its own optimizer.")
-    words = [critic, _reference_words(o.kl_coef, "kl_coef", o.lora_rank)]
+    }.get(critic, f"The critic starts from the reward model {critic}, with its own optimizer.")
+
+
+def _ppo_words(o: PPOOptions) -> list[str]:
+    words = [_critic_words(o.critic), _reference_words(o.kl_coef, "kl_coef", o.lora_rank)]
     if o.gamma == 1 and o.lam == 1:
         words.append("gamma = lam = 1: the advantage is the whole later reward minus the value.")
     if o.value_pretraining_steps:

@@ -20,8 +20,10 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.functional.policy_losses import importance_weights
 from upslope.models.protocol import CausalModel
 from upslope.options import RLOptions
+from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
+from upslope.rollout.in_process import Surroundings
 from upslope.rollout.judge import reward_metrics
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
@@ -42,7 +44,7 @@ class PolicyGradient:
     """Holds policy, engine, task and judge; samples a step's rollouts and measures held-out accuracy.
 
     The engine reads the very weights that are trained: after each update its version goes up by one, so a step's
-    rollouts come from the policy that is about to be updated.
+    rollouts come from the policy that is about to be updated, or with a rollout_lag from the one some steps before.
     """
 
     higher_is_better = True
@@ -52,11 +54,16 @@ class PolicyGradient:
         self.run: Run | None = None
         self.task = load_task(options.task)
         self.judge = make_scorer(
-            self.task, options.reward, processes=options.reward_workers, timeout_s=options.reward_timeout
+            self.task,
+            options.reward,
+            processes=options.reward_workers,
+            timeout_s=options.reward_timeout,
+            surroundings=Surroundings(policy.tokenizer, policy.model.device, policy.folder),
         )
         self.train_prompts = self.task.prompts("train", options.num_train_prompts, seed=options.seed)
         self.eval_prompts = self.task.prompts("eval", options.eval_samples, seed=0) if options.eval_samples else []
         self.order = PromptStream(len(self.train_prompts), seed=options.seed)
+        self.queue = RolloutQueue(options.rollout_lag, self.train_prompts)
         self.optimizer = make_optimizer(policy, options, list(extra))
         self.engine = make_engine(
             policy,
@@ -68,6 +75,17 @@ class PolicyGradient:
         """In tokens, among the first hundred of either split: a guess that sizes the cache, not a limit."""
         some = [*self.train_prompts[:100], *self.eval_prompts[:100]]
         return max(len(encode_prompt(self.policy.tokenizer, prompt)) for prompt in some)
+
+    def rollouts(self, step: int) -> Sampled:
+        """The judged rollouts to train on at this step, sampled `rollout_lag` steps ago."""
+        sampled = self.queue.next(step, self.draw)
+        versions = [r.version for g in sampled.groups for r in g.rollouts]
+        sampled.metrics["rollout/lag"] = float(self.engine.version - min(versions))
+        return sampled
+
+    def draw(self, index: int) -> Sampled:
+        """Sample the run's `index`-th batch with the weights as they are."""
+        return Sampled(*self.sample(index))
 
     def sample(
         self, step: int, *, round_: int = 0, count: int | None = None
@@ -165,18 +183,21 @@ class PolicyGradient:
         self.run.record_rollouts(step + 1, groups, arrays=arrays)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments; the policy's weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()}
+        """The optimizer's moments and the rollouts that wait; the policy's weights are in the model folder."""
+        waiting = {"queue": self.queue.tensors()} if self.queue.lag else {}
+        return {"optimizer": self.optimizer.state(), **waiting}
 
     def state(self) -> dict[str, Any]:
-        """Data position and weight version."""
-        return {"order": self.order.state_dict(), "version": self.engine.version}
+        """Data position, weight version, and the rollouts that wait."""
+        return {"order": self.order.state_dict(), "version": self.engine.version, "queue": self.queue.state()}
 
     def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; the recipe's own tensors in "critic" complete the model folder."""
         self.optimizer.load({**self.policy.read(model), **tensors.get("critic", {})}, tensors["optimizer"])
         self.order.load_state_dict(state["order"])
         self.engine.set_version(state["version"])
+        if self.queue.lag:
+            self.queue.load(tensors["queue"], state["queue"])
 
     def write_model(self, folder: Path) -> None:
         """The policy with its float32 masters."""

@@ -135,13 +135,15 @@ def _loop(
     def look() -> bool:
         nonlocal evaluation, evaluated_at
         try:
-            evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
+            with stop.paused():
+                evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
         except UpslopeError:
             _save(run, learner, stop, options, best=False)
             raise
         if evaluation is None:
             return False
         run.record_evaluation(stop.steps, "held-out", evaluation.metrics)
+        run.record_evaluation(stop.steps, "spent", {"seconds": stop.seconds, "trained_tokens": stop.tokens})
         progress.note(f"{progress.label}: step {stop.steps}: {_in_words(evaluation.metrics)}")
         return stop.after_evaluation(evaluation.value)
 

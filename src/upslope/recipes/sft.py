@@ -3,6 +3,8 @@
 for each batch of sequences:
     logp_t = log pi(token_t | tokens before t)          at the trained tokens only
     loss   = -sum_t logp_t / N                           N trained tokens in the whole batch
+             label_smoothing e: -(1 - e) logp_t - e mean_v log pi(v)        (1512.00567)
+             dft: -sg(pi(token_t)) logp_t                                   (2508.05629)
     AdamW step on the float32 masters
 """
 
@@ -24,7 +26,7 @@ from upslope.data.chat import encode_completion, encode_conversation, encode_pro
 from upslope.data.records import examples_of, read_records
 from upslope.errors import ConfigError
 from upslope.evaluation.accuracy import evaluate
-from upslope.functional.supervised_losses import nll
+from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
 from upslope.recipes.session import Evaluation, StepResult, exit_code, train
@@ -91,6 +93,7 @@ class SFT:
                 kind=o.lr_scheduler_type,
             ),
             max_grad_norm=o.max_grad_norm,
+            mean_logp=o.label_smoothing > 0,
         )
         seconds = time.perf_counter() - started
         tokens = sum(len(e.tokens) for e in examples)
@@ -102,8 +105,13 @@ class SFT:
         return [collate([weighted[i] for i in part], device=self.policy.model.device) for part in parts]
 
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        assert out.logp_N is not None
-        return nll(out.logp_N), {}
+        o, logp_N = self.options, out.logp_N
+        assert logp_N is not None
+        if o.loss == "dft":
+            return dft(logp_N), {"loss/nll": -logp_N}
+        if o.label_smoothing:
+            return nll(logp_N, o.label_smoothing, out.mean_logp_N), {"loss/nll": -logp_N}
+        return nll(logp_N), {}
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Held-out loss per token; with a task also greedy accuracy on its held-out problems."""

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from upslope.errors import ConfigError, DataError, RunError, UpslopeError
+from upslope.rollout.in_process import CombinedScorer, Surroundings, load_model_rewards, split_rewards
 from upslope.rollout.judge import InlineScorer, RewardSpecs, Scorer, finish, sample_of
 from upslope.tasks.base import Task
 from upslope.tasks.loading import first_line, parse_rewards
@@ -259,10 +260,24 @@ class RewardPool:
 
 
 def make_scorer(
-    task: Task | str | None, rewards: RewardSpecs = (), *, processes: int = 0, timeout_s: float = 10.0
+    task: Task | str | None,
+    rewards: RewardSpecs = (),
+    *,
+    processes: int = 0,
+    timeout_s: float = 10.0,
+    surroundings: Surroundings | None = None,
 ) -> Scorer:
-    """The scorer a recipe uses: in this process where processes is 0 and every part is safe there, else a pool."""
-    rewards = tuple(rewards)
+    """The scorer a recipe uses: in this process where processes is 0 and every part is safe there, else a pool.
+
+    Rewards that are networks (MODEL_REWARDS) are added in this process; they need the policy's `surroundings`.
+    """
+    rewards, networks = split_rewards(rewards)
+    if networks:
+        if surroundings is None:
+            raise ConfigError(f"reward '{networks[0][0]}' is a network and needs a policy to read its tokens from")
+        extra = load_model_rewards(networks, surroundings)
+        base = make_scorer(task, rewards, processes=processes, timeout_s=timeout_s) if rewards else None
+        return CombinedScorer(base, extra)
     if processes == 0 and build_scoring(task, rewards).inline_safe:
         return InlineScorer(task, rewards)
     if isinstance(task, Task) and task.spec is None:

@@ -25,9 +25,21 @@ TASKS: dict[str, tuple[str, str]] = {
     "reasoning": ("upslope.tasks.reasoning", "ReasoningTask"),
     "gsm8k": ("upslope.tasks.gsm8k", "GSM8K"),
     "sentiment": ("upslope.tasks.sentiment", "Sentiment"),
+    "random_walks": ("upslope.tasks.random_walks", "RandomWalks"),
+    "key_door": ("upslope.tasks.key_door", "KeyDoor"),
+    "pairs": ("upslope.tasks.pairs", "Pairs"),
+    "phonemes": ("upslope.tasks.phonemes", "Phonemes"),
 }
-REWARDS = ("length", "format", "json_object", "repetition", "exact_match")
+REWARDS: dict[str, str] = {
+    **dict.fromkeys(("length", "format", "json_object", "repetition", "exact_match"), "upslope.tasks.rewards"),
+    **dict.fromkeys(("edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"), "upslope.tasks.overlap"),
+}
+"""The module of every built-in reward function."""
 TASK_REWARD = "task"
+MODEL_REWARDS: dict[str, str] = {
+    "reward_model": "upslope.rollout.reward_model:load_reward_model",
+}
+"""Rewards that are networks, computed in the trainer's process (rollout/in_process.py): name -> "module:factory"."""
 # What the judge fills in, one value per completion, where a reward asks for it by name.
 FILLED = ("num_tokens", "finish_reasons")
 
@@ -80,9 +92,14 @@ def load_reward(spec: str) -> RewardFunction:
             raise ConfigError(f"'{parsed.label}' is not a function of (prompts, completions)")
         _check_two_arguments(function, parsed.label)
     elif parsed.name in REWARDS:
-        function = getattr(importlib.import_module("upslope.tasks.rewards"), parsed.name)
+        function = getattr(importlib.import_module(REWARDS[parsed.name]), parsed.name)
+    elif parsed.name in MODEL_REWARDS:
+        raise ConfigError(
+            f"reward '{parsed.name}' is a network: it runs beside the policy in a recipe that samples (--reward), "
+            "not in a reward worker and not without a policy"
+        )
     else:
-        known = (*REWARDS, TASK_REWARD)
+        known = (*REWARDS, *MODEL_REWARDS, TASK_REWARD)
         raise ConfigError(
             f"no reward is called '{parsed.name}'{suggest(parsed.name, known)} "
             f"(built in: {', '.join(known)}; your own: my_rewards.py:function)"

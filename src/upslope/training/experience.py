@@ -20,11 +20,11 @@ from torch import Tensor
 from upslope.data.batching import collate, data_order, flat_from_padded, padded_from_flat, split_by_tokens
 from upslope.errors import DataError
 from upslope.functional.masking import loss_weights, masked_mean
-from upslope.functional.shaping import soft_overlong_penalty
+from upslope.functional.shaping import at_last_token, soft_overlong_penalty
 from upslope.training.step import Outputs
 from upslope.types import Batch, Example, Rollout, RolloutGroup
 
-__all__ = ["Experience", "group_rewards", "logprob_gap", "shaped_rewards"]
+__all__ = ["Experience", "group_rewards", "logprob_gap", "shaped_rewards", "token_rewards"]
 
 Normalizer = Literal["token", "sequence", "constant"]
 
@@ -188,6 +188,26 @@ def shaped_rewards(
         rewards = rewards + penalty
         metrics["rewards/overlong"] = float(penalty.mean())
     return rewards, metrics
+
+
+def token_rewards(experience: Experience, scores_B: Tensor) -> Tensor:
+    """Sequence scores [B] as rewards along the trained tokens [B, T], with the process rewards at their places.
+
+    A step (index, value) of `Reward.steps` lands on token `index` of the rollout; where the environment put that
+    token, on the last sampled one before it. What the steps do not account for of the score lands on the last sampled
+    token, so that a row's sum is the score. Raises DataError for an index outside the rollout.
+    """
+    mask_BT = experience.mask_BT
+    steps_BT = torch.zeros(mask_BT.shape)
+    for row, rollout in enumerate(experience.rollouts):
+        for index, value in rollout.reward.steps:
+            if not 0 <= index < len(rollout.tokens):
+                raise DataError(
+                    f"a step reward names token {index} of a completion of {len(rollout.tokens)} tokens "
+                    f"(sample {rollout.sample}): indices count the completion's tokens from 0"
+                )
+            steps_BT[row, max(0, sum(rollout.mask[: index + 1]) - 1)] += value
+    return steps_BT + at_last_token(scores_B - steps_BT.sum(1), mask_BT)
 
 
 def group_rewards(experience: Experience, rewards_B: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,17 +32,23 @@ __all__ = ["Loss", "Outputs", "evaluating", "forward", "score", "update"]
 class Outputs:
     """What a network says about the trained tokens of one micro-batch; parts that were not asked for are None.
 
-    values_N: of the states in which the tokens were chosen. final_B: of the state after each sequence's last token.
+    mean_logp_N: the mean log-prob over the vocabulary. values_N: of the states in which the tokens were chosen.
+    final_B: of the state after each sequence's last token. hidden_ND: the states that predict the trained tokens.
     """
 
     logp_N: Tensor | None = None
     entropy_N: Tensor | None = None
     values_N: Tensor | None = None
     final_B: Tensor | None = None
+    mean_logp_N: Tensor | None = None
+    hidden_ND: Tensor | None = None
 
 
 Loss = Callable[[Batch, Outputs], tuple[Tensor, Mapping[str, Tensor]]]
-"""(micro-batch, outputs) -> loss per trained token [N], and metrics per trained token [N] to be averaged alike."""
+"""(micro-batch, outputs) -> loss per trained token [N], and metrics per trained token [N] to be averaged alike.
+
+Where one loss judges whole sequences (training/units.py) it is one number per unit [U], and so is the field "weight".
+"""
 
 
 def forward(
@@ -52,25 +58,37 @@ def forward(
     temperature: float = 1.0,
     logp: bool = True,
     entropy: bool = False,
+    mean_logp: bool = False,
     head: ScalarHead | None = None,
     detach_trunk: bool = False,
+    train_final: bool = False,
+    hidden: bool = False,
 ) -> Outputs:
     """Run one packed micro-batch; the head and the log-softmax see the trained positions only.
 
-    `detach_trunk` keeps the value head's gradient out of the network below it.
+    `detach_trunk` keeps the value head's gradient out of the network below it; `train_final` lets gradient through
+    final_B (a reward is read there), which is a constant otherwise.
     """
     hidden_TD = model(batch.tokens_T, PackedContext(batch.lengths, batch.parents, device=batch.tokens_T.device))
     hidden_ND = hidden_TD.index_select(0, batch.rows_N)
-    out = Outputs()
-    if entropy:
-        out.logp_N, out.entropy_N = linear_token_logprobs(
-            hidden_ND, model.head_weight, batch.targets_N, temperature=temperature, with_entropy=True
+    out = Outputs(hidden_ND=hidden_ND if hidden else None)
+    if entropy or mean_logp:
+        out.logp_N, *further = linear_token_logprobs(
+            hidden_ND,
+            model.head_weight,
+            batch.targets_N,
+            temperature=temperature,
+            with_entropy=entropy,
+            with_mean=mean_logp,
         )
+        out.mean_logp_N = further.pop() if mean_logp else None
+        out.entropy_N = further.pop() if entropy else None
     elif logp:
         out.logp_N = linear_token_logprobs(hidden_ND, model.head_weight, batch.targets_N, temperature=temperature)
     if head is not None:
         out.values_N = head(hidden_ND.detach() if detach_trunk else hidden_ND)
-        out.final_B = head(hidden_TD[batch.ends_B].detach())
+        final_BD = hidden_TD[batch.ends_B]
+        out.final_B = head(final_BD if train_final else final_BD.detach())
     return out
 
 
@@ -115,9 +133,12 @@ def accumulate(
     *,
     temperature: float = 1.0,
     entropy: bool = False,
+    mean_logp: bool = False,
     head: ScalarHead | None = None,
     logp: bool = True,
     detach_trunk: bool = False,
+    train_final: bool = False,
+    hidden: bool = False,
 ) -> dict[str, float]:
     """Add the gradient of the step's weighted loss to the parameters; returns the loss and the weighted metrics.
 
@@ -127,7 +148,16 @@ def accumulate(
     totals: dict[str, float] = {"loss": 0.0}
     for batch in batches:
         out = forward(
-            model, batch, temperature=temperature, logp=logp, entropy=entropy, head=head, detach_trunk=detach_trunk
+            model,
+            batch,
+            temperature=temperature,
+            logp=logp,
+            entropy=entropy,
+            mean_logp=mean_logp,
+            head=head,
+            detach_trunk=detach_trunk,
+            train_final=train_final,
+            hidden=hidden,
         )
         loss_N, metrics = loss(batch, out)
         weight_N = batch.fields["weight"]

@@ -7,7 +7,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self
@@ -24,7 +24,8 @@ def better(value: float, than: float, mode: Mode, min_delta: float = 0.0) -> boo
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What a run may spend; None means without limit. `max_seconds` counts the time of all launches together.
+    """What a run may spend; None means without limit. `max_seconds` counts the time of all launches together,
+    evaluations left out.
 
     Raises:
         ConfigError: a limit that is negative or NaN.
@@ -149,13 +150,22 @@ class StopWhen:
 
     @property
     def seconds(self) -> float:
-        """Time spent, earlier launches included."""
+        """Time spent training, earlier launches included."""
         return self._seconds_before + self._clock() - self._started
 
     @property
     def reason(self) -> str | None:
         """Why the run ends now, in words, or None."""
         return self._by_evaluation or self.budget.reason(steps=self.steps, tokens=self.tokens, seconds=self.seconds)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside costs no seconds of the budget: evaluations, which train nothing."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._started += self._clock() - began
 
     def after_step(self, *, tokens: int = 0) -> None:
         """One step is done; `tokens` were spent on it."""

@@ -1,0 +1,319 @@
+"""Text files as one long row of tokens, on disk: what pretraining reads in windows.
+
+Files are read line by line and encoded in chunks, so that memory does not grow with them; the tokens lie in a
+memory-mapped file of uint32, made once per (files, tokenizer) and kept in a cache. The row is
+
+    <border> document <border> document <border> ...
+
+with the tokenizer's end-of-text token (or its separator) as border. A .txt file is one document, unless the border's
+own text stands in it; a row of a .jsonl file is one, its column "text". Each line is encoded by itself, its line break
+included; CRLF counts as one line break and a byte-order mark is left out.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from filelock import FileLock
+from tokenizers import Tokenizer
+
+from upslope.errors import ConfigError, DataError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Corpus", "TokenStream", "corpus_files", "open_corpus", "texts_of"]
+
+KINDS = (".txt", ".jsonl")
+_VERSION = 1  # raised when the same files would give another row
+_CHUNK = 1 << 18  # characters encoded at a time
+_LONGEST = 1 << 20  # bytes of a .txt line read at a time; what is longer is encoded in such parts
+
+
+def corpus_files(sources: Sequence[str]) -> list[Path]:
+    """The .txt and .jsonl files of files, folders (searched through) and glob patterns, in order, each once.
+
+    Raises DataError, naming the source, when it matches nothing or is another kind of file.
+    """
+    found: dict[Path, None] = {}
+    for source in sources:
+        path = Path(source).expanduser()
+        if path.is_file():
+            if path.suffix.lower() not in KINDS:
+                raise DataError(f"{path}: pretraining reads {' and '.join(KINDS)} files; convert it to one of them")
+            files = [path]
+        elif path.is_dir():
+            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
+        else:
+            matches = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
+            files = [p for p in matches if p.suffix.lower() in KINDS and p.is_file()]
+        if not files:
+            raise DataError(f"{source}: no such file, and no {' or '.join(KINDS)} file in it or matching it")
+        found.update(dict.fromkeys(files))
+    return list(found)
+
+
+def texts_of(files: Iterable[Path]) -> Iterator[str]:
+    """The files' texts line by line, as they are encoded; for training a tokenizer."""
+    for file in files:
+        for document in _documents(file):
+            yield from document
+
+
+def _documents(path: Path) -> Iterator[Iterator[str]]:
+    """Documents of a file as lines with their line breaks; each has to be read before the next."""
+    if path.suffix.lower() == ".txt":
+        yield _text_lines(path)
+        return
+    for number, line in enumerate(_lines(path, -1), 1):
+        if line.strip():
+            yield _split(_text_column(line, f"{path}:{number}"))
+
+
+def _split(text: str) -> Iterator[str]:
+    """Lines with their breaks; only a line feed breaks one (JSON texts may hold other separators)."""
+    start = 0
+    text = text.replace("\r\n", "\n")
+    while start < len(text):
+        end = text.find("\n", start) + 1 or len(text)
+        yield text[start:end]
+        start = end
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    for line in _lines(path, _LONGEST):
+        yield line.replace("\r\n", "\n")
+
+
+def _lines(path: Path, limit: int) -> Iterator[str]:
+    """Decoded lines (or parts of at most `limit` bytes). DataError when empty, unreadable or not UTF-8."""
+    decoder, number, empty = codecs.getincrementaldecoder("utf-8")(), 1, True
+    try:
+        with path.open("rb") as file:
+            while raw := file.readline(limit):
+                text = decoder.decode(raw)
+                if "\x00" in text:
+                    raise DataError(f"{path}:{number}: a NUL byte: not a text file, or not UTF-8; save it as UTF-8")
+                if number == 1 and empty:
+                    text = text.removeprefix("\ufeff")
+                empty = empty and not text.strip()
+                yield text
+                number += raw.endswith(b"\n")
+            decoder.decode(b"", final=True)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(f"{path}:{number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if empty:
+        raise DataError(f"{path}: the file is empty; leave it out")
+
+
+def _text_column(line: str, where: str) -> str:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: invalid JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: each line must be one JSON object")
+    text = row.get("text")
+    if not isinstance(text, str) or not text.strip():
+        what = f"has {', '.join(map(repr, row)) or 'nothing'}" if "text" not in row else f"is {text!r}"[:60]
+        raise DataError(f'{where}: needs a column "text" with a text in it; it {what}')
+    return text
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStream:
+    """A run of tokens; all but the first are to be predicted. `bytes`: UTF-8 bytes of the text they spell."""
+
+    tokens: np.ndarray
+    bytes: int
+
+    def num_windows(self, length: int) -> int:
+        """How many windows of `length` tokens cover it; neighbours share a token, so each is predicted once."""
+        return -(-(len(self.tokens) - 1) // (length - 1))
+
+    def window(self, index: int, length: int) -> list[int]:
+        """Tokens of a window; the last one may be shorter."""
+        start = index * (length - 1)
+        return self.tokens[start : start + length].tolist()
+
+    def strided(self, length: int, stride: int) -> Iterator[tuple[list[int], int]]:
+        """Windows `stride` tokens apart with the first position each one scores: every token is scored once.
+
+        All but the first window's tokens are scored with at least length - stride tokens before them.
+        """
+        start, scored = 0, 1
+        while scored < len(self.tokens):
+            window = self.tokens[start : start + length].tolist()
+            yield window, scored - start
+            scored = start + len(window)
+            start += stride
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """An encoded corpus: its tokens (memory-mapped), and where its lines begin.
+
+    marks [M, 2]: (token, byte) at which each line begins, and the end. sha256: of the tokens, the corpus's identity.
+    """
+
+    tokens: np.ndarray
+    marks: np.ndarray
+    documents: int
+    sha256: str
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of its text."""
+        return int(self.marks[-1, 1])
+
+    def head(self, max_tokens: int | None = None) -> TokenStream:
+        """Whole lines from the beginning, up to `max_tokens` tokens (at least one line)."""
+        return self._between(0, self._end(0, max_tokens))
+
+    def split(self, share: float, max_tokens: int | None = None) -> tuple[TokenStream, TokenStream]:
+        """(training part, held-out part): the lines of the last `share` of the tokens are held out.
+
+        Of these the first ones are taken, up to `max_tokens` tokens (at least one line). Raises DataError where one
+        part would be empty.
+        """
+        line = int(np.searchsorted(self.marks[:, 0], (1 - share) * len(self.tokens)))
+        if not 0 < line < len(self.marks) - 1:
+            raise DataError("the text is too short to hold out a part of it: give held-out text (eval_data)")
+        return self._between(0, line), self._between(line, self._end(line, max_tokens))
+
+    def _end(self, line: int, max_tokens: int | None) -> int:
+        """The mark that ends `max_tokens` tokens of whole lines from `line` on."""
+        if max_tokens is None:
+            return len(self.marks) - 1
+        limit = int(self.marks[line, 0]) + max_tokens
+        return max(line + 1, int(np.searchsorted(self.marks[:, 0], limit, side="right")) - 1)
+
+    def _between(self, first: int, last: int) -> TokenStream:
+        """The lines first..last, with the one token before them."""
+        (start, low), (end, high) = self.marks[first].tolist(), self.marks[last].tolist()
+        if last == len(self.marks) - 1:
+            end = len(self.tokens)  # the border behind the last document
+        return TokenStream(self.tokens[start - 1 : end], high - low)
+
+
+def open_corpus(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, cache: Path) -> Corpus:
+    """The files' tokens, encoded now or taken from `cache` when neither files nor tokenizer have changed.
+
+    A file counts as changed when its size or its time of modification differs. Safe when several processes ask at
+    once; an interrupted build leaves nothing behind that would be taken for a corpus. Raises DataError naming file
+    and line, ConfigError for a tokenizer without an end-of-text or separator token, RunError where the cache cannot
+    be written.
+    """
+    border = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if border is None:
+        raise ConfigError("the tokenizer has neither an end-of-text nor a separator token to stand between documents")
+    folder = cache / _key(files, tokenizer)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.is_dir():
+                _build(folder, files, tokenizer, border)
+        meta = json.loads((folder / "meta.json").read_text())
+        tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+        marks = np.fromfile(folder / "marks.bin", dtype=np.uint64).reshape(-1, 2).astype(np.int64)
+    except OSError as error:
+        raise RunError(
+            f"cannot keep the encoded text in {cache}: {error}; free space or choose another cache_dir"
+        ) from error
+    return Corpus(tokens, marks, meta["documents"], meta["sha256"])
+
+
+def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
+    digest = hashlib.sha256(f"{_VERSION}\n{tokenizer.backend_tokenizer.to_str()}".encode())  # type: ignore[attr-defined]
+    for file in files:
+        try:
+            facts = file.stat()
+        except OSError as error:
+            raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
+        digest.update(f"\n{file.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode(errors="surrogateescape"))
+    return digest.hexdigest()[:24]
+
+
+def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int) -> None:
+    temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
+    try:
+        with (temp / "tokens.bin").open("wb") as tokens, (temp / "marks.bin").open("wb") as marks:
+            writer = _Writer(tokenizer, border, tokens, marks)
+            for file in files:
+                for document in _documents(file):
+                    writer.add(document)
+            meta = writer.finish()
+        (temp / "meta.json").write_text(json.dumps(meta))
+        os.replace(temp, folder)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+class _Writer:
+    """Encodes lines in chunks and writes tokens and marks as they come."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, border: int, tokens: Any, marks: Any) -> None:
+        self.inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.border, self.files = border, (tokens, marks)
+        self.lines: list[str] = []
+        self.ends: list[bool] = []  # whether a border follows the line
+        self.characters = self.documents = self.bytes = 0
+        self.count = 1
+        self.digest = hashlib.sha256()
+        self._write(0, np.array([border], dtype=np.uint32))
+
+    def add(self, document: Iterator[str]) -> None:
+        for line in document:
+            self.lines.append(line)
+            self.ends.append(False)
+            self.characters += len(line)
+            if self.characters >= _CHUNK:
+                self._encode(keep_last=True)
+        self.ends[-1] = True
+        self.documents += 1
+
+    def finish(self) -> dict[str, Any]:
+        self._encode()
+        self._write(1, np.array([[self.count, self.bytes]], dtype=np.uint64))
+        return {"documents": self.documents, "sha256": self.digest.hexdigest()}
+
+    def _encode(self, *, keep_last: bool = False) -> None:
+        """Write all lines but, where a document may still end in it, the last one."""
+        cut = len(self.lines) - keep_last
+        lines, ends = self.lines[:cut], self.ends[:cut]
+        self.lines, self.ends = self.lines[cut:], self.ends[cut:]
+        self.characters = sum(map(len, self.lines))
+        if not lines:
+            return
+        encoded = self.inner.encode_batch_fast(lines, add_special_tokens=False)
+        out: list[int] = []
+        marks: list[tuple[int, int]] = []
+        for line, encoding, end in zip(lines, encoded, ends, strict=True):
+            marks.append((self.count + len(out), self.bytes))
+            out += encoding.ids
+            out += [self.border] * end
+            self.bytes += len(line.encode())
+        self.count += len(out)
+        self._write(0, np.array(out, dtype=np.uint32))
+        self._write(1, np.array(marks, dtype=np.uint64))
+
+    def _write(self, which: int, values: np.ndarray) -> None:
+        values.tofile(self.files[which])
+        if which == 0:
+            self.digest.update(values.tobytes())

@@ -1,0 +1,321 @@
+"""Labelled rows: a label per text (CSV, JSONL, Parquet, hub), or a tag per word (CoNLL columns).
+
+Nothing is skipped, guessed or repaired: what is wrong is one DataError with the file and the line. Free of torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from upslope.data.readers import _text_of, rows_of
+from upslope.errors import DataError
+
+__all__ = [
+    "LabelledText",
+    "Scheme",
+    "TaggedSentence",
+    "check_known",
+    "count_copies",
+    "labels_of",
+    "read_conll",
+    "read_labelled",
+    "read_rewards",
+    "shuffled_by_content",
+    "split_by_content",
+    "split_sentences",
+    "stratified_choice",
+]
+
+Scheme = Literal["iob2", "iob1", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledText:
+    """A text, or a pair of texts, and its label; `where` names file and line."""
+
+    text: str
+    label: str
+    pair: str | None = None
+    where: str = ""
+
+    @property
+    def content(self) -> str:
+        """What makes two rows the same input."""
+        return self.text if self.pair is None else f"{self.text}\0{self.pair}"
+
+
+@dataclass(frozen=True, slots=True)
+class TaggedSentence:
+    """Words and one tag for each; `where` names file and first line."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    where: str = ""
+
+    @property
+    def content(self) -> str:
+        """What makes two sentences the same input."""
+        return "\0".join(self.words)
+
+
+def read_labelled(
+    source: str | Path, *, text_column: str = "text", label_column: str = "label", pair_column: str | None = None
+) -> list[LabelledText]:
+    """The rows of a file or hub data set (`readers.rows_of`); labels that are integers or booleans become their text.
+
+    `pair_column` names a second text (a hypothesis after its premise). DataError names file, line and remedy: a column
+    that is not there, an empty text, an empty label, a value of another type, no rows.
+    """
+    rows: list[LabelledText] = []
+    for where, row in rows_of(source):
+        text = _text(row, text_column, "text_column", where)
+        pair = None if pair_column is None else _text(row, pair_column, "pair_column", where)
+        rows.append(LabelledText(text, _label(row, label_column, where), pair, where))
+    if not rows:
+        raise DataError(f"{source}: holds no rows")
+    return rows
+
+
+def read_conll(
+    path: str | Path, *, token_column: int = 0, tag_column: int = -1, scheme: Scheme = "iob2"
+) -> list[TaggedSentence]:
+    """Sentences of a file in columns: one word a line, a blank line between sentences.
+
+    Columns are separated by tabs where a line has a tab, else by spaces; a negative column counts from the last.
+    Lines that start with -DOCSTART- are skipped. scheme: "iob2" checks that each I-X follows B-X or I-X; "iob1"
+    (B-X only between two entities of one type) is checked and turned into iob2; "none" takes any tags. DataError names
+    file, line and remedy: rows of different widths, a column that is not there, an empty cell, a bad tag, no sentence.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    sentences: list[TaggedSentence] = []
+    words: list[str] = []
+    tags: list[str] = []
+    start = 1
+    for number, cells in _conll_rows(path):
+        if cells is None:
+            if words:
+                sentences.append(TaggedSentence(tuple(words), tuple(tags), f"{path}:{start}"))
+            words, tags = [], []
+            continue
+        where = f"{path}:{number}"
+        if not words:
+            start = number
+        word, tag = _cell(cells, token_column, "token_column", where), _cell(cells, tag_column, "tag_column", where)
+        words.append(word)
+        tags.append(_checked_tag(tag, tags[-1] if tags else "O", scheme, where))
+    if not sentences:
+        raise DataError(f"{path}: holds no sentences")
+    return sentences
+
+
+def _conll_rows(path: Path) -> Iterator[tuple[int, list[str] | None]]:
+    """(line, its cells), None for cells at the end of a sentence; the file ends with one."""
+    width, first = 0, 0
+    number = 0
+    for number, line in enumerate(_text_of(path).split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            yield number, None
+            continue
+        cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else [c for c in line.split(" ") if c]
+        if not width:
+            width, first = len(cells), number
+        if len(cells) != width:
+            raise DataError(
+                f"{path}:{number}: {len(cells)} columns, line {first} has {width}; every word needs the same columns"
+            )
+        yield number, cells
+    yield number + 1, None
+
+
+def _cell(cells: Sequence[str], column: int, name: str, where: str) -> str:
+    if not -len(cells) <= column < len(cells):
+        raise DataError(f"{where}: no column {column} ({name}), the line has {len(cells)}")
+    if not cells[column]:
+        raise DataError(f"{where}: column {column} ({name}) is empty")
+    return cells[column]
+
+
+def _checked_tag(tag: str, before: str, scheme: Scheme, where: str) -> str:
+    """The tag in iob2; `before` is the previous word's, in iob2."""
+    if scheme == "none" or tag == "O":
+        return tag
+    prefix, dash, kind = tag.partition("-")
+    if prefix not in ("B", "I") or not dash or not kind:
+        raise DataError(f"{where}: tag {tag!r} is not O, B-TYPE or I-TYPE; tags of another kind need tag_scheme = none")
+    inside = before != "O" and before.partition("-")[2] == kind
+    if prefix == "I" and not inside:
+        if scheme == "iob1":
+            return f"B-{kind}"
+        raise DataError(
+            f"{where}: tag {tag!r} follows {before!r}, but in IOB2 an entity begins with B-{kind}; "
+            "if the file is IOB1 set tag_scheme = iob1"
+        )
+    if scheme == "iob1" and prefix == "B" and not inside:
+        raise DataError(
+            f"{where}: tag {tag!r} follows {before!r}, but in IOB1 B- stands only between two entities of one type; "
+            "if the file is IOB2 set tag_scheme = iob2"
+        )
+    return tag
+
+
+def labels_of(rows: Sequence[LabelledText] | Sequence[TaggedSentence], source: str) -> tuple[str, ...]:
+    """The sorted labels (or tags) of the training rows. DataError: fewer than two."""
+    found = sorted({label for row in rows for label in _labels_in(row)})
+    if len(found) < 2:
+        raise DataError(f"{source}: all {len(rows)} rows carry the label {found[0]!r}; there is nothing to tell apart")
+    return tuple(found)
+
+
+def check_known(rows: Sequence[LabelledText] | Sequence[TaggedSentence], labels: Sequence[str]) -> None:
+    """DataError for the first row with a label that training does not have."""
+    known = set(labels)
+    for row in rows:
+        for label in _labels_in(row):
+            if label not in known:
+                near = difflib.get_close_matches(label, labels, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise DataError(
+                    f"{row.where}: label {label!r} does not occur in the training data{hint}; "
+                    "correct the row, leave it out, or give training rows of that label"
+                )
+
+
+def split_by_content(
+    rows: Sequence[LabelledText], *, share: float, seed: int
+) -> tuple[list[LabelledText], list[LabelledText]]:
+    """(training, held-out) rows: of each label about `share`, chosen by a hash of seed and content.
+
+    Rows of one content stay together, whatever their labels, and a row's side does not depend on the order of the
+    file. A label of a single content stays in training. DataError: nothing to hold out.
+    """
+    groups: dict[str, list[str]] = {}
+    seen: set[str] = set()
+    for row in rows:
+        if row.content not in seen:
+            seen.add(row.content)
+            groups.setdefault(row.label, []).append(row.content)
+    held: set[str] = set()
+    for contents in groups.values():
+        count = min(len(contents) - 1, max(1, round(share * len(contents))))
+        held.update(sorted(contents, key=lambda c: _hash(c, seed))[:count])
+    if not held:
+        raise DataError(
+            f"{len(rows)} rows are too few to hold some out: every label has a single text; give eval_data or more rows"
+        )
+    return [r for r in rows if r.content not in held], [r for r in rows if r.content in held]
+
+
+def split_sentences(
+    rows: Sequence[TaggedSentence], *, share: float, seed: int
+) -> tuple[list[TaggedSentence], list[TaggedSentence]]:
+    """(training, held-out) sentences by a hash of seed and content; equal sentences stay together.
+
+    A tag that would be left without a training sentence takes its first held-out one back. DataError: too few.
+    """
+    contents = sorted({row.content for row in rows}, key=lambda c: _hash(c, seed))
+    if len(contents) < 2:
+        raise DataError(f"{len(rows)} sentences are too few to hold some out; give eval_data or more rows")
+    held = set(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
+    kept = {tag for row in rows if row.content not in held for tag in row.tags}
+    for row in rows:
+        if row.content in held and not set(row.tags) <= kept:
+            held.discard(row.content)
+            kept.update(row.tags)
+    if not held:
+        raise DataError(f"{len(rows)} sentences are too few to hold some out; give eval_data or more rows")
+    return [r for r in rows if r.content not in held], [r for r in rows if r.content in held]
+
+
+def stratified_choice(rows: Sequence[LabelledText], *, per_label: int, seed: int) -> list[LabelledText]:
+    """At most `per_label` different texts of each label, by a hash of seed and content, in the order of the rows."""
+    taken: Counter[str] = Counter()
+    chosen: set[int] = set()
+    seen: set[str] = set()
+    for index in sorted(range(len(rows)), key=lambda i: (_hash(rows[i].content, seed), i)):
+        row = rows[index]
+        if taken[row.label] < per_label and row.content not in seen:
+            taken[row.label] += 1
+            seen.add(row.content)
+            chosen.add(index)
+    return [row for index, row in enumerate(rows) if index in chosen]
+
+
+def shuffled_by_content(rows: Sequence[Any], *, seed: int) -> list[Any]:
+    """The rows in the order of a hash of seed and content; equal contents in the order of the file."""
+    return sorted(rows, key=lambda row: _hash(row.content, seed))
+
+
+def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
+    """The reward of saying column's label where row's label is right, [C, C] in the order of `labels`.
+
+    A JSON object {right label: {said label: reward}}; what is not named is 1 for the right label and 0 for another.
+    DataError names the file and the key: an unknown label, a reward that is not a finite number.
+    """
+    from upslope.data.readers import _json
+
+    table = _json(_text_of(Path(path).expanduser()), str(path))
+    if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
+        raise DataError(f'{path}: must be an object of objects, {{"right label": {{"said label": reward}}}}')
+    index = {label: i for i, label in enumerate(labels)}
+    rewards = [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
+    for right, row in table.items():
+        for said, value in row.items():
+            for label in (right, said):
+                if label not in index:
+                    near = difflib.get_close_matches(label, labels, n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise DataError(f"{path}: label {label!r} does not occur in the training data{hint}")
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+                raise DataError(f"{path}: the reward of {said!r} where {right!r} is right is {value!r}, not a number")
+            rewards[index[right]][index[said]] = float(value)
+    return rewards
+
+
+def _text(row: Mapping[str, Any], column: str, option: str, where: str) -> str:
+    value = _value(row, column, option, where)
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {column} is {value!r}, not a text")
+    if not value.strip():
+        raise DataError(f"{where}: {column} is empty; fill it in or remove the row")
+    return value
+
+
+def _label(row: Mapping[str, Any], column: str, where: str) -> str:
+    value = _value(row, column, "label_column", where)
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError(f"{where}: {column} is empty; every row needs a label")
+    if not isinstance(value, str | int):
+        raise DataError(f"{where}: {column} is {value!r}; a label is a text or an integer")
+    return str(value).strip()
+
+
+def _value(row: Mapping[str, Any], column: str, option: str, where: str) -> Any:
+    if column not in row:
+        near = difflib.get_close_matches(column, list(row), n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise DataError(f"{where}: no column {column!r} (it has {', '.join(row)}); {hint}set {option} to its name")
+    return row[column]
+
+
+def _labels_in(row: LabelledText | TaggedSentence) -> tuple[str, ...]:
+    return row.tags if isinstance(row, TaggedSentence) else (row.label,)
+
+
+def _hash(content: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{content}".encode()).digest()
+
+
+def count_copies(rows: Sequence[Any], others: Sequence[Any]) -> int:
+    """How many of `rows` have a content that also stands in `others`."""
+    known = {row.content for row in others}
+    return sum(row.content in known for row in rows)
+

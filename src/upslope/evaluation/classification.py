@@ -1,0 +1,137 @@
+"""Measures of labels per text and tags per word, as plain dictionaries and as text. scikit-learn and seqeval count.
+
+Accuracy carries Wilson's 95% interval (rows taken as independent). Entities are counted in seqeval's strict mode with
+IOB2: an entity is right when its type and both its ends are.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+from upslope.errors import DataError
+from upslope.evaluation.intervals import wilson
+from upslope.extras import require
+
+__all__ = ["TOKEN_TITLE", "classification_report", "entity_report", "format_report", "token_report"]
+
+AVERAGES = ("micro", "macro", "weighted")
+TOKEN_TITLE = "token level, includes O"
+
+
+def classification_report(truth: Sequence[str], predicted: Sequence[str], labels: Sequence[str]) -> dict[str, Any]:
+    """Accuracy with its interval, precision, recall, F1 and support per label and averaged, and the confusion matrix.
+
+    Averages are over all of `labels`; a measure that would divide by zero is 0. confusion[i][j] counts rows of label i
+    that were called label j. With one label per row micro precision, recall and F1 are the accuracy. DataError: no
+    rows, or lengths differ.
+    """
+    _check(truth, predicted)
+    metrics = require("eval", "sklearn.metrics")
+    names = list(labels)
+    right = sum(t == p for t, p in zip(truth, predicted, strict=True))
+    value, low, high = wilson(right, len(truth))
+    return {
+        "accuracy": {"value": value, "low": low, "high": high, "n": len(truth)},
+        "labels": _rows(metrics, truth, predicted, names),
+        "averages": _averages(metrics, truth, predicted, names),
+        "confusion": {
+            "labels": names,
+            "counts": metrics.confusion_matrix(truth, predicted, labels=names).tolist(),
+        },
+    }
+
+
+def token_report(
+    truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], labels: Sequence[str]
+) -> dict[str, Any]:
+    """`classification_report` over all tokens of all sentences, O like any other tag, so easy O tokens lift it.
+
+    Tokens of one sentence are not independent: the interval is narrower than it should be. Named by TOKEN_TITLE.
+    """
+    _check_sentences(truth, predicted)
+    report = classification_report(list(chain(*truth)), list(chain(*predicted)), labels)
+    return {"title": TOKEN_TITLE, **report}
+
+
+def entity_report(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """Precision, recall, F1 and support of whole entities, per type and averaged (strict, IOB2).
+
+    In `truth` every I-X follows B-X or I-X; what a model predicts need not: an entity that does not begin with B- is
+    no entity. Where there is no entity in a type's denominator the measure is 0.
+    """
+    _check_sentences(truth, predicted)
+    measure = require("eval", "seqeval.metrics.v1")
+    scheme = require("eval", "seqeval.scheme").IOB2
+    shared = {"scheme": scheme, "zero_division": 0}
+    pair = [list(x) for x in truth], [list(x) for x in predicted]
+    entities = require("eval", "seqeval.scheme").Entities
+    names = sorted(entities(pair[0], scheme).unique_tags | entities(pair[1], scheme).unique_tags)
+    rows, averages = {}, {}
+    if names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tags a model predicts out of order are no news here
+            rows = _table(names, measure.precision_recall_fscore_support(*pair, average=None, **shared))
+            for average in AVERAGES:
+                values = measure.precision_recall_fscore_support(*pair, average=average, **shared)
+                averages[average] = _row(*values[:3], sum(r["support"] for r in rows.values()))
+    else:
+        averages = {average: _row(0.0, 0.0, 0.0, 0) for average in AVERAGES}
+    return {"title": "entity level, strict IOB2", "labels": rows, "averages": averages}
+
+
+def format_report(report: Mapping[str, Any], *, title: str | None = None) -> str:
+    """A report as a plain table: label, precision, recall, F1, support, then the averages."""
+    rows = [*report["labels"].items(), *((f"{a} average", row) for a, row in report["averages"].items())]
+    width = max(len("label"), *(len(str(name)) for name, _ in rows))
+    lines = [title or report.get("title") or "one label per row"]
+    if "accuracy" in report:
+        a = report["accuracy"]
+        lines.append(f"accuracy {a['value']:.4f} [{a['low']:.4f}, {a['high']:.4f}] n={a['n']}")
+    lines.append(f"{'label':<{width}}  precision  recall      f1  support")
+    lines += [
+        f"{name:<{width}}  {row['precision']:>9.4f}  {row['recall']:>6.4f}  {row['f1']:>6.4f}  {row['support']:>7}"
+        for name, row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _rows(metrics: Any, truth: Sequence[str], predicted: Sequence[str], names: list[str]) -> dict[str, Any]:
+    return _table(
+        names,
+        metrics.precision_recall_fscore_support(truth, predicted, labels=names, average=None, zero_division=0),
+    )
+
+
+def _averages(metrics: Any, truth: Sequence[str], predicted: Sequence[str], names: list[str]) -> dict[str, Any]:
+    out = {}
+    for average in AVERAGES:
+        values = metrics.precision_recall_fscore_support(
+            truth, predicted, labels=names, average=average, zero_division=0
+        )
+        out[average] = _row(*values[:3], len(truth))
+    return out
+
+
+def _table(names: Sequence[str], columns: Any) -> dict[str, Any]:
+    return {name: _row(*values) for name, *values in zip(names, *columns, strict=True)}
+
+
+def _row(precision: float, recall: float, f1: float, support: int) -> dict[str, Any]:
+    values = {"precision": float(precision), "recall": float(recall), "f1": float(f1)}
+    return {name: 0.0 if math.isnan(v) else v for name, v in values.items()} | {"support": int(support)}
+
+
+def _check(truth: Sequence[Any], predicted: Sequence[Any]) -> None:
+    if not truth or len(truth) != len(predicted):
+        raise DataError(f"need as many predictions as rows, and at least one: {len(predicted)} and {len(truth)}")
+
+
+def _check_sentences(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> None:
+    _check(truth, predicted)
+    for index, (a, b) in enumerate(zip(truth, predicted, strict=True)):
+        if len(a) != len(b):
+            raise DataError(f"sentence {index} has {len(a)} tags and {len(b)} predictions")

@@ -1,0 +1,1 @@
+"""Looks at what runs have recorded; it only reads."""

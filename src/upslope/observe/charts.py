@@ -1,0 +1,107 @@
+"""Line charts as SVG: no script, no network, the same in a report, a README and a printed page."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+
+__all__ = ["COLOURS", "line_chart"]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#A6761D")
+"""Okabe and Ito's palette, told apart by colour-blind readers; lines also differ by their dashes."""
+_DASHES = ("", "6 3", "2 3", "8 3 2 3")
+
+Point = tuple[float, float]
+
+
+def line_chart(
+    title: str,
+    series: Mapping[str, Sequence[Sequence[Point]]],
+    *,
+    x_label: str,
+    y_label: str,
+    width: int = 640,
+    height: int = 360,
+) -> str:
+    """One chart as an SVG element: a thin line for every run of a label, a thick one for their median.
+
+    series: label -> runs -> (x, y) points by rising x. The median is taken point by point over runs of equal length;
+    with other lengths it ends with the shortest. Points that are not finite are left out. ValueError: nothing to draw.
+    """
+    clean = {
+        label: [[p for p in run if all(map(math.isfinite, p))] for run in runs if run] for label, runs in series.items()
+    }
+    points = [p for runs in clean.values() for run in runs for p in run]
+    if not points:
+        raise ValueError(f"chart {title!r}: no finite point to draw")
+    left, right, top, bottom = 62, 16, 40, 48 + 18 * math.ceil(len(clean) / 3)
+    x_ticks, y_ticks = (_ticks([p[i] for p in points]) for i in (0, 1))
+    plot_w, plot_h = width - left - right, height - top - bottom
+
+    def place(point: Point) -> str:
+        x = left + plot_w * (point[0] - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+        y = top + plot_h * (1 - (point[1] - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
+        return f"{x:.1f},{y:.1f}"
+
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" '
+        f'aria-label="{escape(title)}" font-family="system-ui, sans-serif" font-size="12" fill="currentColor">',
+        f"<title>{escape(title)}</title>",
+        f'<text x="{left}" y="20" font-size="14" font-weight="600">{escape(title)}</text>',
+    ]
+    for tick in y_ticks:
+        y = place((x_ticks[0], tick)).split(",")[1]
+        out.append(f'<path d="M{left} {y}H{width - right}" stroke="currentColor" opacity="0.15"/>')
+        out.append(f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{_number(tick)}</text>')
+    for tick in x_ticks:
+        x = place((tick, y_ticks[0])).split(",")[0]
+        out.append(f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{_number(tick)}</text>')
+    out.append(
+        f'<text x="{left + plot_w / 2}" y="{height - bottom + 34}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text transform="translate(14 {top + plot_h / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
+    )
+    for i, (label, runs) in enumerate(clean.items()):
+        colour, dash = COLOURS[i % len(COLOURS)], _DASHES[i // len(COLOURS) % len(_DASHES)]
+        stroke = (
+            f'fill="none" stroke="{colour}" stroke-dasharray="{dash}"' if dash else f'fill="none" stroke="{colour}"'
+        )
+        if len(runs) > 1:
+            out += [f'<polyline points="{" ".join(map(place, run))}" {stroke} opacity="0.3"/>' for run in runs]
+        middle = _median(runs)
+        if len(middle) == 1:
+            x, y = place(middle[0]).split(",")
+            out.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
+        out.append(f'<polyline points="{" ".join(map(place, middle))}" {stroke} stroke-width="2.5"/>')
+        x, y = left + plot_w * (i % 3) / 3, height - bottom + 52 + 18 * (i // 3)
+        out.append(f'<path d="M{x:.0f} {y - 4}h22" {stroke} stroke-width="2.5"/>')
+        out.append(f'<text x="{x + 28:.0f}" y="{y}">{escape(label)}</text>')
+    return "\n".join([*out, "</svg>"])
+
+
+def _median(runs: Sequence[Sequence[Point]]) -> list[Point]:
+    return [
+        (statistics.median(p[0] for p in column), statistics.median(p[1] for p in column))
+        for column in zip(*[run for run in runs if run], strict=False)
+    ]
+
+
+def _ticks(values: Sequence[float], wanted: int = 5) -> list[float]:
+    """Round numbers that cover the values, about `wanted` of them."""
+    low, high = min(values), max(values)
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-9 * size or size < 1e-30:  # no axis can tell these apart
+        half = 0.5 * size if size >= 1e-30 else 0.5
+        low, high = low - half, high + half
+    raw = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * m for m in (1, 2, 2.5, 5, 10) if raw <= power * m * 1.0001)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
+
+
+def _number(value: float) -> str:
+    if abs(value) >= 10_000:
+        return f"{value / 1000:g}k"
+    return f"{value:g}"

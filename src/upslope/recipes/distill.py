@@ -1,0 +1,279 @@
+"""On-policy distillation: the teacher's distribution at every token the student writes (GKD, arXiv 2306.13649).
+
+    for each step:
+        a share on_policy_fraction of the prompts: sample y from the student (no gradient through sampling)
+        the others: y is the data's completion
+        s_t, t_t = next-token distributions of student and teacher, both at the temperature
+        loss = sum_t D_t / N                              N trained tokens of the step
+               forward  D = KL(teacher || student)        covers the teacher's modes; on the data alone: classic KD
+               reverse  D = KL(student || teacher)        seeks them (MiniLLM, 2306.08543, its per-token part)
+               jsd      D = w KL(teacher || M) + (1 - w) KL(student || M),  M = w teacher + (1 - w) student
+        AdamW step
+
+D is exact over the vocabulary, computed a few rows at a time. It sees the token at hand, not what a token does to
+later ones: reverse KL per token is not MiniLLM's gradient of the KL between sequences.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.build import Policy, load_policy, make_engine, make_optimizer
+from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.data.chat import encode_prompt, load_tokenizer
+from upslope.errors import ModelError
+from upslope.evaluation.accuracy import evaluate
+from upslope.functional.distillation import linear_divergence
+from upslope.models.attention import PackedContext
+from upslope.models.loading import load_model
+from upslope.models.protocol import CausalModel
+from upslope.models.sources import resolve
+from upslope.options import DistillOptions
+from upslope.recipes.distill_data import Item, load_items
+from upslope.recipes.dry_run_imitation import show_imitation
+from upslope.recipes.session import Evaluation, StepResult, exit_code, train
+from upslope.recipes.sft import held_out_groups
+from upslope.runs.folder import Run
+from upslope.tasks.loading import load_task
+from upslope.training.schedule import learning_rate
+from upslope.training.step import Outputs, evaluating, forward, update
+from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
+
+__all__ = ["Distill", "distill", "load_teacher", "run"]
+
+
+def run(options: DistillOptions) -> int:
+    """The verb `upslope distill`."""
+    if options.dry_run:
+        return show_imitation(options)
+    summary = distill(options)
+    if options.json:
+        print(json.dumps(summary))
+    return exit_code(summary)
+
+
+def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[str, Any]:
+    """Train and return the summary; a `policy` already loaded is trained in place."""
+    learner = Distill(options, policy or load_policy(options))
+    return train("distill", options, learner)
+
+
+def load_teacher(source: str, policy: Policy) -> CausalModel:
+    """The frozen teacher in the student's compute dtype. ModelError: its vocabulary is another one."""
+    folder = resolve(source)
+    theirs, ours = load_tokenizer(folder).get_vocab(), policy.tokenizer.get_vocab()
+    differ = next((token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)), None)
+    if differ is not None:
+        raise ModelError(
+            f"{source}: not the student's vocabulary: token {differ!r} is {theirs.get(differ, 'unknown')} in it and "
+            f"{ours.get(differ, 'unknown')} in the student; distillation compares distributions token by token, so "
+            "take a teacher of the same family, or train on its texts with sft"
+        )
+    model = load_model(folder, dtype=policy.model.dtype).to(policy.model.device)
+    if model.spec.vocab_size != policy.model.spec.vocab_size:
+        raise ModelError(
+            f"{source}: its head has {model.spec.vocab_size} tokens, the student's {policy.model.spec.vocab_size}: "
+            "distillation needs the same vocabulary in both"
+        )
+    return model.requires_grad_(False).eval()
+
+
+class Distill:
+    """Student, frozen teacher, prompts with or without completions."""
+
+    def __init__(self, options: DistillOptions, policy: Policy) -> None:
+        self.options, self.policy = options, policy
+        self.run: Run | None = None
+        self.task = load_task(options.task) if options.task else None
+        self.higher_is_better = self.task is not None
+        self.items, self.held_out = load_items(options, policy.tokenizer, self.task)
+        self.teacher = load_teacher(str(options.teacher), policy)
+        self.order = PromptStream(len(self.items), seed=options.seed)
+        self.optimizer = make_optimizer(policy, options)
+        some = [*self.items[:100], *self.held_out[:100]]
+        longest = max((len(self._prompt_tokens(item)) for item in some if item.prompt is not None), default=1)
+        self.engine = make_engine(
+            policy,
+            sequences=max(options.num_prompts * options.num_generations, len(self.held_out)),
+            longest=longest + options.max_completion_length,
+        )
+
+    def step(self, step: int) -> StepResult:
+        """Sample where the student answers, take the data elsewhere, one update towards the teacher."""
+        o, started = self.options, time.perf_counter()
+        items = [self.items[i] for i in self.order.take(o.num_prompts)]
+        own = int((step + 1) * o.num_prompts * o.on_policy_fraction + 1e-9)
+        own -= int(step * o.num_prompts * o.on_policy_fraction + 1e-9)
+        groups = self.sample(items[:own], seed=o.seed * 1_000_003 + step, n=o.num_generations)
+        sampled = time.perf_counter() - started
+        rollouts = [r for group in groups for r in group.rollouts]
+        examples = [_example(r) for r in rollouts] + [_completion(item) for item in items[own:]]
+        trained = sum(sum(e.mask) for e in examples)
+        batches, order = self._batches(examples, 1 / trained)
+        values: list[Tensor] = []
+        self.policy.model.train()
+        metrics = update(
+            self.policy.model,
+            self.optimizer,
+            batches,
+            lambda batch, out: self._loss(batch, out, values),
+            learning_rate=learning_rate(
+                step,
+                base=o.learning_rate,
+                total_steps=o.max_steps,
+                warmup_steps=o.warmup_steps,
+                kind=o.lr_scheduler_type,
+            ),
+            max_grad_norm=o.max_grad_norm,
+            logp=False,
+            hidden=True,
+        )
+        self.engine.set_version(self.engine.version + 1)
+        per_sequence = _in_order(values, batches, order)
+        metrics |= _origins(per_sequence, len(rollouts))
+        self._record(step, groups, per_sequence)
+        seconds = time.perf_counter() - started
+        tokens = sum(len(e.tokens) for e in examples)
+        if rollouts:
+            metrics["completions/mean_length"] = sum(len(r.tokens) for r in rollouts) / len(rollouts)
+            metrics["completions/clipped_ratio"] = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
+        metrics |= {"seconds/rollout": sampled, "seconds/update": seconds - sampled, "num_tokens": float(trained)}
+        return StepResult({**metrics, "tokens_per_second": tokens / seconds}, trained)
+
+    def sample(
+        self, items: Sequence[Item], *, seed: int, n: int = 1, temperature: float | None = None
+    ) -> list[RolloutGroup]:
+        """The student's completions; they depend on (seed, prompt, sample) only."""
+        if not items:
+            return []
+        o = self.options
+        params = SamplingParams(
+            max_tokens=o.max_completion_length,
+            n=n,
+            temperature=o.temperature if temperature is None else temperature,
+            seed=seed,
+        )
+        encoded = [self._prompt_tokens(item) for item in items]
+        self.policy.model.eval()
+        with torch.no_grad():
+            completions = self.engine.generate(encoded, params, keys=[item.key for item in items])
+        groups = []
+        for item, tokens, some in zip(items, encoded, completions, strict=True):
+            assert item.prompt is not None
+            groups.append(
+                RolloutGroup(item.prompt, [Rollout.from_completion(tokens, c, i) for i, c in enumerate(some)])
+            )
+        return groups
+
+    def _prompt_tokens(self, item: Item) -> list[int]:
+        assert item.prompt is not None
+        return encode_prompt(self.policy.tokenizer, item.prompt)
+
+    def _batches(self, examples: Sequence[Example], weight: float) -> tuple[list[Batch], list[list[int]]]:
+        """Packed micro-batches, and which examples each holds."""
+        weighted = [Example(e.tokens, e.mask, {"weight": torch.full((sum(e.mask),), weight)}) for e in examples]
+        parts = split_by_tokens([len(e.tokens) for e in weighted], self.options.micro_batch_tokens)
+        device = self.policy.model.device
+        return [collate([weighted[i] for i in part], device=device) for part in parts], parts
+
+    def _loss(self, batch: Batch, out: Outputs, values: list[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
+        o = self.options
+        assert out.hidden_ND is not None
+        with torch.no_grad():
+            context = PackedContext(batch.lengths, batch.parents, device=batch.tokens_T.device)
+            teacher_ND = self.teacher(batch.tokens_T, context).index_select(0, batch.rows_N)
+        loss_N = linear_divergence(
+            out.hidden_ND,
+            self.policy.model.head_weight,
+            teacher_ND,
+            self.teacher.head_weight,
+            kind=o.divergence,
+            weight=o.jsd_weight,
+            temperature=o.temperature,
+        )
+        values.append(loss_N.detach().cpu())
+        return loss_N, {}
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Greedy accuracy on the task's held-out problems, or the divergence per token on held-out rows.
+
+        Rows without a completion are completed by the student, greedily.
+        """
+        o = self.options
+        if self.task is not None:
+            if not o.eval_samples:
+                return None
+            groups = held_out_groups(self.policy, self.task, o.eval_samples, o.max_completion_length)
+            if self.run is not None:
+                self.run.record_rollouts(step, groups, split="eval")
+            accuracy = evaluate(groups)
+            return Evaluation(accuracy["value"], {"accuracy": accuracy})
+        if not self.held_out:
+            return None
+        answered = [item for item in self.held_out if item.example is not None]
+        groups = self.sample([i for i in self.held_out if i.example is None], seed=o.seed, temperature=0.0)
+        examples = [_completion(i) for i in answered] + [_example(g.rollouts[0]) for g in groups]
+        values: list[Tensor] = []
+        with evaluating(self.policy.model):
+            for batch in self._batches(examples, 1.0)[0]:
+                self._loss(batch, forward(self.policy.model, batch, logp=False, hidden=True), values)
+        mean = float(torch.cat(values).double().mean())
+        return Evaluation(mean, {"eval_divergence": mean})
+
+    def _record(self, step: int, groups: list[RolloutGroup], per_sequence: Sequence[Tensor]) -> None:
+        """The student's samples in the store, each token's divergence beside it; the reward is minus their mean."""
+        rollouts = [r for group in groups for r in group.rollouts]
+        for rollout, value in zip(rollouts, per_sequence, strict=False):
+            rollout.reward = Reward(-float(value.double().mean()))
+        if self.run is not None and groups:
+            own = [value.tolist() for value in per_sequence[: len(rollouts)]]
+            self.run.record_rollouts(step + 1, groups, arrays={"divergence": own})
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's moments; the weights are in the model folder."""
+        return {"optimizer": self.optimizer.state()}
+
+    def state(self) -> dict[str, Any]:
+        """Data position and weight version."""
+        return {"order": self.order.state_dict(), "version": self.engine.version}
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
+        self.order.load_state_dict(state["order"])
+        self.engine.set_version(state["version"])
+
+    def write_model(self, folder: Path) -> None:
+        """The student with its float32 masters."""
+        self.policy.write(folder, self.optimizer.weights())
+
+
+def _example(rollout: Rollout) -> Example:
+    return Example([*rollout.prompt_tokens, *rollout.tokens], [False] * len(rollout.prompt_tokens) + list(rollout.mask))
+
+
+def _completion(item: Item) -> Example:
+    assert item.example is not None
+    return item.example
+
+
+def _in_order(values: Sequence[Tensor], batches: Sequence[Batch], parts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Each example's per-token values, in the order of the examples."""
+    found: dict[int, Tensor] = {}
+    for value, batch, part in zip(values, batches, parts, strict=True):
+        counts = torch.bincount(batch.sequence_N.cpu(), minlength=len(part)).tolist()
+        found |= dict(zip(part, value.split(counts), strict=True))
+    return [found[i] for i in range(len(found))]
+
+
+def _origins(per_sequence: Sequence[Tensor], own: int) -> dict[str, float]:
+    """Mean divergence per token where the student wrote, and where the data did."""
+    sets = {"distill/on_policy": per_sequence[:own], "distill/off_policy": per_sequence[own:]}
+    return {name: float(torch.cat(list(some)).double().mean()) for name, some in sets.items() if some}

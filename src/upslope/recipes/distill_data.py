@@ -1,0 +1,95 @@
+"""What is distilled on: prompts for the student to answer, and completions where the data has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from upslope.data.chat import TooLongError
+from upslope.data.kinds import Content, Record
+from upslope.data.records import example_of, read_records
+from upslope.errors import ConfigError, DataError
+from upslope.options import DistillOptions
+from upslope.recipes.sft import demonstrated
+from upslope.tasks.base import Task
+from upslope.types import Example, Prompt
+
+__all__ = ["Item", "load_items"]
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A prompt to answer (None: a document), the given answer as a training sequence (None: there is none)."""
+
+    key: int
+    prompt: Prompt | None
+    example: Example | None
+
+
+def load_items(options: DistillOptions, tokenizer: Any, task: Task | None) -> tuple[list[Item], list[Item]]:
+    """Training and held-out items of a task or of data files; a task's held-out problems are its own affair.
+
+    Raises ConfigError, DataError: on_policy_fraction asks for prompts or completions that the source does not have.
+    """
+    o = options
+    if task is not None:
+        prompts = task.prompts("train", o.num_train_prompts, seed=o.seed)
+        return [Item(p.key, p, _demonstration(o, tokenizer, task, p)) for p in prompts], []
+    assert o.data is not None
+    items = _items(o, tokenizer, o.data)
+    if o.eval_data is not None:
+        held_out = _items(o, tokenizer, o.eval_data)[: o.eval_samples]
+        _check(o, o.data, items)
+        return items, held_out
+    held = min(len(items) // 10, o.eval_samples)
+    kept, held_out = (items[:-held], items[-held:]) if held else (items, [])
+    _check(o, o.data, kept)
+    return kept, held_out
+
+
+def _demonstration(options: DistillOptions, tokenizer: Any, task: Task, prompt: Prompt) -> Example | None:
+    if options.on_policy_fraction == 1:
+        return None
+    return demonstrated(tokenizer, task, prompt, max_length=options.max_length)
+
+
+def _items(options: DistillOptions, tokenizer: Any, source: str) -> list[Item]:
+    found, dropped = [], 0
+    for key, record in enumerate(read_records(source)):
+        try:
+            example = None if record.kind == "prompt" else example_of(record, tokenizer, max_length=options.max_length)
+        except TooLongError:
+            dropped += 1
+            continue
+        found.append(Item(key, _prompt(record, key), example))
+    if not found:
+        raise DataError(f"{source}: none of {dropped} rows fits max_length {options.max_length}; raise it")
+    return found
+
+
+def _prompt(record: Record, key: int) -> Prompt | None:
+    """What comes before the answer: the prompt, or the conversation before its last assistant turn."""
+    if record.prompt is not None:
+        return _as_prompt(record.prompt, key)
+    turns = list(record.messages)
+    while turns and turns[-1].role != "assistant":
+        turns.pop()
+    return Prompt(key, messages=tuple(turns[:-1])) if len(turns) > 1 else None
+
+
+def _as_prompt(content: Content, key: int) -> Prompt:
+    return Prompt(key, text=content) if isinstance(content, str) else Prompt(key, messages=content)
+
+
+def _check(options: DistillOptions, source: str, items: list[Item]) -> None:
+    share = options.on_policy_fraction
+    if share > 0 and any(item.prompt is None for item in items):
+        raise ConfigError(
+            f"{source}: rows without a prompt give the student nothing to answer; set on_policy_fraction = 0, or give "
+            "rows with prompts"
+        )
+    if share < 1 and any(item.example is None for item in items):
+        raise ConfigError(
+            f"{source}: rows without a completion cannot fill the off-policy share; set on_policy_fraction = 1, or "
+            "give rows with prompt and completion"
+        )

@@ -1,0 +1,114 @@
+"""`--dry-run` of the recipes that imitate samples: expert iteration and distillation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from upslope.build import Policy, load_policy, make_engine
+from upslope.data.chat import encode_prompt
+from upslope.options import DistillOptions, ExpertOptions
+from upslope.recipes import dry_run
+from upslope.recipes.dry_run import Prediction, probe
+from upslope.recipes.plan import plan_of
+from upslope.recipes.session import resident_memory_gb
+from upslope.tasks.loading import load_task
+from upslope.types import Example, SamplingParams
+
+__all__ = ["predict_imitation", "show_imitation"]
+
+
+def show_imitation(options: ExpertOptions | DistillOptions) -> int:
+    """Print what an expert or distill run would do."""
+    if isinstance(options, ExpertOptions) and options.num_rounds is not None:
+        options = replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
+    policy = load_policy(options)
+    prompts, given, held_out = _material(options, policy)
+    prediction = predict_imitation(options, policy, prompts, given)
+    example = given[0] if given else Example(prompts[0], [False] * len(prompts[0]))
+    dry_run._report(options, policy, example, plan_of(options), prediction, held_out)
+    return 0
+
+
+def _material(options: ExpertOptions | DistillOptions, policy: Policy) -> tuple[list[list[int]], list[Example], int]:
+    """Encoded prompts to answer, given training sequences, and the number of held-out problems or rows."""
+    if isinstance(options, ExpertOptions):
+        some = min(options.num_prompts, options.num_train_prompts)
+        prompts = load_task(options.task).prompts("train", some, seed=options.seed)
+        return [encode_prompt(policy.tokenizer, prompt) for prompt in prompts], [], options.eval_samples
+    from upslope.recipes.distill_data import load_items
+
+    task = load_task(options.task) if options.task is not None else None
+    items, held_out = load_items(options, policy.tokenizer, task)
+    asked = [item.prompt for item in items[: options.num_prompts] if item.prompt is not None]
+    prompts = [encode_prompt(policy.tokenizer, prompt) for prompt in asked] if options.on_policy_fraction else []
+    given = [item.example for item in items if item.example is not None]
+    return prompts, given, len(held_out) if task is None else options.eval_samples
+
+
+def predict_imitation(
+    options: ExpertOptions | DistillOptions, policy: Policy, prompts: Sequence[list[int]], given: Sequence[Example]
+) -> Prediction:
+    """Memory and time per optimizer step, from a probe that samples a few completions and trains on them.
+
+    Sampling of an expert's round is spread over its steps; a teacher's forward pass is taken to cost as much per
+    parameter as the student's.
+    """
+    plan = plan_of(options)
+    seconds, sampled = _sampling_seconds(options, policy, prompts) if prompts else (0.0, [])
+    examples = sampled or list(given[:64])
+    cost = probe(policy, examples, head=None, budget=options.micro_batch_tokens)
+    per_step = plan.sequences_per_step * sum(len(e.tokens) for e in examples) / len(examples)
+    step = per_step * cost.train_seconds + dry_run._update_seconds(policy)
+    extra = 0.0
+    if isinstance(options, ExpertOptions):
+        step += seconds / options.train_steps
+        extra = 4.0 * sum(p.numel() for p in policy.model.parameters() if p.requires_grad) if options.restart else 0.0
+    else:
+        from upslope.recipes.distill import load_teacher
+
+        teacher = load_teacher(str(options.teacher), policy)
+        ratio = teacher.spec.parameters / policy.model.spec.parameters
+        step += seconds + per_step * cost.forward_seconds * ratio
+    longest = max(map(len, prompts), default=0) + options.max_completion_length
+    memory = (
+        resident_memory_gb()
+        + (
+            dry_run._weight_bytes(policy, options)
+            + dry_run._head_bytes(policy)
+            + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
+            + dry_run._cache_bytes(policy, plan, longest)
+            + extra
+        )
+        / 1e9
+    )
+    return Prediction(memory, step, step * options.max_steps)
+
+
+def _sampling_seconds(
+    options: ExpertOptions | DistillOptions, policy: Policy, prompts: Sequence[list[int]]
+) -> tuple[float, list[Example]]:
+    """Seconds to sample all of a step's (or an expert's round's) completions, and a few of them."""
+    count, width = min(8, len(prompts)), min(options.num_generations, 4)
+    longest = max(map(len, prompts)) + options.max_completion_length
+    engine = make_engine(policy, sequences=count * width, longest=longest)
+    params = SamplingParams(
+        max_tokens=options.max_completion_length, n=width, temperature=options.temperature, seed=options.seed
+    )
+    with torch.no_grad():
+        engine.generate(list(prompts[:2]), params)
+        started = time.perf_counter()
+        sampled = engine.generate(list(prompts[:count]), params)
+        seconds = time.perf_counter() - started
+    share = options.on_policy_fraction if isinstance(options, DistillOptions) else 1.0
+    total = options.num_prompts * options.num_generations * share
+    # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
+    seconds *= (total / (count * width)) ** 0.75
+    return seconds, [
+        Example([*p, *c.tokens], [False] * len(p) + [True] * len(c.tokens))
+        for p, group in zip(prompts, sampled, strict=False)
+        for c in group
+    ]

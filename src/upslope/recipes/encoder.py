@@ -1,0 +1,367 @@
+"""What classify and tag share: an encoder trained on labels, by likelihood or by expected reward.
+
+for each batch of rows, N labelled items in it (texts, or words of sentences):
+    z      = logits of the encoder at each item                       [N, C]
+    loss   = cross_entropy:            -log pi(y)
+             policy_gradient:          -sum_a pi(a) r(y, a)           exact, no sampling
+             policy_gradient_sampled:  -1/K sum_k (r(y, a_k) - b) log pi(a_k),   a_k ~ pi
+    AdamW step on sum(loss) / N                                       one denominator, whatever the micro-batches
+at the end, the checkpoint that was best on dev is scored once on test
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.backends.hardware import choose_dtype
+from upslope.build import device_of_machine
+from upslope.data.batching import PromptStream
+from upslope.data.chat import load_tokenizer
+from upslope.engine.sampling import draw, uniforms
+from upslope.errors import ConfigError, ModelError, RunError
+from upslope.functional.advantages import group_centered, leave_one_out
+from upslope.functional.logprobs import log_softmax
+from upslope.functional.policy_losses import reinforce
+from upslope.functional.supervised_losses import classification_policy_gradient, nll
+from upslope.models.encoder import Encoder, Kind, load_encoder
+from upslope.models.sources import resolve
+from upslope.options.encoder import EncoderOptions
+from upslope.recipes.session import StepResult
+from upslope.runs.folder import Run
+from upslope.training.optim import MasterAdamW, decay_groups
+from upslope.training.schedule import learning_rate
+from upslope.training.step import evaluating
+
+__all__ = ["EncoderLearner", "Input", "Objective", "Start", "load_start", "predict", "update"]
+
+
+@dataclass(slots=True)
+class Start:
+    """The encoder to train and its tokenizer."""
+
+    encoder: Encoder
+    tokenizer: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One sequence of tokens and its labelled items.
+
+    places: the token that carries each item (empty: the text itself is the one item). targets: class of each item.
+    row: index of the row it comes from; first: number of the row's items that stand in earlier inputs.
+    """
+
+    tokens: list[int]
+    targets: list[int]
+    places: list[int]
+    types: list[int] | None = None
+    row: int = 0
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Padded inputs. items_N: index of each item among B (text) or B * T (tokens); rows_N, counters_N: its address."""
+
+    ids_BT: Tensor
+    mask_BT: Tensor
+    types_BT: Tensor | None
+    items_N: Tensor
+    targets_N: Tensor
+    rows_N: list[int]
+    counters_N: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """Loss per item from logits. rewards_CC: r(right label, said label).
+
+    A sampled label depends on (seed, step, row, item in the row, sample) and on nothing else.
+    """
+
+    kind: str
+    rewards_CC: Tensor
+    num_samples: int = 4
+    baseline: str = "leave_one_out"
+    label_smoothing: float = 0.0
+    seed: int = 0
+
+    def __call__(
+        self, logits_NC: Tensor, targets_N: Tensor, *, step: int, rows_N: Sequence[int], counters_N: Sequence[int]
+    ) -> Tensor:
+        """[N, C], [N] -> loss per item [N], to be minimised."""
+        rewards_NC = self.rewards_CC.to(logits_NC.device)[targets_N]
+        if self.kind == "policy_gradient":
+            return classification_policy_gradient(logits_NC, rewards_NC)
+        logp_NC = log_softmax(logits_NC)
+        if self.kind == "cross_entropy":
+            mean_N = logp_NC.mean(-1) if self.label_smoothing else None
+            return nll(logp_NC.gather(1, targets_N[:, None])[:, 0], self.label_smoothing, mean_N)
+        return self.of_samples(logp_NC, rewards_NC, self.samples(logp_NC, step, rows_N, counters_N))
+
+    def samples(self, logp_NC: Tensor, step: int, rows_N: Sequence[int], counters_N: Sequence[int]) -> Tensor:
+        """K labels per item drawn from the policy: [N, K]."""
+        k = self.num_samples
+        rows = [row for row in rows_N for _ in range(k)]
+        counters = [counter * k + i for counter in counters_N for i in range(k)]
+        uniform = torch.from_numpy(uniforms([self.seed] * len(rows), [step] * len(rows), rows, counters))
+        spread = logp_NC.detach().repeat_interleave(k, dim=0)
+        return draw(spread, uniform.to(spread.device)).view(-1, k)
+
+    def of_samples(self, logp_NC: Tensor, rewards_NC: Tensor, labels_NK: Tensor) -> Tensor:
+        """REINFORCE with these labels, averaged over an item's samples: [N]."""
+        rewards_NK = rewards_NC.gather(1, labels_NK)
+        if self.baseline == "mean":
+            rewards_NK = group_centered(rewards_NK)
+        elif self.baseline == "leave_one_out":
+            rewards_NK = leave_one_out(rewards_NK)
+        return reinforce(logp_NC.gather(1, labels_NK), rewards_NK.to(logp_NC.dtype)).mean(1)
+
+
+def load_start(options: EncoderOptions, kind: Kind, labels: Sequence[str] | None) -> Start:
+    """The encoder of `--model` with a head for `labels`, adapters if asked, in the compute dtype; and its tokenizer."""
+    folder = resolve(options.model)
+    device = device_of_machine()
+    dtype, _ = choose_dtype(options.dtype, device)
+    tokenizer = load_tokenizer(folder)
+    if kind == "tag" and getattr(tokenizer, "add_prefix_space", None) is False:
+        tokenizer = _with_prefix_space(folder)
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"{folder}: the tokenizer has no padding token; name one in tokenizer_config.json")
+    encoder = load_encoder(
+        folder, kind, labels=labels, gradient_checkpointing=options.gradient_checkpointing, seed=options.seed
+    )
+    if encoder.fresh:
+        print(f"upslope: {folder.name}: fresh, drawn from the seed: {', '.join(encoder.fresh)}", file=sys.stderr)
+    if options.lora_rank:
+        alpha = options.lora_alpha if options.lora_alpha is not None else 2 * options.lora_rank
+        encoder.add_adapters(options.lora_rank, alpha=alpha, seed=options.seed)
+    return Start(encoder.to_compute(dtype, device), tokenizer)
+
+
+def _with_prefix_space(folder: Path) -> Any:
+    """Byte-level tokenizers see a word of a list as they see it in a sentence only with the space before it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, add_prefix_space=True)
+
+
+def check_length(options: Any, encoder: Encoder) -> None:
+    """ConfigError when --max-length is more than the encoder reads."""
+    if encoder.max_positions is not None and options.max_length > encoder.max_positions:
+        raise ConfigError(f"max_length is {options.max_length}, but the model reads {encoder.max_positions} tokens")
+
+
+def groups_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Inputs of like length together, each group at most `budget` tokens with its padding (one input if longer)."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+            groups.append([])
+        groups[-1].append(index)
+    return groups
+
+
+def collate(inputs: Sequence[Input], encoder: Encoder, pad: int, pad_type: int = 0) -> Batch:
+    """Pad on the encoder's side and address every item."""
+    width = max(len(x.tokens) for x in inputs)
+    left = encoder.padding_side == "left"
+
+    def padded(values: Sequence[int], fill: int) -> list[int]:
+        gap = [fill] * (width - len(values))
+        return [*gap, *values] if left else [*values, *gap]
+
+    items, rows, counters = [], [], []
+    for b, x in enumerate(inputs):
+        shift = b * width + (width - len(x.tokens) if left else 0)
+        items += [shift + place for place in x.places] or [b]
+        rows += [x.row] * len(x.targets)
+        counters += range(x.first, x.first + len(x.targets))
+    device = encoder.device
+
+    def tensor(values: Any) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    types = None if inputs[0].types is None else tensor([padded(x.types or [], pad_type) for x in inputs])
+    return Batch(
+        ids_BT=tensor([padded(x.tokens, pad) for x in inputs]),
+        mask_BT=tensor([padded([1] * len(x.tokens), 0) for x in inputs]),
+        types_BT=types,
+        items_N=tensor(items),
+        targets_N=tensor([t for x in inputs for t in x.targets]),
+        rows_N=rows,
+        counters_N=counters,
+    )
+
+
+def item_logits(encoder: Encoder, batch: Batch) -> Tensor:
+    """Logits of the labelled items, [N, C], in float32 or wider."""
+    logits = encoder(batch.ids_BT, batch.mask_BT, batch.types_BT)
+    flat = logits.reshape(-1, logits.shape[-1]).index_select(0, batch.items_N)
+    return flat.float() if flat.dtype.itemsize < 4 else flat
+
+
+def update(
+    encoder: Encoder,
+    optimizer: MasterAdamW,
+    batches: Iterable[Batch],
+    objective: Objective,
+    *,
+    step: int,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> dict[str, float]:
+    """One optimizer step on the mean loss over all items of all batches.
+
+    Returns loss, mean expected reward, share of right greedy labels and the gradient norm before clipping. On
+    RunError (a loss or gradient that is not finite) nothing has changed.
+    """
+    batches = list(batches)
+    count = sum(len(b.rows_N) for b in batches)
+    totals = {"loss": 0.0, "reward": 0.0, "accuracy": 0.0}
+    optimizer.zero_grad()
+    try:
+        for batch in batches:
+            logits = item_logits(encoder, batch)
+            losses = objective(logits, batch.targets_N, step=step, rows_N=batch.rows_N, counters_N=batch.counters_N)
+            loss = losses.sum() / count
+            value = float(loss.detach())
+            if value != value or abs(value) == float("inf"):
+                raise RunError(f"the loss is {value}: stopped before the update, the last checkpoint is untouched")
+            loss.backward()
+            totals["loss"] += value
+            scores = logits.detach()
+            rewards = objective.rewards_CC.to(scores.device)[batch.targets_N]
+            totals["reward"] += float((scores.softmax(-1) * rewards).sum()) / count
+            totals["accuracy"] += float((scores.argmax(-1) == batch.targets_N).sum()) / count
+        totals["grad_norm"] = optimizer.step(learning_rate, max_norm=max_grad_norm)
+    except RunError:
+        optimizer.zero_grad()
+        raise
+    return {**totals, "learning_rate": learning_rate, "num_items": count}
+
+
+def predict(encoder: Encoder, inputs: Sequence[Input], *, pad: int, pad_type: int = 0, budget: int) -> list[list[int]]:
+    """The likeliest class of every item, per input, in the order of the inputs."""
+    found: list[list[int]] = [[] for _ in inputs]
+    with evaluating(encoder):
+        for group in groups_of([len(x.tokens) for x in inputs], budget):
+            batch = collate([inputs[i] for i in group], encoder, pad, pad_type)
+            classes = item_logits(encoder, batch).argmax(-1).tolist()
+            for i in group:
+                found[i] = classes[: len(inputs[i].targets)]
+                classes = classes[len(inputs[i].targets) :]
+    return found
+
+
+def make_optimizer(encoder: Encoder, options: EncoderOptions) -> MasterAdamW:
+    """AdamW over trunk (or adapters) and head, the head at its own rate."""
+    named = list(encoder.named_parameters())
+    trunk = [(n, p) for n, p in named if not encoder.is_head(n)]
+    head = [(n, p) for n, p in named if encoder.is_head(n)]
+    groups = decay_groups(trunk, weight_decay=options.weight_decay)
+    groups += decay_groups(head, weight_decay=options.weight_decay, lr_factor=options.head_lr_factor)
+    optimizer = MasterAdamW(groups, masters=encoder.masters)
+    encoder.masters = {n: t for n, t in encoder.masters.items() if n not in optimizer.masters}
+    return optimizer
+
+
+class EncoderLearner:
+    """One label per item: what the training loop needs except how a kind of data is measured.
+
+    `rows` are the training rows, each as the inputs it was cut into. A subclass adds `evaluate`.
+    """
+
+    higher_is_better = True
+
+    def __init__(
+        self, options: EncoderOptions, start: Start, rows: Sequence[Sequence[Input]], rewards: Sequence[Sequence[float]]
+    ) -> None:
+        self.encoder, self.tokenizer = start.encoder, start.tokenizer
+        self.run: Run | None = None
+        self.rows = rows
+        if options.num_epochs is not None:
+            steps = max(1, round(options.num_epochs * len(rows) / options.batch_size))
+            options = replace(options, max_steps=steps, num_epochs=None)
+        self.options = options
+        self.objective = Objective(
+            kind=options.objective,
+            rewards_CC=torch.tensor(rewards, dtype=torch.float32),
+            num_samples=options.num_samples,
+            baseline=options.baseline,
+            label_smoothing=options.label_smoothing,
+            seed=options.seed,
+        )
+        self.order = PromptStream(len(rows), seed=options.seed)
+        self.optimizer = make_optimizer(self.encoder, options)
+
+    def step(self, step: int) -> StepResult:
+        """One batch, one update."""
+        o = self.options
+        inputs = [x for i in self.order.take(o.batch_size) for x in self.rows[i]]
+        groups = groups_of([len(x.tokens) for x in inputs], o.micro_batch_tokens)
+        self.encoder.train()
+        metrics = update(
+            self.encoder,
+            self.optimizer,
+            [collate([inputs[i] for i in group], self.encoder, *self.pads) for group in groups],
+            self.objective,
+            step=step,
+            learning_rate=learning_rate(
+                step,
+                base=o.learning_rate,
+                total_steps=o.max_steps,
+                warmup_steps=o.warmup_steps,
+                kind=o.lr_scheduler_type,
+            ),
+            max_grad_norm=o.max_grad_norm,
+        )
+        return StepResult(metrics, sum(len(x.tokens) for x in inputs))
+
+    @property
+    def pads(self) -> tuple[int, int]:
+        """The token and the token type that padding is made of."""
+        return self.tokenizer.pad_token_id, getattr(self.tokenizer, "pad_token_type_id", 0) or 0
+
+    def predicted(self, inputs: Sequence[Input], encoder: Encoder | None = None) -> list[list[int]]:
+        """The likeliest classes, by the encoder in training or another one."""
+        pad, pad_type = self.pads
+        budget = self.options.micro_batch_tokens
+        return predict(encoder or self.encoder, inputs, pad=pad, pad_type=pad_type, budget=budget)
+
+    def mean_reward(self, truth: Iterable[int], said: Iterable[int]) -> float:
+        """Mean reward of what was said; with the default rewards it is the accuracy."""
+        values = [float(self.objective.rewards_CC[t, s]) for t, s in zip(truth, said, strict=True)]
+        return sum(values) / len(values)
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's moments; with adapters also what is trained, because the model folder holds them merged."""
+        trained = {"weights": self.optimizer.weights()} if self.options.lora_rank else {}
+        return {"optimizer": self.optimizer.state(), **trained}
+
+    def state(self) -> dict[str, Any]:
+        """The data position."""
+        return {"order": self.order.state_dict()}
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        weights = tensors["weights"] if self.options.lora_rank else self.encoder.read(model)
+        self.optimizer.load(weights, tensors["optimizer"])
+        self.order.load_state_dict(state["order"])
+
+    def write_model(self, folder: Path) -> None:
+        """A folder that transformers loads by itself: float32 masters, adapters merged, the tokenizer."""
+        self.encoder.save(folder, self.optimizer.weights(), self.tokenizer)
+
+
+def print_json(summary: Mapping[str, Any]) -> None:
+    """The summary as one JSON object on standard output."""
+    print(json.dumps(summary))

@@ -1,0 +1,314 @@
+"""What both objectives of `upslope seq2seq` share: the pairs, the network from random weights, held-out measurement."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.build import Policy, load_policy, make_engine, make_optimizer
+from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.data.chat import encode_completion
+from upslope.data.pairs import PairTokenizer
+from upslope.data.train_tokenizer import train_tokenizer
+from upslope.errors import ConfigError, DataError
+from upslope.evaluation.accuracy import evaluate
+from upslope.models.loading import save_model
+from upslope.models.seq2seq import Seq2Seq
+from upslope.models.seq2seq_config import Seq2SeqConfig
+from upslope.options.seq2seq import SCRATCH, Seq2SeqOptions
+from upslope.recipes.session import Evaluation
+from upslope.rollout.collect import collect
+from upslope.rollout.workers import make_scorer
+from upslope.runs.folder import Run
+from upslope.tasks.base import Task
+from upslope.tasks.loading import load_task
+from upslope.tasks.overlap import nearest, references_of, similarity
+from upslope.tasks.pairs import Pairs
+from upslope.training import checkpoint
+from upslope.training.schedule import learning_rate
+from upslope.training.step import score
+from upslope.types import Batch, Example, Prompt, Reward, RolloutGroup, SamplingParams
+
+__all__ = ["PairData", "PairLearner", "start_policy"]
+
+_DROPOUT = 0.1
+_SPECIALS = ("</s>", "<pad>")
+"""The end of either side, and the padding token, which also begins the target as in Marian."""
+
+
+@dataclass(frozen=True, slots=True)
+class PairData:
+    """The task, its training pairs (problem, one target each), and its held-out problems."""
+
+    task: Task
+    train: list[tuple[Prompt, str]]
+    held_out: list[Prompt]
+
+    @classmethod
+    def of(cls, options: Seq2SeqOptions) -> PairData:
+        """Read `--data` (every row; a source with several targets gives several pairs) or take from `--task`."""
+        o = options
+        if o.task is not None:
+            task = load_task(o.task)
+            train = [(p, _target(task, p)) for p in task.prompts("train", o.num_examples, seed=o.seed)]
+            held_out = task.prompts("eval", o.eval_samples, seed=0) if o.eval_samples else []
+            return cls(task, train, held_out)
+        files = {"path": o.data} | ({"eval_path": o.eval_data} if o.eval_data else {})
+        pairs = load_task("pairs", **files)
+        assert isinstance(pairs, Pairs)
+        prompts = pairs.prompts("train", max(1, pairs.size("train")), seed=o.seed)
+        held_out = pairs.prompts("eval", min(o.eval_samples, pairs.size("eval")), seed=0)
+        return cls(pairs, [(p, target) for p in prompts for target in references_of(p)], held_out)
+
+
+def _target(task: Task, prompt: Prompt) -> str:
+    if prompt.text is None:
+        raise ConfigError(
+            f"task '{task.name}' asks in conversations; an encoder-decoder reads plain texts: take a task such as "
+            "phonemes or pairs:path=..., or fine-tune a decoder with upslope sft"
+        )
+    return task.demonstration(prompt)[-1].content
+
+
+def start_policy(options: Seq2SeqOptions, data: PairData, folder: Path) -> Policy:
+    """The encoder-decoder to train: of `--model`, of the run that is resumed, or random, made in `folder`."""
+    if options.model != SCRATCH:
+        policy = load_policy(options)
+    else:
+        if not _copy_of_run(options, folder):
+            _random_model(options, data, folder)
+        policy = load_policy(replace(options, model=str(folder)))
+    model = policy.model
+    if not isinstance(model, Seq2Seq):
+        raise ConfigError(f"{options.model} is no encoder-decoder of a kind that seq2seq trains; use upslope sft for it")
+    if options.dropout is not None:
+        model.config = replace(model.config, dropout=options.dropout)
+    model.use_dropout = options.objective == "mle"
+    return policy
+
+
+def _copy_of_run(options: Seq2SeqOptions, folder: Path) -> bool:
+    """Take tokenizer and sizes from the run that is resumed, not from data that may have changed since."""
+    if not options.resume or not checkpoint.list_checkpoints(Path(options.output_dir or "") / "checkpoints"):
+        return False
+    source = checkpoint.resolve(Path(options.output_dir or "") / "checkpoints").path
+    shutil.copytree(source / "model", folder, dirs_exist_ok=True)
+    return True
+
+
+def _random_model(options: Seq2SeqOptions, data: PairData, folder: Path) -> None:
+    """Train the tokenizers on the training pairs and write a network of random weights beside them."""
+    o = options
+    tokenizer = _pair_tokenizer(o, [p.text or "" for p, _ in data.train], [target for _, target in data.train])
+    config = Seq2SeqConfig(
+        vocab_size=len(tokenizer),
+        source_vocab_size=None if o.shared_vocabulary else len(tokenizer.source),
+        hidden_size=o.hidden_size,
+        intermediate_size=4 * o.hidden_size,
+        encoder_layers=o.num_layers,
+        decoder_layers=o.num_layers,
+        num_attention_heads=o.num_heads,
+        max_position_embeddings=o.max_length,
+        norm=o.norm,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.decoder_start_token_id,
+        dropout=_DROPOUT if o.dropout is None else o.dropout,
+    )
+    torch.manual_seed(o.seed)
+    save_model(Seq2Seq(config), folder, tokenizer=tokenizer, overwrite=True)
+
+
+def _pair_tokenizer(o: Seq2SeqOptions, sources: list[str], targets: list[str]) -> PairTokenizer:
+    def trained(texts: list[str]) -> Any:
+        return train_tokenizer(texts, o.tokenizer, o.vocab_size, special_tokens=_SPECIALS)
+
+    target = trained([*sources, *targets] if o.shared_vocabulary else targets)
+    return PairTokenizer(
+        target,
+        None if o.shared_vocabulary else trained(sources),
+        decoder_start_token_id=target.pad_token_id,
+        source_offset=0 if o.shared_vocabulary else len(target),
+    )
+
+
+class PairLearner:
+    """Policy, optimizer, engine and pairs; measures held-out loss, accuracy and edit rate.
+
+    `value`, which best, patience and target go by, is the edit rate: edits to the nearest reference over its length,
+    summed over all held-out problems (for phonemes the phoneme error rate). Lower is better.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, options: Seq2SeqOptions, policy: Policy, data: PairData, *, sequences: int = 0) -> None:
+        self.policy, self.data = policy, data
+        self.run: Run | None = None
+        self.examples, self.prompts = self._fitting(options)
+        self.held_out, self.eval_examples = self._fitting_held_out(options)
+        items = len(self.examples if options.objective == "mle" else self.prompts)
+        if options.num_epochs is not None:
+            options = replace(options, max_steps=max(1, round(options.num_epochs * items / options.batch_size)))
+            options = replace(options, num_epochs=None)
+        self.options = options
+        self.order = PromptStream(items, seed=options.seed)
+        self.optimizer = make_optimizer(policy, options)
+        self.engine = make_engine(
+            policy,
+            sequences=max(sequences, len(self.held_out) * options.beam_width, 1),
+            longest=max(len(e.tokens) for e in self.examples) + options.max_completion_length,
+        )
+        self.scorer = make_scorer(data.task) if data.task.has_reward else None
+
+    def _fitting(self, o: Seq2SeqOptions) -> tuple[list[Example], list[tuple[Prompt, list[int]]]]:
+        """Encoded training pairs, and each different source with its first target's tokens; too long ones left out."""
+        examples: list[Example] = []
+        sources: dict[int, tuple[Prompt, list[int]]] = {}
+        longest = 0
+        for prompt, target in self.data.train:
+            example = encode_pair(self.policy, prompt, target, o.max_length)
+            if isinstance(example, int):
+                longest = max(longest, example)
+                continue
+            examples.append(example)
+            completion = [t for t, trained in zip(example.tokens, example.mask, strict=True) if trained]
+            sources.setdefault(prompt.key, (prompt, completion))
+        left_out = len(self.data.train) - len(examples)
+        if not examples:
+            raise ConfigError(
+                f"none of {left_out} pairs fits max_length {o.max_length} (the longest side has {longest} tokens): "
+                "raise it"
+            )
+        if left_out:
+            print(
+                f"seq2seq: {left_out:,} of {len(self.data.train):,} pairs are longer than max_length {o.max_length} "
+                f"(up to {longest:,} tokens) and left out",
+                file=sys.stderr,
+            )
+        return examples, list(sources.values())
+
+    def _fitting_held_out(self, o: Seq2SeqOptions) -> tuple[list[Prompt], list[Example]]:
+        prompts, examples = [], []
+        for prompt in self.data.held_out:
+            example = encode_pair(self.policy, prompt, _target(self.data.task, prompt), o.max_length)
+            if not isinstance(example, int):
+                prompts.append(prompt)
+                examples.append(example)
+        left_out = len(self.data.held_out) - len(prompts)
+        if left_out:
+            print(f"seq2seq: {left_out:,} held-out pairs are longer than max_length and not measured", file=sys.stderr)
+        return prompts, examples
+
+    def learning_rate(self, step: int) -> float:
+        """The schedule at this step."""
+        o = self.options
+        return learning_rate(
+            step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
+        )
+
+    def batches(self, examples: list[Example]) -> list[Batch]:
+        """Packed micro-batches whose trained tokens share one denominator."""
+        trained = sum(sum(e.mask) for e in examples)
+        weighted = [Example(e.tokens, e.mask, {"weight": torch.full((sum(e.mask),), 1 / trained)}) for e in examples]
+        parts = split_by_tokens([len(e.tokens) for e in weighted], self.options.micro_batch_tokens)
+        return [collate([weighted[i] for i in part], device=self.policy.model.device) for part in parts]
+
+    def updated(self) -> None:
+        """The weights have moved: what the engine cached of the old ones is void."""
+        self.engine.set_version(self.engine.version + 1)
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Loss per token of the first references; accuracy and edit rate of greedy (or beam) decoding."""
+        if not self.held_out:
+            return None
+        o = self.options
+        out = score(self.policy.model, self.batches(self.eval_examples))
+        assert out.logp_N is not None
+        params = SamplingParams(max_tokens=o.max_completion_length, temperature=0.0, beam_width=o.beam_width)
+        groups = self.decode(self.held_out, params)
+        if self.run is not None:
+            self.run.record_rollouts(step, groups, split="eval")
+        rewards = [g.rollouts[0].reward for g in groups]
+        metrics: dict[str, Any] = {
+            "eval_loss": float(-out.logp_N.double().mean()),
+            "edit_rate": sum(r.parts["edits"] for r in rewards) / sum(r.parts["reference_length"] for r in rewards),
+            "accuracy": evaluate(groups),
+        }
+        return Evaluation(metrics["edit_rate"], metrics)
+
+    def decode(self, prompts: list[Prompt], params: SamplingParams) -> list[RolloutGroup]:
+        """Judged replies; every judgement has a verdict, "edits" and "reference_length"."""
+        self.policy.model.eval()
+        with torch.no_grad():
+            groups, _ = collect(self.engine, self.policy.tokenizer, self.scorer or _Unjudged(), prompts, params)
+        for group in groups:
+            references = references_of(group.prompt) or (_target(self.data.task, group.prompt),)
+            for rollout in group.rollouts:
+                rollout.reward = _with_edits(rollout.reward, rollout.text, references)
+        return groups
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's moments; the weights are in the model folder."""
+        return {"optimizer": self.optimizer.state()}
+
+    def state(self) -> dict[str, Any]:
+        """Data position and weight version."""
+        return {"order": self.order.state_dict(), "version": self.engine.version}
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
+        self.order.load_state_dict(state["order"])
+        self.engine.set_version(state["version"])
+
+    def write_model(self, folder: Path) -> None:
+        """The policy with its float32 masters."""
+        self.policy.write(folder, self.optimizer.weights())
+
+    def close(self) -> None:
+        """End the reward workers."""
+        if self.scorer is not None:
+            self.scorer.__exit__(None, None, None)
+
+
+class _Unjudged:
+    """For a task without a reward: the comparison with its demonstration is the whole judgement."""
+
+    def judge(self, groups: Any) -> dict[str, float]:
+        return {}
+
+    def __enter__(self) -> _Unjudged:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def _with_edits(reward: Reward, text: str, references: tuple[str, ...]) -> Reward:
+    """The task's judgement, completed from the references where it has no verdict or no edits."""
+    edits, length = nearest(text, references)
+    parts = {"edits": float(edits), "reference_length": float(length), **reward.parts}
+    if reward.value is None and reward.error is None:
+        return Reward(value=similarity(edits, length), parts=parts, correct=edits == 0)
+    return replace(reward, parts=parts, correct=edits == 0 if reward.correct is None else reward.correct)
+
+
+def encode_pair(policy: Policy, prompt: Prompt, target: str, max_length: int) -> Example | int:
+    """The training sequence of a pair, or the tokens of its longer side where that is over `max_length`.
+
+    The source's end and the target's beginning and end count.
+    """
+    try:
+        example = encode_completion(policy.tokenizer, prompt.text or "", target)
+    except DataError as error:
+        raise DataError(f"the pair with the source {(prompt.text or '')[:60]!r}: {error}") from error
+    trained = sum(example.mask)
+    longer = max(len(example.tokens) - trained - 1, trained + 1)
+    room = policy.model.config.max_position_embeddings if isinstance(policy.model, Seq2Seq) else max_length
+    return longer if longer > min(max_length, room) else example

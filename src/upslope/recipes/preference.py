@@ -1,0 +1,185 @@
+"""What dpo and reward share: rows of answers as units, one update per step, held-out accuracy, checkpoints, dry run.
+
+The losses themselves are in the recipes' own files.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from upslope.build import Policy, make_optimizer
+from upslope.data.batching import PromptStream
+from upslope.data.kinds import Record
+from upslope.data.preferences import Encoded
+from upslope.data.records import read_records
+from upslope.evaluation.intervals import wilson
+from upslope.models.heads import ScalarHead
+from upslope.options.preference import PreferenceData
+from upslope.recipes.dry_run import Prediction, _head_bytes, _report, _update_seconds, _weight_bytes, probe
+from upslope.recipes.plan import plan_of
+from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
+from upslope.runs.folder import Run
+from upslope.training.optim import Group
+from upslope.training.schedule import learning_rate
+from upslope.training.step import Loss, update
+from upslope.training.units import Unit, measure, unit_batches, weighted_mean
+
+__all__ = ["PreferenceLearner", "read_rows", "show_preference"]
+
+Row = TypeVar("Row")
+
+
+def read_rows(
+    options: PreferenceData, encode: Callable[[Sequence[Record]], Encoded[Row]]
+) -> tuple[list[Row], list[Row]]:
+    """Training and held-out rows; says on standard error how many were dropped for their length."""
+    assert options.data is not None
+    rows = _told(options.data, encode(read_records(options.data)))
+    if not options.eval_samples:
+        return rows, []
+    if options.eval_data is not None:
+        held_out = _told(options.eval_data, encode(read_records(options.eval_data)))
+        return rows, held_out[: options.eval_samples]
+    held = min(len(rows) // 10, options.eval_samples)
+    return (rows[:-held], rows[-held:]) if held else (rows, [])
+
+
+def _told(source: str, encoded: Encoded[Row]) -> list[Row]:
+    if encoded.too_long:
+        print(f"{source}: {encoded}", file=sys.stderr)
+    return encoded.rows
+
+
+class PreferenceLearner:
+    """One update per step over `batch_size` units; a recipe gives the units and the loss."""
+
+    higher_is_better = True
+    head: ScalarHead | None = None
+    logp = True
+
+    def __init__(
+        self,
+        options: PreferenceData,
+        policy: Policy,
+        units: list[Unit],
+        held_out: list[Unit],
+        *,
+        extra: Sequence[Group] = (),
+    ) -> None:
+        if options.num_epochs is not None:
+            steps = max(1, round(options.num_epochs * len(units) / options.batch_size))
+            options = replace(options, max_steps=steps, num_epochs=None)
+        self.options, self.policy = options, policy
+        self.run: Run | None = None
+        self.units, self.held_out = units, held_out
+        self.order = PromptStream(len(units), seed=options.seed)
+        self.optimizer = make_optimizer(policy, options, list(extra))
+
+    def loss_of(self, units: Sequence[Unit], indices: Sequence[int] | None) -> tuple[Loss, dict[str, float]]:
+        """The loss of these units, and numbers to log with it; `indices` into the training units, None: held out."""
+        raise NotImplementedError(f"{type(self).__name__} gives no loss")
+
+    def step(self, step: int) -> StepResult:
+        """One batch of units, one update."""
+        o, started = self.options, time.perf_counter()
+        indices = self.order.take(o.batch_size)
+        units = [self.units[i] for i in indices]
+        loss, numbers = self.loss_of(units, indices)
+        self.policy.model.train()
+        metrics = update(
+            self.policy.model,
+            self.optimizer,
+            unit_batches(units, o.micro_batch_tokens, device=self.policy.model.device),
+            loss,
+            learning_rate=learning_rate(
+                step,
+                base=o.learning_rate,
+                total_steps=o.max_steps,
+                warmup_steps=o.warmup_steps,
+                kind=o.lr_scheduler_type,
+            ),
+            max_grad_norm=o.max_grad_norm,
+            head=self.head,
+            logp=self.logp,
+            train_final=self.head is not None,
+        )
+        seconds = time.perf_counter() - started
+        trained = sum(sum(e.mask) for unit in units for e in unit.examples)
+        rate = sum(unit.tokens for unit in units) / seconds
+        return StepResult({**metrics, **numbers, "num_tokens": trained, "tokens_per_second": rate}, trained)
+
+    def measured(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Loss and metrics of every held-out unit, and their means."""
+        o, model = self.options, self.policy.model
+        loss, numbers = self.loss_of(self.held_out, None)
+        batches = unit_batches(self.held_out, o.micro_batch_tokens, device=model.device)
+        found = measure(model, batches, loss, head=self.head, logp=self.logp)
+        return found, weighted_mean(found, self.held_out) | numbers
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Held-out loss, and the share of judgements that are right with its 95% interval (Wilson)."""
+        if not self.held_out:
+            return None
+        found, means = self.measured()
+        n = sum(unit.terms for unit in self.held_out)
+        value, low, high = wilson(round(float(found["rewards/accuracies"].sum())), n)
+        metrics: dict[str, Any] = {"eval_loss": means.pop("loss")}
+        metrics["accuracy"] = {"value": value, "low": low, "high": high, "n": n, "errors": 0}
+        means.pop("rewards/accuracies")
+        return Evaluation(value, metrics | means | self.calibration(found))
+
+    def calibration(self, found: Mapping[str, Tensor]) -> dict[str, float]:
+        """Further held-out numbers of the recipe."""
+        return {}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's moments; the weights are in the model folder."""
+        return {"optimizer": self.optimizer.state()}
+
+    def state(self) -> dict[str, Any]:
+        """The data position."""
+        return {"order": self.order.state_dict()}
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
+        self.order.load_state_dict(state["order"])
+
+    def write_model(self, folder: Path) -> None:
+        """The policy with its float32 masters."""
+        self.policy.write(folder, self.optimizer.weights())
+
+
+def show_preference(
+    options: PreferenceData,
+    policy: Policy,
+    units: Sequence[Unit],
+    held_out: int,
+    *,
+    head: ScalarHead | None = None,
+    scored: int = 0,
+) -> int:
+    """`--dry-run`: one example with its mask, sizes, memory and time; `scored` units are read once beforehand."""
+    examples = [e for unit in units for e in unit.examples]
+    cost = probe(policy, examples, head=head, budget=options.micro_batch_tokens)
+    mean = sum(unit.tokens for unit in units) / len(units)
+    plan = plan_of(options, examples=len(units))
+    per_step = mean * options.batch_size
+    longest = max(unit.tokens for unit in units)
+    micro = min(max(options.micro_batch_tokens, longest), per_step)
+    memory = (
+        resident_memory_gb()
+        + (_weight_bytes(policy, options) + _head_bytes(policy) + micro * cost.activation_bytes) / 1e9
+    )
+    step = per_step * cost.train_seconds + _update_seconds(policy)
+    whole = step * plan.optimizer_steps + scored * mean * cost.forward_seconds
+    print(f"{len(units):,} rows, {sum(unit.tokens for unit in units):,} tokens", file=sys.stderr)
+    _report(options, policy, examples[0], plan, Prediction(memory, step, whole), held_out)
+    return 0

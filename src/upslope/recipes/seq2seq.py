@@ -1,0 +1,85 @@
+"""An encoder-decoder on pairs of texts: maximum likelihood here, minimum risk in minimum_risk.py.
+
+for each batch of pairs (source x, target y with its end mark):
+    logp_t = log pi(y_t | y before t, x)                at the target's tokens
+    loss   = -sum_t logp_t / N                          N target tokens in the whole batch
+             label_smoothing e: -(1 - e) logp_t - e mean_v log pi(v | ...)     (1512.00567, section 7; 1706.03762)
+    AdamW step on the float32 masters
+
+The network is Vaswani et al. 2017 (1706.03762), the objective Sutskever et al. 2014 (1409.3215, equation 1).
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from upslope.build import Policy
+from upslope.functional.supervised_losses import nll
+from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.recipes.minimum_risk import MinimumRisk
+from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
+from upslope.recipes.seq2seq_dry_run import show_seq2seq
+from upslope.recipes.session import StepResult, exit_code, train
+from upslope.training.step import Outputs, update
+from upslope.types import Batch
+
+__all__ = ["MaximumLikelihood", "run", "seq2seq"]
+
+
+def run(options: Seq2SeqOptions) -> int:
+    """The verb `upslope seq2seq`."""
+    if options.dry_run:
+        return show_seq2seq(options)
+    summary = seq2seq(options)
+    if options.json:
+        print(json.dumps(summary))
+    return exit_code(summary)
+
+
+def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:
+    """Train and return the summary; a `policy` already loaded is trained in place."""
+    data = PairData.of(options)
+    with tempfile.TemporaryDirectory(prefix="upslope-seq2seq-") as folder:
+        policy = policy or start_policy(options, data, Path(folder))
+        kind = MinimumRisk if options.objective == "minimum_risk" else MaximumLikelihood
+        learner = kind(options, policy, data)
+        try:
+            return train("seq2seq", learner.options, learner)
+        finally:
+            learner.close()
+
+
+class MaximumLikelihood(PairLearner):
+    """Likelihood of the references, with dropout and label smoothing."""
+
+    def step(self, step: int) -> StepResult:
+        """One batch of pairs, one update."""
+        o, started = self.options, time.perf_counter()
+        examples = [self.examples[i] for i in self.order.take(o.batch_size)]
+        self.policy.model.train()
+        metrics = update(
+            self.policy.model,
+            self.optimizer,
+            self.batches(examples),
+            self._loss,
+            learning_rate=self.learning_rate(step),
+            max_grad_norm=o.max_grad_norm,
+            mean_logp=o.label_smoothing > 0,
+        )
+        self.updated()
+        trained, tokens = sum(sum(e.mask) for e in examples), sum(len(e.tokens) for e in examples)
+        seconds = time.perf_counter() - started
+        return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": tokens / seconds}, trained)
+
+    def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert out.logp_N is not None
+        if self.options.label_smoothing:
+            return nll(out.logp_N, self.options.label_smoothing, out.mean_logp_N), {"loss/nll": -out.logp_N}
+        return nll(out.logp_N), {}

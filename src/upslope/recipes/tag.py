@@ -1,0 +1,235 @@
+"""Tagging: one tag per word, by likelihood or by expected reward.
+
+policy pi(a | word in its sentence) over tags = softmax of the encoder's logits at the word's first sub-word
+    cross_entropy             J = mean over words of log pi(y)
+    policy_gradient           J = mean over words of sum_a pi(a) r(y, a)
+    policy_gradient_sampled   the same J from K sampled tags per word
+The later sub-words of a word, and the special tokens, carry no tag. A sentence longer than max_length is split between
+words; every word is trained, and measured, in the piece it falls into. Words are tagged one by one (no search over
+sequences), so a predicted sequence may break IOB2; strict entity measures then count it as wrong. The loop is in
+recipes/encoder.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from upslope.data.labels import (
+    TaggedSentence,
+    check_known,
+    count_copies,
+    labels_of,
+    read_conll,
+    read_rewards,
+    shuffled_by_content,
+    split_sentences,
+)
+from upslope.errors import ConfigError
+from upslope.evaluation.classification import entity_report, token_report
+from upslope.extras import require
+from upslope.models.encoder import Encoder
+from upslope.options.encoder import TagOptions
+from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, print_json
+from upslope.recipes.encoder_report import finish, show
+from upslope.recipes.session import Evaluation, exit_code, train
+
+__all__ = ["Tag", "run", "tag"]
+
+
+def run(options: TagOptions) -> int:
+    """The verb `upslope tag`."""
+    if options.dry_run:
+        learner, data = _prepare(options, None)
+        return show(options, learner, data.facts)
+    summary = tag(options)
+    if options.json:
+        print_json(summary)
+    return exit_code(summary)
+
+
+def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
+    """Train and return the summary, dev and test figures in it; a `start` already loaded is trained in place."""
+    learner, data = _prepare(options, start)
+    summary = train("tag", learner.options, learner)
+    splits = {"dev": data.dev} | ({"test": data.test} if data.test else {})
+    return finish(learner, summary | {"data": data.facts}, splits)
+
+
+Sentences = list[list[Input]]
+"""Each sentence as the pieces it was split into."""
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Encoded splits and what is to be said about them."""
+
+    train: Sentences
+    dev: Sentences
+    test: Sentences
+    rewards: list[list[float]]
+    facts: dict[str, Any]
+
+
+class Tag(EncoderLearner):
+    """One tag per word, measured by the F1 of whole entities (by token accuracy where tags are not IOB2)."""
+
+    def __init__(self, options: TagOptions, start: Start, data: Data) -> None:
+        super().__init__(options, start, data.train, data.rewards)
+        self.dev = data.dev
+        self.entities = options.tag_scheme != "none"
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Entity F1 and token accuracy on dev."""
+        metrics, _ = self.measure(self.dev)
+        value = metrics["reward"] if "reward" in metrics else metrics.get("f1", metrics["token_accuracy"]["value"])
+        return Evaluation(value, metrics)
+
+    def measure(
+        self, sentences: Sentences, encoder: Encoder | None = None
+    ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+        """(headline figures, full reports) of greedy tags."""
+        inputs = [x for pieces in sentences for x in pieces]
+        classes = iter(self.predicted(inputs, encoder))
+        said = [[c for _ in pieces for c in next(classes)] for pieces in sentences]
+        truth = [[t for x in pieces for t in x.targets] for pieces in sentences]
+        names = self.encoder.labels
+        said_tags, true_tags = ([[names[i] for i in row] for row in rows] for rows in (said, truth))
+        reports: dict[str, Mapping[str, Any]] = {}
+        metrics: dict[str, Any] = {}
+        if self.entities:
+            reports["entities"] = entity_report(true_tags, said_tags)
+            overall = reports["entities"]["averages"]["micro"]
+            metrics |= {name: overall[name] for name in ("f1", "precision", "recall")}
+        reports["tokens"] = token_report(true_tags, said_tags, names)
+        metrics["token_accuracy"] = reports["tokens"]["accuracy"]
+        if self.options.rewards is not None:
+            metrics["reward"] = self.mean_reward((t for row in truth for t in row), (s for row in said for s in row))
+        return metrics, reports
+
+
+def _prepare(options: TagOptions, start: Start | None) -> tuple[Tag, Data]:
+    require("eval", "sklearn")
+    require("eval", "seqeval")
+    train_rows, dev_rows, test_rows = read_splits(options)
+    labels = labels_of(train_rows, options.data)
+    check_known(dev_rows, labels)
+    check_known(test_rows, labels)
+    start = start or load_start(options, "tag", labels)
+    if set(start.encoder.labels) != set(labels):
+        raise ConfigError(f"the encoder's tags are not those of {options.data}; load it with labels={list(labels)[:4]}...")
+    check_length(options, start.encoder)
+    data = encode_splits(options, start, train_rows, dev_rows, test_rows)
+    return Tag(options, start, data), data
+
+
+def read_splits(options: TagOptions) -> tuple[list[TaggedSentence], list[TaggedSentence], list[TaggedSentence]]:
+    """Training, dev and test sentences; dev is held out of the training file where no file is given."""
+    train_rows = _read(options, options.data)
+    if options.eval_data is not None:
+        dev_rows = _read(options, options.eval_data)
+    else:
+        labels_of(train_rows, options.data)
+        train_rows, dev_rows = split_sentences(train_rows, share=options.eval_share, seed=options.seed)
+    test_rows = _read(options, options.test_data) if options.test_data is not None else []
+    return train_rows, shuffled_by_content(dev_rows, seed=options.seed)[: options.eval_samples], test_rows
+
+
+def _read(options: TagOptions, source: str) -> list[TaggedSentence]:
+    return read_conll(
+        source, token_column=options.token_column, tag_column=options.tag_column, scheme=options.tag_scheme
+    )
+
+
+def encode_splits(
+    options: TagOptions,
+    start: Start,
+    train_rows: Sequence[TaggedSentence],
+    dev_rows: Sequence[TaggedSentence],
+    test_rows: Sequence[TaggedSentence],
+) -> Data:
+    """Tokens and classes of every sentence; says on standard error what was split, cut or stands in two files."""
+    labels = start.encoder.labels
+    encoded: dict[str, Sentences] = {}
+    for name, rows in (("train", train_rows), ("dev", dev_rows), ("test", test_rows)):
+        encoded[name] = pieces_of(rows, start.tokenizer, labels, options.max_length)
+    split = {name: sum(len(pieces) > 1 for pieces in rows) for name, rows in encoded.items()}
+    shared = {name: count_copies(rows, train_rows) for name, rows in (("dev", dev_rows), ("test", test_rows))}
+    if any(split.values()):
+        print(f"upslope: sentences split at max_length {options.max_length}: {_counts(split)}", file=sys.stderr)
+    if any(shared.values()):
+        print(f"upslope: sentences that also stand in the training data: {_counts(shared)}", file=sys.stderr)
+    facts = {
+        "sentences": {name: len(rows) for name, rows in encoded.items()},
+        "words": {n: sum(len(x.targets) for pieces in rows for x in pieces) for n, rows in encoded.items()},
+        "labels": len(labels),
+        "split": split,
+        "also_in_train": shared,
+    }
+    if options.rewards is not None:
+        rewards = read_rewards(options.rewards, labels)
+    else:
+        rewards = [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
+    return Data(encoded["train"], encoded["dev"], encoded["test"], rewards, facts)
+
+
+def pieces_of(
+    rows: Sequence[TaggedSentence], tokenizer: Any, labels: Sequence[str], max_length: int
+) -> Sentences:
+    """Each sentence as inputs of at most `max_length` tokens, split between words.
+
+    A word carries its tag on its first sub-word. A word the tokenizer makes nothing of becomes its unknown token. Of a
+    word longer than a whole input the first sub-words are kept, among them the one that carries the tag.
+    """
+    index = {label: i for i, label in enumerate(labels)}
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=False)
+    made = []
+    for number, row in enumerate(rows):
+        words = _readable(row.words, tokenizer)
+        sizes = _sizes(words, tokenizer)
+        pieces, start = [], 0
+        while start < len(words):
+            end, used = start + 1, min(sizes[start], room)
+            while end < len(words) and used + sizes[end] <= room:
+                used += sizes[end]
+                end += 1
+            targets = [index[label] for label in row.tags[start:end]]
+            pieces.append(_piece(words[start:end], targets, tokenizer, max_length, number, start))
+            start = end
+        made.append(pieces)
+    return made
+
+
+def _readable(words: Sequence[str], tokenizer: Any) -> list[str]:
+    """Words without any token (control characters, say) replaced by the unknown token."""
+    sizes = _sizes(words, tokenizer)
+    return [word if size else tokenizer.unk_token or "?" for word, size in zip(words, sizes, strict=True)]
+
+
+def _sizes(words: Sequence[str], tokenizer: Any) -> list[int]:
+    """Sub-words of each word."""
+    encoded = tokenizer(list(words), is_split_into_words=True, add_special_tokens=False, verbose=False)
+    sizes = [0] * len(words)
+    for word in encoded.word_ids():
+        sizes[word] += 1
+    return sizes
+
+
+def _piece(
+    words: Sequence[str], targets: list[int], tokenizer: Any, max_length: int, row: int, first: int
+) -> Input:
+    encoded = tokenizer(
+        list(words), is_split_into_words=True, truncation=True, max_length=max_length, return_special_tokens_mask=True
+    )
+    places: dict[int, int] = {}
+    for place, word in enumerate(encoded.word_ids()):
+        if word is not None:
+            places.setdefault(word, place)
+    types = list(encoded["token_type_ids"]) if "token_type_ids" in encoded else None
+    return Input(list(encoded["input_ids"]), targets, [places[i] for i in range(len(words))], types, row, first)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} of {name}" for name, count in counts.items() if count)

@@ -1,0 +1,165 @@
+"""A text to be turned into another: rows of prompt and completion from files, judged by a measure of likeness.
+
+The data are rows {"prompt": source, "completion": target} in any form that `upslope sft --data` takes. Rows with the
+same source are one problem with several references: each is trained on, and the nearest one judges.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from upslope.data.kinds import record_of
+from upslope.data.readers import rows_of
+from upslope.errors import ConfigError, DataError
+from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, split_of
+from upslope.tasks.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
+from upslope.types import Message, Prompt, Reward
+
+__all__ = ["Pairs"]
+
+METRICS: dict[str, Callable[[str, Sequence[str]], float] | None] = {
+    "exact": None,
+    "edit": None,
+    "bleu": sentence_bleu,
+    "chrf": sentence_chrf,
+}
+
+
+class Pairs(Task):
+    """Source texts with their targets.
+
+    path: the rows. eval_path: held-out rows; without it eval_fraction of the sources, chosen by content, are held
+    out. Sources that differ in letter case or white space only are never on both sides. metric: what the reward
+    is: exact (1 or 0), edit (1 - the error rate), bleu or chrf (per sentence). unit: of the edit distance, words or
+    characters.
+
+    The judgement's parts are the edits to the nearest reference and its length; correct means no edit.
+    """
+
+    name = "pairs"
+    inline_safe = True
+
+    def __init__(
+        self,
+        path: str = "",
+        *,
+        eval_path: str = "",
+        metric: str = "edit",
+        unit: str = "words",
+        eval_fraction: float = 0.1,
+    ) -> None:
+        if not path:
+            raise ConfigError("'pairs' needs its rows: pairs:path=train.jsonl, and eval_path=test.jsonl if you have it")
+        if metric not in METRICS:
+            raise ConfigError(f"'pairs': metric must be one of {', '.join(METRICS)}, not '{metric}'")
+        check_split("train", 0, eval_fraction)
+        units_of("", unit)
+        measure = METRICS[metric]
+        if measure is not None:  # a missing package is said now and not after the first rollout
+            measure("a", ["a"])
+        self.path, self.eval_path = path, eval_path
+        self.metric, self.unit = metric, unit
+        self.eval_fraction = eval_fraction
+        self._splits: dict[Split, list[Prompt]] | None = None
+
+    def size(self, split: Split) -> int:
+        """How many different sources the split has."""
+        return len(self._all(split))
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """`n` sources in an order given by `seed`; `answer` is the first reference. DataError: there are fewer."""
+        check_split(split, n)
+        prompts = self._all(split)
+        if n and not prompts and split == "train":
+            held_out = self.eval_path or "the held-out part (lower eval_fraction)"
+            raise DataError(f"{self.path}: every source is in {held_out} too: nothing is left to train on")
+        if n > len(prompts):
+            raise DataError(
+                f"task 'pairs': {self._file(split)} has {len(prompts)} different {split} sources where {n} were asked "
+                "for; ask for fewer"
+            )
+        order = list(range(len(prompts)))
+        random.Random(derive_seed("pairs", split, seed)).shuffle(order)
+        return [prompts[i] for i in order[:n]]
+
+    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+        """The chosen measure against the references."""
+        return [self._judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The source and its first reference."""
+        return (Message("user", prompt.text or ""), Message("assistant", references_of(prompt)[0]))
+
+    def _judge(self, prompt: Prompt, text: str) -> Reward:
+        references = references_of(prompt)
+        edits, length = nearest(text, references, unit=self.unit)
+        measure = METRICS[self.metric]
+        if measure is not None:
+            value = measure(text, references)
+        else:
+            value = similarity(edits, length) if self.metric == "edit" else float(edits == 0)
+        parts = {self.metric: value, "edits": float(edits), "reference_length": float(length)}
+        return Reward(value=value, parts=parts, correct=edits == 0)
+
+    def _file(self, split: Split) -> str:
+        return self.eval_path if split == "eval" and self.eval_path else self.path
+
+    def _all(self, split: Split) -> list[Prompt]:
+        """Every source of a split, in the file's order."""
+        if self._splits is None:
+            rows = read_pairs(self.path)
+            if self.eval_path:
+                held_out = read_pairs(self.eval_path)
+                keys = {content_key(p.text or "") for p in held_out}
+                train = [p for p in rows if content_key(p.text or "") not in keys]
+                self._splits = {"train": train, "eval": held_out}
+            else:
+                kept: dict[Split, list[Prompt]] = {"train": [], "eval": []}
+                for prompt in rows:
+                    kept[split_of(content_key(prompt.text or ""), self.eval_fraction)].append(prompt)
+                self._splits = kept
+        return self._splits[split]
+
+
+def read_pairs(path: str) -> list[Prompt]:
+    """One Prompt per different source of a file: `answer` the first reference, metadata["references"] all of them.
+
+    DataError naming file, row, key and remedy: no rows, a missing column, an empty side, a side that is a
+    conversation.
+    """
+    sources: dict[str, list[str]] = {}
+    for where, row in rows_of(path):
+        source, target = _sides(where, row)
+        references = sources.setdefault(source, [])
+        if target not in references:
+            references.append(target)
+    if not sources:
+        raise DataError(f"{path}: holds no rows; write one JSON object with prompt and completion per line")
+    return [
+        Prompt(_exact_key(source), text=source, answer=references[0], metadata={"references": tuple(references)})
+        for source, references in sources.items()
+    ]
+
+
+def _sides(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
+    missing = [key for key in ("prompt", "completion") if key not in row]
+    if missing and not {"instruction", "output"} <= row.keys():
+        have = ", ".join(map(str, row)) or "none"
+        raise DataError(f"{where}: no column {' and no column '.join(map(repr, missing))} (it has: {have}); rename it")
+    record = record_of(row, where)
+    sides = []
+    for key, side in (("prompt", record.prompt), ("completion", record.completion)):
+        if not isinstance(side, str):
+            raise DataError(f"{where}: {key!r} is a conversation; pairs are two texts")
+        if not side.strip():
+            raise DataError(f"{where}: {key!r} is empty; fill it or remove the row")
+        sides.append(side)
+    return sides[0], sides[1]
+
+
+def _exact_key(text: str) -> int:
+    """A 48-bit number for exactly this text: pairs may differ in letter case alone."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big")

@@ -1,0 +1,145 @@
+"""Shortest paths as text: walk from a node to the goal of a random directed graph in as few steps as possible.
+
+The toy problem of trlx (its randomwalks example; Chen et al. 2021, arXiv 2106.01345, section 3, has the idea): a model
+imitates random walks, and reinforcement learning must find the shortest ones, which it has hardly seen. Nodes are
+single letters; the goal is "a". The prompt is the start node, the completion the nodes that follow, without blanks.
+
+    optimality = (max_length - length) / (max_length - shortest)    in [0, 1], 1 for a shortest path
+
+Length and shortest count nodes, the start and the goal included. A walk that takes an edge that is not there, or does
+not reach the goal within max_length nodes, has optimality 0. What follows the goal is not read.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+from upslope.errors import ConfigError, DataError
+from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed
+from upslope.types import Message, Prompt, Reward
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+GOAL = 0
+
+
+class RandomWalks(Task):
+    """Walks on one random graph.
+
+    nodes: how many, the goal included; edge_probability: of each possible edge; max_length: most nodes of a walk;
+    seed: of the graph. A graph in which some node has no way to leave it is drawn again, as in trlx.
+
+    Both splits hold the same prompts, the start nodes from which the goal can be reached in time: there is nothing
+    else to ask of one graph, and what is measured is control, not generalisation.
+    """
+
+    name = "random_walks"
+    inline_safe = True
+
+    def __init__(
+        self, *, nodes: int = 21, edge_probability: float = 0.1, max_length: int = 10, seed: int = 1002
+    ) -> None:
+        if not 2 <= nodes <= len(LETTERS):
+            raise ConfigError(f"'random_walks': nodes must lie between 2 and {len(LETTERS)}, got {nodes}")
+        if not 0 < edge_probability < 1:
+            raise ConfigError(f"'random_walks': edge_probability must lie between 0 and 1, got {edge_probability}")
+        if max_length < 3:
+            raise ConfigError(f"'random_walks': max_length must be at least 3, got {max_length}")
+        self.nodes, self.max_length = nodes, max_length
+        self.edges = _draw_graph(nodes, edge_probability, seed)
+        self.shortest = _shortest_lengths(self.edges)
+        self.starts = [
+            node for node in range(nodes) if node != GOAL and self.shortest.get(node, max_length) < max_length
+        ]
+        if not self.starts:
+            raise ConfigError("'random_walks': the goal cannot be reached from any node; raise edge_probability")
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """`n` different start nodes, in an order given by `seed`. DataError: there are fewer."""
+        check_split(split, n)
+        if n > len(self.starts):
+            raise DataError(
+                f"task 'random_walks': only {len(self.starts)} start nodes reach the goal where {n} prompts were "
+                f"asked for; ask for at most {len(self.starts)}"
+            )
+        order = list(self.starts)
+        random.Random(derive_seed("random_walks", split, seed)).shuffle(order)
+        return [self._prompt(node) for node in order[:n]]
+
+    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+        """Optimality of each walk; correct means a shortest path."""
+        return [self._judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """One random walk from the prompt's node: legal, hardly ever shortest."""
+        assert prompt.text is not None
+        walk = self.walk(LETTERS.index(prompt.text), random.Random(derive_seed("walk", prompt.text)))
+        return (Message("user", prompt.text), Message("assistant", walk[1:]))
+
+    def walks(self, n: int, *, seed: int) -> list[str]:
+        """`n` random walks from random start nodes: what the model is to imitate before it is rewarded."""
+        draw = random.Random(derive_seed("walks", seed))
+        return [self.walk(draw.choice(self.starts), draw) for _ in range(n)]
+
+    def walk(self, start: int, draw: random.Random) -> str:
+        """A random walk until the goal or max_length nodes, as letters."""
+        nodes = [start]
+        while nodes[-1] != GOAL and len(nodes) < self.max_length:
+            nodes.append(draw.choice(self.edges[nodes[-1]]))
+        return "".join(LETTERS[node] for node in nodes)
+
+    def shortest_walk(self, start: int) -> str:
+        """One of the shortest walks from `start`, as letters."""
+        nodes = [start]
+        while nodes[-1] != GOAL:
+            nodes.append(min(self.edges[nodes[-1]], key=lambda node: self.shortest.get(node, self.nodes + 1)))
+        return "".join(LETTERS[node] for node in nodes)
+
+    def _prompt(self, node: int) -> Prompt:
+        letter = LETTERS[node]
+        return Prompt(key=content_key(letter), text=letter, answer=self.shortest_walk(node)[1:])
+
+    def _judge(self, prompt: Prompt, text: str) -> Reward:
+        assert prompt.text is not None
+        length = self.length_of(prompt.text + "".join(text.split()))
+        shortest = self.shortest[LETTERS.index(prompt.text)]
+        if length is None:
+            return Reward(value=0.0, parts={"reached": 0.0}, correct=False)
+        optimality = (self.max_length - length) / (self.max_length - shortest)
+        return Reward(value=optimality, parts={"reached": 1.0}, correct=length == shortest)
+
+    def length_of(self, walk: str) -> int | None:
+        """Nodes up to the goal, or None where the walk breaks a rule or does not get there in time."""
+        nodes = [LETTERS.find(letter) for letter in walk[: self.max_length]]
+        for place, node in enumerate(nodes):
+            if not 0 <= node < self.nodes or (place and node not in self.edges[nodes[place - 1]]):
+                return None
+            if node == GOAL:
+                return place + 1
+        return None
+
+
+def _draw_graph(nodes: int, edge_probability: float, seed: int) -> list[list[int]]:
+    """Successors of every node, none its own; the goal has only itself."""
+    draw = random.Random(derive_seed("graph", nodes, edge_probability, seed))
+    for _ in range(100_000):
+        edges = [[j for j in range(nodes) if j != i and draw.random() < edge_probability] for i in range(nodes)]
+        if all(edges[1:]):
+            return [[GOAL], *edges[1:]]
+    raise ConfigError("'random_walks': no graph without dead ends was found; raise edge_probability")
+
+
+def _shortest_lengths(edges: list[list[int]]) -> dict[int, int]:
+    """Nodes of a shortest path to the goal, both ends counted, by breadth-first search backwards."""
+    before: dict[int, list[int]] = {}
+    for node, successors in enumerate(edges):
+        for successor in successors:
+            before.setdefault(successor, []).append(node)
+    found, queue = {GOAL: 1}, deque([GOAL])
+    while queue:
+        node = queue.popleft()
+        for earlier in before.get(node, []):
+            if earlier not in found:
+                found[earlier] = found[node] + 1
+                queue.append(earlier)
+    return found
