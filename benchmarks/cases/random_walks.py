@@ -26,7 +26,7 @@ NAME = "random_walks"
 LEARNERS = ("reinforce", "a2c", "ppo", "rloo", "grpo")
 SEEDS = (0, 1, 2, 3, 4)
 GOAL = 0.9
-STEPS = 80
+STEPS = 40
 GROUP = 16
 PROMPTS = 8
 REACHED = {"final_optimality": (">=", GOAL), "samples_to_0.9": ("<=", 128 * STEPS), "seconds_to_0.9": None}
@@ -39,7 +39,7 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
     assert isinstance(task, RandomWalks)
     walks = [(walk[0], walk[1:]) for walk in task.walks(1000, seed=seed)]
     fresh = letter_model(folder / "fresh", LETTERS[: task.nodes], seed=seed)
-    start = imitate(fresh, walks, folder / "imitation", seed=seed, steps=150)
+    start = imitate(fresh, walks, folder / "imitation", seed=seed, steps=100)
     options = _options(learner, seed, start, folder / "run", len(task.starts), task.max_length)
     policy = load_policy(options)
     began = time.perf_counter()
@@ -77,7 +77,7 @@ def _options(learner: str, seed: int, model: Path, folder: Path, starts: int, ma
     if learner == "a2c":
         return PPOOptions(**common, num_epochs=1, num_minibatches=1, lam=0.95)
     if learner == "ppo":
-        return PPOOptions(**common, num_epochs=4, num_minibatches=1, lam=0.95)
+        return PPOOptions(**common | {"learning_rate": 5e-4}, num_epochs=2, num_minibatches=2, lam=0.95)
     return GRPOOptions(**common, advantage="grpo" if learner == "grpo" else "rloo")
 
 

@@ -38,6 +38,7 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "demo": Verb("DemoOptions", "upslope.studies.demo:run", "the whole way on one task: base, then sft, then ppo"),
+    "pretrain": Verb("PretrainOptions", "upslope.recipes.pretrain:run", "a tokenizer and a model from text files"),
     "sft": Verb("SFTOptions", "upslope.recipes.sft:run", "supervised fine-tuning on conversations or text"),
     "reinforce": Verb("ReinforceOptions", "upslope.recipes.reinforce:run", "policy gradient, one step per batch"),
     "ppo": Verb("PPOOptions", "upslope.recipes.ppo:run", "proximal policy optimisation with a critic"),

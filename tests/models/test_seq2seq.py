@@ -84,9 +84,7 @@ def test_attention_is_softmax_of_scaled_products_and_torchs() -> None:
     theirs = nn.MultiheadAttention(32, 4, batch_first=True, dtype=torch.float64)
     copy_attention(attention, theirs)
     for part, own in zip(found, x.split(lengths), strict=True):
-        q, k, v = (
-            (getattr(attention, f"{name}_proj")(own)).view(-1, 4, 8).transpose(0, 1) for name in "qkv"
-        )
+        q, k, v = ((getattr(attention, f"{name}_proj")(own)).view(-1, 4, 8).transpose(0, 1) for name in "qkv")
         weights = (q @ k.transpose(1, 2) / math.sqrt(8)).softmax(-1)
         by_hand = attention.out_proj((weights @ v).transpose(0, 1).flatten(1))
         torch.testing.assert_close(part, by_hand, rtol=1e-10, atol=1e-12)
@@ -198,10 +196,15 @@ def test_shared_prompts_and_the_block_cache_give_the_same_bits(dtype: torch.dtyp
                 alone = model(torch.cat([owner, tail]), PackedContext([len(owner) + len(tail)]))
                 assert torch.equal(alone[: len(owner)], shared[p])
                 assert torch.equal(alone[len(owner) :], shared[2 + 3 * p + t])
+        turned = torch.cat([tails[1], prompts[1], prompts[0], tails[2]])
+        found = model(turned, PackedContext([40, 10, 67, 70], [2, -1, -1, 1])).split([40, 10, 67, 70])
+        assert all(torch.equal(found[i], shared[j]) for i, j in enumerate((3, 1, 0, 7))), "any order of segments"
         cache = KVCache(model.spec, 4, dtype=dtype)
         model(prompts[0], PagedContext(cache, [[0, 1, 2]], [0], [67], prompts=[67]))
-        pieces = [model(tails[2][s:e], PagedContext(cache, [[0, 1, 2]], [67 + s], [e - s], prompts=[67]))
-                  for s, e in ((0, 1), (1, 2), (2, 60), (60, 70))]
+        pieces = [
+            model(tails[2][s:e], PagedContext(cache, [[0, 1, 2]], [67 + s], [e - s], prompts=[67]))
+            for s, e in ((0, 1), (1, 2), (2, 60), (60, 70))
+        ]
         assert torch.equal(torch.cat(pieces), shared[4])
 
 
@@ -279,18 +282,19 @@ def test_checkpointing_changes_no_bit() -> None:
 def test_dropout_needs_the_flag_and_training_mode() -> None:
     model = tiny("post", dropout=0.5)
     tokens, context = sequence(model, 6, 5), PackedContext([12])
-    with torch.no_grad():
-        plain = model.eval()(tokens, context)
-        assert torch.equal(model.train()(tokens, context), plain), "off by default in training mode"
-        model.use_dropout = True
-        assert torch.equal(model.eval()(tokens, context), plain)
-        dropped = [model.train()(tokens, context) for _ in range(2)]
-        assert not torch.equal(dropped[0], plain)
-        assert not torch.equal(dropped[0], dropped[1])
-        torch.manual_seed(1)
-        first = model(tokens, context)
-        torch.manual_seed(1)
-        assert torch.equal(model(tokens, context), first)
+    plain = model.eval()(tokens, context)
+    assert torch.equal(model.train()(tokens, context), plain), "off by default in training mode"
+    model.use_dropout = True
+    assert torch.equal(model.eval()(tokens, context), plain)
+    with torch.no_grad():  # an engine samples from a network that is being trained
+        assert torch.equal(model.train()(tokens, context), plain)
+    dropped = [model(tokens, context) for _ in range(2)]
+    assert not torch.equal(dropped[0], plain)
+    assert not torch.equal(dropped[0], dropped[1])
+    torch.manual_seed(1)
+    first = model(tokens, context)
+    torch.manual_seed(1)
+    assert torch.equal(model(tokens, context), first)
 
 
 # Files and transformers
@@ -535,7 +539,9 @@ def test_bad_folders(tmp_path: Path) -> None:
     attempt("differs from decoder_ffn_dim", {"decoder_ffn_dim": 7})
     attempt("quantised", {"quantization_config": {"bits": 4}})
     (tmp_path / "m" / "config.json").write_text(json.dumps(good_config))
-    copies = {name: good["model.shared.weight"].clone() for name in ("lm_head.weight", "model.encoder.embed_tokens.weight")}
+    copies = {
+        name: good["model.shared.weight"].clone() for name in ("lm_head.weight", "model.encoder.embed_tokens.weight")
+    }
     save_file({**good, **copies}, tmp_path / "m" / "model.safetensors", metadata={"format": "pt"})
     assert isinstance(load_model(tmp_path / "m"), Seq2Seq)
 

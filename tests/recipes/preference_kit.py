@@ -32,6 +32,16 @@ def pair_rows(count: int = 60, seed: int = 0) -> list[dict[str, Any]]:
     ]
 
 
+def wide_rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
+    """'a' is better than anything that a random byte model says."""
+    rng = random.Random(seed)
+
+    def noise() -> str:
+        return "".join(chr(rng.randint(98, 0x2FF)) for _ in range(rng.randint(1, 4)))
+
+    return [{**row, "rejected": noise()} for row in pair_rows(count, seed)]
+
+
 def labelled_rows(count: int = 60) -> list[dict[str, Any]]:
     return [
         {"prompt": row["prompt"], "completion": row["rejected" if i % 3 else "chosen"], "label": i % 3 == 0}

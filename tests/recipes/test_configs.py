@@ -11,7 +11,7 @@ from upslope.config import load
 from upslope.recipes.plan import CLASSES, plan_of
 from upslope.tasks.loading import load_task
 
-CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.toml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.toml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)

@@ -178,12 +178,13 @@ def test_micro_batches_change_nothing_but_rounding(tiny: Path, teacher: Path, ro
 def test_repeats_and_resumes_bit_for_bit(
     change: dict[str, Any], tiny: Path, teacher: Path, task: str, tmp_path: Path
 ) -> None:
-    distill(options(tiny, teacher, tmp_path / "a", task=task, **change))
-    distill(options(tiny, teacher, tmp_path / "b", task=task, **change))
+    runs = ("a", "c") if change else ("a", "b", "c")
+    for run in runs[:-1]:
+        distill(options(tiny, teacher, tmp_path / run, task=task, **change))
     distill(options(tiny, teacher, tmp_path / "c", task=task, max_steps=2, **change))
     distill(options(tiny, teacher, tmp_path / "c", task=task, resume=True, **change))
     name = "adapter_model.safetensors" if "lora_rank" in change else "model.safetensors"
-    contents = {(tmp_path / run / "checkpoints" / "last" / "model" / name).read_bytes() for run in "abc"}
+    contents = {(tmp_path / run / "checkpoints" / "last" / "model" / name).read_bytes() for run in runs}
     assert len(contents) == 1
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from upslope.build import Policy, load_policy
 from upslope.cli import main
-from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.errors import ConfigError, DataError, RunError, UpslopeError
 from upslope.models.weights import load as load_weights
 from upslope.options import DPOOptions
 from upslope.recipes.dpo import DPO, dpo
@@ -78,10 +78,10 @@ def by_pairs(formula: Callable[..., Tensor]) -> Callable[[Oracle, Oracle], Tenso
     def loss(policy: Oracle, ref: Oracle) -> Tensor:
         terms = []
         for row in TWO:
-            w, l = (policy.logps(row["prompt"], row[side]) for side in ("chosen", "rejected"))
+            w, v = (policy.logps(row["prompt"], row[side]) for side in ("chosen", "rejected"))
             with torch.no_grad():
-                rw, rl = (ref.logps(row["prompt"], row[side]) for side in ("chosen", "rejected"))
-            terms.append(formula(w, l, w.sum() - rw.sum() - l.sum() + rl.sum()))
+                rw, rv = (ref.logps(row["prompt"], row[side]) for side in ("chosen", "rejected"))
+            terms.append(formula(w, v, w.sum() - rw.sum() - v.sum() + rv.sum()))
         return sum(terms) / len(terms)  # type: ignore[return-value]
 
     return loss
@@ -104,20 +104,20 @@ def kto_loss(policy: Oracle, ref: Oracle) -> Tensor:
 
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[Oracle, Oracle], Tensor]]] = {
-    "dpo": ({"beta": 0.3}, by_pairs(lambda w, l, h: -logsig(0.3 * h))),
+    "dpo": ({"beta": 0.3}, by_pairs(lambda w, v, h: -logsig(0.3 * h))),
     "cdpo": (
         {"label_smoothing": 0.2},
-        by_pairs(lambda w, l, h: -0.8 * logsig(0.1 * h) - 0.2 * logsig(-0.1 * h)),
+        by_pairs(lambda w, v, h: -0.8 * logsig(0.1 * h) - 0.2 * logsig(-0.1 * h)),
     ),
-    "rpo": ({"sft_coef": 0.7}, by_pairs(lambda w, l, h: -logsig(0.1 * h) - 0.7 * w.mean())),
-    "ipo": ({"loss": "ipo", "beta": 0.2}, by_pairs(lambda w, l, h: (h - 2.5) ** 2)),
+    "rpo": ({"sft_coef": 0.7}, by_pairs(lambda w, v, h: -logsig(0.1 * h) - 0.7 * w.mean())),
+    "ipo": ({"loss": "ipo", "beta": 0.2}, by_pairs(lambda w, v, h: (h - 2.5) ** 2)),
     "orpo": (
         {"loss": "orpo", "beta": 0.4},
-        by_pairs(lambda w, l, h: -w.mean() - 0.4 * logsig(odds(w.mean()) - odds(l.mean()))),
+        by_pairs(lambda w, v, h: -w.mean() - 0.4 * logsig(odds(w.mean()) - odds(v.mean()))),
     ),
     "simpo": (
         {"loss": "simpo", "beta": 2.0, "margin": 0.5},
-        by_pairs(lambda w, l, h: -logsig(2.0 * (w.mean() - l.mean()) - 0.5)),
+        by_pairs(lambda w, v, h: -logsig(2.0 * (w.mean() - v.mean()) - 0.5)),
     ),
     "kto": ({"loss": "kto", "beta": 0.3, "desirable_weight": 1.5, "undesirable_weight": 0.5}, kto_loss),
 }
@@ -160,7 +160,9 @@ def test_a_pair_is_never_split_and_shares_its_prompt(tiny: Path, tmp_path: Path)
     batches = unit_batches(learner.units, 1)
     assert [len(batch.ends_B) for batch in batches] == [2, 2]
     assert [batch.parents for batch in batches] == [[-1, 0, 0]] * 2
-    assert [int(batch.tokens_T.shape[0]) for batch in batches] == sorted((u.tokens for u in learner.units), reverse=True)
+    assert [int(batch.tokens_T.shape[0]) for batch in batches] == sorted(
+        (u.tokens for u in learner.units), reverse=True
+    )
 
 
 def test_the_last_token_is_the_end_of_the_turn(tiny: Path, tmp_path: Path) -> None:
@@ -190,9 +192,7 @@ def test_the_reference_is_the_start_and_stays_it(loss: str, rank: int, tiny: Pat
     oracle = Oracle(tiny, learner.policy.tokenizer)
     row = rows[0]
     text = row["completion"] if loss == "kto" else row["chosen"]
-    torch.testing.assert_close(
-        fields[0].double(), oracle.logps(row["prompt"], text).detach(), rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(fields[0].double(), oracle.logps(row["prompt"], text).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_ipo_starts_at_the_squared_target(tiny: Path, tmp_path: Path) -> None:
@@ -232,6 +232,18 @@ def test_it_repeats_and_resumes_bit_for_bit(changes: dict[str, Any], tiny: Path,
     for name, tensor in expected["tensors"].items():
         assert torch.equal(found["tensors"][name], tensor), name
     assert found["metrics"] == expected["metrics"]
+
+
+def test_a_resumed_run_may_look_at_fewer_rows_but_not_train_on_others(tiny: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "rows.jsonl", pair_rows(40))
+    changes: dict[str, Any] = {"loss": "simpo", "max_steps": 1}
+    assert dpo(options(tiny, data, tmp_path / "run", **changes))["evaluation"]["accuracy"]["n"] == 4
+    changes |= {"resume": True, "max_steps": 2}
+    summary = dpo(options(tiny, data, tmp_path / "run", **changes, eval_samples=2))
+    assert summary["evaluation"]["accuracy"]["n"] == 2
+    write(tmp_path / "rows.jsonl", pair_rows(50))
+    with pytest.raises(RunError, match=r"rows\.jsonl now gives 45 training rows, the run had 36"):
+        dpo(options(tiny, data, tmp_path / "run", **changes | {"max_steps": 3}))
 
 
 def test_epochs_set_the_steps_and_rows_may_be_held_out_elsewhere(tiny: Path, tmp_path: Path) -> None:

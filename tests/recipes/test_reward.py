@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from preference_kit import Oracle, asked, pair_rows, relative_gap, step_rows, write
+from preference_kit import Oracle, asked, pair_rows, relative_gap, step_rows, wide_rows, write
 from test_dpo import logsig, moved
 from test_recipes import TASK, lines, rl
 from test_resume import assert_same, comparable
@@ -119,7 +119,7 @@ def test_loss_and_gradient_are_the_definition_s(kind: str, tiny: Path, tmp_path:
 def test_the_head_starts_small_and_seeded_and_has_no_bias(tiny: Path, tmp_path: Path) -> None:
     data = write(tmp_path / "rows.jsonl", pair_rows(4))
     policy = load_policy(options(tiny, data, tmp_path))
-    one, same, other = (start_head(policy, seed).score.weight for seed in (0, 0, 1))
+    one, same, other = (start_head(policy, seed).score.weight.detach() for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
     assert 0.5 < float(one.std()) * math.sqrt(33) < 1.5
@@ -130,10 +130,10 @@ def test_the_head_starts_small_and_seeded_and_has_no_bias(tiny: Path, tmp_path: 
 
 @pytest.fixture(scope="module")
 def trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """An outcome model that likes 'a' better than 'b', and its summary."""
+    """An outcome model that likes 'a' better than all else, and its summary."""
     folder = tmp_path_factory.mktemp("rm")
-    data = write(folder / "rows.jsonl", pair_rows(120))
-    return reward(options(tiny, data, folder / "run", max_steps=25, centering=0.01))
+    data = write(folder / "rows.jsonl", wide_rows(200))
+    return reward(options(tiny, data, folder / "run", max_steps=40, centering=0.01))
 
 
 def test_it_learns_and_says_how_sure_to_be(trained: dict[str, Any]) -> None:
@@ -142,7 +142,7 @@ def test_it_learns_and_says_how_sure_to_be(trained: dict[str, Any]) -> None:
     assert log[-1]["rewards/margins"] > log[0]["rewards/margins"] + 1
     found = trained["evaluation"]
     assert found["accuracy"]["value"] == 1.0
-    assert found["accuracy"]["n"] == 12
+    assert found["accuracy"]["n"] == 20
     assert found["brier"] < 0.1
     assert found["eval_loss"] < log[0]["loss"]
 
@@ -249,8 +249,8 @@ def test_ppo_with_the_reward_model_as_reward_and_as_critic(trained: dict[str, An
     changes: dict[str, Any] = {
         "reward": (f"reward_model:path={model},dtype=float32@0.5", "task@0"),
         "critic": model,
-        "max_steps": 30,
-        "num_prompts": 8,
+        "max_steps": 20,
+        "num_prompts": 4,
         "num_generations": 8,
         "lr_scheduler_type": "constant",
     }
@@ -259,9 +259,9 @@ def test_ppo_with_the_reward_model_as_reward_and_as_critic(trained: dict[str, An
     for line in (log[0], log[-1]):
         assert line["reward"] == pytest.approx(0.5 * line["rewards/reward_model/mean"], rel=1e-4, abs=1e-6)
         assert line["reward/errors"] == 0
-    first, last = (sum(x["rewards/reward_model/mean"] for x in part) / 3 for part in (log[:3], log[-3:]))
-    assert last > first + 0.5
-    assert log[-1]["rewards/a/mean"] > log[0]["rewards/a/mean"]
+    for name, gain in (("reward_model", 0.5), ("a", 0.02)):
+        first, last = (sum(x[f"rewards/{name}/mean"] for x in part) / 3 for part in (log[:3], log[-3:]))
+        assert last > first + gain, name
     assert summary["evaluation"]["accuracy"]["n"] == 8
 
 

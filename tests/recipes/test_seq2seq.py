@@ -79,24 +79,24 @@ def half_trained(pairs: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model that reverses some, so that its samples differ in cost."""
     folder = tmp_path_factory.mktemp("half") / "run"
     summary = seq2seq(
-        Seq2SeqOptions(**settings(pairs, folder, max_steps=120, eval_every=0, dropout=0.0, learning_rate=5e-3))
+        Seq2SeqOptions(**settings(pairs, folder, max_steps=70, eval_every=0, dropout=0.0, learning_rate=5e-3))
     )
     assert 0.02 < summary["evaluation"]["edit_rate"] < 0.8
     return summary["model"]
 
 
 def test_learns_to_reverse(tmp_path: Path) -> None:
-    many = write_pairs(tmp_path / "many.jsonl", 3000)
+    many = write_pairs(tmp_path / "many.jsonl", 1500, longest=3)
     options = settings(
-        many, tmp_path / "run", max_steps=200, eval_every=0, dropout=0.0, learning_rate=5e-3, beam_width=2,
-        warmup_steps=20, batch_size=32, hidden_size=48, eval_samples=60,
+        many, tmp_path / "run", max_steps=110, eval_every=0, dropout=0.0, learning_rate=5e-3, beam_width=2,
+        warmup_steps=10, batch_size=24, eval_samples=60,
     )  # fmt: skip
     summary = seq2seq(Seq2SeqOptions(**options))
     measured = summary["evaluation"]
-    assert measured["edit_rate"] < 0.1
-    assert measured["accuracy"]["value"] > 0.8
-    assert measured["eval_loss"] < 0.2
-    assert summary["steps"] == 200
+    assert measured["edit_rate"] < 0.25
+    assert measured["accuracy"]["value"] > 0.6
+    assert measured["eval_loss"] < 0.5
+    assert summary["steps"] == 110
 
 
 @pytest.mark.parametrize(
@@ -137,11 +137,15 @@ def test_minimum_risk_repeats_and_resumes_bit_for_bit(half_trained: str, pairs: 
     assert_same(comparable(tmp_path / "parts"), expected)
 
 
-def test_minimum_risk_lowers_the_risk(half_trained: str, pairs: str, tmp_path: Path) -> None:
-    options = risk(pairs, tmp_path / "run", half_trained, max_steps=40, batch_size=8, num_samples=8, eval_every=40)
-    seq2seq(Seq2SeqOptions(**options | {"include_reference": False, "learning_rate": 1e-3}))
-    risks = [line["loss"] for line in lines(tmp_path / "run")]
-    assert sum(risks[-10:]) < 0.8 * sum(risks[:10])
+def test_minimum_risk_lowers_the_risk(half_trained: str, tmp_path: Path) -> None:
+    few = write_pairs(tmp_path / "few.jsonl", 10, seed=3)
+    held_out = write_pairs(tmp_path / "eval.jsonl", 10, seed=4)
+    options = risk(few, tmp_path / "run", half_trained, eval_data=held_out, max_steps=15, batch_size=9, eval_every=0)
+    seq2seq(Seq2SeqOptions(**options))
+    found = lines(tmp_path / "run")
+    assert sum(line["loss"] for line in found[-5:]) < 0.7 * sum(line["loss"] for line in found[:5])
+    assert sum(line["reward"] for line in found[-5:]) > sum(line["reward"] for line in found[:5])
+    assert 1 <= found[0]["risk/distinct"] <= 6
 
 
 def learner_of(options: dict[str, Any], folder: Path) -> MinimumRisk:
@@ -156,9 +160,9 @@ def test_two_passes_are_the_gradient_of_minimum_risk(
     micro_batch_tokens: int, half_trained: str, pairs: str, tmp_path: Path
 ) -> None:
     learner = learner_of(risk(pairs, tmp_path, half_trained, micro_batch_tokens=micro_batch_tokens), tmp_path)
-    learner.policy.model.double()
     chosen = [learner.prompts[i] for i in range(4)]
     groups, _ = learner.sample([prompt for prompt, _ in chosen], 0)
+    learner.policy.model.double()
     for group in groups:
         group.rollouts = distinct(group.rollouts)
     learner._add_references(groups, chosen)
@@ -183,7 +187,7 @@ def test_two_passes_are_the_gradient_of_minimum_risk(
 
     learner.optimizer.step = capture  # type: ignore[method-assign,assignment]
     metrics = learner.optimize(experience, len(groups), 0)
-    assert metrics["loss"] == pytest.approx(float(expected_loss), rel=1e-6)
+    assert metrics["loss"] == pytest.approx(expected_loss.item(), rel=1e-6)
     scale = max(float(g.abs().max()) for g in expected)
     assert scale > 1e-4
     for found, wanted in zip(grads, expected, strict=True):
@@ -216,10 +220,11 @@ def test_the_reference_joins_the_set_once(half_trained: str, pairs: str, tmp_pat
         seq2seq(Seq2SeqOptions(**risk(pairs, folder, half_trained, max_steps=2, include_reference=joined)))
         with Run.open(folder, read_only=True) as run:
             rows = run.store.rollouts(split="train", limit=-1)
-        sets: dict[tuple[int, int], list[str]] = {}
-        for row in rows:
-            sets.setdefault((row.step, row.prompt_key), []).append(row.completion)
-        assert all(len(set(texts)) == len(texts) for texts in sets.values())
+            sets: dict[tuple[int, int], list[tuple[int, ...]]] = {}
+            for row in rows:
+                tokens = tuple(run.store.rollout(row.id).arrays["tokens"])
+                sets.setdefault((row.step, row.prompt_key), []).append(tokens)
+        assert all(len(set(sampled)) == len(sampled) for sampled in sets.values())
         assert any(row.sample == 6 for row in rows) == joined
         assert all(row.reward == 1.0 for row in rows if row.sample == 6)
 

@@ -195,18 +195,22 @@ def split_by_content(
     """(training, held-out) rows: of each label about `share`, chosen by a hash of seed and content.
 
     Rows of one content stay together, whatever their labels, and a row's side does not depend on the order of the
-    file. A label of a single content stays in training. DataError: nothing to hold out.
+    file. Every label keeps a training row. DataError: nothing to hold out.
     """
-    groups: dict[str, list[str]] = {}
-    seen: set[str] = set()
+    labels: dict[str, set[str]] = {}
     for row in rows:
-        if row.content not in seen:
-            seen.add(row.content)
-            groups.setdefault(row.label, []).append(row.content)
+        labels.setdefault(row.content, set()).add(row.label)
+    groups: dict[str, list[str]] = {}
+    for content in sorted(labels, key=lambda c: _hash(c, seed)):
+        groups.setdefault(min(labels[content]), []).append(content)
     held: set[str] = set()
     for contents in groups.values():
-        count = min(len(contents) - 1, max(1, round(share * len(contents))))
-        held.update(sorted(contents, key=lambda c: _hash(c, seed))[:count])
+        held.update(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
+    kept = {label for content, found in labels.items() if content not in held for label in found}
+    for content in sorted(held, key=lambda c: _hash(c, seed)):
+        if not labels[content] <= kept:  # one text with several labels, the last of one of them
+            held.discard(content)
+            kept |= labels[content]
     if not held:
         raise DataError(
             f"{len(rows)} rows are too few to hold some out: every label has a single text; give eval_data or more rows"
@@ -268,12 +272,12 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
     index = {label: i for i, label in enumerate(labels)}
     rewards = [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
     for right, row in table.items():
+        for label in (right, *row):
+            if label not in index:
+                near = difflib.get_close_matches(label, labels, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise DataError(f"{path}: label {label!r} does not occur in the training data{hint}")
         for said, value in row.items():
-            for label in (right, said):
-                if label not in index:
-                    near = difflib.get_close_matches(label, labels, n=1)
-                    hint = f"; did you mean {near[0]!r}?" if near else ""
-                    raise DataError(f"{path}: label {label!r} does not occur in the training data{hint}")
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
                 raise DataError(f"{path}: the reward of {said!r} where {right!r} is right is {value!r}, not a number")
             rewards[index[right]][index[said]] = float(value)

@@ -8,6 +8,7 @@ shaping            from a sequence's score to its tokens' rewards; length penalt
 kl                 estimators of the KL divergence and the controller of its weight
 policy_losses      REINFORCE, PPO, GSPO, CISPO, SAPO, importance weights
 supervised_losses  likelihood, values, reward models, preferences, minimum risk, distillation
+distillation       the divergence of two networks' distributions, chunk by chunk from hidden states
 metrics            approximate KL, clip fraction, explained variance
 
 Notation and numeric conventions: docs/notation.md.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from . import (
     advantages,
+    distillation,
     kl,
     logprobs,
     masking,
@@ -29,6 +31,7 @@ from . import (
 
 __all__ = [
     "advantages",
+    "distillation",
     "kl",
     "logprobs",
     "masking",

@@ -344,7 +344,8 @@ def _outside_trunk(network: PreTrainedModel, name: str) -> bool:
 def _enable_checkpointing(network: PreTrainedModel) -> None:
     if not getattr(network, "supports_gradient_checkpointing", False):
         raise ModelError(f"{type(network).__name__} cannot recompute activations; leave gradient_checkpointing off")
-    network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _max_positions(config: PretrainedConfig) -> int | None:

@@ -274,11 +274,14 @@ class _Trunk(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.lstm = _Layers(config.hidden_size, config.num_hidden_layers)
-        nn.init.normal_(self.embed_tokens.weight, std=config.hidden_size**-0.5)
 
 
 class LSTM(CausalModel):
-    """The LSTM language model with random weights; models.loading fills it from a folder."""
+    """The LSTM language model with random weights; models.loading fills it from a folder.
+
+    The embedding starts as N(0, 1), tied or not: with less a small network takes several times as long to find what
+    lies more than one token back.
+    """
 
     def __init__(self, config: LSTMConfig, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()

@@ -83,9 +83,9 @@ def padded_row_count(rows: int) -> int:
     return rows if rows >= 12 else max(4, -(-rows // 4) * 4)
 
 
-def pad_rows(x: Tensor) -> Tensor:
-    """Zero rows appended to the first dimension up to `padded_row_count`."""
-    extra = padded_row_count(x.shape[0]) - x.shape[0]
+def pad_rows(x: Tensor, *, least: int = 4) -> Tensor:
+    """Zero rows appended to the first dimension up to `padded_row_count`, and up to `least`."""
+    extra = padded_row_count(max(x.shape[0], least)) - x.shape[0]
     return torch.cat([x, x.new_zeros(extra, *x.shape[1:])]) if extra else x
 
 

@@ -28,7 +28,7 @@ from upslope.errors import DataError, ModelError
 from upslope.models.attention import PackedContext
 from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, pad_rows
 from upslope.models.seq2seq_config import Seq2SeqConfig
-from upslope.models.seq2seq_layers import Drop, Layout, Side, Trunk, padded_head_dim, sinusoids
+from upslope.models.seq2seq_layers import Drop, Layout, Side, Trunk, least_rows, padded_head_dim, sinusoids
 
 __all__ = ["Seq2Seq", "sinusoids"]
 
@@ -36,8 +36,8 @@ __all__ = ["Seq2Seq", "sinusoids"]
 class Seq2Seq(CausalModel):
     """The network with random weights (Glorot's uniform; embeddings normal with deviation D^-0.5).
 
-    `use_dropout` lets `config.dropout` act in training mode; it is off unless a supervised recipe sets it, because a
-    policy's update must see the network that sampled. `final_logits_bias` is a constant that real Marian models carry:
+    `use_dropout` lets `config.dropout` act in training mode where gradients are recorded; it is off unless a supervised
+    recipe sets it, because a policy's update must see the network that sampled. `final_logits_bias` is a constant that real Marian models carry:
     where it is not zero, it becomes one more column of the head, met by a 1 at the end of each hidden state.
     """
 
@@ -151,7 +151,7 @@ class Seq2Seq(CausalModel):
     def _encode(self, tokens_T: Tensor, layout: Layout, drop: Drop) -> Tensor:
         """The encoder's output at the source rows of the call (none of them in plain decoding)."""
         if not layout.source_lengths:
-            return self._embedding.new_zeros(4, self.config.hidden_size)
+            return self._embedding.new_zeros(0, self.config.hidden_size)
         ids = tokens_T[layout.source_rows] - self.config.source_offset
         if self.config.source_offset and int(ids.min()) < 0:
             raise ModelError(f"a source holds a target token: source ids start at {self.config.source_offset}")
@@ -170,10 +170,11 @@ class Seq2Seq(CausalModel):
         return side.layer_norm(x) if self.config.norm == "pre" else x
 
     def _embed(self, weight: Tensor, ids: Tensor, positions: Tensor, drop: Drop) -> Tensor:
-        x = F.embedding(pad_rows(ids), weight)
+        least = least_rows(min(self.config.hidden_size, self.config.intermediate_size))
+        x = F.embedding(pad_rows(ids, least=least), weight)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)
-        return drop(x + self._positions()[pad_rows(positions)])
+        return drop(x + self._positions()[pad_rows(positions, least=least)])
 
     def _positions(self) -> Tensor:
         key = (self.dtype, self.device)
@@ -184,7 +185,8 @@ class Seq2Seq(CausalModel):
         return self._tables[key]
 
     def _drop(self) -> Drop:
-        p = self.config.dropout if self.training and self.use_dropout else 0.0
+        active = self.training and self.use_dropout and torch.is_grad_enabled()
+        p = self.config.dropout if active else 0.0
         return (lambda x: F.dropout(x, p)) if p else (lambda x: x)
 
     def _layout(self, tokens_T: Tensor, segments: Sequence[Segment]) -> Layout:

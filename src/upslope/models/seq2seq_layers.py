@@ -17,7 +17,17 @@ from upslope.models.attention import PackedContext
 from upslope.models.protocol import Context, pad_rows
 from upslope.models.seq2seq_config import Seq2SeqConfig
 
-__all__ = ["DecoderLayer", "Drop", "EncoderLayer", "LayerNorm", "Layout", "Trunk", "padded_head_dim", "sinusoids"]
+__all__ = [
+    "DecoderLayer",
+    "Drop",
+    "EncoderLayer",
+    "LayerNorm",
+    "Layout",
+    "Trunk",
+    "least_rows",
+    "padded_head_dim",
+    "sinusoids",
+]
 
 _ALIGN = 8  # the flag widens the heads to a multiple of this
 _NORM_EPS = 1e-5
@@ -33,6 +43,14 @@ def sinusoids(positions: int, width: int) -> Tensor:
     rates = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * rates
     return torch.cat([angles.sin(), angles[:, : width // 2].cos()], dim=1)
+
+
+def least_rows(width: int) -> int:
+    """Rows from which a product with a [width, width] matrix takes one kernel in bfloat16, whatever their number.
+
+    Products of up to 16^3 multiplications go another way, which adds in another order; it matters below width 36.
+    """
+    return 16**3 // width**2 + 1
 
 
 def _barrier(dtype: torch.dtype) -> float:
@@ -87,6 +105,7 @@ class Attention(nn.Module):
         for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
         self.scale = self.head_dim**-0.5
+        self.least = least_rows(min(config.hidden_size, config.intermediate_size))
 
     def split(self, projected: Tensor, real: int) -> Tensor:
         """[rows, D] -> [real, H, d]."""
@@ -96,18 +115,21 @@ class Attention(nn.Module):
         """Every source token over all tokens of its source."""
         real = context.positions_T.shape[0]
         q, k, v = (self.split(project(x), real) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(pad_rows(context.attend(0, q, k, v, self.scale).flatten(1)))
+        return self.out_proj(pad_rows(context.attend(0, q, k, v, self.scale).flatten(1), least=self.least))
 
     def decode(self, x: Tensor, memory: Tensor | None, layer: int, layout: Layout, context: Context) -> Tensor:
         """Target rows x over target rows (memory None) or over the source rows `memory`, in cache layer `layer`."""
         real, sources = layout.target_rows.shape[0], layout.source_rows.shape[0]
         q = self._spread(self.split(self.q_proj(x), real), layout.target_rows, layout.total, inside=1.0)
         seen, count, rows = (x, real, layout.target_rows) if memory is None else (memory, sources, layout.source_rows)
-        k, v = (self.split(project(seen), count) for project in (self.k_proj, self.v_proj))
+        if count:
+            k, v = (self.split(project(seen), count) for project in (self.k_proj, self.v_proj))
+        else:  # plain decoding: every source lies in the cache
+            k = v = x.new_zeros(0, self.heads, self.head_dim)
         k = self._spread(k, rows, layout.total, outside=_barrier(x.dtype))
         out = context.attend(layer, q, k, self._spread(v, rows, layout.total), self.scale)
         out = out.index_select(0, layout.target_rows)[..., : self.head_dim]
-        return self.out_proj(pad_rows(out.reshape(real, -1)))
+        return self.out_proj(pad_rows(out.reshape(real, -1), least=self.least))
 
     def _spread(self, x: Tensor, rows: Tensor, total: int, *, inside: float = 0.0, outside: float = 0.0) -> Tensor:
         """[n, H, d] -> [T, H, w]: x at `rows` with `inside` as its flag, zeros with `outside` elsewhere."""

@@ -15,6 +15,7 @@ from upslope.options.expert import ExpertOptions
 from upslope.options.policy import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.options.preference import DPOOptions, RewardOptions
+from upslope.options.pretrain import PretrainOptions
 from upslope.options.supervised import SFTOptions
 from upslope.options.tools import DemoOptions, DoctorOptions, ExplainOptions, FetchOptions, RunsOptions
 
@@ -32,6 +33,7 @@ __all__ = [
     "FetchOptions",
     "GRPOOptions",
     "PPOOptions",
+    "PretrainOptions",
     "RLOptions",
     "RewardOptions",
     "ReinforceOptions",

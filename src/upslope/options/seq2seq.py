@@ -22,12 +22,6 @@ class Seq2SeqOptions(RunOptions):
     """scratch: a new tokenizer and random weights of the sizes below; or an encoder-decoder's folder to go on from."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW; from random weights about 1e-3, for minimum risk a tenth of it or less."""
-    max_steps: int = 1000
-    """Stop after this many steps."""
-    eval_every: int = 100
-    """Steps between held-out evaluations; 0 evaluates only at the end."""
-    save_every: int = 500
-    """Steps between checkpoints; the last step always saves."""
     data: str | None = None
     """Rows with prompt (the source) and completion (the target): .jsonl, .csv, .parquet or a hub id. This or --task."""
     eval_data: str | None = None

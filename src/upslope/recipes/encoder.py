@@ -161,11 +161,18 @@ def check_length(options: Any, encoder: Encoder) -> None:
 
 
 def groups_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Inputs of like length together, each group at most `budget` tokens with its padding (one input if longer)."""
+    """Inputs of like length together, each group at most `budget` tokens with its padding (one input if longer).
+
+    A group also ends where the next input is shorter than its longest by a quarter and by more than 6 tokens: padding
+    costs as much as text. Longest first; the result depends on nothing but the arguments.
+    """
     groups: list[list[int]] = []
+    longest = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > budget:
+        short = longest - lengths[index] > max(6, longest / 4)
+        if not groups or short or (len(groups[-1]) + 1) * longest > budget:
             groups.append([])
+            longest = lengths[index]
         groups[-1].append(index)
     return groups
 

@@ -122,9 +122,10 @@ class MinimumRisk(PairLearner):
         logp_N = experience.in_order(score(model, batches), order).logp_N
         assert logp_N is not None
         logp_B = experience.sequence_sums(logp_N.double())
-        costs_B = torch.tensor([1.0 - (r.reward.value or 0.0) for r in experience.rollouts], dtype=torch.float64)
-        logp_PG, mask_PG, place_B = group_rewards(experience, logp_B, count)
-        costs_PG, _, _ = group_rewards(experience, costs_B, count)
+        costs_B = torch.tensor([1.0 - (r.reward.value or 0.0) for r in experience.rollouts])
+        costs_PG, mask_PG, place_B = group_rewards(experience, costs_B, count)
+        logp_PG = torch.zeros(mask_PG.shape, dtype=torch.float64)
+        logp_PG.view(-1)[place_B] = logp_B
         risk_P, weight_PG = risk_weights(logp_PG, costs_PG, mask_PG, alpha=o.alpha)
         experience.flat["slope"] = experience.per_sequence(weight_PG.flatten()[place_B].float())
         experience.flat["weight"] = torch.full((experience.num_trained,), 1 / count)

@@ -12,6 +12,7 @@ from upslope.options import (
     ExpertOptions,
     GRPOOptions,
     PPOOptions,
+    PretrainOptions,
     ReinforceOptions,
     RewardOptions,
     RLOptions,
@@ -24,6 +25,7 @@ from upslope.options.seq2seq import Seq2SeqOptions
 __all__ = ["CLASSES", "Plan", "plan_of"]
 
 CLASSES: dict[str, type[RunOptions]] = {
+    "pretrain": PretrainOptions,
     "sft": SFTOptions,
     "reinforce": ReinforceOptions,
     "ppo": PPOOptions,
@@ -53,6 +55,8 @@ class Plan:
 
 def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
     """The plan of a training configuration; `examples` is the size of the supervised data where known."""
+    if isinstance(options, PretrainOptions):
+        return _pretrain(options, examples)
     if isinstance(options, SFTOptions):
         return _sft(options, examples)
     if isinstance(options, Seq2SeqOptions):
@@ -67,6 +71,24 @@ def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
         return _preference(options, examples)
     assert isinstance(options, RLOptions)
     return _policy_gradient(options)
+
+
+def _pretrain(o: PretrainOptions, examples: int | None) -> Plan:
+    words = [
+        f"Each step reads {o.batch_size} windows of {o.context_length} tokens, {o.batch_size * o.context_length:,} in "
+        "all, and makes one optimizer step.",
+        f"The {o.architecture or 'decoder'} starts from random weights." if o.new else f"It starts from {o.model}.",
+    ]
+    if o.label_smoothing:
+        words.append(f"{o.label_smoothing:.0%} of every target is spread evenly over the vocabulary.")
+    steps = o.max_steps
+    if examples:
+        if o.num_epochs is not None:
+            steps = max(1, round(o.num_epochs * examples / o.batch_size))
+            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} windows sets max_steps to {steps:,}.")
+        passes = steps * o.batch_size / examples
+        words.append(f"{steps:,} steps see {steps * o.batch_size:,} windows: {passes:.2g} passes over the text.")
+    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
 
 
 def _sft(o: SFTOptions, examples: int | None) -> Plan:

@@ -19,6 +19,7 @@ from upslope.data.batching import PromptStream
 from upslope.data.kinds import Record
 from upslope.data.preferences import Encoded
 from upslope.data.records import read_records
+from upslope.errors import RunError
 from upslope.evaluation.intervals import wilson
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
@@ -39,7 +40,11 @@ Row = TypeVar("Row")
 def read_rows(
     options: PreferenceData, encode: Callable[[Sequence[Record]], Encoded[Row]]
 ) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows; says on standard error how many were dropped for their length."""
+    """Training and held-out rows; says on standard error how many were dropped for their length.
+
+    Without eval_data the last tenth is held out, whatever eval_samples is (unless 0: then every row is trained on), so
+    that a resumed run may look at more or fewer rows and still trains on the same ones.
+    """
     assert options.data is not None
     rows = _told(options.data, encode(read_records(options.data)))
     if not options.eval_samples:
@@ -47,8 +52,8 @@ def read_rows(
     if options.eval_data is not None:
         held_out = _told(options.eval_data, encode(read_records(options.eval_data)))
         return rows, held_out[: options.eval_samples]
-    held = min(len(rows) // 10, options.eval_samples)
-    return (rows[:-held], rows[-held:]) if held else (rows, [])
+    kept = len(rows) - len(rows) // 10
+    return rows[:kept], rows[kept:][: options.eval_samples]
 
 
 def _told(source: str, encoded: Encoded[Row]) -> list[Row]:
@@ -148,9 +153,18 @@ class PreferenceLearner:
         return {"order": self.order.state_dict()}
 
     def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
+        """Continue from a checkpoint. RunError: the data is not what the run began with."""
+        self.optimizer.load(self.trained_weights(model, tensors), tensors["optimizer"])
+        if state["order"]["n"] != len(self.units):
+            raise RunError(
+                f"{self.options.data} now gives {len(self.units)} training rows, the run had {state['order']['n']}: "
+                "resume with the same rows (and eval_samples = 0 only if it was 0)"
+            )
         self.order.load_state_dict(state["order"])
+
+    def trained_weights(self, model: Path, tensors: Mapping[str, dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The float32 masters of a checkpoint."""
+        return self.policy.read(model)
 
     def write_model(self, folder: Path) -> None:
         """The policy with its float32 masters."""

@@ -69,17 +69,16 @@ class RewardLearner(PreferenceLearner):
     """A network and its scalar head, by comparisons (outcome) or by labelled steps (process)."""
 
     options: RewardOptions
-    head: ScalarHead
     logp = False
 
     def __init__(self, options: RewardOptions, policy: Policy) -> None:
         check_can_be_saved(policy.model)
         units, held_out = load_units(options, policy.tokenizer)
-        self.head = start_head(policy, options.seed)
+        self.head = head = start_head(policy, options.seed)
         for name, parameter in policy.model.named_parameters():
             if name == "lm_head.weight":  # the words' head is not in a reward model
                 parameter.requires_grad_(False)
-        group = Group({SCORE: self.head.score.weight}, weight_decay=options.weight_decay)
+        group = Group({SCORE: head.get_parameter(SCORE)}, weight_decay=options.weight_decay)
         super().__init__(options, policy, units, held_out, extra=[group])
 
     def loss_of(self, units: Sequence[Unit], indices: Sequence[int] | None) -> tuple[Loss, dict[str, float]]:
@@ -95,11 +94,9 @@ class RewardLearner(PreferenceLearner):
         own = {"adapters": self.optimizer.weights()} if self.policy.lora is not None else {}
         return {**super().tensors(), **own}
 
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        weights = tensors["adapters"] if self.policy.lora is not None else load_weights(model, torch.float32)
-        self.optimizer.load(weights, tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
+    def trained_weights(self, model: Path, tensors: Mapping[str, dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The float32 masters of a checkpoint, the head among them."""
+        return tensors["adapters"] if self.policy.lora is not None else load_weights(model, torch.float32)
 
     def write_model(self, folder: Path) -> None:
         """Network and head in float32, as transformers' sequence classifier."""

@@ -121,7 +121,7 @@ class RewardModel:
             assert out.values_N is not None
             assert out.final_B is not None
             if self.settings.kind == "outcome":
-                found |= {i: [float(value)] for i, value in zip(part, out.final_B, strict=True)}
+                found |= {i: [value] for i, value in zip(part, out.final_B.tolist(), strict=True)}
                 continue
             after = after_tokens(out.values_N, out.final_B, batch).cpu()
             pieces = after.split([sum(examples[i].mask) for i in part])

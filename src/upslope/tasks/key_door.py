@@ -3,7 +3,7 @@
 After Hung et al. (2019, arXiv 1810.06721), who measure how well an agent assigns credit to a key that opens a door
 much later, with distracting apples in between. Here a letter is a step:
 
-    k c f a d b ... h       the first letter takes the key ("k") or does not;
+    k c d a k b ... d       the first letter takes the key ("k") or does not;
     | `---- apples ---´     each further letter is an apple worth +noise or -noise;
     key                     after the last of them the door pays `door` if the key was taken.
 
@@ -26,22 +26,22 @@ from upslope.tasks.base import Split, Task, check_split, derive_seed, select_pro
 from upslope.types import Message, Prompt, Reward
 
 KEY = "k"
-LETTERS = "abcdefgh" + KEY
+LETTERS = "abcd" + KEY
 
 
 class KeyDoor(Task):
     """Rooms with a key at the entrance and a door at the end.
 
     steps: apples between key and door; door: what the door pays; noise: size of an apple's worth; room: letters of the
-    prompt. A completion must have exactly 1 + steps letters of abcdefghk: one that is shorter, longer or other loses
-    the door. `correct` says that the door was opened.
+    prompt. A completion that stops before 1 + steps letters of abcdk does not reach the door; what follows them is
+    not read. `correct` says that the door was opened.
     """
 
     name = "key_door"
     inline_safe = True
 
     def __init__(
-        self, *, steps: int = 12, door: float = 1.0, noise: float = 1.0, room: int = 4, eval_fraction: float = 0.2
+        self, *, steps: int = 12, door: float = 2.0, noise: float = 2.0, room: int = 6, eval_fraction: float = 0.2
     ) -> None:
         if steps < 1 or room < 1:
             raise ConfigError(f"'key_door': steps and room must be at least 1, got {steps} and {room}")
@@ -78,8 +78,8 @@ class KeyDoor(Task):
             for i, letter in enumerate(walk[1 : 1 + self.steps], start=1)
             if letter in LETTERS
         ]
-        whole = len(walk) == 1 + self.steps and set(walk) <= set(LETTERS)
-        opened = whole and walk[0] == KEY
+        way = walk[: 1 + self.steps]
+        opened = way[:1] == KEY and len(way) == 1 + self.steps and set(way) <= set(LETTERS)
         pay = self.door if opened else 0.0
         collected = sum(value for _, value in apples)
         return Reward(

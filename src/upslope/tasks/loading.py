@@ -25,6 +25,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "reasoning": ("upslope.tasks.reasoning", "ReasoningTask"),
     "gsm8k": ("upslope.tasks.gsm8k", "GSM8K"),
     "sentiment": ("upslope.tasks.sentiment", "Sentiment"),
+    "strict_json": ("upslope.tasks.strict_json", "StrictJson"),
     "random_walks": ("upslope.tasks.random_walks", "RandomWalks"),
     "key_door": ("upslope.tasks.key_door", "KeyDoor"),
     "pairs": ("upslope.tasks.pairs", "Pairs"),
@@ -38,6 +39,11 @@ REWARDS: dict[str, str] = {
 TASK_REWARD = "task"
 MODEL_REWARDS: dict[str, str] = {
     "reward_model": "upslope.rollout.reward_model:load_reward_model",
+    "likelihood": "upslope.rollout.model_rewards:load_likelihood",
+    "fluency": "upslope.rollout.model_rewards:load_fluency",
+    "coherence": "upslope.rollout.model_rewards:load_coherence",
+    "similarity": "upslope.rollout.model_rewards:load_similarity",
+    "relevance": "upslope.rollout.model_rewards:load_relevance",
 }
 """Rewards that are networks, computed in the trainer's process (rollout/in_process.py): name -> "module:factory"."""
 # What the judge fills in, one value per completion, where a reward asks for it by name.

@@ -1,0 +1,115 @@
+"""Bank customers' intents, 77 classes: likelihood against expected reward, with few labels and with many.
+
+MiniLM (22.7 million weights) learns from 1, 5, 20 or all training rows of each class and is scored on the 3,080 test
+rows. The reward is 1 for the right label and 0 for another, so both objectives see the same labels; the expected
+reward is optimised in closed form. With and without adapters. The training rows of a size are a choice by seed, which
+also draws the head and the order. No dev rows: steps and learning rates are fixed here, the same for both objectives.
+
+The data (BANKING77, CC BY 4.0: train.csv, test.csv) lie in $UPSLOPE_DATA/banking77, else ../shared/data/banking77.
+`all` is trained once, from seed 0, whatever seed is asked for, and its metric says so in its name.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import ROOT, Expectation, Outcome
+from upslope.data.labels import LabelledText, labels_of, read_labelled, stratified_choice
+from upslope.evaluation.classification import classification_report
+from upslope.options import ClassifyOptions
+from upslope.recipes.classify import Classify, Data, inputs_of
+from upslope.recipes.encoder import Input, load_start
+
+NAME = "banking77"
+SEEDS = (0, 1, 2, 3, 4)
+OBJECTIVES = ("cross_entropy", "policy_gradient")
+LEARNERS = tuple(f"{objective}{form}" for form in ("", "_lora", "_all", "_lora_all") for objective in OBJECTIVES)
+STEPS = {1: 30, 5: 60, 20: 100, None: 313}
+"""Steps of 32 rows for each number of labels per class; None: all 10,003 rows, one pass."""
+ONE_SEED = "test_accuracy_all_seed0"
+
+EXPECTED: dict[str, dict[str, Expectation]] = {learner: {} for learner in LEARNERS}
+
+
+def run(learner: str, seed: int, folder: Path) -> Outcome:
+    """Train at every size of the learner and score each on the test rows."""
+    form = learner.removeprefix("cross_entropy").removeprefix("policy_gradient")
+    objective, lora = learner.removesuffix(form) if form else learner, "lora" in form
+    if form.endswith("_all"):
+        return _all(objective, lora)
+    metrics, samples, seconds, curve = {}, 0, 0.0, []
+    for per_label in (1, 5, 20):
+        accuracy, spent = _trained(objective, lora, per_label, seed)
+        metrics[f"test_accuracy_{per_label}"] = accuracy
+        samples += STEPS[per_label] * 32
+        seconds += spent
+        curve.append((float(per_label), seconds, accuracy))
+    return Outcome(metrics, samples, seconds, curve)
+
+
+@cache
+def _all(objective: str, lora: bool) -> Outcome:
+    accuracy, seconds = _trained(objective, lora, None, 0)
+    return Outcome({ONE_SEED: accuracy}, STEPS[None] * 32, seconds)
+
+
+def _trained(objective: str, lora: bool, per_label: int | None, seed: int) -> tuple[float, float]:
+    """(accuracy on the test rows, seconds of training)."""
+    options = ClassifyOptions(
+        model="minilm",
+        data=str(_folder() / "train.csv"),
+        label_column="category",
+        objective=objective,  # type: ignore[arg-type]
+        lora_rank=16 if lora else 0,
+        learning_rate=2e-3 if lora else 3e-4,
+        head_lr_factor=1.0 if lora else 5.0,
+        lr_scheduler_type="linear",
+        warmup_steps=STEPS[per_label] // 10,
+        batch_size=32,
+        max_steps=STEPS[per_label],
+        max_length=64,
+        seed=seed,
+    )
+    rows, labels = _rows("train"), _labels()
+    chosen = list(rows) if per_label is None else stratified_choice(rows, per_label=per_label, seed=seed)
+    start = load_start(options, "classify", labels)
+    train = [_inputs("train")[row.where] for row in chosen]
+    zero_one = [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
+    learner = Classify(options, start, Data(train, [], [], zero_one, {}))
+    began = time.perf_counter()
+    for step in range(options.max_steps):
+        learner.step(step)
+    seconds = time.perf_counter() - began
+    test = list(_inputs("test").values())
+    said = [labels[classes[0]] for classes in learner.predicted(test)]
+    report: dict[str, Any] = classification_report([row.label for row in _rows("test")], said, labels)
+    return report["accuracy"]["value"], seconds
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("UPSLOPE_DATA", ROOT.parent / "shared" / "data")) / "banking77"
+
+
+@cache
+def _rows(split: str) -> tuple[LabelledText, ...]:
+    return tuple(read_labelled(_folder() / f"{split}.csv", label_column="category"))
+
+
+@cache
+def _labels() -> tuple[str, ...]:
+    return labels_of(_rows("train"), "train.csv")
+
+
+@cache
+def _inputs(split: str) -> dict[str, Input]:
+    """Tokens of every row by where it stands, made once per process."""
+    from upslope.data.chat import load_tokenizer
+    from upslope.models.sources import resolve
+
+    rows = _rows(split)
+    inputs, _ = inputs_of(rows, load_tokenizer(resolve("minilm")), _labels(), 64)
+    return {row.where: x for row, x in zip(rows, inputs, strict=True)}

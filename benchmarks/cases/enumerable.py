@@ -1,0 +1,150 @@
+"""A model small enough to enumerate: does every learner reach the exact optimum of the expected reward?
+
+Three letters and the end of sequence, at most three tokens: 40 texts, each with its own reward in [0, 1] drawn from
+the seed; one has 1, the others at most 0.8. The expected reward J of the trained policy is computed over all of them,
+and the optimum is J* = 1: a policy that says the one text and nothing else.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases.tiny_policy import letter_model
+from benchmarks.harness import ROOT, Outcome
+from upslope.build import Policy, load_policy
+from upslope.config import load as load_config
+from upslope.data.batching import collate
+from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions
+from upslope.recipes.grpo import grpo
+from upslope.recipes.ppo import ppo
+from upslope.recipes.reinforce import reinforce
+from upslope.tasks.base import Task, content_key, derive_seed
+from upslope.training.step import score
+from upslope.types import Example, Prompt, Reward
+
+NAME = "enumerable"
+SEEDS = (0, 1, 2, 3, 4)
+LETTERS = "abc"
+LENGTH = 3
+STEPS = 150
+PROMPT = "a"
+SHIPPED: dict[str, type[RLOptions]] = {
+    **dict.fromkeys(
+        ("reinforce_none", "reinforce_moving", "reinforce_learned", "reinforce_greedy", "reinforce_plus_plus"),
+        ReinforceOptions,
+    ),
+    **dict.fromkeys(("ppo_a2c", "ppo_chain_sum", "ppo_vtrace"), PPOOptions),
+    **dict.fromkeys(
+        (
+            *("grpo_chain_sum", "grpo_dapo", "grpo_gspo", "grpo_cispo", "grpo_sapo", "grpo_dr_grpo", "grpo_rloo"),
+            "grpo_reinforce_plus_plus",
+        ),
+        GRPOOptions,
+    ),
+}
+"""The shipped configurations, by the stem of their file: their algorithm is run, on this task and model."""
+LEARNERS = tuple(SHIPPED)
+EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {
+    learner: {"optimality": (">=", 0.99)} for learner in LEARNERS
+}
+
+
+class Lottery(Task):
+    """A reward for every text of at most LENGTH letters, drawn once from `seed`."""
+
+    name = "lottery"
+    inline_safe = True
+
+    def __init__(self, *, seed: int = 0) -> None:
+        draw = torch.Generator().manual_seed(derive_seed("lottery", seed))
+        texts = all_texts()
+        values = (0.8 * torch.rand(len(texts), generator=draw)).tolist()
+        values[int(torch.randint(len(texts), (), generator=draw))] = 1.0
+        self.values = dict(zip(texts, values, strict=True))
+
+    def prompts(self, split: str, n: int, *, seed: int) -> list[Prompt]:  # type: ignore[override]
+        """There is one prompt."""
+        return [Prompt(key=content_key(PROMPT), text=PROMPT)] * n
+
+    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+        """The drawn value."""
+        return [Reward(self.values[text]) for text in completions]
+
+
+def all_texts() -> list[str]:
+    """Every text a policy can say."""
+    return ["".join(t) for n in range(LENGTH + 1) for t in itertools.product(LETTERS, repeat=n)]
+
+
+def expected_reward(policy: Policy, task: Lottery) -> float:
+    """J, exactly: the probability of every text times its reward."""
+    ids = {letter: i + 1 for i, letter in enumerate(LETTERS)}
+    examples = []
+    for text in task.values:
+        tokens = [ids[letter] for letter in text] + [0] * (len(text) < LENGTH)
+        examples.append(Example([ids[PROMPT], *tokens], [False] + [True] * len(tokens)))
+    batch = collate(examples)
+    logp_N = score(policy.model, [batch]).logp_N
+    assert logp_N is not None
+    logp_B = torch.zeros(len(examples), dtype=torch.float64).index_add_(0, batch.sequence_N, logp_N.double())
+    total = float(logp_B.exp().sum())
+    assert abs(total - 1) < 1e-4, total
+    return float((logp_B.exp() * torch.tensor(list(task.values.values()), dtype=torch.float64)).sum())
+
+
+def run(learner: str, seed: int, folder: Path) -> Outcome:
+    """Train the shipped configuration on the lottery; measure J exactly."""
+    fresh = letter_model(folder / "fresh", LETTERS, seed=seed, width=32, layers=1)
+    task = f"{Path(__file__).resolve()}:Lottery:seed={seed}"
+    shipped = load_config(SHIPPED[learner], ROOT / "configs" / f"{learner}.toml")
+    options = replace(shipped, **_changes(shipped, str(fresh), task, str(folder / "run"), seed))
+    policy = load_policy(options)
+    began = time.perf_counter()
+    if isinstance(options, PPOOptions):
+        ppo(options, policy=policy)
+    elif isinstance(options, GRPOOptions):
+        grpo(options, policy=policy)
+    else:
+        assert isinstance(options, ReinforceOptions)
+        reinforce(options, policy=policy)
+    seconds = time.perf_counter() - began
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    per_step = options.num_prompts * options.num_generations
+    curve = [((i + 1.0) * per_step, float("nan"), float(line["reward"])) for i, line in enumerate(lines)]
+    optimality = expected_reward(policy, Lottery(seed=seed))
+    return Outcome({"optimality": optimality}, len(lines) * per_step, seconds, curve)
+
+
+def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) -> dict[str, Any]:
+    """What this model and task need; what makes the algorithm is left as it is shipped."""
+    changes: dict[str, Any] = {
+        "model": model,
+        "task": task,
+        "output_dir": folder,
+        "seed": seed,
+        "dtype": "float32",
+        "num_train_prompts": 8,
+        "max_completion_length": LENGTH,
+        "max_steps": STEPS,
+        "learning_rate": 3e-3,
+        "lr_scheduler_type": "constant",
+        "overlong_buffer": 0,
+        "truncated": "terminate",
+        "eval_every": 0,
+        "eval_samples": 0,
+        "save_every": 10_000,
+        "num_prompts": 8,
+        "num_generations": 8,
+    }
+    if isinstance(shipped, ReinforceOptions):
+        changes["kl_coef"] = 0.0
+    if isinstance(shipped, GRPOOptions):
+        changes |= {"beta": 0.0, "dynamic_sampling": False}
+    return changes

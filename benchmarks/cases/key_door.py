@@ -1,0 +1,97 @@
+"""Credit over a delay: a key taken at the first of 13 steps opens a door at the last; between them twelve noisy rewards.
+
+Every learner starts from the same imitation of random walks through rooms (the key is one of five letters) and gets
+the same samples, 128 a step. What learners with a critic must reach was fixed before the judging run; those that see
+the outcome only are reported. `margin` cannot be judged per learner: compare the medians of `success`, the share of
+completions that opened the door over the last ten steps.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cases.tiny_policy import imitate, letter_model
+from benchmarks.harness import Outcome
+from upslope.build import load_policy
+from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions
+from upslope.recipes.grpo import grpo
+from upslope.recipes.ppo import ppo
+from upslope.recipes.reinforce import reinforce
+from upslope.tasks.key_door import LETTERS, KeyDoor
+from upslope.tasks.loading import load_task
+
+NAME = "key_door"
+LEARNERS = ("a2c", "ppo", "reinforce", "rloo", "grpo")
+CRITICS = ("a2c", "ppo")
+SEEDS = (0, 1, 2, 3, 4)
+TASK = "key_door:steps=12,door=2.0,noise=2.0"
+STEPS = 30
+GROUP = 8
+PROMPTS = 16
+EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {
+    learner: {"success": (">=", 0.8) if learner in CRITICS else None} for learner in LEARNERS
+}
+
+
+def run(learner: str, seed: int, folder: Path) -> Outcome:
+    """Imitate random walks, then learn from rewards; only the second part is timed."""
+    task = load_task(TASK)
+    assert isinstance(task, KeyDoor)
+    rooms = task.prompts("train", 1000, seed=seed)
+    pairs = [(str(room.text), task.demonstration(room)[-1].content) for room in rooms]
+    fresh = letter_model(folder / "fresh", LETTERS, seed=seed, width=48)
+    start = imitate(fresh, pairs, folder / "imitation", seed=seed, steps=80)
+    options = _options(learner, seed, start, folder / "run", task.steps)
+    policy = load_policy(options)
+    began = time.perf_counter()
+    if isinstance(options, PPOOptions):
+        ppo(options, policy=policy)
+    elif isinstance(options, GRPOOptions):
+        grpo(options, policy=policy)
+    else:
+        assert isinstance(options, ReinforceOptions)
+        reinforce(options, policy=policy)
+    seconds = time.perf_counter() - began
+    return _outcome(folder / "run", seconds)
+
+
+def _options(learner: str, seed: int, model: Path, folder: Path, steps: int) -> RLOptions:
+    common: dict[str, Any] = {
+        "model": str(model),
+        "task": TASK,
+        "output_dir": str(folder),
+        "seed": seed,
+        "dtype": "float32",
+        "num_train_prompts": 2000,
+        "num_prompts": PROMPTS,
+        "num_generations": GROUP,
+        "max_completion_length": steps + 1,
+        "max_steps": STEPS,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "eval_every": 0,
+        "eval_samples": 0,
+        "save_every": 10_000,
+    }
+    critic: dict[str, Any] = {"lam": 0.8, "critic": "separate", "critic_learning_rate": 3e-3}
+    if learner == "a2c":
+        return PPOOptions(**common, **critic, num_epochs=1)
+    if learner == "ppo":
+        return PPOOptions(**common, **critic, num_epochs=2)
+    if learner == "reinforce":
+        return ReinforceOptions(**common, baseline="moving", whiten_advantages=True)
+    return GRPOOptions(**common, advantage="grpo" if learner == "grpo" else "rloo")
+
+
+def _outcome(folder: Path, seconds: float) -> Outcome:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    per_step = GROUP * PROMPTS
+    spent, curve = 0.0, []
+    for i, line in enumerate(lines):
+        spent += line["seconds/rollout"] + line["seconds/update"] + line["seconds/reward"]
+        curve.append(((i + 1) * per_step, spent, line["accuracy"]))
+    last = [line["accuracy"] for line in lines[-10:]]
+    return Outcome({"success": sum(last) / len(last)}, len(lines) * per_step, seconds, curve)

@@ -1,0 +1,208 @@
+"""Pretraining: maximum likelihood of text, from random weights.
+
+a tokenizer is trained on the texts; they become one row of tokens, read in windows of L
+for each batch of windows, shuffled anew in every pass:
+    logp_t = log pi(token_t | tokens before t in the window)      every token of the text is predicted once a pass
+    loss   = -sum_t logp_t / N                                     N predicted tokens in the whole batch
+             label_smoothing e: -(1 - e) logp_t - e mean_v log pi(v)                          (1512.00567)
+             masked objective:  pretrain_masked.py
+    AdamW step on the float32 masters
+held out: perplexity = exp(-sum_t logp_t / tokens) over overlapping windows, and bits per byte =
+    -sum_t logp_t / (bytes ln 2), which compares models whose tokenizers differ
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.build import Policy, make_optimizer
+from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.data.preview import statistics
+from upslope.errors import DataError
+from upslope.functional.supervised_losses import nll
+from upslope.options.pretrain import PretrainOptions
+from upslope.recipes.dry_run import _report, predict_sft
+from upslope.recipes.plan import plan_of
+from upslope.recipes.pretrain_masked import MaskedPretrain, show_masked
+from upslope.recipes.pretrain_start import (
+    Texts,
+    load_texts,
+    objective_of,
+    start_encoder,
+    start_policy,
+    start_tokenizer,
+)
+from upslope.recipes.session import Evaluation, StepResult, exit_code, train
+from upslope.runs.folder import Run
+from upslope.training.schedule import learning_rate
+from upslope.training.step import Outputs, score, update
+from upslope.types import Batch, Example
+
+__all__ = ["Pretrain", "pretrain", "run"]
+
+
+def run(options: PretrainOptions) -> int:
+    """The verb `upslope pretrain`."""
+    if options.dry_run:
+        return _show(options)
+    summary = pretrain(options)
+    if options.json:
+        print(json.dumps(summary))
+    return exit_code(summary)
+
+
+def pretrain(options: PretrainOptions, *, policy: Policy | None = None) -> dict[str, Any]:
+    """Train and return the summary; a causal `policy` already loaded is trained in place, with its tokenizer."""
+    objective = "causal" if policy is not None else objective_of(options)
+    tokenizer = policy.tokenizer if policy is not None else start_tokenizer(options, objective)
+    if objective == "masked":
+        learner = MaskedPretrain(options, start_encoder(options, tokenizer), tokenizer)
+        return train("pretrain", learner.options, learner)
+    texts = causal_texts(options, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="upslope-pretrain-") as folder:
+        causal = Pretrain(options, policy or start_policy(options, tokenizer, Path(folder)), texts)
+        return train("pretrain", causal.options, causal)
+
+
+def causal_texts(options: PretrainOptions, tokenizer: Any) -> Texts:
+    """Training text, and as much held-out text as `eval_samples` strided windows score."""
+    limit = options.eval_samples * stride_of(options) if options.eval_samples else None
+    return load_texts(options, tokenizer, max_eval_tokens=limit)
+
+
+def stride_of(options: PretrainOptions) -> int:
+    """Tokens that each held-out window scores."""
+    return options.eval_stride or max(1, options.context_length // 2)
+
+
+class Pretrain:
+    """Maximum likelihood of windows of text, measured by held-out perplexity and bits per byte."""
+
+    higher_is_better = False
+
+    def __init__(self, options: PretrainOptions, policy: Policy, texts: Texts) -> None:
+        self.policy, self.texts = policy, texts
+        self.run: Run | None = None
+        windows = texts.train.num_windows(options.context_length)
+        if not windows:
+            raise DataError("the training text has no two tokens: there is nothing to predict")
+        if options.num_epochs is not None:
+            steps = max(1, round(options.num_epochs * windows / options.batch_size))
+            options = replace(options, max_steps=steps, num_epochs=None)
+        self.options = options
+        self.order = PromptStream(windows, seed=options.seed)
+        self.optimizer = make_optimizer(policy, options)
+        self.held_out = [
+            Example(tokens, [t >= first for t in range(len(tokens))])
+            for tokens, first in texts.held_out.strided(options.context_length, stride_of(options))
+        ]
+
+    def step(self, step: int) -> StepResult:
+        """One batch of windows, one update."""
+        o, started = self.options, time.perf_counter()
+        windows = [self.texts.train.window(i, o.context_length) for i in self.order.take(o.batch_size)]
+        trained = sum(len(w) - 1 for w in windows)
+        self.policy.model.train()
+        metrics = update(
+            self.policy.model,
+            self.optimizer,
+            self._batches([_example(w, trained) for w in windows]),
+            self._loss,
+            learning_rate=learning_rate(
+                step,
+                base=o.learning_rate,
+                total_steps=o.max_steps,
+                warmup_steps=o.warmup_steps,
+                kind=o.lr_scheduler_type,
+            ),
+            max_grad_norm=o.max_grad_norm,
+            mean_logp=o.label_smoothing > 0,
+        )
+        seconds = time.perf_counter() - started
+        return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": trained / seconds}, trained)
+
+    def _batches(self, examples: list[Example]) -> list[Batch]:
+        parts = split_by_tokens([len(e.tokens) for e in examples], self.options.micro_batch_tokens)
+        return [collate([examples[i] for i in part], device=self.policy.model.device) for part in parts]
+
+    def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert out.logp_N is not None
+        if self.options.label_smoothing:
+            return nll(out.logp_N, self.options.label_smoothing, out.mean_logp_N), {"loss/nll": -out.logp_N}
+        return nll(out.logp_N), {}
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Perplexity per token and bits per byte of the held-out text."""
+        out = score(self.policy.model, self._batches(self.held_out))
+        assert out.logp_N is not None
+        total, count = float(-out.logp_N.double().sum()), out.logp_N.shape[0]
+        metrics = {
+            "perplexity": math.exp(min(total / count, 700.0)),
+            "bits_per_byte": total / self.texts.held_out.bytes / math.log(2),
+            "nats_per_byte": total / self.texts.held_out.bytes,
+            "eval_loss": total / count,
+            **self._unknown(),
+        }
+        return Evaluation(metrics["perplexity"], metrics)
+
+    def _unknown(self) -> dict[str, float]:
+        """Where words are [UNK] the numbers flatter: predicting that a word is unknown is easier than spelling it."""
+        unknown = self.policy.tokenizer.unk_token_id
+        if unknown is None or unknown == self.policy.tokenizer.eos_token_id:
+            return {}
+        return {"unknown_share": float((self.texts.held_out.tokens == unknown).mean())}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's moments; the weights are in the model folder."""
+        return {"optimizer": self.optimizer.state()}
+
+    def state(self) -> dict[str, Any]:
+        """The data position, and which text it is a position in."""
+        return {"order": self.order.state_dict(), "corpus": self.texts.corpus.sha256}
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint; the text must be what it was."""
+        self.texts.check(state["corpus"])
+        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
+        self.order.load_state_dict(state["order"])
+
+    def write_model(self, folder: Path) -> None:
+        """The model with its float32 masters and its tokenizer."""
+        self.policy.write(folder, self.optimizer.weights())
+
+
+def _example(window: list[int], trained: int) -> Example:
+    rest = len(window) - 1
+    return Example(window, [False] + [True] * rest, {"weight": torch.full((rest,), 1 / trained)})
+
+
+def _show(options: PretrainOptions) -> int:
+    """Print what the run would do: the tokenizer really trained, the text encoded, one small piece of work done."""
+    objective = objective_of(options)
+    tokenizer = start_tokenizer(options, objective)
+    if objective == "masked":
+        return show_masked(options, start_encoder(options, tokenizer), tokenizer)
+    texts = causal_texts(options, tokenizer)
+    with tempfile.TemporaryDirectory(prefix="upslope-pretrain-") as folder:
+        policy = start_policy(options, tokenizer, Path(folder))
+        windows = texts.train.num_windows(options.context_length)
+        shown = [texts.train.window(i, options.context_length) for i in range(min(windows, options.batch_size))]
+        examples = [Example(w, [False] + [True] * (len(w) - 1)) for w in shown]
+        prediction = predict_sft(options, policy, examples)  # type: ignore[arg-type]
+        plan = plan_of(options, examples=windows)
+        prediction = replace(prediction, run_seconds=prediction.step_seconds * plan.optimizer_steps)
+        print(statistics(examples), file=sys.stderr)
+        held_out = sum(1 for _ in texts.held_out.strided(options.context_length, stride_of(options)))
+        _report(options, policy, examples[0], plan, prediction, held_out)
+    return 0
