@@ -16,13 +16,15 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def bert_tokenizer(*, last: bool = False) -> PreTrainedTokenizerFast:
-    """WordPiece with a few whole words; other words fall into letters. `last`: the class token ends the text (XLNet)."""
+    """WordPiece with a few whole words; other words fall into letters. `last`: the class token ends it (XLNet)."""
     pieces = [*SPECIAL, *LETTERS, *(f"##{x}" for x in LETTERS), *WORDS]
     vocab = {piece: i for i, piece in enumerate(pieces)}
     inner = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     inner.normalizer = normalizers.BertNormalizer(lowercase=True)
     inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    single, pair = ("$A [SEP] [CLS]", "$A [SEP] $B [SEP] [CLS]") if last else ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1")
+    single, pair = "[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"
+    if last:
+        single, pair = "$A [SEP] [CLS]", "$A [SEP] $B [SEP] [CLS]"
     inner.post_processor = processors.TemplateProcessing(
         single=single, pair=pair, special_tokens=[("[CLS]", vocab["[CLS]"]), ("[SEP]", vocab["[SEP]"])]
     )

@@ -28,7 +28,7 @@ NAME = "banking77"
 SEEDS = (0, 1, 2, 3, 4)
 OBJECTIVES = ("cross_entropy", "policy_gradient")
 LEARNERS = tuple(f"{objective}{form}" for form in ("", "_lora", "_all", "_lora_all") for objective in OBJECTIVES)
-STEPS = {1: 30, 5: 60, 20: 100, None: 313}
+STEPS = {1: 20, 5: 40, 20: 80, None: 313}
 """Steps of 32 rows for each number of labels per class; None: all 10,003 rows, one pass."""
 ONE_SEED = "test_accuracy_all_seed0"
 

@@ -1,7 +1,7 @@
 """A model small enough to enumerate: does every learner reach the exact optimum of the expected reward?
 
 Three letters and the end of sequence, at most three tokens: 40 texts, each with its own reward in [0, 1] drawn from
-the seed; one has 1, the others at most 0.8. The expected reward J of the trained policy is computed over all of them,
+the seed; one has 1, the others at most 0.5. The expected reward J of the trained policy is computed over all of them,
 and the optimum is J* = 1: a policy that says the one text and nothing else.
 """
 
@@ -33,7 +33,7 @@ NAME = "enumerable"
 SEEDS = (0, 1, 2, 3, 4)
 LETTERS = "abc"
 LENGTH = 3
-STEPS = 150
+STEPS = 60
 PROMPT = "a"
 SHIPPED: dict[str, type[RLOptions]] = {
     **dict.fromkeys(
@@ -65,7 +65,7 @@ class Lottery(Task):
     def __init__(self, *, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(derive_seed("lottery", seed))
         texts = all_texts()
-        values = (0.8 * torch.rand(len(texts), generator=draw)).tolist()
+        values = (0.5 * torch.rand(len(texts), generator=draw)).tolist()
         values[int(torch.randint(len(texts), (), generator=draw))] = 1.0
         self.values = dict(zip(texts, values, strict=True))
 
@@ -130,17 +130,17 @@ def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) 
         "output_dir": folder,
         "seed": seed,
         "dtype": "float32",
-        "num_train_prompts": 8,
+        "num_train_prompts": 16,
         "max_completion_length": LENGTH,
         "max_steps": STEPS,
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-2,
         "lr_scheduler_type": "constant",
         "overlong_buffer": 0,
         "truncated": "terminate",
         "eval_every": 0,
         "eval_samples": 0,
         "save_every": 10_000,
-        "num_prompts": 8,
+        "num_prompts": 16,
         "num_generations": 8,
     }
     if isinstance(shipped, ReinforceOptions):

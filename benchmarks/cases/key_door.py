@@ -1,4 +1,4 @@
-"""Credit over a delay: a key taken at the first of 13 steps opens a door at the last; between them twelve noisy rewards.
+"""Credit behind noise: twelve noisy rewards, then a key may be taken, and four steps later it opens a door that pays.
 
 Every learner starts from the same imitation of random walks through rooms (the key is one of five letters) and gets
 the same samples, 128 a step. What learners with a critic must reach was fixed before the judging run; those that see
@@ -27,7 +27,7 @@ NAME = "key_door"
 LEARNERS = ("a2c", "ppo", "reinforce", "rloo", "grpo")
 CRITICS = ("a2c", "ppo")
 SEEDS = (0, 1, 2, 3, 4)
-TASK = "key_door:steps=12,door=2.0,noise=2.0"
+TASK = "key_door:steps=12,corridor=3,door=2.0,noise=3.0"
 STEPS = 30
 GROUP = 8
 PROMPTS = 16
@@ -44,7 +44,7 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
     pairs = [(str(room.text), task.demonstration(room)[-1].content) for room in rooms]
     fresh = letter_model(folder / "fresh", LETTERS, seed=seed, width=48)
     start = imitate(fresh, pairs, folder / "imitation", seed=seed, steps=80)
-    options = _options(learner, seed, start, folder / "run", task.steps)
+    options = _options(learner, seed, start, folder / "run", task.length)
     policy = load_policy(options)
     began = time.perf_counter()
     if isinstance(options, PPOOptions):
@@ -58,7 +58,7 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
     return _outcome(folder / "run", seconds)
 
 
-def _options(learner: str, seed: int, model: Path, folder: Path, steps: int) -> RLOptions:
+def _options(learner: str, seed: int, model: Path, folder: Path, length: int) -> RLOptions:
     common: dict[str, Any] = {
         "model": str(model),
         "task": TASK,
@@ -68,7 +68,7 @@ def _options(learner: str, seed: int, model: Path, folder: Path, steps: int) -> 
         "num_train_prompts": 2000,
         "num_prompts": PROMPTS,
         "num_generations": GROUP,
-        "max_completion_length": steps + 1,
+        "max_completion_length": length,
         "max_steps": STEPS,
         "learning_rate": 1e-3,
         "lr_scheduler_type": "constant",
@@ -82,7 +82,7 @@ def _options(learner: str, seed: int, model: Path, folder: Path, steps: int) -> 
     if learner == "ppo":
         return PPOOptions(**common, **critic, num_epochs=2)
     if learner == "reinforce":
-        return ReinforceOptions(**common, baseline="moving", whiten_advantages=True)
+        return ReinforceOptions(**common, baseline="moving")
     return GRPOOptions(**common, advantage="grpo" if learner == "grpo" else "rloo")
 
 

@@ -40,7 +40,13 @@ LONGEST = 20
 BEAMS = 4
 EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {
     "mle": {"per_greedy": ("<=", 0.30), "wer_greedy": None, "per_beam": None, "wer_beam": None},
-    "mle_longer": {"ratio_per": ("<=", 1.0), "per_greedy": None, "wer_greedy": None, "per_beam": None, "wer_beam": None},
+    "mle_longer": {
+        "ratio_per": ("<=", 1.0),
+        "per_greedy": None,
+        "wer_greedy": None,
+        "per_beam": None,
+        "wer_beam": None,
+    },
     "minimum_risk": {"ratio_per": ("<=", 1.0), "per_greedy": None, "wer_greedy": None, "per_beam": None},
     "scst": {"ratio_per": ("<=", 1.0), "per_greedy": None, "wer_greedy": None, "per_beam": None, "wer_beam": None},
 }

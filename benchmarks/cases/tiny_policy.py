@@ -43,9 +43,7 @@ def letter_model(path: Path, letters: str, *, seed: int, width: int = 64, layers
     model = Decoder(config)
     tensors = {name: p.detach() for name, p in model.named_parameters()}
     generation = {"eos_token_id": 0}
-    return save_folder(
-        path, config.to_hf(), tensors, tokenizer=letter_tokenizer(letters), generation_config=generation
-    )
+    return save_folder(path, config.to_hf(), tensors, tokenizer=letter_tokenizer(letters), generation_config=generation)
 
 
 def imitate(

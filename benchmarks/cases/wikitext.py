@@ -37,13 +37,15 @@ from upslope.recipes.ppo import ppo
 from upslope.recipes.pretrain import Pretrain, causal_texts, pretrain
 from upslope.recipes.reinforce import reinforce
 from upslope.rollout.collect import collect
-from upslope.rollout.workers import make_scorer
 from upslope.rollout.in_process import Surroundings
+from upslope.rollout.workers import make_scorer
 from upslope.tasks.base import Task, select_prompts
 from upslope.types import Prompt, SamplingParams
 
 NAME = "wikitext"
-LEARNERS = tuple(f"{net}_{how}_{start}" for net in ("lstm", "decoder") for how in ("gae", "ppo") for start in ("random", "mle"))
+LEARNERS = tuple(
+    f"{net}_{how}_{start}" for net in ("lstm", "decoder") for how in ("gae", "ppo") for start in ("random", "mle")
+)
 SEEDS = (0, 1, 2, 3, 4)
 EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {}
 
@@ -55,7 +57,7 @@ REPETITION = 5.0
 
 
 class Continuations(Task):
-    """The first words of a text file's long lines, to be continued; every line of train.txt or held.txt is used once."""
+    """The first words of the long lines of a folder's train.txt or held.txt, to be continued."""
 
     name = "continuations"
     inline_safe = True
@@ -71,7 +73,7 @@ class Continuations(Task):
             for line in file.read_text(encoding="utf-8").splitlines():
                 words = line.split()
                 if len(words) >= 30:
-                    yield Prompt(text=" " + " ".join(words[:WORDS]))
+                    yield Prompt(key=0, text=" " + " ".join(words[:WORDS]))
 
         half = "train" if split == "train" else "eval"
         return select_prompts(lines(), half, n, name=self.name, eval_fraction=0.5)
@@ -82,7 +84,7 @@ def wikitext() -> Path:
     folder = Path(os.environ.get("UPSLOPE_DATA", str(ROOT.parent / "shared" / "data"))) / "wikitext2"
     for name in ("valid.txt", "test.txt"):
         if not (folder / name).is_file():
-            raise DataError(f"{folder / name}: no such file; set UPSLOPE_DATA to the folder that holds wikitext2/{name}")
+            raise DataError(f"{folder / name}: no such file; UPSLOPE_DATA names the folder that holds wikitext2/")
     return folder
 
 
@@ -100,7 +102,7 @@ def base() -> Path:
     (folder / "judge.txt").write_text(other, encoding="utf-8")
     first = _pretrain("decoder", folder, "tokenizer", data="train.txt", tokenizer="bpe", seed=0, max_steps=0)
     shutil.copytree(first, folder / "vocabulary")
-    judge = _pretrain("decoder", folder, "judge", data="judge.txt", seed=0, max_steps=200, learning_rate=5e-3)
+    judge = _pretrain("decoder", folder, "judge", data="judge.txt", seed=0, max_steps=120, learning_rate=6e-3)
     shutil.copytree(judge, folder / "frozen")
     return folder
 
@@ -114,7 +116,7 @@ def _options(net: str, folder: Path, name: str, *, data: str = "train.txt", **ch
         "tokenizer": str(folder / "vocabulary"),
         "architecture": net,
         "hidden_size": WIDTH,
-        "num_layers": 2 if net == "lstm" else 3,
+        "num_layers": 2,
         "num_heads": None if net == "lstm" else 4,
         "context_length": 64,
         "batch_size": 32,
@@ -137,7 +139,7 @@ def _pretrain(net: str, folder: Path, name: str, **changes: Any) -> str:
 def start(net: str, kind: str, seed: int) -> Path:
     """Random weights of a seed, or the same after maximum likelihood on the training part."""
     name = f"{net}-{kind}-{seed}"
-    steps, rate = (0 if kind == "random" else {"lstm": 60, "decoder": 40}[net]), {"lstm": 1e-2, "decoder": 5e-3}[net]
+    steps, rate = (0 if kind == "random" else {"lstm": 60, "decoder": 50}[net]), {"lstm": 1e-2, "decoder": 6e-3}[net]
     return Path(_pretrain(net, base(), name, seed=seed, max_steps=steps, learning_rate=rate))
 
 

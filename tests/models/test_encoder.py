@@ -1,4 +1,4 @@
-"""Encoders of several families: the same logits here, after saving, and in plain transformers; adapters; bad folders."""
+"""Encoders of several families: the same logits here, saved, and in plain transformers; adapters; bad folders."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tiny_model import tiny_folder
 
 from upslope import packages
 from upslope.errors import ModelError
-from upslope.models.encoder import Encoder, Kind, load_encoder, new_encoder
 from upslope.models import sources
+from upslope.models.encoder import Encoder, Kind, load_encoder, new_encoder
 from upslope.models.sources import provenance, resolve
 
 FAMILIES = ("bert", "roberta", "distilbert", "xlnet")
@@ -190,7 +190,7 @@ def test_bad_folders_and_sizes_end_in_one_clear_line(tmp_path: Path) -> None:
         load_encoder(tiny_folder(tmp_path / "llama"), "classify", labels=LABELS)
     with pytest.raises(ModelError, match=r"no config\.json"):
         load_encoder(tmp_path / "none", "tag", labels=LABELS)
-    with pytest.raises(ModelError, match="is no encoder that can masked|no encoder"):
+    with pytest.raises(ModelError, match="is no encoder"):
         new_encoder("masked", vocab_size=9, model_type="xlnet", **sizes)
     with pytest.raises(ModelError, match="no multiple of num_heads 3"):
         new_encoder("masked", vocab_size=9, **{**sizes, "num_heads": 3})
@@ -199,7 +199,8 @@ def test_bad_folders_and_sizes_end_in_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="needs labels"):
         new_encoder("tag", vocab_size=9, **sizes)
     weights = load_file(masked / "model.safetensors")
-    save_file({n: t for n, t in weights.items() if "layer.1.output.dense.weight" not in n}, masked / "model.safetensors")
+    kept = {n: t for n, t in weights.items() if "layer.1.output.dense.weight" not in n}
+    save_file(kept, masked / "model.safetensors")
     with pytest.raises(ModelError, match=r"weights of the trunk are missing, first bert\.encoder\.layer\.1"):
         load_encoder(masked, "classify", labels=LABELS)
 

@@ -119,7 +119,7 @@ def test_an_lstms_folder_goes_on_in_sft(texts: Path, tmp_path: Path) -> None:
     summary = pretrain(options(texts, tmp_path / "run", architecture="lstm"))
     assert isinstance(load_model(summary["model"]), LSTM)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "ab", "completion": "cde"}\n' * 8)
-    tuned = sft(
+    sft(
         SFTOptions(
             model=summary["model"],
             data=str(tmp_path / "rows.jsonl"),

@@ -1,4 +1,4 @@
-"""REINFORCE and its baselines: by hand, against PPO and plain formulas in float64, on tiny models, killed and resumed."""
+"""REINFORCE and its baselines, and the family of GRPO: by hand, in float64 against the papers, on tiny models."""
 
 from __future__ import annotations
 
@@ -289,7 +289,8 @@ def test_advantages_by_hand(tiny: Path, task: str, tmp_path: Path) -> None:
     torch.testing.assert_close(whitened[mask.bool()], (flat - flat.mean()) / flat.std(), rtol=1e-5, atol=1e-6)
     moving = learner(baseline="moving", baseline_decay=0.75)
     torch.testing.assert_close(estimated(moving, groups, []), returns)
-    torch.testing.assert_close(estimated(moving, make((8.0, 8.0), (3, 2)), []), (returns * torch.tensor([[8.0], [8 / 3]]) - 2) * mask)
+    second = (returns * torch.tensor([[8.0], [8 / 3]]) - 2) * mask
+    torch.testing.assert_close(estimated(moving, make((8.0, 8.0), (3, 2)), []), second)
     assert moving.moving.value == pytest.approx((0.75 * 0.25 * 2 + 0.25 * 8) / (0.75 * 0.25 + 0.25))
 
 
@@ -332,7 +333,8 @@ def test_step_rewards_reach_ppo_and_reinforce_but_grpo_takes_the_total(tiny: Pat
         for t in range(len(rollout.tokens)):
             expected = sum(v for i, v in rollout.reward.steps if i >= t) + rest
             for experience in (first, second):
-                assert float(experience.padded(experience.flat["advantages"])[row, t]) == pytest.approx(expected, abs=1e-5)
+                found = experience.padded(experience.flat["advantages"])[row, t]
+                assert float(found) == pytest.approx(expected, abs=1e-5)
     whole = [r.reward.value for r in third.rollouts[:4]]
     expected = whole[0] - sum(whole) / 4  # type: ignore[arg-type]
     assert float(third.flat["advantages"][0]) == pytest.approx(expected, abs=1e-5)
@@ -357,7 +359,13 @@ def test_reinforce_learns(baseline: str, tiny: Path, task: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("variant", ["moving", "greedy", "learned apart"])
 def test_resume_after_an_interruption(variant: str, tiny: Path, task: str, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {**BASELINES[variant], "lr_scheduler_type": "constant", "max_steps": 4, "save_every": 1, "eval_every": 2}
+    changes: dict[str, Any] = {
+        **BASELINES[variant],
+        "lr_scheduler_type": "constant",
+        "max_steps": 4,
+        "save_every": 1,
+        "eval_every": 2,
+    }
     options = ReinforceOptions(**rl(tiny, task, tmp_path / "whole", **changes))
     reinforce(options)
     half = replace(options, output_dir=str(tmp_path / "parts"), max_steps=2)

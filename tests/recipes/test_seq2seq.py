@@ -275,6 +275,10 @@ def test_dropout_acts_in_likelihood_only(half_trained: str, pairs: str, tmp_path
     assert likelihood.use_dropout
     assert likelihood.config.dropout == 0.1
     assert not learner(MinimumRisk, risk(pairs, tmp_path, half_trained)).model.use_dropout
+    options = Seq2SeqOptions(**settings(pairs, tmp_path / "run", max_steps=1))
+    policy = start_policy(options, PairData.of(options), tmp_path / "given")
+    seq2seq(options, policy=policy)
+    assert not policy.model.use_dropout  # what trains it next by rewards must see the network that samples
 
 
 def test_dry_run_says_what_will_happen(

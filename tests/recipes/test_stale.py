@@ -148,7 +148,8 @@ def test_correction_brings_the_expected_gradient_nearer_to_the_true_one(variant:
     else:
         weights = importance_weights(logp_ST, mu_ST, mask, level=variant, high=2.0)  # type: ignore[arg-type]
         corrected = error(weights, advantages)
-    assert corrected < 0.8 * uncorrected, (corrected, uncorrected)
+    # V-trace's fixed point is a policy between the two, so it comes less near than plain weights do.
+    assert corrected < (0.9 if variant == "vtrace" else 0.8) * uncorrected, (corrected, uncorrected)
     if variant == "sequence":
         unbounded = importance_weights(logp_ST, mu_ST, mask, level="sequence", high=1e9)
         assert error(unbounded, advantages) < 1e-9, "the whole product is unbiased"

@@ -6,6 +6,7 @@ tokens (`encode_conversation` of the whole): both tokenise the template's text i
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,7 +57,7 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
 
     if pair and not (path / "tokenizer.json").is_file():
         raise ModelError(f"{path}: no tokenizer.json here; save the tokenizer as a fast one")
-    kind = PreTrainedTokenizerFast if pair else AutoTokenizer
+    kind = PreTrainedTokenizerFast if pair or _is_ours(path) else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust reader raises bare Exception; whatever it says is passed on
@@ -66,6 +67,15 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
     if len(tokenizer) == 0:
         raise ModelError(f"{path}: the tokenizer's vocabulary is empty")
     return tokenizer
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether config.json names an architecture that transformers does not have, so that it has no tokenizer for it."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and str(config.get("model_type", "")).startswith("upslope_")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Tools = ()) -> list[int]:

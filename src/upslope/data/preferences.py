@@ -185,7 +185,9 @@ def step_ends(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
     the tokens, the same for data and for what was sampled.
     """
     special = set(tokenizer.all_special_ids)
-    pieces = {t: "" if t in special else str(tokenizer.decode([t], clean_up_tokenization_spaces=False)) for t in set(tokens)}
+    pieces = {
+        t: "" if t in special else str(tokenizer.decode([t], clean_up_tokenization_spaces=False)) for t in set(tokens)
+    }
     ends: list[int] = []
     filled = False
     for place, token in enumerate(tokens):

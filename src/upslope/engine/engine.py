@@ -118,9 +118,7 @@ class Engine:
         prompt = check_prompt(prompt_tokens, spec.input_vocab_size, spec.max_positions)
         self.model.check_prompt(prompt)
         if params.prompt_logprobs is not None and self.model.whole_prompts:
-            raise ConfigError(
-                "sampling option prompt_logprobs: an encoder-decoder does not predict its prompt"
-            )
+            raise ConfigError("sampling option prompt_logprobs: an encoder-decoder does not predict its prompt")
         if params.stop and self.tokenizer is None:
             raise ConfigError(f"sampling option stop = {params.stop!r} needs an engine with a tokenizer")
         limit = min(params.max_tokens, self.model.room(len(prompt)))

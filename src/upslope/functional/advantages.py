@@ -31,7 +31,7 @@ def group_normalized(
     """A_i = (R_i - mean) / (std + eps) over the group (GRPO, Shao et al. 2024, arXiv 2402.03300). -> [P, G].
 
     The division up-weights prompts that are nearly always or nearly never solved: with 0/1 rewards it ascends
-    E[2 asin sqrt p], not E[p]. `unbiased` divides the variance by n - 1.
+    E[2 asin sqrt p] in large groups, not E[p]. `unbiased` divides the variance by n - 1.
     """
     check_range("eps", eps, 0.0)
     group = _statistics(rewards_PG, mask_PG)

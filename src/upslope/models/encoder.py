@@ -13,34 +13,30 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from upslope.errors import ModelError
+from upslope.models.encoder_config import (
+    OFFSET_POSITIONS,
+    SIZES,
+    Kind,
+    auto_class,
+    check_kind,
+    config_of,
+    has_head,
+    longest_input,
+    one_line,
+    switch_off_dropout,
+    with_labels,
+)
 from upslope.models.weights import Tokenizer, check_shapes, copy_companions, new_folder, read_config, write_json
 
 __all__ = ["Encoder", "Kind", "load_encoder", "new_encoder"]
-
-Kind = Literal["classify", "tag", "masked"]
-
-_AUTO = {
-    "classify": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
-    "tag": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
-    "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
-}
-_ALSO_ENCODERS = {"xlnet"}  # looks both ways, but its own head on words predicts a permutation
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"}
-_SIZES = {
-    "distilbert": {"intermediate_size": "hidden_dim"},
-    "xlnet": {"intermediate_size": "d_inner", "max_positions": None},
-}
-
 
 class Encoder(nn.Module):
     """A transformers encoder with its head; parameter names are those of the wrapped network.
@@ -73,7 +69,7 @@ class Encoder(nn.Module):
         self.source = source
         self.fresh = tuple(fresh)
         self.masters: dict[str, Tensor] = {}
-        self.max_positions = _max_positions(network.config)
+        self.max_positions = longest_input(network.config)
         self.padding_side = "left" if network.config.model_type == "xlnet" else "right"
         self._dropout = dict(dropout or {})
         takes = "token_type_ids" in inspect.signature(network.forward).parameters
@@ -156,7 +152,7 @@ class Encoder(nn.Module):
         """
         state = {n: t.detach().to("cpu").contiguous() for n, t in self.weights(tensors).items()}
         with torch.device("meta"):
-            twin = _auto(self.kind).from_config(self.config)
+            twin = auto_class(self.kind).from_config(self.config)
         expected = {name: tuple(p.shape) for name, p in twin.named_parameters()}
         check_shapes(expected, {n: tuple(t.shape) for n, t in state.items()}, where="weights to save")
         written = next(t.dtype for t in state.values() if t.is_floating_point())
@@ -193,20 +189,20 @@ def load_encoder(
     """
     path = Path(folder)
     raw = read_config(path)
-    config = _config_of(path)
-    _check_kind(config, kind, str(path))
-    named = _named_labels(raw, config, kind)
+    config = config_of(path)
+    check_kind(config, kind, str(path))
+    named = has_head(raw, config, kind)
     stored = tuple(config.id2label[i] for i in range(len(config.id2label))) if named else ()
     if kind != "masked" and labels is None and not named:
         raise ModelError(f"{path}: has no head to {kind}; give the labels of a new one")
     keep = kind == "masked" or (named and (labels is None or set(labels) == set(stored)))
     chosen = stored if keep else tuple(labels or ())
-    dropout = _switch_off_dropout(config, raw)
+    dropout = switch_off_dropout(config, raw)
     with _seeded(seed), _quiet():
         network, missing = _load(path, config, kind)
         if not keep:
             trunk = network.base_model.state_dict()
-            network = _auto(kind).from_config(_with_labels(config, chosen))
+            network = auto_class(kind).from_config(with_labels(config, chosen))
             network.base_model.load_state_dict(trunk, strict=False)
             missing = sorted({*missing, *(n for n, _ in network.named_parameters() if _outside_trunk(network, n))})
     encoder = Encoder(
@@ -247,10 +243,10 @@ def new_encoder(
         "pad_token_id": pad_token_id,
         **more,
     }
-    own = _SIZES.get(model_type, {})
+    own = SIZES.get(model_type, {})
     sizes[own.get("intermediate_size") or "intermediate_size"] = intermediate_size
     if "max_positions" not in own:
-        offset = pad_token_id + 1 if model_type in _OFFSET_POSITIONS else 0
+        offset = pad_token_id + 1 if model_type in OFFSET_POSITIONS else 0
         sizes["max_position_embeddings"] = max_positions + offset
     if hidden_size % num_heads:
         raise ModelError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
@@ -261,67 +257,23 @@ def new_encoder(
     try:
         config = AutoConfig.for_model(model_type, **sizes)
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise ModelError(f"model type {model_type!r}: {_line(error)}") from error
-    _check_kind(config, kind, model_type)
-    dropout = _switch_off_dropout(config, config.to_dict())
+        raise ModelError(f"model type {model_type!r}: {one_line(error)}") from error
+    check_kind(config, kind, model_type)
+    dropout = switch_off_dropout(config, config.to_dict())
     if kind != "masked":
-        _with_labels(config, tuple(labels or ()))
+        with_labels(config, tuple(labels or ()))
     with _seeded(seed):
-        network = _auto(kind).from_config(config)
+        network = auto_class(kind).from_config(config)
     return Encoder(network, kind, labels=labels or (), dropout=dropout)
 
 
-def _auto(kind: Kind) -> Any:
-    return getattr(transformers, _AUTO[kind][0])
-
-
-def _config_of(path: Path) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: config.json is not one transformers can run ({_line(error)})") from error
-
-
-def _check_kind(config: PretrainedConfig, kind: Kind, where: str) -> None:
-    masked = getattr(modeling_auto, _AUTO["masked"][1])
-    known = getattr(modeling_auto, _AUTO[kind][1])
-    if config.model_type not in known or config.model_type not in {*masked, *_ALSO_ENCODERS}:
-        raise ModelError(
-            f"{where}: model type {config.model_type!r} is no encoder that can {kind}; give a BERT, RoBERTa, "
-            "DistilBERT, XLNet or like folder, or the alias minilm"
-        )
-
-
-def _named_labels(raw: Mapping[str, Any], config: PretrainedConfig, kind: Kind) -> bool:
-    """Whether the folder was saved with a head of this kind."""
-    wanted = getattr(modeling_auto, _AUTO[kind][1]).get(config.model_type)
-    return kind != "masked" and wanted in (raw.get("architectures") or ())
-
-
-def _with_labels(config: PretrainedConfig, labels: Sequence[str]) -> PretrainedConfig:
-    if len(set(labels)) != len(labels):
-        raise ModelError("two labels of the head are the same")
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: i for i, label in enumerate(labels)}
-    config.problem_type = None
-    return config
-
-
-def _switch_off_dropout(config: PretrainedConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Set every dropout rate to 0; returns what is to be written back into a saved config.json."""
-    rates = {
-        name: value
-        for name, value in config.to_dict().items()
-        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    }
-    for name in rates:
-        setattr(config, name, 0.0)
-    return {name: raw.get(name, value) for name, value in rates.items()}
+def _outside_trunk(network: PreTrainedModel, name: str) -> bool:
+    return not name.startswith(f"{network.base_model_prefix}.")
 
 
 def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedModel, list[str]]:
     try:
-        network, report = _auto(kind).from_pretrained(
+        network, report = auto_class(kind).from_pretrained(
             str(path),
             config=config,
             dtype=torch.float32,
@@ -330,15 +282,11 @@ def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedM
             use_safetensors=True,
         )
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise ModelError(f"{path}: cannot be loaded as an encoder ({_line(error)})") from error
+        raise ModelError(f"{path}: cannot be loaded as an encoder ({one_line(error)})") from error
     wrong = sorted(str(key) for key in report.get("mismatched_keys") or ())
     if wrong:
         raise ModelError(f"{path}: weights do not fit config.json, first {wrong[0]}; get the folder again")
     return network, sorted(report["missing_keys"])
-
-
-def _outside_trunk(network: PreTrainedModel, name: str) -> bool:
-    return not name.startswith(f"{network.base_model_prefix}.")
 
 
 def _enable_checkpointing(network: PreTrainedModel) -> None:
@@ -346,13 +294,6 @@ def _enable_checkpointing(network: PreTrainedModel) -> None:
         raise ModelError(f"{type(network).__name__} cannot recompute activations; leave gradient_checkpointing off")
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
-
-
-def _max_positions(config: PretrainedConfig) -> int | None:
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is None or longest <= 0 or config.model_type == "xlnet":
-        return None
-    return longest - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else longest
 
 
 @contextmanager
@@ -377,7 +318,3 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

@@ -48,9 +48,10 @@ def load_model(
 ) -> CausalModel:
     """The network of a model folder with its weights in `dtype`.
 
-    Decoder for llama, mistral, qwen2 and qwen3 folders it can run exactly, LSTM for its own, TransformersModel for any other causal
-    architecture. A reward model's folder (a `score.weight` in place of the head) gives its trunk; its logits then
-    mean nothing. Raises ModelError, naming the folder and what is missing, misshapen or unsupported.
+    Decoder for llama, mistral, qwen2 and qwen3 folders it can run exactly, LSTM for its own, Seq2Seq for marian and
+    pegasus, TransformersModel for any other causal architecture. A reward model's folder (a `score.weight` in place of
+    the head) gives its trunk; its logits then mean nothing. Raises ModelError, naming the folder and what is missing,
+    misshapen or unsupported.
     """
     if read_config(folder).get("model_type") == LSTM_TYPE:
         return _filled(LSTM, LSTMConfig.from_hf(read_config(folder)), folder, dtype, gradient_checkpointing)
@@ -123,7 +124,7 @@ def save_model(
     max_shard_bytes: float = 5e9,
     overwrite: bool = False,
 ) -> Path:
-    """Write `model` as a folder that transformers and vLLM load (an LSTM: only upslope); atomic (models.weights.save_folder).
+    """Write `model` as a folder that transformers loads (an LSTM: only upslope); atomic (models.weights.save_folder).
 
     `tensors` (float32 master weights, say) take the place of the model's own parameters; names and shapes are
     checked. Tokenizer, chat template and generation config are copied from `source_folder`.

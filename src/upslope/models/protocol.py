@@ -70,7 +70,7 @@ class Context(Protocol):
         ...
 
     def before(self, layer: int) -> tuple[Tensor, Tensor] | None:
-        """What was kept [S, K, d] at the token before each segment's first one (zeros at a start); None: no segment has one."""
+        """What was kept [S, K, d] at the token before each segment's first (zeros at a start); None: none has one."""
         ...
 
 

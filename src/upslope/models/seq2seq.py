@@ -37,8 +37,9 @@ class Seq2Seq(CausalModel):
     """The network with random weights (Glorot's uniform; embeddings normal with deviation D^-0.5).
 
     `use_dropout` lets `config.dropout` act in training mode where gradients are recorded; it is off unless a supervised
-    recipe sets it, because a policy's update must see the network that sampled. `final_logits_bias` is a constant that real Marian models carry:
-    where it is not zero, it becomes one more column of the head, met by a 1 at the end of each hidden state.
+    recipe sets it, because a policy's update must see the network that sampled. `final_logits_bias` is a constant that
+    real Marian models carry: where it is not zero, it becomes one more column of the head, met by a 1 at the end of
+    each hidden state.
     """
 
     whole_prompts = True

@@ -2,7 +2,7 @@
 
 policy pi(a | x) over labels = softmax of the encoder's logits; r(y, a) = reward of saying a where y is right
     cross_entropy             J = mean log pi(y | x)
-    policy_gradient           J = mean sum_a pi(a | x) r(y, a)         its gradient in logit j: pi_j (r_j - sum_k pi_k r_k)
+    policy_gradient           J = mean sum_a pi(a | x) r(y, a); gradient in logit j: pi_j (r_j - sum_k pi_k r_k)
     policy_gradient_sampled   the same J; gradient from K sampled labels (Williams 1992), unbiased but for baseline
                               "mean", which shrinks it by (K - 1) / K
 With 0/1 rewards the exact gradient is cross-entropy's times pi(y | x): it weighs what the model already half knows
@@ -102,7 +102,7 @@ def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, D
     check_known(test_rows, labels)
     start = start or load_start(options, "classify", labels)
     if set(start.encoder.labels) != set(labels):
-        raise ConfigError(f"the encoder's labels are not those of {options.data}; load it with labels={list(labels)[:4]}...")
+        raise ConfigError(f"the encoder's labels are not the {len(labels)} of {options.data}; load it with those")
     check_length(options, start.encoder)
     data = encode_splits(options, start, train_rows, dev_rows, test_rows)
     return Classify(options, start, data), data

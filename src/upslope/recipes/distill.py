@@ -28,6 +28,7 @@ from torch import Tensor
 from upslope.build import Policy, load_policy, make_engine, make_optimizer
 from upslope.data.batching import PromptStream, collate, split_by_tokens
 from upslope.data.chat import encode_prompt, load_tokenizer
+from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.distillation import linear_divergence
@@ -68,7 +69,7 @@ def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[st
 def load_teacher(source: str, policy: Policy) -> CausalModel:
     """The frozen teacher in the student's compute dtype. ModelError: its vocabulary is another one."""
     folder = resolve(source)
-    theirs, ours = load_tokenizer(folder).get_vocab(), policy.tokenizer.get_vocab()
+    theirs, ours = _vocabulary(load_tokenizer(folder)), _vocabulary(policy.tokenizer)
     differ = next((token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)), None)
     if differ is not None:
         raise ModelError(
@@ -83,6 +84,14 @@ def load_teacher(source: str, policy: Policy) -> CausalModel:
             "distillation needs the same vocabulary in both"
         )
     return model.requires_grad_(False).eval()
+
+
+def _vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Every token's id; of an encoder-decoder's pair also the source's."""
+    if not isinstance(tokenizer, PairTokenizer):
+        return tokenizer.get_vocab()
+    source = {f"source {token}": id_ for token, id_ in tokenizer.source.get_vocab().items()}
+    return {**tokenizer.target.get_vocab(), **source, "decoder start": tokenizer.decoder_start_token_id}
 
 
 class Distill:

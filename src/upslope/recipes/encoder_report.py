@@ -75,7 +75,8 @@ def show(options: EncoderOptions, learner: EncoderLearner, facts: Mapping[str, A
     console.print(f"labels of these items: {' '.join(encoder.labels[t] for t in inputs[0].targets)}", markup=False)
     for name, value in facts.items():
         console.print(f"{name}: {value}", markup=False)
-    console.print(f"model: {encoder.config.model_type}, {parameters:,} parameters, {encoder.dtype}".replace("torch.", ""))
+    dtype = str(encoder.dtype).removeprefix("torch.")
+    console.print(f"model: {encoder.config.model_type}, {parameters:,} parameters, {dtype}")
     for line in plan.words:
         console.print(f"- {line}")
     console.print(
@@ -121,5 +122,6 @@ def _predict(options: EncoderOptions, learner: EncoderLearner, inputs: Sequence[
     mean = sum(len(x.tokens) for x in inputs) / len(learner.rows)
     per_step = mean * options.batch_size
     seconds = min(times) / tokens * per_step
-    memory = resident_memory_gb() + (trained * 12 + activations / tokens * min(options.micro_batch_tokens, per_step)) / 1e9
+    micro = min(options.micro_batch_tokens, per_step)
+    memory = resident_memory_gb() + (trained * 12 + activations / tokens * micro) / 1e9
     return Prediction(memory, seconds, seconds * plan_of(options, examples=len(learner.rows)).optimizer_steps)

@@ -190,9 +190,7 @@ class GRPO(PolicyGradient):
         elif o.loss == "cispo":
             policy_N = clipped_is_reinforce(out.logp_N, old, advantages, clip_high=high)
         elif o.loss == "sapo":
-            policy_N = soft_gated(
-                out.logp_N, old, advantages, tau_positive=o.tau_positive, tau_negative=o.tau_negative
-            )
+            policy_N = soft_gated(out.logp_N, old, advantages, tau_positive=o.tau_positive, tau_negative=o.tau_negative)
         else:
             policy_N = clipped_surrogate(out.logp_N, old, advantages, clip_low=o.epsilon, clip_high=high)
         if "importance" in f:

@@ -121,6 +121,11 @@ class MinimumRisk(PairLearner):
         batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
         logp_N = experience.in_order(score(model, batches), order).logp_N
         assert logp_N is not None
+        for rollout, logp in zip(
+            experience.rollouts, logp_N.split([len(r.tokens) for r in experience.rollouts]), strict=True
+        ):
+            if rollout.sample == o.num_samples:  # the reference: nothing sampled it
+                rollout.policy_logprobs = rollout.sampling_logprobs = logp.tolist()
         logp_B = experience.sequence_sums(logp_N.double())
         costs_B = torch.tensor([1.0 - (r.reward.value or 0.0) for r in experience.rollouts])
         costs_PG, mask_PG, place_B = group_rewards(experience, costs_B, count)

@@ -85,13 +85,17 @@ def start_policy(options: Seq2SeqOptions, data: PairData, folder: Path) -> Polic
         if not _copy_of_run(options, folder):
             _random_model(options, data, folder)
         policy = load_policy(replace(options, model=str(folder)))
-    model = policy.model
-    if not isinstance(model, Seq2Seq):
-        raise ConfigError(f"{options.model} is no encoder-decoder of a kind that seq2seq trains; use upslope sft for it")
     if options.dropout is not None:
+        model = network_of(policy)
         model.config = replace(model.config, dropout=options.dropout)
-    model.use_dropout = options.objective == "mle"
     return policy
+
+
+def network_of(policy: Policy) -> Seq2Seq:
+    """The policy's encoder-decoder; ConfigError where it is another kind of network."""
+    if not isinstance(policy.model, Seq2Seq):
+        raise ConfigError(f"{policy.folder} is no encoder-decoder of Marian's or Pegasus' kind; use upslope sft for it")
+    return policy.model
 
 
 def _copy_of_run(options: Seq2SeqOptions, folder: Path) -> bool:
@@ -150,6 +154,7 @@ class PairLearner:
 
     def __init__(self, options: Seq2SeqOptions, policy: Policy, data: PairData, *, sequences: int = 0) -> None:
         self.policy, self.data = policy, data
+        network_of(policy).use_dropout = options.objective == "mle"
         self.run: Run | None = None
         self.examples, self.prompts = self._fitting(options)
         self.held_out, self.eval_examples = self._fitting_held_out(options)
@@ -238,7 +243,8 @@ class PairLearner:
         rewards = [g.rollouts[0].reward for g in groups]
         metrics: dict[str, Any] = {
             "eval_loss": float(-out.logp_N.double().mean()),
-            "edit_rate": sum(r.parts["edits"] for r in rewards) / sum(r.parts["reference_length"] for r in rewards),
+            "edit_rate": sum(r.parts["edits"] for r in rewards)
+            / max(1, sum(r.parts["reference_length"] for r in rewards)),
             "accuracy": evaluate(groups),
         }
         return Evaluation(metrics["edit_rate"], metrics)
@@ -273,7 +279,8 @@ class PairLearner:
         self.policy.write(folder, self.optimizer.weights())
 
     def close(self) -> None:
-        """End the reward workers."""
+        """End the reward workers; dropout is for this recipe alone."""
+        network_of(self.policy).use_dropout = False
         if self.scorer is not None:
             self.scorer.__exit__(None, None, None)
 
@@ -310,5 +317,4 @@ def encode_pair(policy: Policy, prompt: Prompt, target: str, max_length: int) ->
         raise DataError(f"the pair with the source {(prompt.text or '')[:60]!r}: {error}") from error
     trained = sum(example.mask)
     longer = max(len(example.tokens) - trained - 1, trained + 1)
-    room = policy.model.config.max_position_embeddings if isinstance(policy.model, Seq2Seq) else max_length
-    return longer if longer > min(max_length, room) else example
+    return longer if longer > min(max_length, network_of(policy).config.max_position_embeddings) else example

@@ -115,7 +115,7 @@ def _encoder(o: EncoderOptions, examples: int | None) -> Plan:
         {
             "cross_entropy": f"It raises the likelihood of every {item}'s right label.",
             "policy_gradient": f"It raises the expected reward of every {item} in closed form: {reward}.",
-            "policy_gradient_sampled": f"It samples {o.num_samples} labels per {item} (baseline {o.baseline}): {reward}.",
+            "policy_gradient_sampled": f"It samples {o.num_samples} labels per {item}, baseline {o.baseline}; {reward}",
         }[o.objective],
     ]
     steps = o.max_steps
@@ -123,7 +123,8 @@ def _encoder(o: EncoderOptions, examples: int | None) -> Plan:
         if o.num_epochs is not None:
             steps = max(1, round(o.num_epochs * examples / o.batch_size))
             words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} rows sets max_steps to {steps:,}.")
-        words.append(f"{steps:,} steps see {steps * o.batch_size:,} rows: {steps * o.batch_size / examples:.2g} passes.")
+        seen = steps * o.batch_size
+        words.append(f"{steps:,} steps see {seen:,} rows: {seen / examples:.2g} passes over the data.")
     if o.eval_data is None:
         words.append(f"{o.eval_share:.0%} of the data, chosen by seed and content, is held out as dev rows.")
     if o.test_data is not None:

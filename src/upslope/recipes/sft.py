@@ -158,8 +158,8 @@ def load_examples(options: SFTOptions, tokenizer: Any, task: Task | None) -> tup
     train_set = _encoded(options.data, tokenizer, options.max_length)
     if options.eval_data is not None:
         return train_set, _encoded(options.eval_data, tokenizer, options.max_length)[: options.eval_samples or None]
-    held = min(len(train_set) // 10, options.eval_samples)
-    return (train_set[:-held], train_set[-held:]) if held else (train_set, [])
+    held = len(train_set) // 10  # whatever eval_samples is: a resumed run may change that, not what it trains on
+    return (train_set[:-held], train_set[-held:][: options.eval_samples]) if held else (train_set, [])
 
 
 def demonstrated(tokenizer: Any, task: Task, prompt: Prompt, *, max_length: int | None = None) -> Example:

@@ -119,7 +119,7 @@ def _prepare(options: TagOptions, start: Start | None) -> tuple[Tag, Data]:
     check_known(test_rows, labels)
     start = start or load_start(options, "tag", labels)
     if set(start.encoder.labels) != set(labels):
-        raise ConfigError(f"the encoder's tags are not those of {options.data}; load it with labels={list(labels)[:4]}...")
+        raise ConfigError(f"the encoder's tags are not the {len(labels)} of {options.data}; load it with those")
     check_length(options, start.encoder)
     data = encode_splits(options, start, train_rows, dev_rows, test_rows)
     return Tag(options, start, data), data

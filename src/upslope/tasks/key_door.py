@@ -1,17 +1,17 @@
-"""Credit over a long delay: an early choice pays only at the end, behind many steps whose rewards are noise.
+"""Credit behind noise: a choice in the middle of the way pays only at its end, and what came before it is a lottery.
 
 After Hung et al. (2019, arXiv 1810.06721), who measure how well an agent assigns credit to a key that opens a door
-much later, with distracting apples in between. Here a letter is a step:
+much later, with distracting apples on the way. Here a letter is a step:
 
-    k c d a k b ... d       the first letter takes the key ("k") or does not;
-    | `---- apples ---´     each further letter is an apple worth +noise or -noise;
-    key                     after the last of them the door pays `door` if the key was taken.
+    c k d a b ... d   k   a c b d     twelve apples, each worth +noise or -noise;
+    `-- apples --'   key  corridor    then "k" takes the key, any other letter leaves it;
+                                      at the end of the corridor the door pays `door` if it was taken.
 
 An apple's worth is a coin toss that depends on the room (the prompt), the step and the letter: known to the judge,
 the same whenever the same letter is picked there, zero on average, and in no relation to the key. Over many rooms there
-is nothing in it to learn. It drowns the door in the total reward, of which apples are `steps` times the noise squared
-in variance. A critic that sees the letters is not fooled: what comes after a step is predicted by V, and what came
-before it is not in the return to go.
+is nothing in it to learn, but it drowns the door in the total: apples bring `steps` times noise squared of variance.
+A learner that knows when rewards came is not fooled: what was earned before the key is not in its return to go, and a
+critic carries the door's pay back through the silent corridor.
 
 Rewards carry their steps (`Reward.steps`), one token per letter; a learner that looks at the total sees the sum.
 """
@@ -30,25 +30,41 @@ LETTERS = "abcd" + KEY
 
 
 class KeyDoor(Task):
-    """Rooms with a key at the entrance and a door at the end.
+    """Rooms with apples, a key, a corridor and a door.
 
-    steps: apples between key and door; door: what the door pays; noise: size of an apple's worth; room: letters of the
-    prompt. A completion that stops before 1 + steps letters of abcdk does not reach the door; what follows them is
-    not read. `correct` says that the door was opened.
+    steps: apples before the key; corridor: letters between key and door; door: what the door pays; noise: size of an
+    apple's worth; room: letters of the prompt. A completion that stops before steps + 1 + corridor letters of abcdk
+    does not reach the door; what follows them is not read. `correct` says that the door was opened.
     """
 
     name = "key_door"
     inline_safe = True
 
     def __init__(
-        self, *, steps: int = 12, door: float = 2.0, noise: float = 2.0, room: int = 6, eval_fraction: float = 0.2
+        self,
+        *,
+        steps: int = 12,
+        corridor: int = 3,
+        door: float = 2.0,
+        noise: float = 3.0,
+        room: int = 6,
+        eval_fraction: float = 0.2,
     ) -> None:
-        if steps < 1 or room < 1:
-            raise ConfigError(f"'key_door': steps and room must be at least 1, got {steps} and {room}")
+        if min(steps, room) < 1 or corridor < 0:
+            raise ConfigError(
+                f"'key_door': steps and room must be at least 1 and corridor at least 0, "
+                f"got {steps}, {room} and {corridor}"
+            )
         if not (door > 0 and noise >= 0):
             raise ConfigError(f"'key_door': door must be positive and noise not negative, got {door} and {noise}")
         check_split("train", 0, eval_fraction)
-        self.steps, self.door, self.noise, self.room, self.eval_fraction = steps, door, noise, room, eval_fraction
+        self.steps, self.corridor, self.door, self.noise = steps, corridor, door, noise
+        self.room, self.eval_fraction = room, eval_fraction
+
+    @property
+    def length(self) -> int:
+        """Letters of a whole way."""
+        return self.steps + 1 + self.corridor
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different rooms, each a few letters. DataError: there are fewer."""
@@ -61,10 +77,10 @@ class KeyDoor(Task):
         return [self._judge(prompt, "".join(text.split())) for prompt, text in zip(prompts, completions, strict=True)]
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
-        """A walk through the room with letters drawn at random, the key as likely as any: the form, not the solution."""
+        """A walk with letters drawn at random, the key as likely as any: the form, not the solution."""
         assert prompt.text is not None
         draw = random.Random(derive_seed("key_door walk", prompt.text))
-        return (Message("user", prompt.text), Message("assistant", "".join(draw.choices(LETTERS, k=1 + self.steps))))
+        return (Message("user", prompt.text), Message("assistant", "".join(draw.choices(LETTERS, k=self.length))))
 
     def worth(self, room: str, step: int, letter: str) -> float:
         """What a letter earns as the apple of a step."""
@@ -74,17 +90,15 @@ class KeyDoor(Task):
     def _judge(self, prompt: Prompt, walk: str) -> Reward:
         assert prompt.text is not None
         apples = [
-            (i, self.worth(prompt.text, i, letter))
-            for i, letter in enumerate(walk[1 : 1 + self.steps], start=1)
-            if letter in LETTERS
+            (i, self.worth(prompt.text, i, letter)) for i, letter in enumerate(walk[: self.steps]) if letter in LETTERS
         ]
-        way = walk[: 1 + self.steps]
-        opened = way[:1] == KEY and len(way) == 1 + self.steps and set(way) <= set(LETTERS)
+        way = walk[: self.length]
+        opened = len(way) == self.length and way[self.steps] == KEY and set(way) <= set(LETTERS)
         pay = self.door if opened else 0.0
         collected = sum(value for _, value in apples)
         return Reward(
             value=collected + pay,
             parts={"apples": collected, "door": pay},
             correct=opened,
-            steps=[*apples, *([(self.steps, pay)] if opened else [])],
+            steps=[*apples, *([(self.length - 1, pay)] if opened else [])],
         )
