@@ -3,10 +3,11 @@
 MiniLM (22.7 million weights) learns from 1, 5, 20 or all training rows of each class and is scored on the 3,080 test
 rows. The reward is 1 for the right label and 0 for another, so both objectives see the same labels; the expected
 reward is optimised in closed form. With and without adapters. The training rows of a size are a choice by seed, which
-also draws the head and the order. No dev rows: steps and learning rates are fixed here, the same for both objectives.
+also draws the head and the order. No dev rows: steps and learning rates are fixed here, the same for both objectives,
+so "few steps" is part of what is compared: the expected reward's gradient starts small over 77 classes.
 
 The data (BANKING77, CC BY 4.0: train.csv, test.csv) lie in $UPSLOPE_DATA/banking77, else ../shared/data/banking77.
-`all` is trained once, from seed 0, whatever seed is asked for, and its metric says so in its name.
+`all` is trained once without adapters, from seed 0, whatever seed is asked for; its metric says so in its name.
 """
 
 from __future__ import annotations
@@ -27,20 +28,30 @@ from upslope.recipes.encoder import Input, load_start
 NAME = "banking77"
 SEEDS = (0, 1, 2, 3, 4)
 OBJECTIVES = ("cross_entropy", "policy_gradient")
-LEARNERS = tuple(f"{objective}{form}" for form in ("", "_lora", "_all", "_lora_all") for objective in OBJECTIVES)
-STEPS = {1: 20, 5: 40, 20: 80, None: 313}
+LEARNERS = tuple(f"{objective}{form}" for form in ("", "_lora", "_all") for objective in OBJECTIVES)
+STEPS = {1: 12, 5: 30, 20: 80, None: 313}
 """Steps of 32 rows for each number of labels per class; None: all 10,003 rows, one pass."""
 ONE_SEED = "test_accuracy_all_seed0"
 
-EXPECTED: dict[str, dict[str, Expectation]] = {learner: {} for learner in LEARNERS}
+FEW: dict[str, Expectation] = {f"test_accuracy_{n}": None for n in (1, 5, 20)}
+EXPECTED: dict[str, dict[str, Expectation]] = {
+    # From one trial with seed 7: 0.29 after 8 steps on one label per class, 0.758 after 80 steps on 20.
+    "cross_entropy": {**FEW, "test_accuracy_1": (">=", 0.2), "test_accuracy_20": (">=", 0.7)},
+    # The same trial: 0.483.
+    "policy_gradient": {**FEW, "test_accuracy_20": (">=", 0.38)},
+    "cross_entropy_lora": FEW,
+    "policy_gradient_lora": FEW,
+    "cross_entropy_all": {ONE_SEED: (">=", 0.75)},  # more rows and four times the steps of 20 per class
+    "policy_gradient_all": {ONE_SEED: None},
+}
 
 
 def run(learner: str, seed: int, folder: Path) -> Outcome:
     """Train at every size of the learner and score each on the test rows."""
     form = learner.removeprefix("cross_entropy").removeprefix("policy_gradient")
     objective, lora = learner.removesuffix(form) if form else learner, "lora" in form
-    if form.endswith("_all"):
-        return _all(objective, lora)
+    if form == "_all":
+        return _all(objective)
     metrics, samples, seconds, curve = {}, 0, 0.0, []
     for per_label in (1, 5, 20):
         accuracy, spent = _trained(objective, lora, per_label, seed)
@@ -52,8 +63,8 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
 
 
 @cache
-def _all(objective: str, lora: bool) -> Outcome:
-    accuracy, seconds = _trained(objective, lora, None, 0)
+def _all(objective: str) -> Outcome:
+    accuracy, seconds = _trained(objective, False, None, 0)
     return Outcome({ONE_SEED: accuracy}, STEPS[None] * 32, seconds)
 
 

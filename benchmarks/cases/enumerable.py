@@ -33,7 +33,7 @@ NAME = "enumerable"
 SEEDS = (0, 1, 2, 3, 4)
 LETTERS = "abc"
 LENGTH = 3
-STEPS = 60
+STEPS = {ReinforceOptions: 120, PPOOptions: 120, GRPOOptions: 60}
 PROMPT = "a"
 SHIPPED: dict[str, type[RLOptions]] = {
     **dict.fromkeys(
@@ -124,6 +124,7 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
 
 def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) -> dict[str, Any]:
     """What this model and task need; what makes the algorithm is left as it is shipped."""
+    learned = isinstance(shipped, ReinforceOptions) and shipped.baseline == "learned"
     changes: dict[str, Any] = {
         "model": model,
         "task": task,
@@ -132,8 +133,8 @@ def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) 
         "dtype": "float32",
         "num_train_prompts": 16,
         "max_completion_length": LENGTH,
-        "max_steps": STEPS,
-        "learning_rate": 1e-2,
+        "max_steps": STEPS[type(shipped)],
+        "learning_rate": 1e-2 if isinstance(shipped, GRPOOptions) else 5e-3,
         "lr_scheduler_type": "constant",
         "overlong_buffer": 0,
         "truncated": "terminate",
@@ -145,6 +146,8 @@ def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) 
     }
     if isinstance(shipped, ReinforceOptions):
         changes["kl_coef"] = 0.0
+    if isinstance(shipped, PPOOptions) or learned:
+        changes["critic_learning_rate"] = 1e-2
     if isinstance(shipped, GRPOOptions):
         changes |= {"beta": 0.0, "dynamic_sampling": False}
     return changes

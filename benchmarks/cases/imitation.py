@@ -2,13 +2,14 @@
 
 Sums of two digits, a 1.3-million-parameter decoder that has seen a little supervision.
 
-raft, rest_em: five rounds of 77 prompts x 8 samples, what is right is kept, 15 steps of 32 sequences a round; RAFT goes on
-from its weights, ReST-EM trains the start model anew. `pass_first` and `pass_last` are the share of right samples in
-the first and the last round, so the last round's own training is not in it.
+raft, rest_em: five rounds of 77 prompts x 8 samples, what is right is kept and imitated, 32 sequences a step. RAFT
+makes 15 steps a round and goes on from its weights; ReST-EM trains the start model anew, 40 steps a round.
+`pass_first` and `pass_last` are the share of right samples of the first and the last round, before that round's own
+training.
 
-reverse, gkd: the same start learns from a teacher that had 300 more supervised steps, 60 steps of 32 prompts, from its own
-answers by reverse KL, or half from its own and half from the data's by JSD. `divergence_ratio` is the mean loss of the last
-ten steps over that of the first.
+reverse, gkd: the same start learns from a teacher that had 300 more supervised steps, in 60 steps of 32 prompts: from
+its own answers by reverse KL, or half from its own and half from the data's by JSD. `divergence_ratio` is the mean loss
+of the last ten steps over that of the first.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ COMMON: dict[str, Any] = {
     "dtype": "float32",
 }
 COMMON |= {"eval_every": 0, "lr_scheduler_type": "constant"}
-ROUNDS, ROUND_STEPS = 5, 15
+ROUNDS = 5
+ROUND_STEPS = {"raft": 15, "rest_em": 40}
 
 
 def run(learner: str, seed: int, folder: Path) -> Outcome:
@@ -68,7 +70,7 @@ def _expert(learner: str, seed: int, folder: Path, model: str) -> Outcome:
         output_dir=str(folder),
         seed=seed,
         num_rounds=ROUNDS,
-        train_steps=ROUND_STEPS,
+        train_steps=ROUND_STEPS[learner],
         num_prompts=TRAIN_PROMPTS,
         num_generations=8,
         batch_size=32,

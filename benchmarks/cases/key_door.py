@@ -1,6 +1,6 @@
 """Credit behind noise: twelve noisy rewards, then a key may be taken, and four steps later it opens a door that pays.
 
-Every learner starts from the same imitation of random walks through rooms (the key is one of five letters) and gets
+Every learner starts from the same imitation of random walks through rooms (the key taken half the time) and gets
 the same samples, 128 a step. What learners with a critic must reach was fixed before the judging run; those that see
 the outcome only are reported. `margin` cannot be judged per learner: compare the medians of `success`, the share of
 completions that opened the door over the last ten steps.
@@ -20,14 +20,14 @@ from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions
 from upslope.recipes.grpo import grpo
 from upslope.recipes.ppo import ppo
 from upslope.recipes.reinforce import reinforce
-from upslope.tasks.key_door import LETTERS, KeyDoor
+from upslope.tasks.key_door import ALPHABET, DIGITS, KeyDoor
 from upslope.tasks.loading import load_task
 
 NAME = "key_door"
 LEARNERS = ("a2c", "ppo", "reinforce", "rloo", "grpo")
 CRITICS = ("a2c", "ppo")
 SEEDS = (0, 1, 2, 3, 4)
-TASK = "key_door:steps=12,corridor=3,door=2.0,noise=3.0"
+TASK = "key_door:steps=12,corridor=3,door=1.0,noise=3.0"
 STEPS = 30
 GROUP = 8
 PROMPTS = 16
@@ -42,7 +42,7 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
     assert isinstance(task, KeyDoor)
     rooms = task.prompts("train", 1000, seed=seed)
     pairs = [(str(room.text), task.demonstration(room)[-1].content) for room in rooms]
-    fresh = letter_model(folder / "fresh", LETTERS, seed=seed, width=48)
+    fresh = letter_model(folder / "fresh", DIGITS + ALPHABET, seed=seed, width=48)
     start = imitate(fresh, pairs, folder / "imitation", seed=seed, steps=80)
     options = _options(learner, seed, start, folder / "run", task.length)
     policy = load_policy(options)
@@ -76,7 +76,7 @@ def _options(learner: str, seed: int, model: Path, folder: Path, length: int) ->
         "eval_samples": 0,
         "save_every": 10_000,
     }
-    critic: dict[str, Any] = {"lam": 0.8, "critic": "separate", "critic_learning_rate": 3e-3}
+    critic: dict[str, Any] = {"lam": 0.95, "critic": "separate", "critic_learning_rate": 3e-3}
     if learner == "a2c":
         return PPOOptions(**common, **critic, num_epochs=1)
     if learner == "ppo":

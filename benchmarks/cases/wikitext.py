@@ -2,8 +2,8 @@
 
 The policy continues the first words of Wikipedia's sentences by 24 tokens. Its reward is the mean log-likelihood of
 the continuation under a frozen decoder, which maximum likelihood trained on other articles, plus a penalty on repeated
-word pairs. gae: REINFORCE with a learned baseline and generalized advantage estimation, one update per batch. ppo: the
-same estimator, several passes over each batch.
+character 4-grams. gae: REINFORCE with a learned baseline and generalized advantage estimation, one update per batch.
+ppo: the same estimator, three passes over each batch.
 
 Everything is measured on validation prompts that no training saw: the reward at the start and at the best checkpoint,
 the perplexity of the held-out text, and the share of distinct word pairs. Likelihood under a model is easily had with
@@ -40,6 +40,7 @@ from upslope.rollout.collect import collect
 from upslope.rollout.in_process import Surroundings
 from upslope.rollout.workers import make_scorer
 from upslope.tasks.base import Task, select_prompts
+from upslope.tasks.loading import load_task
 from upslope.types import Prompt, SamplingParams
 
 NAME = "wikitext"
@@ -75,8 +76,22 @@ class Continuations(Task):
                 if len(words) >= 30:
                     yield Prompt(key=0, text=" " + " ".join(words[:WORDS]))
 
+        # half of each file's prompts: `select_prompts` keeps what stands in both files out of one of them
         half = "train" if split == "train" else "eval"
         return select_prompts(lines(), half, n, name=self.name, eval_fraction=0.5)
+
+    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[float]:
+        """Minus the share of character 4-grams that occurred before in the text; -1 for a text without any.
+
+        Words would be too coarse: text without a space has no repeated pair of words.
+        """
+        return [repetition(text) for text in completions]
+
+
+def repetition(text: str) -> float:
+    """0 where no four characters repeat, towards -1 where all do."""
+    grams = [text[i : i + 4] for i in range(len(text) - 3)]
+    return len(set(grams)) / len(grams) - 1.0 if grams else -1.0
 
 
 def wikitext() -> Path:
@@ -178,7 +193,7 @@ def _learning(net: str, how: str, kind: str, seed: int, model: Path, folder: Pat
     common: dict[str, Any] = {
         "model": str(model),
         "task": f"{Path(__file__).resolve()}:Continuations:folder={base()}",
-        "reward": (f"likelihood:path={base() / 'frozen'},dtype=float32", f"repetition:ngram=2@{REPETITION:g}"),
+        "reward": (f"likelihood:path={base() / 'frozen'},dtype=float32", f"task@{REPETITION:g}"),
         "output_dir": str(folder),
         "seed": seed,
         "dtype": "float32",
@@ -187,7 +202,8 @@ def _learning(net: str, how: str, kind: str, seed: int, model: Path, folder: Pat
         "num_generations": 2,
         "max_completion_length": TOKENS,
         "max_steps": STEPS[net],
-        "learning_rate": 3e-3 if kind == "random" else 1e-3,
+        "learning_rate": 1e-3 if kind == "random" else 5e-4,
+        "entropy_coef": 0.02,
         "lr_scheduler_type": "constant",
         "eval_every": 10,
         "eval_samples": 64,
@@ -205,12 +221,11 @@ def measured(model: Path, options: RLOptions, seed: int) -> dict[str, float]:
     """Reward and distinct word pairs of sampled continuations of the validation prompts; held-out perplexity."""
     torch.manual_seed(seed)
     policy = load_policy(PPOOptions(model=str(model), dtype="float32"))
-    task = Continuations(str(base()))
-    prompts = task.prompts("eval", 64, seed=0)
+    prompts = Continuations(str(base())).prompts("eval", 64, seed=0)
     engine = make_engine(policy, sequences=64, longest=64)
     surroundings = Surroundings(tokenizer=policy.tokenizer, device=device_of_machine(), policy_folder=policy.folder)
     params = SamplingParams(max_tokens=TOKENS, temperature=1.0, seed=1000 + seed)
-    with make_scorer(None, options.reward, surroundings=surroundings) as judge, torch.no_grad():
+    with make_scorer(load_task(options.task), options.reward, surroundings=surroundings) as judge, torch.no_grad():
         groups, _ = collect(engine, policy.tokenizer, judge, prompts, params)
     rewards = [r.reward.value for g in groups for r in g.rollouts if r.reward.value is not None]
     texts = [policy.tokenizer.decode(r.tokens, skip_special_tokens=True) for g in groups for r in g.rollouts]

@@ -27,7 +27,7 @@ from upslope.training.optim import Group, MasterAdamW, decay_groups
 
 __all__ = ["Critic", "Policy", "load_critic", "load_policy", "load_reference", "make_engine"]
 
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 
 def device_of_machine() -> torch.device:

@@ -148,10 +148,14 @@ class TestLinear:
             return x @ w.t()
 
         monkeypatch.setattr(logprobs.F, "linear", spy)
-        hidden, weight, tokens = head(29, 8, 5, torch.float32)
+        hidden, weight, tokens = head(29, 8, 600, torch.float32)
         for n in range(1, 30):
             linear_token_logprobs(hidden[:n], weight, tokens[:n], chunk=14)
         assert set(seen) == {4, 8, 12, 13, 14}
+        seen.clear()
+        hidden, weight, tokens = head(29, 8, 5, torch.float32)
+        linear_token_logprobs(hidden, weight, tokens, chunk=14)
+        assert min(seen) * weight.numel() > 16**3, "tiny products take another kernel in bfloat16"
 
     @pytest.mark.parametrize("with_entropy", [False, True])
     @pytest.mark.parametrize("chunk", [1, 3, 100])

@@ -159,9 +159,10 @@ def _entropy(logp: Tensor) -> Tensor:
 
 
 def _head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T with a row count from which a row's bits do not depend on the count."""
+    """hidden @ weight.T with a row count from which a row's bits do not depend on the count (models/protocol.py)."""
     rows = hidden.shape[0]
-    padded = rows if rows >= 12 else -(-rows // 4) * 4
+    padded = max(rows, 16**3 // max(1, weight.numel()) + 1)
+    padded = padded if padded >= 12 else -(-padded // 4) * 4
     return F.linear(F.pad(hidden, (0, 0, 0, padded - rows)), weight)[:rows]
 
 

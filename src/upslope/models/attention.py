@@ -238,7 +238,7 @@ class PackedContext:
         q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
         parts = []
         for i, (bucket, where) in enumerate(self._buckets):
-            plan = self._plan(i, heads // kv_heads)
+            plan = self._plan(i, heads // kv_heads, q.shape[2])
             rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
             keys, values = (
                 _GatherKeys.apply(x, where, bucket.size).view(bucket.size, -1, kv_heads, x.shape[2]).transpose(1, 2)
@@ -248,13 +248,13 @@ class PackedContext:
             parts.append(_token_rows(out, bucket.size, bucket.num_queries, kv_heads, heads)[bucket.slots])
         return parts[0][self._order] if len(parts) == 1 else torch.cat(parts)[self._order]
 
-    def _plan(self, index: int, group: int) -> Plan:
+    def _plan(self, index: int, group: int, width: int) -> Plan:
         if (index, group) not in self._plans:
             bucket, _ = self._buckets[index]
             if self.causal:
-                plan = causal_plan(bucket.starts, bucket.num_queries, bucket.blocks, group, self.device)
+                plan = causal_plan(bucket.starts, bucket.num_queries, bucket.blocks, group, width, self.device)
             else:
-                plan = whole_plan(bucket.counts, bucket.blocks, group, self.device)
+                plan = whole_plan(bucket.counts, bucket.blocks, group, width, self.device)
             self._plans[index, group] = plan
         return self._plans[index, group]
 
@@ -372,7 +372,7 @@ class PagedContext:
             key = (i, heads // kv_heads)
             if key not in self._plans:
                 self._plans[key] = causal_plan(
-                    bucket.starts, bucket.num_queries, bucket.blocks, heads // kv_heads, q.device
+                    bucket.starts, bucket.num_queries, bucket.blocks, heads // kv_heads, q.shape[2], q.device
                 )
             plan = self._plans[key]
             rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)

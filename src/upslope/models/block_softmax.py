@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upslope.models.protocol import least_rows, padded_row_count
+
 __all__ = ["BLOCK", "BlockAttention", "Fetch", "Plan", "attend_blocks", "causal_plan", "whole_plan"]
 
 BLOCK = 64
@@ -41,15 +43,23 @@ class Plan:
 
 
 def causal_plan(
-    starts: Sequence[int], queries: int, blocks: Sequence[int], group: int, device: torch.device | str
+    starts: Sequence[int],
+    queries: int,
+    blocks: Sequence[int],
+    group: int,
+    width: int,
+    device: torch.device | str,
 ) -> Plan:
-    """Plan for `queries` query positions from starts[i] on, and blocks[i] key blocks (falling), of each sequence."""
+    """Plan for `queries` query positions from starts[i] on, and blocks[i] key blocks (falling), of each sequence.
+
+    width: of a head.
+    """
     earliest, active, first_row = min(starts), [], []
     for j in range(blocks[0]):
         here = sum(n > j for n in blocks)
         active.append(here)
         first_row.append(max(0, j * BLOCK - max(starts[:here])) * group)
-    least = 8 if queries == 1 else 12
+    least = padded_row_count(max(8 if queries == 1 else 12, least_rows(BLOCK * width)))
     rows = first_row[-1] + max(least, queries * group - first_row[-1])
     mask_rows = [min(rows, max(0, (j + 1) * BLOCK - 1 - earliest) * group) for j in range(blocks[0])]
     offsets = torch.arange(rows, device=device) // group
@@ -60,10 +70,12 @@ def causal_plan(
     return Plan(tuple(active), tuple(first_row), tuple(mask_rows), positions, rows)
 
 
-def whole_plan(lengths: Sequence[int], blocks: Sequence[int], group: int, device: torch.device | str) -> Plan:
+def whole_plan(
+    lengths: Sequence[int], blocks: Sequence[int], group: int, width: int, device: torch.device | str
+) -> Plan:
     """Plan in which every query of sequence i sees all of its lengths[i] keys: each row stands at the last position."""
     queries, last = max(lengths), min(lengths) - 1
-    rows = max(12, queries * group)
+    rows = max(12, least_rows(BLOCK * width), queries * group)
     mask_rows = tuple(rows if (j + 1) * BLOCK - 1 > last else 0 for j in range(blocks[0]))
     positions = (torch.tensor(lengths, device=device) - 1)[:, None].expand(len(lengths), rows)
     active = tuple(sum(n > j for n in blocks) for j in range(blocks[0]))

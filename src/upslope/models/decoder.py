@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import ModelError
-from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
+from upslope.models.protocol import CausalModel, Context, ModelSpec, least_rows, pad_rows
 
 __all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
 
@@ -219,7 +219,7 @@ class Attention(nn.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         out = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v, self.scale)
-        return self.o_proj(pad_rows(out.flatten(1)))
+        return self.o_proj(F.pad(out.flatten(1), (0, 0, 0, x.shape[0] - real)))
 
 
 class MLP(nn.Module):
@@ -274,6 +274,8 @@ class Decoder(CausalModel):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rope_inverse", rope_frequencies(config.rope, config.head_dim), persistent=False)
         self.apply(self._init)
+        products = [m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear)]
+        self._least_rows = least_rows(min(products))
         self.spec = ModelSpec(
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
@@ -311,7 +313,7 @@ class Decoder(CausalModel):
         angles = torch.cat([angles, angles], dim=-1)
         stat = torch.promote_types(self.dtype, torch.float32)
         cos, sin = angles.cos().to(stat), angles.sin().to(stat)
-        x = F.embedding(pad_rows(tokens_T), self.model.embed_tokens.weight)
+        x = F.embedding(pad_rows(tokens_T, least=self._least_rows), self.model.embed_tokens.weight)
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, context, use_reentrant=False)

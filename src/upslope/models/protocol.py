@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "pad_rows", "padded_row_count"]
+__all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "least_rows", "pad_rows", "padded_row_count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +78,17 @@ def padded_row_count(rows: int) -> int:
     """The smallest number of rows >= `rows` at which a CPU's matrix product does not depend on the number of rows.
 
     In float32 the products of 4, 8, and 12 or more rows agree bit for bit row by row; other counts below 12 go
-    through kernels that add in another order. In bfloat16 every count agrees.
+    through kernels that add in another order. In bfloat16 every count agrees, from `least_rows` on.
     """
     return rows if rows >= 12 else max(4, -(-rows // 4) * 4)
+
+
+def least_rows(elements: int) -> int:
+    """Rows from which products with a matrix of so many elements take one kernel in bfloat16, whatever their number.
+
+    Products of up to 16^3 multiplications go another way, which adds in another order; this concerns tiny matrices.
+    """
+    return 16**3 // elements + 1
 
 
 def pad_rows(x: Tensor, *, least: int = 4) -> Tensor:
@@ -128,4 +136,5 @@ class CausalModel(nn.Module):
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in the compute dtype; each row is independent of the other rows, bit for bit."""
-        return F.linear(pad_rows(hidden_ND), self.head_weight)[: hidden_ND.shape[0]]
+        weight = self.head_weight
+        return F.linear(pad_rows(hidden_ND, least=least_rows(weight.numel())), weight)[: hidden_ND.shape[0]]

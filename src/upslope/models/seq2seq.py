@@ -26,9 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import DataError, ModelError
 from upslope.models.attention import PackedContext
-from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, pad_rows
+from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, least_rows, pad_rows
 from upslope.models.seq2seq_config import Seq2SeqConfig
-from upslope.models.seq2seq_layers import Drop, Layout, Side, Trunk, least_rows, padded_head_dim, sinusoids
+from upslope.models.seq2seq_layers import Drop, Layout, Side, Trunk, padded_head_dim, sinusoids
 
 __all__ = ["Seq2Seq", "sinusoids"]
 
@@ -171,7 +171,7 @@ class Seq2Seq(CausalModel):
         return side.layer_norm(x) if self.config.norm == "pre" else x
 
     def _embed(self, weight: Tensor, ids: Tensor, positions: Tensor, drop: Drop) -> Tensor:
-        least = least_rows(min(self.config.hidden_size, self.config.intermediate_size))
+        least = least_rows(self.config.hidden_size * min(self.config.hidden_size, self.config.intermediate_size))
         x = F.embedding(pad_rows(ids, least=least), weight)
         if self.config.scale_embedding:
             x = x * math.sqrt(self.config.hidden_size)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from upslope.models.attention import PackedContext
-from upslope.models.protocol import Context, pad_rows
+from upslope.models.protocol import Context, least_rows, pad_rows
 from upslope.models.seq2seq_config import Seq2SeqConfig
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "LayerNorm",
     "Layout",
     "Trunk",
-    "least_rows",
     "padded_head_dim",
     "sinusoids",
 ]
@@ -43,14 +42,6 @@ def sinusoids(positions: int, width: int) -> Tensor:
     rates = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * rates
     return torch.cat([angles.sin(), angles[:, : width // 2].cos()], dim=1)
-
-
-def least_rows(width: int) -> int:
-    """Rows from which a product with a [width, width] matrix takes one kernel in bfloat16, whatever their number.
-
-    Products of up to 16^3 multiplications go another way, which adds in another order; it matters below width 36.
-    """
-    return 16**3 // width**2 + 1
 
 
 def _barrier(dtype: torch.dtype) -> float:
@@ -105,7 +96,7 @@ class Attention(nn.Module):
         for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
         self.scale = self.head_dim**-0.5
-        self.least = least_rows(min(config.hidden_size, config.intermediate_size))
+        self.least = least_rows(config.hidden_size * min(config.hidden_size, config.intermediate_size))
 
     def split(self, projected: Tensor, real: int) -> Tensor:
         """[rows, D] -> [real, H, d]."""

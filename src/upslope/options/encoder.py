@@ -20,7 +20,7 @@ class EncoderOptions(RunOptions):
     eval_data: str | None = None
     """Dev rows, which choose the best checkpoint; left out: --eval-share of the data."""
     test_data: str | None = None
-    """Test rows, scored once at the end with the best checkpoint, and read for nothing else."""
+    """Test rows: checked for errors first, scored once at the end with the best checkpoint, used for nothing else."""
     eval_share: float = 0.1
     """Share of the data held out, by seed and content, when --eval-data is left out."""
     eval_samples: int = 5000

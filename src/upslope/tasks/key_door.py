@@ -3,9 +3,12 @@
 After Hung et al. (2019, arXiv 1810.06721), who measure how well an agent assigns credit to a key that opens a door
 much later, with distracting apples on the way. Here a letter is a step:
 
-    c k d a b ... d   k   a c b d     twelve apples, each worth +noise or -noise;
-    `-- apples --'   key  corridor    then "k" takes the key, any other letter leaves it;
-                                      at the end of the corridor the door pays `door` if it was taken.
+    a or b, c or d, ... w or x    y or z      A or B, C or D, E or F
+    `-------- apples --------'    key         corridor
+
+Every step has two letters of its own, so that the last letter tells where one stands. At each of the first steps either
+letter is an apple worth +noise or -noise; then the second letter ("z" above) takes the key; at the end of the corridor
+the door pays `door` if it was taken.
 
 An apple's worth is a coin toss that depends on the room (the prompt), the step and the letter: known to the judge,
 the same whenever the same letter is picked there, zero on average, and in no relation to the key. Over many rooms there
@@ -20,21 +23,23 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Sequence
 
 from upslope.errors import ConfigError
 from upslope.tasks.base import Split, Task, check_split, derive_seed, select_prompts
 from upslope.types import Message, Prompt, Reward
 
-KEY = "k"
-LETTERS = "abcd" + KEY
+ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = "0123456789"
 
 
 class KeyDoor(Task):
     """Rooms with apples, a key, a corridor and a door.
 
     steps: apples before the key; corridor: letters between key and door; door: what the door pays; noise: size of an
-    apple's worth; room: letters of the prompt. A completion that stops before steps + 1 + corridor letters of abcdk
-    does not reach the door; what follows them is not read. `correct` says that the door was opened.
+    apple's worth; room: digits of the prompt. A completion that stops, or takes a letter of another step, within its
+    steps + 1 + corridor letters does not reach the door; what follows them is not read. `correct` says that the door
+    was opened.
     """
 
     name = "key_door"
@@ -45,15 +50,16 @@ class KeyDoor(Task):
         *,
         steps: int = 12,
         corridor: int = 3,
-        door: float = 2.0,
+        door: float = 1.0,
         noise: float = 3.0,
         room: int = 6,
         eval_fraction: float = 0.2,
     ) -> None:
-        if min(steps, room) < 1 or corridor < 0:
+        most = len(ALPHABET) // 2
+        if min(steps, room) < 1 or corridor < 0 or steps + 1 + corridor > most:
             raise ConfigError(
-                f"'key_door': steps and room must be at least 1 and corridor at least 0, "
-                f"got {steps}, {room} and {corridor}"
+                f"'key_door': steps and room must be at least 1, corridor at least 0 and steps + 1 + corridor at most "
+                f"{most}, got {steps}, {room} and {corridor}"
             )
         if not (door > 0 and noise >= 0):
             raise ConfigError(f"'key_door': door must be positive and noise not negative, got {door} and {noise}")
@@ -67,9 +73,9 @@ class KeyDoor(Task):
         return self.steps + 1 + self.corridor
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
-        """`n` different rooms, each a few letters. DataError: there are fewer."""
+        """`n` different rooms, each a few digits. DataError: there are fewer."""
         draw = random.Random(derive_seed("key_door", split, seed))
-        rooms = (Prompt(key=0, text="".join(draw.choices(LETTERS, k=self.room))) for _ in iter(int, 1))
+        rooms = (Prompt(key=0, text="".join(draw.choices(DIGITS, k=self.room))) for _ in iter(int, 1))
         return select_prompts(rooms, split, n, name=self.name, eval_fraction=self.eval_fraction)
 
     def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
@@ -77,10 +83,17 @@ class KeyDoor(Task):
         return [self._judge(prompt, "".join(text.split())) for prompt, text in zip(prompts, completions, strict=True)]
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
-        """A walk with letters drawn at random, the key as likely as any: the form, not the solution."""
+        """A way with letters drawn at random, the key taken half the time: the form, not the solution."""
         assert prompt.text is not None
         draw = random.Random(derive_seed("key_door walk", prompt.text))
-        return (Message("user", prompt.text), Message("assistant", "".join(draw.choices(LETTERS, k=self.length))))
+        return (
+            Message("user", prompt.text),
+            Message("assistant", self.way([draw.random() < 0.5 for _ in range(self.length)])),
+        )
+
+    def way(self, choices: Sequence[bool]) -> str:
+        """The letters of a choice at each step: False is a step's first letter, True its second."""
+        return "".join(ALPHABET[2 * step + choice] for step, choice in enumerate(choices))
 
     def worth(self, room: str, step: int, letter: str) -> float:
         """What a letter earns as the apple of a step."""
@@ -89,11 +102,10 @@ class KeyDoor(Task):
 
     def _judge(self, prompt: Prompt, walk: str) -> Reward:
         assert prompt.text is not None
-        apples = [
-            (i, self.worth(prompt.text, i, letter)) for i, letter in enumerate(walk[: self.steps]) if letter in LETTERS
-        ]
         way = walk[: self.length]
-        opened = len(way) == self.length and way[self.steps] == KEY and set(way) <= set(LETTERS)
+        sound = next((i for i, x in enumerate(way) if x not in ALPHABET[2 * i : 2 * i + 2]), len(way))
+        apples = [(i, self.worth(prompt.text, i, way[i])) for i in range(min(sound, self.steps))]
+        opened = sound == self.length and way[self.steps] == ALPHABET[2 * self.steps + 1]
         pay = self.door if opened else 0.0
         collected = sum(value for _, value in apples)
         return Reward(
