@@ -43,7 +43,7 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
     rooms = task.prompts("train", 1000, seed=seed)
     pairs = [(str(room.text), task.demonstration(room)[-1].content) for room in rooms]
     fresh = letter_model(folder / "fresh", DIGITS + ALPHABET, seed=seed, width=48)
-    start = imitate(fresh, pairs, folder / "imitation", seed=seed, steps=80)
+    start = imitate(fresh, pairs, folder / "imitation", seed=seed, steps=250)
     options = _options(learner, seed, start, folder / "run", task.length)
     policy = load_policy(options)
     began = time.perf_counter()
