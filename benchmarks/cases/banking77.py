@@ -7,7 +7,8 @@ also draws the head and the order. No dev rows: steps and learning rates are fix
 so "few steps" is part of what is compared: the expected reward's gradient starts small over 77 classes.
 
 The data (BANKING77, CC BY 4.0: train.csv, test.csv) lie in $UPSLOPE_DATA/banking77, else ../shared/data/banking77.
-`all` is trained once without adapters, from seed 0, whatever seed is asked for; its metric says so in its name.
+Learners with adapters run with three seeds, those on all rows (one pass, without adapters) with one. An accuracy's own
+95% Wilson interval over 3,080 rows is at most 1.8 points to either side; the range over seeds stands beside it.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ OBJECTIVES = ("cross_entropy", "policy_gradient")
 LEARNERS = tuple(f"{objective}{form}" for form in ("", "_lora", "_all") for objective in OBJECTIVES)
 STEPS = {1: 12, 5: 30, 20: 80, None: 313}
 """Steps of 32 rows for each number of labels per class; None: all 10,003 rows, one pass."""
-ONE_SEED = "test_accuracy_all_seed0"
+SEEDS_OF = {
+    **{f"{objective}_lora": (0, 1, 2) for objective in OBJECTIVES},
+    **{f"{objective}_all": (0,) for objective in OBJECTIVES},
+}
 
 FEW: dict[str, Expectation] = {f"test_accuracy_{n}": None for n in (1, 5, 20)}
 EXPECTED: dict[str, dict[str, Expectation]] = {
@@ -41,8 +45,8 @@ EXPECTED: dict[str, dict[str, Expectation]] = {
     "policy_gradient": {**FEW, "test_accuracy_20": (">=", 0.38)},
     "cross_entropy_lora": {**FEW, "test_accuracy_20": (">=", 0.7)},  # the same trial: 0.791
     "policy_gradient_lora": FEW,
-    "cross_entropy_all": {ONE_SEED: (">=", 0.75)},  # more rows and four times the steps of 20 per class
-    "policy_gradient_all": {ONE_SEED: None},
+    "cross_entropy_all": {"test_accuracy_all": (">=", 0.75)},  # more rows and four times the steps of 20 per class
+    "policy_gradient_all": {"test_accuracy_all": None},
 }
 
 
@@ -50,22 +54,13 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
     """Train at every size of the learner and score each on the test rows."""
     form = learner.removeprefix("cross_entropy").removeprefix("policy_gradient")
     objective, lora = learner.removesuffix(form) if form else learner, "lora" in form
-    if form == "_all":
-        return _all(objective)
-    metrics, samples, seconds, curve = {}, 0, 0.0, []
-    for per_label in (1, 5, 20):
+    metrics, samples, seconds = {}, 0, 0.0
+    for per_label in (None,) if form == "_all" else (1, 5, 20):
         accuracy, spent = _trained(objective, lora, per_label, seed)
-        metrics[f"test_accuracy_{per_label}"] = accuracy
+        metrics[f"test_accuracy_{per_label or 'all'}"] = accuracy
         samples += STEPS[per_label] * 32
         seconds += spent
-        curve.append((float(per_label), seconds, accuracy))
-    return Outcome(metrics, samples, seconds, curve)
-
-
-@cache
-def _all(objective: str) -> Outcome:
-    accuracy, seconds = _trained(objective, False, None, 0)
-    return Outcome({ONE_SEED: accuracy}, STEPS[None] * 32, seconds)
+    return Outcome(metrics, samples, seconds)
 
 
 def _trained(objective: str, lora: bool, per_label: int | None, seed: int) -> tuple[float, float]:

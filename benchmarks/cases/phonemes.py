@@ -38,18 +38,15 @@ START_STEPS = 800
 EXTRA_SECONDS = 15.0
 LONGEST = 20
 BEAMS = 4
+_REPORTED: dict[str, tuple[str, float] | None] = dict.fromkeys(("per_greedy", "wer_greedy", "per_beam", "wer_beam"))
 EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {
-    "mle": {"per_greedy": ("<=", 0.30), "wer_greedy": None, "per_beam": None, "wer_beam": None},
-    "mle_longer": {
-        "ratio_per": ("<=", 1.0),
-        "per_greedy": None,
-        "wer_greedy": None,
-        "per_beam": None,
-        "wer_beam": None,
-    },
-    "minimum_risk": {"ratio_per": ("<=", 1.0), "per_greedy": None, "wer_greedy": None, "per_beam": None},
-    "scst": {"ratio_per": ("<=", 1.0), "per_greedy": None, "wer_greedy": None, "per_beam": None, "wer_beam": None},
+    "mle": _REPORTED | {"per_greedy": ("<=", 0.30)},
+    "mle_longer": _REPORTED | {"ratio_per": ("<=", 1.0)},
+    "minimum_risk": _REPORTED | {"ratio_per": ("<=", 0.98)},
+    "scst": _REPORTED | {"ratio_per": ("<=", 1.02)},
 }
+"""From one trial with a seed outside SEEDS (start 0.233; ratios 0.72, 0.88 and 0.97): the start is far from converged,
+so more likelihood was expected to bring most, minimum risk to help in a tenth of the steps, scst to hold the start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +136,7 @@ def _learn(learner: str, seed: int, model: str, folder: Path) -> tuple[dict[str,
             batch_size=32,
             num_samples=8,
             alpha=5e-3,
-            learning_rate=3e-4,
+            learning_rate=1e-4,
         )
         return seq2seq(risk), 32 * 8
     critical = ReinforceOptions(
@@ -148,7 +145,7 @@ def _learn(learner: str, seed: int, model: str, folder: Path) -> tuple[dict[str,
         num_train_prompts=WORDS,
         num_prompts=32,
         num_generations=8,
-        learning_rate=3e-4,
+        learning_rate=1e-4,
     )
     return reinforce(critical), 32 * 8
 

@@ -48,7 +48,24 @@ LEARNERS = tuple(
     f"{net}_{how}_{start}" for net in ("lstm", "decoder") for how in ("gae", "ppo") for start in ("random", "mle")
 )
 SEEDS = (0, 1, 2, 3, 4)
-EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {}
+_GAIN = {  # nats per token of reward on validation prompts, from the start to the best checkpoint
+    "lstm_gae_random": 0.5,
+    "lstm_gae_mle": 0.4,
+    "lstm_ppo_random": 1.0,
+    "lstm_ppo_mle": 0.7,
+    "decoder_gae_random": 0.5,
+    "decoder_gae_mle": 0.3,
+    "decoder_ppo_random": 0.8,
+    "decoder_ppo_mle": 0.5,
+}
+EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {
+    learner: {
+        "reward_gain": (">=", gain),
+        "distinct_2": (">=", 0.25) if learner.endswith("_mle") else None,
+        "perplexity": None,
+    }
+    for learner, gain in _GAIN.items()
+}
 
 WORDS = 8  # of a sentence, as prompt
 TOKENS = 24
@@ -154,7 +171,7 @@ def _pretrain(net: str, folder: Path, name: str, **changes: Any) -> str:
 def start(net: str, kind: str, seed: int) -> Path:
     """Random weights of a seed, or the same after maximum likelihood on the training part."""
     name = f"{net}-{kind}-{seed}"
-    steps, rate = (0 if kind == "random" else {"lstm": 60, "decoder": 50}[net]), {"lstm": 1e-2, "decoder": 6e-3}[net]
+    steps, rate = (0 if kind == "random" else {"lstm": 50, "decoder": 40}[net]), {"lstm": 1e-2, "decoder": 6e-3}[net]
     return Path(_pretrain(net, base(), name, seed=seed, max_steps=steps, learning_rate=rate))
 
 
@@ -198,11 +215,11 @@ def _learning(net: str, how: str, kind: str, seed: int, model: Path, folder: Pat
         "seed": seed,
         "dtype": "float32",
         "num_train_prompts": 500,
-        "num_prompts": 32,
+        "num_prompts": 24,
         "num_generations": 2,
         "max_completion_length": TOKENS,
         "max_steps": STEPS[net],
-        "learning_rate": 1e-3 if kind == "random" else 5e-4,
+        "learning_rate": (2 if how == "gae" else 1) * (1e-3 if kind == "random" else 5e-4),
         "entropy_coef": 0.02,
         "lr_scheduler_type": "constant",
         "eval_every": 10,

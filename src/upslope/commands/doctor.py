@@ -69,6 +69,7 @@ def examine() -> dict[str, Any]:
         *_parts(),
         _extra("tasks", "warn"),
         _extra("data", "ok"),
+        _extra("eval", "ok"),
         _memory(),
         _threads(),
         _writable("working folder", Path.cwd(), 3 * CHECKPOINT_GB, "run elsewhere or free some space"),
