@@ -1,8 +1,9 @@
 """A model small enough to enumerate: does every learner reach the exact optimum of the expected reward?
 
-Three letters and the end of sequence, at most three tokens: 40 texts, each with its own reward in [0, 1] drawn from
-the seed; one has 1, the others at most 0.5. The expected reward J of the trained policy is computed over all of them,
-and the optimum is J* = 1: a policy that says the one text and nothing else.
+Four letters and the end of sequence, at most three tokens: 85 texts. One of them, drawn by the seed, is worth 1;
+another is worth 0.7 times the share of its places that agree with it, plus up to 0.2 of its own. J is the expected
+worth under the trained policy, computed over all texts; its optimum is 1: a policy that says the one text and nothing
+else. Every learner runs its shipped configuration with the learning rate and the steps of this case.
 """
 
 from __future__ import annotations
@@ -31,10 +32,10 @@ from upslope.types import Example, Prompt, Reward
 
 NAME = "enumerable"
 SEEDS = (0, 1, 2, 3, 4)
-LETTERS = "abc"
+LETTERS = "abcd"
 LENGTH = 3
 STEPS = {ReinforceOptions: 120, PPOOptions: 120, GRPOOptions: 60}
-PROMPT = "a"
+PROMPT = "d"
 SHIPPED: dict[str, type[RLOptions]] = {
     **dict.fromkeys(
         ("reinforce_none", "reinforce_moving", "reinforce_learned", "reinforce_greedy", "reinforce_plus_plus"),
@@ -65,22 +66,28 @@ class Lottery(Task):
     def __init__(self, *, seed: int = 0) -> None:
         draw = torch.Generator().manual_seed(derive_seed("lottery", seed))
         texts = all_texts()
-        values = (0.5 * torch.rand(len(texts), generator=draw)).tolist()
-        values[int(torch.randint(len(texts), (), generator=draw))] = 1.0
-        self.values = dict(zip(texts, values, strict=True))
+        best = texts[int(torch.randint(len(texts), (), generator=draw))]
+        own = (0.2 * torch.rand(len(texts), generator=draw)).tolist()
+        self.values = {text: 0.7 * _agreement(text, best) + x for text, x in zip(texts, own, strict=True)}
+        self.values[best] = 1.0
 
     def prompts(self, split: str, n: int, *, seed: int) -> list[Prompt]:  # type: ignore[override]
         """There is one prompt."""
         return [Prompt(key=content_key(PROMPT), text=PROMPT)] * n
 
     def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
-        """The drawn value."""
-        return [Reward(self.values[text]) for text in completions]
+        """The drawn value less 1: nothing but the best text is worth repeating, even without a baseline."""
+        return [Reward(self.values[text] - 1.0) for text in completions]
 
 
 def all_texts() -> list[str]:
     """Every text a policy can say."""
     return ["".join(t) for n in range(LENGTH + 1) for t in itertools.product(LETTERS, repeat=n)]
+
+
+def _agreement(text: str, other: str) -> float:
+    """Share of places, the end of sequence among them, at which two texts agree."""
+    return sum(a == b for a, b in zip(text.ljust(LENGTH, "."), other.ljust(LENGTH, "."), strict=True)) / LENGTH
 
 
 def expected_reward(policy: Policy, task: Lottery) -> float:
@@ -101,7 +108,7 @@ def expected_reward(policy: Policy, task: Lottery) -> float:
 
 def run(learner: str, seed: int, folder: Path) -> Outcome:
     """Train the shipped configuration on the lottery; measure J exactly."""
-    fresh = letter_model(folder / "fresh", LETTERS, seed=seed, width=32, layers=1)
+    fresh = letter_model(folder / "fresh", LETTERS, seed=seed, width=64)
     task = f"{Path(__file__).resolve()}:Lottery:seed={seed}"
     shipped = load_config(SHIPPED[learner], ROOT / "configs" / f"{learner}.toml")
     options = replace(shipped, **_changes(shipped, str(fresh), task, str(folder / "run"), seed))

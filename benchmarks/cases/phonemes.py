@@ -42,11 +42,12 @@ _REPORTED: dict[str, tuple[str, float] | None] = dict.fromkeys(("per_greedy", "w
 EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {
     "mle": _REPORTED | {"per_greedy": ("<=", 0.30)},
     "mle_longer": _REPORTED | {"ratio_per": ("<=", 1.0)},
-    "minimum_risk": _REPORTED | {"ratio_per": ("<=", 0.98)},
-    "scst": _REPORTED | {"ratio_per": ("<=", 1.02)},
+    "minimum_risk": _REPORTED | {"ratio_per": ("<=", 1.05)},
+    "scst": _REPORTED | {"ratio_per": ("<=", 1.08)},
 }
-"""From one trial with a seed outside SEEDS (start 0.233; ratios 0.72, 0.88 and 0.97): the start is far from converged,
-so more likelihood was expected to bring most, minimum risk to help in a tenth of the steps, scst to hold the start."""
+"""From trials with a seed outside SEEDS. From a start whose learning rate had not come down (per 0.233) 48 steps of
+minimum risk gave a ratio of 0.88, 33 of scst 0.97, 352 of likelihood 0.72; from one whose rate had (0.163) 77 steps of
+minimum risk 1.02, 36 of scst 1.04. So only likelihood is expected to gain in these seconds, the others to hold on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,13 +47,13 @@ NAME = "wikitext"
 LEARNERS = tuple(
     f"{net}_{how}_{start}" for net in ("lstm", "decoder") for how in ("gae", "ppo") for start in ("random", "mle")
 )
-SEEDS = (0, 1, 2, 3, 4)
+SEEDS = (1, 2, 3, 4, 5)
 _GAIN = {  # nats per token of reward on validation prompts, from the start to the best checkpoint
     "lstm_gae_random": 0.5,
     "lstm_gae_mle": 0.4,
     "lstm_ppo_random": 1.0,
     "lstm_ppo_mle": 0.7,
-    "decoder_gae_random": 0.5,
+    "decoder_gae_random": 0.3,
     "decoder_gae_mle": 0.3,
     "decoder_ppo_random": 0.8,
     "decoder_ppo_mle": 0.5,
