@@ -34,7 +34,7 @@ NAME = "enumerable"
 SEEDS = (0, 1, 2, 3, 4)
 LETTERS = "abc"
 LENGTH = 2
-STEPS = 120
+STEPS = 150
 PROMPT = "c"
 SHIPPED: dict[str, type[RLOptions]] = {
     **dict.fromkeys(
@@ -150,7 +150,7 @@ def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) 
         "eval_every": 0,
         "eval_samples": 0,
         "save_every": 10_000,
-        "num_prompts": 16,
+        "num_prompts": 8,
         "num_generations": 8,
     }
     if isinstance(shipped, ReinforceOptions):
