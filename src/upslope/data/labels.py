@@ -322,4 +322,3 @@ def count_copies(rows: Sequence[Any], others: Sequence[Any]) -> int:
     """How many of `rows` have a content that also stands in `others`."""
     known = {row.content for row in others}
     return sum(row.content in known for row in rows)
-

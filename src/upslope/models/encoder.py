@@ -38,6 +38,7 @@ from upslope.models.weights import Tokenizer, check_shapes, copy_companions, new
 
 __all__ = ["Encoder", "Kind", "load_encoder", "new_encoder"]
 
+
 class Encoder(nn.Module):
     """A transformers encoder with its head; parameter names are those of the wrapped network.
 

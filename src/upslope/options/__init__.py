@@ -13,9 +13,9 @@ from upslope.options.distill import DistillOptions
 from upslope.options.encoder import ClassifyOptions, EncoderOptions, TagOptions
 from upslope.options.expert import ExpertOptions
 from upslope.options.policy import GRPOOptions, PPOOptions, ReinforceOptions
-from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.options.preference import DPOOptions, RewardOptions
 from upslope.options.pretrain import PretrainOptions
+from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.options.supervised import SFTOptions
 from upslope.options.tools import DemoOptions, DoctorOptions, ExplainOptions, FetchOptions, RunsOptions
 
@@ -35,8 +35,8 @@ __all__ = [
     "PPOOptions",
     "PretrainOptions",
     "RLOptions",
-    "RewardOptions",
     "ReinforceOptions",
+    "RewardOptions",
     "RunOptions",
     "RunsOptions",
     "SFTOptions",

@@ -175,9 +175,7 @@ def encode_splits(
     return Data(encoded["train"], encoded["dev"], encoded["test"], rewards, facts)
 
 
-def pieces_of(
-    rows: Sequence[TaggedSentence], tokenizer: Any, labels: Sequence[str], max_length: int
-) -> Sentences:
+def pieces_of(rows: Sequence[TaggedSentence], tokenizer: Any, labels: Sequence[str], max_length: int) -> Sentences:
     """Each sentence as inputs of at most `max_length` tokens, split between words.
 
     A word carries its tag on its first sub-word. A word the tokenizer makes nothing of becomes its unknown token. Of a
@@ -217,9 +215,7 @@ def _sizes(words: Sequence[str], tokenizer: Any) -> list[int]:
     return sizes
 
 
-def _piece(
-    words: Sequence[str], targets: list[int], tokenizer: Any, max_length: int, row: int, first: int
-) -> Input:
+def _piece(words: Sequence[str], targets: list[int], tokenizer: Any, max_length: int, row: int, first: int) -> Input:
     encoded = tokenizer(
         list(words), is_split_into_words=True, truncation=True, max_length=max_length, return_special_tokens_mask=True
     )
