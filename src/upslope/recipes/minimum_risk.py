@@ -27,6 +27,7 @@ from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.pair_learner import PairData, PairLearner
 from upslope.recipes.session import StepResult
 from upslope.rollout.collect import collect
+from upslope.rollout.in_process import Surroundings
 from upslope.rollout.judge import reward_metrics
 from upslope.rollout.workers import make_scorer
 from upslope.training.experience import Experience, group_rewards
@@ -60,7 +61,8 @@ class MinimumRisk(PairLearner):
 
     def __init__(self, options: Seq2SeqOptions, policy: Policy, data: PairData) -> None:
         super().__init__(options, policy, data, sequences=options.batch_size * options.num_samples)
-        self.judge = make_scorer(data.task, options.reward)
+        here = Surroundings(policy.tokenizer, policy.model.device, policy.folder)
+        self.judge = make_scorer(data.task, options.reward, surroundings=here)
 
     def step(self, step: int) -> StepResult:
         """Sample, merge, judge, two passes, one update."""
