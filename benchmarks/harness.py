@@ -111,8 +111,15 @@ def commit() -> str:
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
 
 
-def save(name: str, lines: Sequence[Mapping[str, Any]], curves: Mapping[str, Any]) -> None:
-    """Keep a case's lines and curves under benchmarks/results/learning/."""
+def save(case: Case, learner: str, lines: Sequence[Mapping[str, Any]], curves: Mapping[str, Any]) -> None:
+    """Keep a learner's lines and curves in benchmarks/results/learning/CASE.json, beside those of the case's others."""
     folder = RESULTS / "learning"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({"lines": list(lines), "curves": curves}, indent=1) + "\n")
+    path = folder / f"{case.NAME}.json"
+    kept = json.loads(path.read_text()) if path.is_file() else {"lines": [], "curves": {}}
+    found = [line for line in kept["lines"] if line["learner"] != learner] + list(lines)
+    order = {name: place for place, name in enumerate(case.LEARNERS)}
+    found = sorted((line for line in found if line["learner"] in order), key=lambda line: order[line["learner"]])
+    all_curves = {**kept["curves"], learner: curves}
+    ordered = {name: all_curves[name] for name in case.LEARNERS if name in all_curves}
+    path.write_text(json.dumps({"lines": found, "curves": ordered}, indent=1) + "\n")

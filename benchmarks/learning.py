@@ -23,7 +23,7 @@ from benchmarks.harness import CASES, Case, Outcome, commit, lines_of, load_case
 
 def run_case(case: Case, learners: list[str], seeds: list[int], *, as_json: bool, keep: bool) -> bool:
     """Run a case; True when every expectation was met."""
-    at, lines, curves = commit(), [], {}
+    at, lines = commit(), []
     for learner in learners:
         outcomes: dict[int, Outcome] = {}
         own = getattr(case, "SEEDS_OF", {}).get(learner, seeds)
@@ -35,9 +35,8 @@ def run_case(case: Case, learners: list[str], seeds: list[int], *, as_json: bool
         for line in made:
             print(json.dumps(line) if as_json else _row(line), flush=True)
         lines += made
-        curves[learner] = {str(seed): outcome.curve for seed, outcome in outcomes.items()}
         if keep:
-            save(case.NAME, lines, curves)
+            save(case, learner, made, {str(seed): outcome.curve for seed, outcome in outcomes.items()})
     return all(line["met"] is not False for line in lines)
 
 
@@ -57,7 +56,7 @@ def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", choices=CASES, action="append", help="only this case (may be repeated)")
-    parser.add_argument("--learner", action="append", help="only this learner; nothing is saved then")
+    parser.add_argument("--learner", action="append", help="only this learner (may be repeated)")
     parser.add_argument("--seeds", type=int, help="only the first N seeds; nothing is saved then")
     parser.add_argument("--json", action="store_true", help="JSON lines on standard output")
     arguments = parser.parse_args()
@@ -69,7 +68,7 @@ def main() -> int:
         if unknown:
             parser.error(f"case {name} has no learner {sorted(unknown)[0]}: {', '.join(case.LEARNERS)}")
         seeds = list(case.SEEDS)[: arguments.seeds]
-        keep = arguments.learner is None and arguments.seeds is None
+        keep = arguments.seeds is None
         good &= run_case(case, learners, seeds, as_json=arguments.json, keep=keep)
     return 0 if good else 1
 

@@ -70,8 +70,15 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
             f"| {line['learner']} | {line['metric']} | {spread} | {line['expected'] or ''} | {verdict} | "
             f"{line['samples']:,} | {line['seconds']:g} |"
         )
-    seeds, at = lines[0]["seeds"], lines[0]["commit"]
-    text += ["", f"*Seeds {', '.join(map(str, seeds))}; commit {at}.*", ""]
+    made: dict[tuple[str, str], list[str]] = {}
+    for line in lines:
+        learners = made.setdefault((", ".join(map(str, line["seeds"])), line["commit"]), [])
+        if line["learner"] not in learners:
+            learners.append(line["learner"])
+    for (seeds, at), learners in made.items():
+        whose = "" if len(made) == 1 else f"{', '.join(learners)}: "
+        text += ["", f"*{whose}Seeds {seeds}; commit {at}.*"]
+    text.append("")
     return "\n".join(text)
 
 

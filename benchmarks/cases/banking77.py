@@ -8,7 +8,7 @@ so "few steps" is part of what is compared: the expected reward's gradient start
 
 The data (BANKING77, CC BY 4.0: train.csv, test.csv) lie in $UPSLOPE_DATA/banking77, else ../shared/data/banking77.
 Three seeds, because a run takes minutes; one for learners with adapters and for those on all rows (one pass, without
-adapters). An accuracy's own 95% Wilson interval over 3,080 rows is at most 1.8 points to either side; the range over seeds stands beside it.
+adapters). An accuracy's own 95% Wilson interval over 3,080 rows is at most 1.8 points to either side.
 """
 
 from __future__ import annotations

@@ -10,6 +10,9 @@ training.
 reverse, gkd: the same start learns from a teacher that had 300 more supervised steps, in 60 steps of 32 prompts: from
 its own answers by reverse KL, or half from its own and half from the data's by JSD. `divergence_ratio` is the mean loss
 of the last ten steps over that of the first.
+
+sft, sft_dft, sft_smoothing: the same start imitates the data in 100 steps of 32, by likelihood, DFT or with smoothed
+labels (0.1). `nll_ratio` is the plain likelihood loss of the last ten steps over that of the first.
 """
 
 from __future__ import annotations
@@ -29,9 +32,12 @@ from upslope.recipes.expert import expert
 from upslope.recipes.sft import sft
 
 NAME = "imitation"
-LEARNERS = ("raft", "rest_em", "reverse", "gkd")
+LEARNERS = ("sft", "sft_dft", "sft_smoothing", "raft", "rest_em", "reverse", "gkd")
 SEEDS = (0, 1, 2, 3, 4)
 EXPECTED = {
+    "sft": {"nll_ratio": ("<=", 0.15)},
+    "sft_dft": {"nll_ratio": ("<=", 0.3)},
+    "sft_smoothing": {"nll_ratio": ("<=", 0.45)},
     "raft": {
         "gain": (">=", 0.2),
         "pass_first": None,
@@ -58,9 +64,37 @@ ROUND_STEPS = {"raft": 15, "rest_em": 40}
 def run(learner: str, seed: int, folder: Path) -> Outcome:
     """One learner, once."""
     model = str(start(folder))
+    if learner.startswith("sft"):
+        return _supervised(learner, seed, folder / "run", model)
     if learner in ("raft", "rest_em"):
         return _expert(learner, seed, folder / "run", model)
     return _distill(learner, seed, folder / "run", model, str(_teacher(folder, model)))
+
+
+def _supervised(learner: str, seed: int, folder: Path, model: str) -> Outcome:
+    options = SFTOptions(
+        model=model,
+        task=TASK,
+        output_dir=str(folder),
+        seed=seed,
+        loss="dft" if learner == "sft_dft" else "nll",
+        label_smoothing=0.1 if learner == "sft_smoothing" else 0.0,
+        num_examples=TRAIN_PROMPTS,
+        batch_size=32,
+        max_steps=100,
+        learning_rate=3e-4,
+        lr_scheduler_type="constant",
+        dtype="float32",
+        eval_every=0,
+        eval_samples=0,
+    )
+    options.validate()
+    summary = sft(options)
+    losses = [step.get("loss/nll", step["loss"]) for step in _steps(folder)]
+    share = summary["seconds"] / len(losses)
+    curve = [(32.0 * (i + 1), share * (i + 1), loss) for i, loss in enumerate(losses)]
+    metrics = {"nll_ratio": statistics.fmean(losses[-10:]) / losses[0]}
+    return Outcome(metrics, 32 * len(losses), summary["seconds"], curve)
 
 
 def _expert(learner: str, seed: int, folder: Path, model: str) -> Outcome:

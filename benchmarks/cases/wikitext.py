@@ -47,6 +47,7 @@ NAME = "wikitext"
 LEARNERS = tuple(
     f"{net}_{how}_{start}" for net in ("lstm", "decoder") for how in ("gae", "ppo") for start in ("random", "mle")
 )
+LEARNERS = ("lstm_pretrain", "decoder_pretrain", *LEARNERS)
 SEEDS = (1, 2, 3)
 _GAIN = {  # nats per token of reward on validation prompts, from the start to the best checkpoint
     "lstm_gae_random": 0.5,
@@ -58,7 +59,11 @@ _GAIN = {  # nats per token of reward on validation prompts, from the start to t
     "decoder_ppo_random": 0.8,
     "decoder_ppo_mle": 0.5,
 }
+# The supervised starts themselves, as `upslope pretrain` makes them: perplexity per token of the held-out text.
 EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {
+    f"{net}_pretrain": {"perplexity": ("<=", 600.0), "perplexity_random": None} for net in ("lstm", "decoder")
+}
+EXPECTED |= {
     learner: {
         "reward_gain": (">=", gain),
         "distinct_2": (">=", 0.25) if learner.endswith("_mle") else None,
@@ -70,6 +75,7 @@ EXPECTED: dict[str, dict[str, tuple[str, float] | None]] = {
 WORDS = 8  # of a sentence, as prompt
 TOKENS = 24
 STEPS = {"lstm": 30, "decoder": 20}
+START_STEPS = {"lstm": 50, "decoder": 40}
 WIDTH = 128
 REPETITION = 5.0
 
@@ -171,12 +177,26 @@ def _pretrain(net: str, folder: Path, name: str, **changes: Any) -> str:
 def start(net: str, kind: str, seed: int) -> Path:
     """Random weights of a seed, or the same after maximum likelihood on the training part."""
     name = f"{net}-{kind}-{seed}"
-    steps, rate = (0 if kind == "random" else {"lstm": 50, "decoder": 40}[net]), {"lstm": 1e-2, "decoder": 6e-3}[net]
+    steps, rate = 0 if kind == "random" else START_STEPS[net], {"lstm": 1e-2, "decoder": 6e-3}[net]
     return Path(_pretrain(net, base(), name, seed=seed, max_steps=steps, learning_rate=rate))
+
+
+def _pretrained(net: str, seed: int) -> Outcome:
+    """What maximum likelihood reached from random weights."""
+    began = time.perf_counter()
+    made = start(net, "mle", seed)
+    seconds = time.perf_counter() - began
+    found = {
+        kind: _perplexity(load_policy(PPOOptions(model=str(model), dtype="float32")))
+        for kind, model in (("", made), ("_random", start(net, "random", seed)))
+    }
+    return Outcome({f"perplexity{kind}": value for kind, value in found.items()}, START_STEPS[net] * 32, seconds)
 
 
 def run(learner: str, seed: int, folder: Path) -> Outcome:
     """Learn from the frozen judge; only that is timed."""
+    if learner.endswith("_pretrain"):
+        return _pretrained(learner.removesuffix("_pretrain"), seed)
     net, how, kind = learner.split("_")
     model = start(net, kind, seed)
     options = _learning(net, how, kind, seed, model, folder / "run")

@@ -125,7 +125,7 @@ def test_the_median_judges_not_the_worst_seed() -> None:
 
 @pytest.fixture
 def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], str]:
-    """Writes results (case -> what harness.save is given) and returns the page made of them."""
+    """Writes results (case -> lines and curves of ppo) and returns the page made of them."""
     fake = {name: ModuleType(name, f"What {name} is about.\n\nAnd how.") for name in ("walk", "run")}
     monkeypatch.setattr(learning_report, "CASES", tuple(fake))
     monkeypatch.setattr(learning_report, "load_case", fake.__getitem__)
@@ -137,7 +137,8 @@ def page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str,
 
     def write(results: dict[str, Any]) -> str:
         for name, (lines, curves) in results.items():
-            harness.save(name, lines, curves)
+            fake[name].NAME, fake[name].LEARNERS = name, ("ppo",)  # type: ignore[attr-defined]
+            harness.save(fake[name], "ppo", lines, curves["ppo"])
         assert learning_report.main() == 0
         return (tmp_path / "learning.md").read_text()
 
@@ -165,6 +166,24 @@ def test_the_page_shows_results_and_says_what_has_not_run(
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == shown
     assert all(f"(figures/{name})" in text for name in shown)
     assert all((tmp_path / "figures" / name).read_text().startswith("<svg") for name in shown)
+
+
+def test_a_learner_run_again_replaces_its_own_lines_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    case = made_up()
+    case.LEARNERS = ("ppo", "grpo")  # type: ignore[attr-defined]
+
+    def kept() -> dict[str, Any]:
+        return json.loads((tmp_path / "learning" / f"{case.NAME}.json").read_text())
+
+    harness.save(case, "grpo", [{"learner": "grpo", "median": 1}], {"0": []})
+    harness.save(case, "ppo", [{"learner": "ppo", "median": 2}], {"0": []})
+    harness.save(case, "grpo", [{"learner": "grpo", "median": 3}], {"0": [[1, 2, 3]]})
+    assert [(line["learner"], line["median"]) for line in kept()["lines"]] == [("ppo", 2), ("grpo", 3)]
+    assert kept()["curves"] == {"ppo": {"0": []}, "grpo": {"0": [[1, 2, 3]]}}
+    case.LEARNERS = ("ppo",)  # type: ignore[attr-defined]
+    harness.save(case, "ppo", [{"learner": "ppo", "median": 2}], {"0": []})
+    assert {line["learner"] for line in kept()["lines"]} == {"ppo"}, "learners that are gone leave the results too"
 
 
 def test_the_page_names_what_was_missed_first(page: Callable[[dict[str, Any]], str]) -> None:
