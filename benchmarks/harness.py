@@ -120,6 +120,13 @@ def save(case: Case, learner: str, lines: Sequence[Mapping[str, Any]], curves: M
     found = [line for line in kept["lines"] if line["learner"] != learner] + list(lines)
     order = {name: place for place, name in enumerate(case.LEARNERS)}
     found = sorted((line for line in found if line["learner"] in order), key=lambda line: order[line["learner"]])
-    all_curves = {**kept["curves"], learner: curves}
+    all_curves = {**kept["curves"], learner: {seed: [_short(p) for p in run] for seed, run in curves.items()}}
     ordered = {name: all_curves[name] for name in case.LEARNERS if name in all_curves}
-    path.write_text(json.dumps({"lines": found, "curves": ordered}, indent=1) + "\n")
+    rows = ",\n".join(f"  {json.dumps(line, allow_nan=False)}" for line in found)
+    drawn = ",\n".join(f"  {json.dumps(name)}: {json.dumps(runs, allow_nan=False)}" for name, runs in ordered.items())
+    path.write_text(f'{{"lines": [\n{rows}\n ],\n "curves": {{\n{drawn}\n }}\n}}\n')
+
+
+def _short(point: Sequence[float]) -> list[float]:
+    """Five digits of each coordinate: enough for a figure."""
+    return [float(f"{x:.5g}") for x in point]

@@ -126,9 +126,8 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
     seconds = time.perf_counter() - began
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     per_step = options.num_prompts * options.num_generations
-    curve = [((i + 1.0) * per_step, float("nan"), float(line["reward"])) for i, line in enumerate(lines)]
     optimality = expected_reward(policy, Lottery(seed=seed))
-    return Outcome({"optimality": optimality}, len(lines) * per_step, seconds, curve)
+    return Outcome({"optimality": optimality}, len(lines) * per_step, seconds)
 
 
 def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) -> dict[str, Any]:
