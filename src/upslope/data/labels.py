@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from upslope.data.readers import _text_of, rows_of
+from upslope.data.readers import rows_of, text_of
 from upslope.errors import DataError
 
 __all__ = [
@@ -120,7 +120,7 @@ def _conll_rows(path: Path) -> Iterator[tuple[int, list[str] | None]]:
     """(line, its cells), None for cells at the end of a sentence; the file ends with one."""
     width, first = 0, 0
     number = 0
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip() or line.startswith("-DOCSTART-"):
             yield number, None
@@ -264,9 +264,9 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
     A JSON object {right label: {said label: reward}}; what is not named is 1 for the right label and 0 for another.
     DataError names the file and the key: an unknown label, a reward that is not a finite number.
     """
-    from upslope.data.readers import _json
+    from upslope.data.readers import json_of
 
-    table = _json(_text_of(Path(path).expanduser()), str(path))
+    table = json_of(text_of(Path(path).expanduser()), str(path))
     if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
         raise DataError(f'{path}: must be an object of objects, {{"right label": {{"said label": reward}}}}')
     index = {label: i for i, label in enumerate(labels)}

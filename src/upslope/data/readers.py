@@ -64,7 +64,7 @@ def _near_file(path: Path) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def _text_of(path: Path) -> str:
+def text_of(path: Path) -> str:
     """The file's text without a byte-order mark. DataError when unreadable, empty, corrupt or not UTF-8."""
     try:
         raw = path.read_bytes()
@@ -83,7 +83,7 @@ def _text_of(path: Path) -> str:
         raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
 
 
-def _json(text: str, where: str, hint: str = "") -> Any:
+def json_of(text: str, where: str, hint: str = "") -> Any:
     """`where` names the line already when `text` is one line, else the line inside `text` is added."""
     try:
         return json.loads(text)
@@ -99,20 +99,20 @@ def _json(text: str, where: str, hint: str = "") -> Any:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    lines = _text_of(path).split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
+    lines = text_of(path).split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
     last = max(number for number, line in enumerate(lines, 1) if line.strip())
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
         cut = number == last and number > 1
-        row = _json(line, where, " (the last line: was the file cut off?)" if cut else "")
+        row = json_of(line, where, " (the last line: was the file cut off?)" if cut else "")
         yield where, _object(row, where, "each line must be one JSON object")
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
-    text = _text_of(path)
-    rows = _json(text, str(path))
+    text = text_of(path)
+    rows = json_of(text, str(path))
     if not isinstance(rows, list):
         raise DataError(f"{path}: must be a list of objects, is {_kind(rows)}")
     for number, row in enumerate(rows, 1):
@@ -122,7 +122,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_LARGEST_CSV_FIELD)
-    reader = csv.reader(io.StringIO(_text_of(path), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
     try:
         header = next(reader)
         if len(set(header)) != len(header) or not all(name.strip() for name in header):
@@ -140,7 +140,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _txt_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(_text_of(path).split("\n"), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         if line.strip():
             yield f"{path}:{number}", {"text": line.rstrip("\r")}
 

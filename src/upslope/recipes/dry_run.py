@@ -88,13 +88,13 @@ def probe(policy: Policy, examples: Sequence[Example], *, head: ScalarHead | Non
     return Probe(min(times) / tokens, forward_seconds / tokens, kept / tokens)
 
 
-def _weight_bytes(policy: Policy, options: RunOptions) -> float:
+def weight_bytes(policy: Policy, options: RunOptions) -> float:
     """Bytes still to come for masters, gradients and moments of what is trained (the compute copy is loaded)."""
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     return trained * (4 + 8)
 
 
-def _head_bytes(policy: Policy) -> float:
+def head_bytes(policy: Policy) -> float:
     """The head's chunk: logits, their softmax and gradient, and the gradient of its weight in float32."""
     spec = policy.model.spec
     return 256 * spec.vocab_size * 14 + spec.vocab_size * spec.hidden_size * 6
@@ -109,9 +109,9 @@ def predict_sft(options: SFTOptions, policy: Policy, examples: Sequence[Example]
     micro = min(options.micro_batch_tokens, per_step)
     memory = (
         resident_memory_gb()
-        + (_weight_bytes(policy, options) + _head_bytes(policy) + micro * cost.activation_bytes) / 1e9
+        + (weight_bytes(policy, options) + head_bytes(policy) + micro * cost.activation_bytes) / 1e9
     )
-    step = per_step * cost.train_seconds + _update_seconds(policy)
+    step = per_step * cost.train_seconds + update_seconds(policy)
     return Prediction(memory, step, step * plan.optimizer_steps)
 
 
@@ -150,13 +150,13 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
     step = (
         rollout_seconds * scale
         + per_step * (cost.forward_seconds * scoring + cost.train_seconds * training * plan.passes_per_sequence)
-        + _update_seconds(policy) * plan.optimizer_steps_per_step * training
+        + update_seconds(policy) * plan.optimizer_steps_per_step * training
     )
     memory = (
         resident_memory_gb()
         + (
-            _weight_bytes(policy, options) * training
-            + _head_bytes(policy)
+            weight_bytes(policy, options) * training
+            + head_bytes(policy)
             + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
             + _cache_bytes(policy, plan, longest)
             + _reference_bytes(policy, options)
@@ -193,7 +193,7 @@ def _cache_bytes(policy: Policy, plan: Plan, longest: int) -> float:
     return min(blocks * per_block, 1e9)
 
 
-def _update_seconds(policy: Policy) -> float:
+def update_seconds(policy: Policy) -> float:
     """Clipping, AdamW and the renewed copies move about 40 bytes per trained weight; measure the machine on a copy."""
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     x = torch.ones(4_000_000)
@@ -212,7 +212,7 @@ def show_sft(options: SFTOptions) -> int:
     examples, held_out = load_examples(options, policy.tokenizer, load_task(options.task) if options.task else None)
     prediction = predict_sft(options, policy, examples)
     print(statistics(examples), file=sys.stderr)
-    _report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, len(held_out))
+    report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, len(held_out))
     return 0
 
 
@@ -227,11 +227,11 @@ def show_policy_gradient(verb: str, options: RLOptions) -> int:
     encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
     prediction = predict_policy_gradient(options, policy, encoded)
     example = Example(encoded[0], [False] * len(encoded[0]))
-    _report(options, policy, example, plan_of(options), prediction, options.eval_samples)
+    report(options, policy, example, plan_of(options), prediction, options.eval_samples)
     return 0
 
 
-def _report(
+def report(
     options: RunOptions, policy: Policy, example: Example, plan: Plan, prediction: Prediction, held_out: int
 ) -> None:
     spec = policy.model.spec

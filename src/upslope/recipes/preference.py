@@ -23,7 +23,7 @@ from upslope.errors import RunError
 from upslope.evaluation.intervals import wilson
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
-from upslope.recipes.dry_run import Prediction, _head_bytes, _report, _update_seconds, _weight_bytes, probe
+from upslope.recipes.dry_run import Prediction, head_bytes, probe, report, update_seconds, weight_bytes
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
 from upslope.runs.folder import Run
@@ -190,10 +190,10 @@ def show_preference(
     micro = min(max(options.micro_batch_tokens, longest), per_step)
     memory = (
         resident_memory_gb()
-        + (_weight_bytes(policy, options) + _head_bytes(policy) + micro * cost.activation_bytes) / 1e9
+        + (weight_bytes(policy, options) + head_bytes(policy) + micro * cost.activation_bytes) / 1e9
     )
-    step = per_step * cost.train_seconds + _update_seconds(policy)
+    step = per_step * cost.train_seconds + update_seconds(policy)
     whole = step * plan.optimizer_steps + scored * mean * cost.forward_seconds
     print(f"{len(units):,} rows, {sum(unit.tokens for unit in units):,} tokens", file=sys.stderr)
-    _report(options, policy, examples[0], plan, Prediction(memory, step, whole), held_out)
+    report(options, policy, examples[0], plan, Prediction(memory, step, whole), held_out)
     return 0

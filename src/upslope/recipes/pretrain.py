@@ -32,7 +32,7 @@ from upslope.data.preview import statistics
 from upslope.errors import DataError
 from upslope.functional.supervised_losses import nll
 from upslope.options.pretrain import PretrainOptions
-from upslope.recipes.dry_run import _report, predict_sft
+from upslope.recipes.dry_run import predict_sft, report
 from upslope.recipes.plan import plan_of
 from upslope.recipes.pretrain_masked import MaskedPretrain, show_masked
 from upslope.recipes.pretrain_start import (
@@ -204,5 +204,5 @@ def _show(options: PretrainOptions) -> int:
         prediction = replace(prediction, run_seconds=prediction.step_seconds * plan.optimizer_steps)
         print(statistics(examples), file=sys.stderr)
         held_out = sum(1 for _ in texts.held_out.strided(options.context_length, stride_of(options)))
-        _report(options, policy, examples[0], plan, prediction, held_out)
+        report(options, policy, examples[0], plan, prediction, held_out)
     return 0

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from upslope.data.preview import statistics
 from upslope.options.seq2seq import Seq2SeqOptions
-from upslope.recipes.dry_run import Prediction, _head_bytes, _report, _update_seconds, _weight_bytes, probe
+from upslope.recipes.dry_run import Prediction, head_bytes, probe, report, update_seconds, weight_bytes
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import resident_memory_gb
@@ -30,7 +30,7 @@ def show_seq2seq(options: Seq2SeqOptions) -> int:
             learner.close()
     print(statistics(learner.examples), file=sys.stderr)
     plan = plan_of(options, examples=learner.order.n)
-    _report(options, policy, learner.examples[0], plan, prediction, len(learner.held_out))
+    report(options, policy, learner.examples[0], plan, prediction, len(learner.held_out))
     return 0
 
 
@@ -51,7 +51,7 @@ def _predict(learner: PairLearner) -> Prediction:
         target = sum(len(r.tokens) for g in groups for r in g.rollouts) / (len(groups) * o.num_samples)
     tokens = o.batch_size * (source + copies * target)
     seconds = cost.train_seconds + (cost.forward_seconds if copies > 1 else 0.0)
-    step = sampling + tokens * seconds + _update_seconds(policy)
+    step = sampling + tokens * seconds + update_seconds(policy)
     kept = min(o.micro_batch_tokens, tokens) * cost.activation_bytes
-    memory = resident_memory_gb() + (_weight_bytes(policy, o) + _head_bytes(policy) + kept) / 1e9
+    memory = resident_memory_gb() + (weight_bytes(policy, o) + head_bytes(policy) + kept) / 1e9
     return Prediction(memory, step, step * o.max_steps)

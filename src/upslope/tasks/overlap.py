@@ -17,7 +17,7 @@ from typing import Any
 
 from upslope.errors import ConfigError
 from upslope.extras import require
-from upslope.tasks.rewards import _quick
+from upslope.tasks.rewards import quick
 from upslope.types import Prompt
 
 __all__ = [
@@ -92,7 +92,7 @@ def _against(
     return [one(text, references) if references else None for text, references in paired]
 
 
-@_quick
+@quick
 def edit_similarity(
     prompts: Sequence[Prompt], completions: Sequence[str], *, unit: str = "words"
 ) -> list[float | None]:
@@ -109,7 +109,7 @@ def similarity(edits: int, length: int) -> float:
     return 1.0 - min(1.0, edits / max(1, length))
 
 
-@_quick
+@quick
 def ngram_overlap(
     prompts: Sequence[Prompt], completions: Sequence[str], *, n: int = 2, against: str = "answer"
 ) -> list[float | None]:
@@ -146,7 +146,7 @@ def _f1(left: Counter[Any], right: Counter[Any]) -> float:
     return 2.0 * (left & right).total() / (left.total() + right.total())
 
 
-@_quick
+@quick
 def token_f1(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[float | None]:
     """F1 of the words, the best over the references, normalised as for SQuAD: no case, punctuation or articles.
 
@@ -160,7 +160,7 @@ def _squad_f1(text: str, reference: str) -> float:
     return _f1(left, right) if left or right else 1.0
 
 
-@_quick
+@quick
 def bleu(prompts: Sequence[Prompt], completions: Sequence[str], *, tokenize: str = "13a") -> list[float | None]:
     """Sentence BLEU in [0, 1], with every reference, by sacrebleu (effective order, its own smoothing).
 
@@ -170,7 +170,7 @@ def bleu(prompts: Sequence[Prompt], completions: Sequence[str], *, tokenize: str
     return _against(prompts, completions, lambda text, refs: sentence_bleu(text, refs, tokenize=tokenize))
 
 
-@_quick
+@quick
 def chrf(prompts: Sequence[Prompt], completions: Sequence[str], *, word_order: int = 0) -> list[float | None]:
     """Sentence chrF in [0, 1], with every reference, by sacrebleu; word_order=2 is chrF++.
 

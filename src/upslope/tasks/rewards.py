@@ -19,12 +19,12 @@ from upslope.types import Prompt, Reward
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _quick(function: F) -> F:
+def quick(function: F) -> F:
     function.inline_safe = True  # type: ignore[attr-defined]
     return function
 
 
-@_quick
+@quick
 def length(
     prompts: Sequence[Prompt],
     completions: Sequence[str],
@@ -74,7 +74,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise ConfigError(f"reward 'format': '{pattern}' is not a regular expression ({error})") from None
 
 
-@_quick
+@quick
 def json_object(
     prompts: Sequence[Prompt], completions: Sequence[str], *, keys: str = "", exact: bool = False
 ) -> list[float]:
@@ -104,7 +104,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-@_quick
+@quick
 def repetition(prompts: Sequence[Prompt], completions: Sequence[str], *, ngram: int = 3) -> list[float]:
     """Minus the share of repeated word n-grams: -(1 - distinct / all), in (-1, 0]; 0 below two n-grams.
 
@@ -120,7 +120,7 @@ def _repeated_share(words: list[str], ngram: int) -> float:
     return len(set(grams)) / len(grams) - 1.0 if grams else 0.0
 
 
-@_quick
+@quick
 def exact_match(
     prompts: Sequence[Prompt], completions: Sequence[str], *, ignore_case: bool = False
 ) -> list[Reward | None]:
