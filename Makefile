@@ -7,7 +7,9 @@ PYTHON ?= python3
 ARGS   ?=
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
-PYTEST := $(BIN)/python -m pytest -q
+# Two processes: most tests are small and run on one thread each. make test WORKERS=8 on a larger machine.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help .venv demo test test-all check lock clean
