@@ -22,7 +22,8 @@ from benchmarks.harness import ROOT, Outcome
 from upslope.build import Policy, load_policy
 from upslope.config import load as load_config
 from upslope.data.batching import collate
-from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions
+from upslope.options import ExpertOptions, GRPOOptions, PPOOptions, ReinforceOptions, RLOptions
+from upslope.recipes.expert import expert
 from upslope.recipes.grpo import grpo
 from upslope.recipes.ppo import ppo
 from upslope.recipes.reinforce import reinforce
@@ -35,6 +36,7 @@ SEEDS = (0, 1, 2, 3, 4)
 LETTERS = "abc"
 LENGTH = 2
 STEPS = 150
+ROUNDS = 15
 PROMPT = "c"
 SHIPPED: dict[str, type[RLOptions]] = {
     **dict.fromkeys(
@@ -49,6 +51,7 @@ SHIPPED: dict[str, type[RLOptions]] = {
         ),
         GRPOOptions,
     ),
+    "expert_raft": ExpertOptions,
 }
 """The shipped configurations, by the stem of their file: their algorithm is run, on this task and model."""
 LEARNERS = tuple(SHIPPED)
@@ -120,14 +123,16 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
         ppo(options, policy=policy)
     elif isinstance(options, GRPOOptions):
         grpo(options, policy=policy)
+    elif isinstance(options, ExpertOptions):
+        expert(options, policy=policy)
     else:
         assert isinstance(options, ReinforceOptions)
         reinforce(options, policy=policy)
     seconds = time.perf_counter() - began
     lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    per_step = options.num_prompts * options.num_generations
+    batches = ROUNDS if isinstance(options, ExpertOptions) else len(lines)
     optimality = expected_reward(policy, Lottery(seed=seed))
-    return Outcome({"optimality": optimality}, len(lines) * per_step, seconds)
+    return Outcome({"optimality": optimality}, batches * options.num_prompts * options.num_generations, seconds)
 
 
 def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) -> dict[str, Any]:
@@ -158,4 +163,8 @@ def _changes(shipped: RLOptions, model: str, task: str, folder: str, seed: int) 
         changes["critic_learning_rate"] = 1e-2
     if isinstance(shipped, GRPOOptions):
         changes |= {"beta": 0.0, "dynamic_sampling": False}
+    if isinstance(shipped, ExpertOptions):
+        # No text is right or wrong here: the best tenth of a round is kept, copies of a text too.
+        changes |= {"keep": "top", "keep_share": 0.1, "dedupe": False, "max_per_prompt": 64}
+        changes |= {"num_rounds": ROUNDS, "train_steps": STEPS // ROUNDS}
     return changes

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
 from upslope.data.chat import encode_prompt
 from upslope.rollout.judge import Scorer
+from upslope.tasks.base import KEY_BITS
 from upslope.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
 
-__all__ = ["Generator", "collect"]
+__all__ = ["Generator", "collect", "sampling_keys"]
 
 
 class Generator(Protocol):
@@ -27,9 +29,22 @@ def collect(
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
     """Sample `params.n` completions of each prompt and judge them."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
-    completions = engine.generate(encoded, params, keys=[prompt.key for prompt in prompts])
+    completions = engine.generate(encoded, params, keys=sampling_keys(prompts))
     groups = [
         RolloutGroup(prompt, [Rollout.from_completion(tokens, c, sample) for sample, c in enumerate(samples)])
         for prompt, tokens, samples in zip(prompts, encoded, completions, strict=True)
     ]
     return groups, judge.judge(groups)
+
+
+def sampling_keys(prompts: Sequence[Prompt]) -> list[int]:
+    """What seeds each prompt's sampling: its key, and how often it has occurred before it in the same call.
+
+    Without the second, a prompt given twice (a batch larger than the data) would draw the same completions twice.
+    """
+    seen: Counter[int] = Counter()
+    keys = []
+    for prompt in prompts:
+        keys.append(prompt.key + (seen[prompt.key] << KEY_BITS))
+        seen[prompt.key] += 1
+    return keys
