@@ -29,7 +29,7 @@ def show_imitation(options: ExpertOptions | DistillOptions) -> int:
     prompts, given, held_out = _material(options, policy)
     prediction = predict_imitation(options, policy, prompts, given)
     example = given[0] if given else Example(prompts[0], [False] * len(prompts[0]))
-    dry_run._report(options, policy, example, plan_of(options), prediction, held_out)
+    dry_run.report(options, policy, example, plan_of(options), prediction, held_out)
     return 0
 
 
@@ -62,7 +62,7 @@ def predict_imitation(
     examples = sampled or list(given[:64])
     cost = probe(policy, examples, head=None, budget=options.micro_batch_tokens)
     per_step = plan.sequences_per_step * sum(len(e.tokens) for e in examples) / len(examples)
-    step = per_step * cost.train_seconds + dry_run._update_seconds(policy)
+    step = per_step * cost.train_seconds + dry_run.update_seconds(policy)
     extra = 0.0
     if isinstance(options, ExpertOptions):
         step += seconds / options.train_steps
@@ -77,8 +77,8 @@ def predict_imitation(
     memory = (
         resident_memory_gb()
         + (
-            dry_run._weight_bytes(policy, options)
-            + dry_run._head_bytes(policy)
+            dry_run.weight_bytes(policy, options)
+            + dry_run.head_bytes(policy)
             + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
             + dry_run._cache_bytes(policy, plan, longest)
             + extra
