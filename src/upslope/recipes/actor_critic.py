@@ -160,7 +160,7 @@ class ActorCritic(PolicyGradient):
 
     def policy_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The algorithm's own loss per token, and its metrics."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} gives no policy loss")
 
     def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Policy loss, corrected for the sampler, and what shares its backward pass: value and entropy."""

@@ -31,9 +31,9 @@ from upslope.evaluation.classification import classification_report
 from upslope.extras import require
 from upslope.models.encoder import Encoder
 from upslope.options.encoder import ClassifyOptions
-from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, print_json
+from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
 from upslope.recipes.encoder_report import finish, show
-from upslope.recipes.session import Evaluation, exit_code, train
+from upslope.recipes.session import Evaluation, conclude, train
 
 __all__ = ["Classify", "classify", "run"]
 
@@ -43,10 +43,7 @@ def run(options: ClassifyOptions) -> int:
     if options.dry_run:
         learner, data = _prepare(options, None)
         return show(options, learner, data.facts)
-    summary = classify(options)
-    if options.json:
-        print_json(summary)
-    return exit_code(summary)
+    return conclude(options, classify(options))
 
 
 def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[str, Any]:

@@ -16,7 +16,6 @@ later ones: reverse KL per token is not MiniLLM's gradient of the KL between seq
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ from upslope.models.sources import resolve
 from upslope.options import DistillOptions
 from upslope.recipes.distill_data import Item, load_items
 from upslope.recipes.dry_run_imitation import show_imitation
-from upslope.recipes.session import Evaluation, StepResult, exit_code, train
+from upslope.recipes.session import Evaluation, StepResult, conclude, train
 from upslope.recipes.sft import held_out_groups
 from upslope.runs.folder import Run
 from upslope.tasks.loading import load_task
@@ -54,10 +53,7 @@ def run(options: DistillOptions) -> int:
     """The verb `upslope distill`."""
     if options.dry_run:
         return show_imitation(options)
-    summary = distill(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, distill(options))
 
 
 def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -21,7 +21,6 @@ of the reference stays in memory: it is the policy itself before training (its a
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -37,7 +36,7 @@ from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
-from upslope.recipes.session import exit_code, train
+from upslope.recipes.session import conclude, train
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches
@@ -52,10 +51,7 @@ def run(options: DPOOptions) -> int:
     """The verb `upslope dpo`."""
     if options.dry_run:
         return _show(options)
-    summary = dpo(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, dpo(options))
 
 
 def dpo(options: DPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -11,7 +11,6 @@ at the end, the checkpoint that was best on dev is scored once on test
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -317,8 +316,3 @@ class EncoderLearner:
     def write_model(self, folder: Path) -> None:
         """A folder that transformers loads by itself: float32 masters, adapters merged, the tokenizer."""
         self.encoder.save(folder, self.optimizer.weights(), self.tokenizer)
-
-
-def print_json(summary: Mapping[str, Any]) -> None:
-    """The summary as one JSON object on standard output."""
-    print(json.dumps(summary))

@@ -17,7 +17,6 @@ Every training row and where it came from is in samples_round_K.jsonl of the run
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -37,7 +36,7 @@ from upslope.options import ExpertOptions
 from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, read_rows, row_of, select, write_rows
 from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.recipes.session import StepResult, exit_code, train
+from upslope.recipes.session import StepResult, conclude, train
 from upslope.rollout.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.schedule import learning_rate
@@ -51,10 +50,7 @@ def run(options: ExpertOptions) -> int:
     """The verb `upslope expert`."""
     if options.dry_run:
         return show_imitation(options)
-    summary = expert(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, expert(options))
 
 
 def expert(options: ExpertOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -19,7 +19,6 @@ The whole sequence carries one advantage; a group whose rewards are all equal ha
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -43,7 +42,7 @@ from upslope.options import GRPOOptions
 from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.policy_gradient import PolicyGradient, ratio_metrics, rollout_metrics
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import StepResult, exit_code, train
+from upslope.recipes.session import StepResult, conclude, train
 from upslope.training.experience import Experience, Normalizer, group_rewards, logprob_gap, shaped_rewards
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch, RolloutGroup
@@ -55,10 +54,7 @@ def run(options: GRPOOptions) -> int:
     """The verb `upslope grpo`."""
     if options.dry_run:
         return show_policy_gradient("grpo", options)
-    summary = grpo(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, grpo(options))
 
 
 def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:

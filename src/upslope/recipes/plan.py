@@ -73,6 +73,21 @@ def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
     return _policy_gradient(options)
 
 
+_Epochs = PretrainOptions | SFTOptions | EncoderOptions | DPOOptions | RewardOptions | Seq2SeqOptions
+
+
+def _steps(o: _Epochs, examples: int | None, words: list[str], items: str, whole: str = "the data") -> int:
+    """Optimizer steps of a pass over data; what is known of them goes to `words`."""
+    steps = o.max_steps
+    if examples:
+        if o.num_epochs is not None:
+            steps = max(1, round(o.num_epochs * examples / o.batch_size))
+            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} {items} sets max_steps to {steps:,}.")
+        passes = steps * o.batch_size / examples
+        words.append(f"{steps:,} steps see {steps * o.batch_size:,} {items}: {passes:.2g} passes over {whole}.")
+    return steps
+
+
 def _pretrain(o: PretrainOptions, examples: int | None) -> Plan:
     words = [
         f"Each step reads {o.batch_size} windows of {o.context_length} tokens, {o.batch_size * o.context_length:,} in "
@@ -81,13 +96,7 @@ def _pretrain(o: PretrainOptions, examples: int | None) -> Plan:
     ]
     if o.label_smoothing:
         words.append(f"{o.label_smoothing:.0%} of every target is spread evenly over the vocabulary.")
-    steps = o.max_steps
-    if examples:
-        if o.num_epochs is not None:
-            steps = max(1, round(o.num_epochs * examples / o.batch_size))
-            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} windows sets max_steps to {steps:,}.")
-        passes = steps * o.batch_size / examples
-        words.append(f"{steps:,} steps see {steps * o.batch_size:,} windows: {passes:.2g} passes over the text.")
+    steps = _steps(o, examples, words, "windows", "the text")
     return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
 
 
@@ -97,13 +106,7 @@ def _sft(o: SFTOptions, examples: int | None) -> Plan:
         words.append("The loss of every token is weighted by the probability the model gives it (dynamic fine-tuning).")
     if o.label_smoothing:
         words.append(f"{o.label_smoothing:.0%} of every target is spread evenly over the vocabulary.")
-    steps = o.max_steps
-    if examples:
-        if o.num_epochs is not None:
-            steps = max(1, round(o.num_epochs * examples / o.batch_size))
-            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} sequences sets max_steps to {steps:,}.")
-        passes = steps * o.batch_size / examples
-        words.append(f"{steps:,} steps see {steps * o.batch_size:,} sequences: {passes:.2g} passes over the data.")
+    steps = _steps(o, examples, words, "sequences")
     return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
 
 
@@ -118,13 +121,7 @@ def _encoder(o: EncoderOptions, examples: int | None) -> Plan:
             "policy_gradient_sampled": f"It samples {o.num_samples} labels per {item}, baseline {o.baseline}; {reward}",
         }[o.objective],
     ]
-    steps = o.max_steps
-    if examples:
-        if o.num_epochs is not None:
-            steps = max(1, round(o.num_epochs * examples / o.batch_size))
-            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} rows sets max_steps to {steps:,}.")
-        seen = steps * o.batch_size
-        words.append(f"{steps:,} steps see {seen:,} rows: {seen / examples:.2g} passes over the data.")
+    steps = _steps(o, examples, words, "rows")
     if o.eval_data is None:
         words.append(f"{o.eval_share:.0%} of the data, chosen by seed and content, is held out as dev rows.")
     if o.test_data is not None:
@@ -138,13 +135,7 @@ def _preference(o: DPOOptions | RewardOptions, examples: int | None) -> Plan:
     labelled = (isinstance(o, DPOOptions) and o.loss == "kto") or (isinstance(o, RewardOptions) and o.kind == "process")
     rows, width = ("rows", 1) if labelled else ("pairs", 2)
     words = [f"Each step trains on {o.batch_size} {rows} ({width * o.batch_size} sequences), one optimizer step."]
-    steps = o.max_steps
-    if examples:
-        if o.num_epochs is not None:
-            steps = max(1, round(o.num_epochs * examples / o.batch_size))
-            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} {rows} sets max_steps to {steps:,}.")
-        passes = steps * o.batch_size / examples
-        words.append(f"{steps:,} steps see {steps * o.batch_size:,} {rows}: {passes:.2g} passes over the data.")
+    steps = _steps(o, examples, words, rows)
     if isinstance(o, DPOOptions):
         if o.loss in ("orpo", "simpo"):
             words.append(f"{o.loss} has no reference model.")
@@ -208,14 +199,7 @@ def _seq2seq(o: Seq2SeqOptions, examples: int | None) -> Plan:
         ]
     else:
         words = [f"Each step trains on {o.batch_size} pairs and makes one optimizer step."]
-    steps = o.max_steps
-    if examples:
-        what = "sources" if risk else "pairs"
-        if o.num_epochs is not None:
-            steps = max(1, round(o.num_epochs * examples / o.batch_size))
-            words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} {what} sets max_steps to {steps:,}.")
-        passes = steps * o.batch_size / examples
-        words.append(f"{steps:,} steps see {steps * o.batch_size:,} {what}: {passes:.2g} passes over the data.")
+    steps = _steps(o, examples, words, "sources" if risk else "pairs")
     sequences = o.batch_size * (o.num_samples + o.include_reference if risk else 1)
     new_tokens = o.batch_size * o.num_samples * o.max_completion_length if risk else 0
     return Plan(sequences, 1, steps, 1 + risk, new_tokens, tuple(words + _common(o)))

@@ -18,7 +18,6 @@ inside.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +35,7 @@ from upslope.options import PPOOptions
 from upslope.recipes.actor_critic import ActorCritic
 from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.policy_gradient import ratio_metrics, rollout_metrics
-from upslope.recipes.session import StepResult, exit_code, train
+from upslope.recipes.session import StepResult, conclude, train
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
 from upslope.types import Batch
@@ -48,10 +47,7 @@ def run(options: PPOOptions) -> int:
     """The verb `upslope ppo`."""
     if options.dry_run:
         return show_policy_gradient("ppo", options)
-    summary = ppo(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, ppo(options))
 
 
 def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:

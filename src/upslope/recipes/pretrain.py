@@ -13,7 +13,6 @@ held out: perplexity = exp(-sum_t logp_t / tokens) over overlapping windows, and
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import tempfile
@@ -43,7 +42,7 @@ from upslope.recipes.pretrain_start import (
     start_policy,
     start_tokenizer,
 )
-from upslope.recipes.session import Evaluation, StepResult, exit_code, train
+from upslope.recipes.session import Evaluation, StepResult, conclude, train
 from upslope.runs.folder import Run
 from upslope.training.schedule import learning_rate
 from upslope.training.step import Outputs, score, update
@@ -56,10 +55,7 @@ def run(options: PretrainOptions) -> int:
     """The verb `upslope pretrain`."""
     if options.dry_run:
         return _show(options)
-    summary = pretrain(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, pretrain(options))
 
 
 def pretrain(options: PretrainOptions, *, policy: Policy | None = None) -> dict[str, Any]:

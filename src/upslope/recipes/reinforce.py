@@ -16,7 +16,6 @@ No ratio and no clip: the batch is used once. A baseline may depend on the promp
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,7 +33,7 @@ from upslope.recipes.actor_critic import ActorCritic
 from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.policy_gradient import rollout_metrics
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import StepResult, exit_code, train
+from upslope.recipes.session import StepResult, conclude, train
 from upslope.rollout.collect import collect
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
@@ -47,10 +46,7 @@ def run(options: ReinforceOptions) -> int:
     """The verb `upslope reinforce`."""
     if options.dry_run:
         return show_policy_gradient("reinforce", options)
-    summary = reinforce(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, reinforce(options))
 
 
 def reinforce(options: ReinforceOptions, *, policy: Policy | None = None) -> dict[str, Any]:

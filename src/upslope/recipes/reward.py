@@ -14,7 +14,6 @@ folder is transformers' sequence classifier with one label; adapters are merged 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -40,7 +39,7 @@ from upslope.models.reward_folder import (
 from upslope.models.weights import load as load_weights
 from upslope.options import RewardOptions
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
-from upslope.recipes.session import exit_code, train
+from upslope.recipes.session import conclude, train
 from upslope.training.optim import Group
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, after_tokens
@@ -53,10 +52,7 @@ def run(options: RewardOptions) -> int:
     """The verb `upslope reward`."""
     if options.dry_run:
         return _show(options)
-    summary = reward(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, reward(options))
 
 
 def reward(options: RewardOptions, *, policy: Policy | None = None) -> dict[str, Any]:

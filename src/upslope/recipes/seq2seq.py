@@ -11,7 +11,6 @@ The network is Vaswani et al. 2017 (1706.03762), the objective Sutskever et al. 
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 from upslope.recipes.seq2seq_dry_run import show_seq2seq
-from upslope.recipes.session import StepResult, exit_code, train
+from upslope.recipes.session import StepResult, conclude, train
 from upslope.training.step import Outputs, update
 from upslope.types import Batch
 
@@ -37,10 +36,7 @@ def run(options: Seq2SeqOptions) -> int:
     """The verb `upslope seq2seq`."""
     if options.dry_run:
         return show_seq2seq(options)
-    summary = seq2seq(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, seq2seq(options))
 
 
 def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:

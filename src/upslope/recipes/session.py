@@ -5,6 +5,7 @@ A recipe is a Learner (what it holds, and one step) inside `train`, the one trai
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tomllib
@@ -26,7 +27,7 @@ from upslope.training import checkpoint
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
-__all__ = ["MAY_CHANGE", "Evaluation", "Learner", "StepResult", "train"]
+__all__ = ["MAY_CHANGE", "Evaluation", "Learner", "StepResult", "conclude", "train"]
 
 MAY_CHANGE = frozenset(
     {"output_dir", "resume", "dry_run", "json", "max_steps", "max_tokens", "max_seconds", "target", "patience"}
@@ -165,6 +166,13 @@ def _loop(
 def exit_code(summary: Mapping[str, Any]) -> int:
     """130 after Ctrl-C, else 0."""
     return GracefulInterrupt.exit_code if summary["stopped"] == "interrupted" else 0
+
+
+def conclude(options: RunOptions, summary: Mapping[str, Any]) -> int:
+    """The end of a training verb: the summary on standard output where --json asks for it, and the exit code."""
+    if options.json:
+        print(json.dumps(summary))
+    return exit_code(summary)
 
 
 def peak_memory_gb() -> float:

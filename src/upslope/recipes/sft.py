@@ -10,7 +10,6 @@ for each batch of sequences:
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +28,7 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
-from upslope.recipes.session import Evaluation, StepResult, exit_code, train
+from upslope.recipes.session import Evaluation, StepResult, conclude, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
@@ -46,10 +45,7 @@ def run(options: SFTOptions) -> int:
     """The verb `upslope sft`."""
     if options.dry_run:
         return show_sft(options)
-    summary = sft(options)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
+    return conclude(options, sft(options))
 
 
 def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -32,9 +32,9 @@ from upslope.evaluation.classification import entity_report, token_report
 from upslope.extras import require
 from upslope.models.encoder import Encoder
 from upslope.options.encoder import TagOptions
-from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, print_json
+from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
 from upslope.recipes.encoder_report import finish, show
-from upslope.recipes.session import Evaluation, exit_code, train
+from upslope.recipes.session import Evaluation, conclude, train
 
 __all__ = ["Tag", "run", "tag"]
 
@@ -44,10 +44,7 @@ def run(options: TagOptions) -> int:
     if options.dry_run:
         learner, data = _prepare(options, None)
         return show(options, learner, data.facts)
-    summary = tag(options)
-    if options.json:
-        print_json(summary)
-    return exit_code(summary)
+    return conclude(options, tag(options))
 
 
 def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:

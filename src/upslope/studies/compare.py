@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from upslope.build import Policy, load_policy, make_engine
+from upslope.build import Policy, load_policy, load_reference, make_engine
 from upslope.config import load
 from upslope.data.chat import encode_prompt
 from upslope.errors import ConfigError, RunError
@@ -263,7 +263,8 @@ def _kl_from_start(policy: Policy, options: RunOptions, sampled: Sequence[Rollou
     experience = Experience.of(sampled)
     batches, order = experience.batches(range(experience.size), options.micro_batch_tokens, device=policy.model.device)
     own = experience.in_order(score(policy.model, batches), order).logp_N
-    start = load_policy(replace(options, lora_rank=0)).model
+    start = load_reference(policy, replace(options, lora_rank=0))
+    assert start is not None
     reference = experience.in_order(score(start, batches), order).logp_N
     assert own is not None
     assert reference is not None
