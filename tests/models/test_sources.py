@@ -21,10 +21,11 @@ from tiny_models import tiny_network, write_gguf
 from transformers import AutoModelForCausalLM
 
 from upslope import packages
+from upslope.cache import cache_root
 from upslope.commands import fetch
 from upslope.errors import DataError, ModelError, RunError
 from upslope.models import sources
-from upslope.models.sources import Alias, HubUnreachable, cache_root, provenance, resolve
+from upslope.models.sources import Alias, HubUnreachable, provenance, resolve
 from upslope.options import FetchOptions
 
 TINY_ALIAS = Alias("someone/tiny", "tiny-model", "1.0", "0" * 64, "tiny/tiny.gguf")

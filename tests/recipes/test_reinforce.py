@@ -18,6 +18,7 @@ from upslope.errors import ConfigError, DataError
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.grpo import GRPO
+from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO
 from upslope.recipes.reinforce import MovingBaseline, Reinforce, reinforce
 from upslope.training.experience import Experience, token_rewards
@@ -84,8 +85,11 @@ def gradients(learner: Any, experience: Experience, normalizer: str, constant: i
     return {name: g.clone() for name, g in learner.optimizer.gradients().items()}
 
 
-def test_a2c_is_reinforce_with_a_learned_baseline(tiny: Path, task: str, tmp_path: Path) -> None:
+def test_a2c_is_reinforce_with_a_learned_baseline(
+    tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Same advantages, same gradient: PPO at one pass and one minibatch has REINFORCE's (arXiv 2205.09123)."""
+    monkeypatch.setattr(PolicyGradient, "on_policy", False)  # crafted rollouts were not sampled
     shipped = load_config(PPOOptions, CONFIGS / "ppo_a2c.toml")
     assert (shipped.num_epochs, shipped.num_minibatches, shipped.rollout_lag) == (1, 1, 0)
     common = rl(tiny, task, tmp_path / "run", lam=0.9, vf_coef=shipped.vf_coef)
@@ -198,8 +202,11 @@ FAMILY = {f.__name__: f for f in (dapo, gspo, cispo, sapo, dr_grpo, rloo, reinfo
 
 
 @pytest.mark.parametrize("name", FAMILY)
-def test_shipped_family_has_the_gradient_of_its_paper(name: str, tiny: Path, task: str, tmp_path: Path) -> None:
+def test_shipped_family_has_the_gradient_of_its_paper(
+    name: str, tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The TOML's loss on a crafted batch against autograd through the paper's formula, padded, in float64."""
+    monkeypatch.setattr(PolicyGradient, "on_policy", False)
     shipped = load_config(GRPOOptions, CONFIGS / f"grpo_{name}.toml")
     options = replace(
         shipped,

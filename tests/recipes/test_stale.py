@@ -19,6 +19,7 @@ from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, lambda_returns, vtrace
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.recipes.grpo import GRPO, grpo
+from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.reinforce import Reinforce, reinforce
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
@@ -63,7 +64,10 @@ def _varied(folder: Path) -> str:
     return f"{path}:Letter"
 
 
-def test_auto_corrects_per_token_once_the_weights_differ(tiny: Path, task: str, tmp_path: Path) -> None:
+def test_auto_corrects_per_token_once_the_weights_differ(
+    tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PolicyGradient, "on_policy", False)
     common = rl(tiny, task, tmp_path / "run")
     for kind, make in ((PPOOptions, PPO), (GRPOOptions, GRPO), (ReinforceOptions, Reinforce)):
         learner = make(kind(**common), load_policy(kind(**common)))

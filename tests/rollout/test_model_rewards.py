@@ -14,12 +14,12 @@ from tiny_model import CHATML, tiny_folder, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from upslope.cache import cache_root
 from upslope.data.chat import encode_prompt
 from upslope.errors import ConfigError, ModelError
 from upslope.models.attention import PackedContext
 from upslope.models.encoder import Encoder, new_encoder
 from upslope.models.loading import load_model
-from upslope.models.sources import cache_root
 from upslope.options import GRPOOptions
 from upslope.recipes.grpo import grpo
 from upslope.rollout.in_process import Surroundings, load_model_rewards, split_rewards

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from upslope import extras
 from upslope.backends.hardware import choose_dtype, cpu_features, matmul_gflops
-from upslope.models.sources import cache_root
+from upslope.cache import cache_root
 from upslope.options import DoctorOptions
 from upslope.runs.environment import describe_environment
 from upslope.version import __version__

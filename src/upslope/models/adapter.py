@@ -69,6 +69,8 @@ class TransformersModel(CausalModel):
     scales the logits scales the hidden states instead.
     """
 
+    exact = False  # the library's own operations do not promise a row's bits
+
     def __init__(self, network: PreTrainedModel, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         self.config: PreTrainedConfig = network.config

@@ -22,7 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from upslope import kernels
 from upslope.errors import ModelError
+from upslope.kernels import rows
+from upslope.models.joined import joined_linear, lay_end_to_end
 from upslope.models.protocol import CausalModel, Context, ModelSpec, least_rows, pad_rows
 
 __all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
@@ -150,11 +153,13 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> Tensor:
 
 
 def rotate(x_THd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
-    """Rotary embedding in float32, the halves paired as Hugging Face does, cast back to x's dtype."""
-    x = x_THd.to(cos_Td.dtype)
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return (x * cos_Td[:, None] + turned * sin_Td[:, None]).to(x_THd.dtype)
+    """Rotary embedding in float32, the halves paired as Hugging Face does, cast back to x's dtype.
+
+    cos and sin are [T, d / 2].
+    """
+    first, second = x_THd.to(cos_Td.dtype).chunk(2, dim=-1)
+    cos, sin = cos_Td[:, None], sin_Td[:, None]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x_THd.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -166,9 +171,18 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels.usable(x, self.weight):
+            return rows.rms_norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (wide * scale).to(x.dtype) * self.weight
+
+    def add(self, x: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """x + delta, and the norm of it."""
+        if kernels.usable(x, delta, self.weight):
+            return rows.add_rms_norm(x, delta, self.weight, self.eps)
+        total = x + delta
+        return total, self(total)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -200,7 +214,8 @@ class Attention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        width, kv_width = self.heads * config.head_dim, self.kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_width, bias=config.attention_bias)
@@ -213,12 +228,16 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
         real = context.positions_T.shape[0]
-        q, k, v = (
-            project(x)[:real].view(real, -1, self.head_dim) for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        out = context.attend(self.layer, rotate(q, cos, sin), rotate(k, cos, sin), v, self.scale)
+        everything = joined_linear(x, self.q_proj, self.k_proj, self.v_proj)[:real]
+        if not self.qk_norm and self.head_dim % 2 == 0 and kernels.usable(everything):
+            q, k, v = rows.split_rotate(everything, cos, sin, heads=self.heads, kv_heads=self.kv_heads)
+        else:
+            heads = everything.view(real, -1, self.head_dim)
+            q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
+            if self.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        out = context.attend(self.layer, q, k, v, self.scale)
         return self.o_proj(F.pad(out.flatten(1), (0, 0, 0, x.shape[0] - real)))
 
 
@@ -232,11 +251,16 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        both = joined_linear(x, self.gate_proj, self.up_proj)
+        return self.down_proj(rows.swiglu(both) if kernels.usable(both) else _SwiGLU.apply(*both.chunk(2, dim=-1)))
 
 
 class Layer(nn.Module):
-    """Pre-norm Transformer block."""
+    """Pre-norm Transformer block.
+
+    Takes the residual stream and what the block before has to add to it, and returns the same two: the sum is made
+    together with the norm that follows.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
@@ -245,9 +269,15 @@ class Layer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, context)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(
+        self, x: Tensor, delta: Tensor | None, cos: Tensor, sin: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor]:
+        if delta is None:
+            normed = self.input_layernorm(x)
+        else:
+            x, normed = self.input_layernorm.add(x, delta)
+        x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, cos, sin, context))
+        return x, self.mlp(normed)
 
 
 class _Trunk(nn.Module):
@@ -274,6 +304,7 @@ class Decoder(CausalModel):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rope_inverse", rope_frequencies(config.rope, config.head_dim), persistent=False)
         self.apply(self._init)
+        self.join_projections()
         products = [m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear)]
         self._least_rows = least_rows(min(products))
         self.spec = ModelSpec(
@@ -299,7 +330,16 @@ class Decoder(CausalModel):
         inverse = self.rope_inverse
         super()._apply(fn, recurse)
         self.rope_inverse = inverse.to(self.rope_inverse.device)
+        self.join_projections()
         return self
+
+    def join_projections(self) -> None:
+        """Lay the weights of projections that read the same rows end to end, so that they are one matrix."""
+        for module in self.model.modules():
+            if isinstance(module, Attention):
+                lay_end_to_end(module.q_proj, module.k_proj, module.v_proj)
+            elif isinstance(module, MLP):
+                lay_end_to_end(module.gate_proj, module.up_proj)
 
     @property
     def head_weight(self) -> Tensor:
@@ -310,13 +350,13 @@ class Decoder(CausalModel):
         """Hidden states [T, D] after the last norm, for tokens int64 [T] that stand where `context` says."""
         real = tokens_T.shape[0]
         angles = context.positions_T[:, None].double() * self.rope_inverse
-        angles = torch.cat([angles, angles], dim=-1)
         stat = torch.promote_types(self.dtype, torch.float32)
         cos, sin = angles.cos().to(stat), angles.sin().to(stat)
         x = F.embedding(pad_rows(tokens_T, least=self._least_rows), self.model.embed_tokens.weight)
+        delta = None
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, context, use_reentrant=False)
+                x, delta = checkpoint(layer, x, delta, cos, sin, context, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, context)
-        return self.model.norm(x)[:real]
+                x, delta = layer(x, delta, cos, sin, context)
+        return (self.model.norm(x) if delta is None else self.model.norm.add(x, delta)[1])[:real]

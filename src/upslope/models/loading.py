@@ -80,6 +80,8 @@ def _filled(network: type[Any], config: Any, folder: Path | str, dtype: torch.dt
         del found[_HEAD]
     check_shapes(expected, found, where=folder)
     model.load_state_dict(load(folder, dtype=dtype, names=list(expected)), assign=True)
+    if isinstance(model, Decoder):
+        model.join_projections()
     return model
 
 

@@ -130,6 +130,11 @@ class CausalModel(nn.Module):
         return self.head_weight.dtype
 
     @property
+    def exact(self) -> bool:
+        """Whether decoding gives the bits of the packed forward pass: true of upslope's own networks on a CPU."""
+        return self.device.type == "cpu"
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.head_weight.device

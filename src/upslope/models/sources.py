@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upslope.cache import cache_root
 from upslope.errors import ModelError, RunError, UpslopeError
 
-__all__ = ["ALIASES", "Alias", "HubUnreachable", "cache_root", "provenance", "resolve"]
+__all__ = ["ALIASES", "Alias", "HubUnreachable", "provenance", "resolve"]
 
 PROVENANCE = "upslope_source.json"
 CONVERTER_VERSION = 1  # raised when models.gguf writes something else, so that cached folders are made again
@@ -91,17 +92,6 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
     if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not _HUB_ID.fullmatch(text):
         raise ModelError(f"{source}: no such folder; give a model folder, a .gguf file, a hub id or {_aliases()}")
     return _from_hub(text, revision)
-
-
-def cache_root() -> Path:
-    """$UPSLOPE_HOME, else `upslope` in the platform's cache directory of the user."""
-    if home := os.environ.get("UPSLOPE_HOME"):
-        return Path(home).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "upslope"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "upslope" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upslope"
 
 
 def provenance(folder: Path | str) -> dict[str, Any]:

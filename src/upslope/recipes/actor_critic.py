@@ -20,7 +20,7 @@ from upslope.functional.returns import discounted_returns
 from upslope.functional.supervised_losses import value_loss
 from upslope.options import PPOOptions, ReinforceOptions
 from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.training.experience import Experience, logprob_gap, shaped_rewards, token_rewards
+from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch
@@ -52,27 +52,21 @@ class ActorCritic(PolicyGradient):
     def score(self, experience: Experience) -> tuple[Outputs, dict[str, float]]:
         """Fill in old_logp and values before the update, and the correction where the sampler's weights were others.
 
-        One pass where the critic shares the trunk, else two.
+        One pass where the critic shares the trunk, none for log-probs that are known (`on_policy`).
         """
-        o, model, flat = self.options, self.policy.model, experience.flat
+        o, model, critic = self.options, self.policy.model, self.critic
+        shared = critic.head if critic is not None and critic.model is None else None
         batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
-        head = self.critic.head if self.critic is not None and self.critic.model is None else None
-        out = score(model, batches, temperature=o.temperature, head=head)
-        if self.critic is not None and self.critic.model is not None:
-            valued = score(self.critic.model, batches, logp=False, head=self.critic.head)
+        out, logp = Outputs(), not self.on_policy
+        if logp or shared is not None:
+            out = score(model, batches, temperature=o.temperature, logp=logp, head=shared)
+        if critic is not None and critic.model is not None:
+            valued = score(critic.model, batches, logp=False, head=critic.head)
             out = Outputs(out.logp_N, None, valued.values_N, valued.final_B)
         scored = experience.in_order(out, order)
-        assert scored.logp_N is not None
-        flat["old_logp"] = scored.logp_N
         if scored.values_N is not None:
-            flat["values"] = scored.values_N
-        metrics = logprob_gap(experience, scored.logp_N)
-        weights = self.correction(experience, scored.logp_N, exact=metrics["rollout/max_logprob_diff"] == 0)
-        if weights is not None:
-            flat["importance"] = weights
-            metrics["rollout/importance_mean"] = float(weights.mean())
-        metrics["objective/entropy"] = float(-scored.logp_N.mean())
-        return scored, metrics
+            experience.flat["values"] = scored.values_N
+        return scored, self.old_logp(experience, scored_N=scored.logp_N)
 
     def shaped(self, experience: Experience) -> tuple[Tensor, dict[str, float]]:
         """The reward of each sequence [B] with its penalties, and their means."""
@@ -117,11 +111,12 @@ class ActorCritic(PolicyGradient):
         return {"val/explained_variance": float(explained_variance(values_BT, returns_BT, mask_BT))}
 
     def descend(
-        self, experience: Experience, members: list[int], step: int, *, frozen: bool = False
+        self, experience: Experience, members: list[int], step: int, *, first: bool = True, frozen: bool = False
     ) -> dict[str, float]:
         """One optimizer step of the policy, and of a critic that stands apart; `frozen` moves the critic only.
 
-        The members' weights (`Experience.set_weights`) are set by the caller.
+        `first`: the policy's weights are still those that sampled. The members' weights in the loss
+        (`Experience.set_weights`) are set by the caller.
         """
         o, model, critic = self.options, self.policy.model, self.critic
         batches, _ = experience.batches(members, o.micro_batch_tokens, device=model.device)
@@ -150,6 +145,7 @@ class ActorCritic(PolicyGradient):
             entropy=o.entropy_coef > 0,
             head=shared,
             detach_trunk=o.vf_coef == 0,
+            gap_to="rollout_logp" if self.on_policy and first else None,
         )
 
     def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:

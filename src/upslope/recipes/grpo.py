@@ -40,10 +40,10 @@ from upslope.functional.policy_losses import (
 )
 from upslope.options import GRPOOptions
 from upslope.recipes.dry_run import show_policy_gradient
-from upslope.recipes.policy_gradient import PolicyGradient, ratio_metrics, rollout_metrics
+from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics, rollout_metrics
 from upslope.recipes.rollout_queue import Sampled
 from upslope.recipes.session import StepResult, conclude, train
-from upslope.training.experience import Experience, Normalizer, group_rewards, logprob_gap, shaped_rewards
+from upslope.training.experience import Experience, Normalizer, group_rewards, shaped_rewards
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch, RolloutGroup
 
@@ -115,17 +115,14 @@ class GRPO(PolicyGradient):
     def estimate(self, experience: Experience, num_groups: int) -> dict[str, float]:
         """Fill in old_logp and the advantage of every token."""
         o, flat, model = self.options, experience.flat, self.policy.model
-        batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
-        logp_N = experience.in_order(score(model, batches, temperature=o.temperature), order).logp_N
-        assert logp_N is not None
-        flat["old_logp"] = logp_N
-        metrics = logprob_gap(experience, logp_N)
-        weights = self.correction(experience, logp_N, exact=metrics["rollout/max_logprob_diff"] == 0)
-        if weights is not None:
-            flat["importance"] = weights
+        scored_N = None
+        if not self.on_policy:
+            batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
+            scored_N = experience.in_order(score(model, batches, temperature=o.temperature), order).logp_N
+        metrics = self.old_logp(experience, scored_N=scored_N)
         if o.beta:
             flat["ref_logp"] = self.reference_logp(experience, self.reference)
-            metrics["objective/kl"] = float(experience.sequence_sums(k1(logp_N, flat["ref_logp"])).mean())
+            metrics["objective/kl"] = float(experience.sequence_sums(k1(flat["old_logp"], flat["ref_logp"])).mean())
 
         scores_B, shaping = shaped_rewards(
             experience,
@@ -136,7 +133,6 @@ class GRPO(PolicyGradient):
         rewards_PG, mask_PG, place_B = group_rewards(experience, scores_B, num_groups)
         advantages_B = self._advantages(rewards_PG, mask_PG).flatten()[place_B]
         flat["advantages"] = experience.per_sequence(advantages_B)
-        metrics["objective/entropy"] = float(-logp_N.mean())
         return metrics | shaping
 
     def _advantages(self, rewards_PG: Tensor, mask_PG: Tensor) -> Tensor:
@@ -170,11 +166,11 @@ class GRPO(PolicyGradient):
                         max_grad_norm=o.max_grad_norm,
                         temperature=o.temperature,
                         entropy=o.entropy_coef > 0,
+                        gap_to="rollout_logp" if self.on_policy and not made else None,
                     )
                 )
         self.updated()
-        metrics = {name: sum(m[name] for m in made) / len(made) for name in made[0]}
-        return {**metrics, "optimizer_steps": float(len(made))}
+        return means_of(made)
 
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         o, f = self.options, batch.fields

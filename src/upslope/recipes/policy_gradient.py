@@ -31,10 +31,10 @@ from upslope.tasks.loading import load_task
 from upslope.training.experience import Experience
 from upslope.training.optim import Group
 from upslope.training.schedule import learning_rate
-from upslope.training.step import score
+from upslope.training.step import gap_metrics, score
 from upslope.types import RolloutGroup, SamplingParams
 
-__all__ = ["PolicyGradient", "ratio_metrics", "rollout_metrics"]
+__all__ = ["PolicyGradient", "means_of", "ratio_metrics", "rollout_metrics"]
 
 _STORED = {"old_logp": "trainer_logprobs", "ref_logp": "ref_logprobs", "targets": "returns"}
 """Names in the rollout store of the flat tensors that are called otherwise here."""
@@ -112,6 +112,31 @@ class PolicyGradient:
     def updated(self) -> None:
         """The weights have moved: what the engine cached of the old ones is void."""
         self.engine.set_version(self.engine.version + 1)
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the sampler's log-probs are known to be the trainer's, bit for bit: no pass to recompute them.
+
+        The first update compares them nevertheless (`rollout/max_logprob_diff`).
+        """
+        return self.policy.model.exact and self.policy.lora is None and not self.options.rollout_lag
+
+    def old_logp(self, experience: Experience, *, scored_N: Tensor | None = None) -> dict[str, float]:
+        """Fill in old_logp [N], and the correction where the sampler's weights were others; returns metrics.
+
+        scored_N: the trainer's log-probs, needed unless `on_policy`.
+        """
+        flat = experience.flat
+        if scored_N is None:
+            flat["old_logp"], metrics = flat["rollout_logp"], {}
+        else:
+            flat["old_logp"], metrics = scored_N, gap_metrics((flat["rollout_logp"] - scored_N).abs())
+        exact = not metrics or metrics["rollout/max_logprob_diff"] == 0
+        weights = self.correction(experience, flat["old_logp"], exact=exact)
+        if weights is not None:
+            flat["importance"] = weights
+            metrics["rollout/importance_mean"] = float(weights.mean())
+        return {**metrics, "objective/entropy": float(-flat["old_logp"].mean())}
 
     def learning_rate(self, step: int) -> float:
         """The schedule at this step."""
@@ -207,6 +232,13 @@ class PolicyGradient:
     def close(self) -> None:
         """End the reward workers."""
         self.judge.__exit__(None, None, None)
+
+
+def means_of(made: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of a step's updates, each averaged over the updates that have it, and how many there were."""
+    names = dict.fromkeys(name for metrics in made for name in metrics)
+    found = {name: [m[name] for m in made if name in m] for name in names}
+    return {**{name: sum(x) / len(x) for name, x in found.items()}, "optimizer_steps": float(len(made))}
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup], experience: Experience) -> dict[str, float]:

@@ -34,7 +34,7 @@ from upslope.functional.supervised_losses import value_loss
 from upslope.options import PPOOptions
 from upslope.recipes.actor_critic import ActorCritic
 from upslope.recipes.dry_run import show_policy_gradient
-from upslope.recipes.policy_gradient import ratio_metrics, rollout_metrics
+from upslope.recipes.policy_gradient import means_of, ratio_metrics, rollout_metrics
 from upslope.recipes.session import StepResult, conclude, train
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
@@ -134,12 +134,11 @@ class PPO(ActorCritic):
             place = step * o.num_epochs + epoch
             for members in experience.minibatches(o.num_minibatches, seed=o.seed, epoch=place):
                 experience.set_weights(members, "token")
-                made.append(self.descend(experience, members, step, frozen=frozen))
+                made.append(self.descend(experience, members, step, first=not made, frozen=frozen))
             if o.target_kl and not frozen and made[-1]["policy/approx_kl"] > 1.5 * o.target_kl:
                 break
         self.updated()
-        metrics = {name: sum(m[name] for m in made) / len(made) for name in made[0]}
-        return {**metrics, "optimizer_steps": float(len(made))}
+        return means_of(made)
 
     def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Half the squared error, optionally clipped around the rollout's value."""

@@ -11,6 +11,7 @@ import torch
 
 from upslope.backends.hardware import choose_dtype
 from upslope.build import Policy, device_of_machine, load_policy
+from upslope.cache import cache_root
 from upslope.data.chat import load_tokenizer
 from upslope.data.corpus import Corpus, TokenStream, corpus_files, open_corpus, texts_of
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, KINDS, MASKED_SPECIALS, train_tokenizer
@@ -19,7 +20,7 @@ from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.encoder import Encoder, load_encoder, new_encoder
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.protocol import CausalModel
-from upslope.models.sources import cache_root, resolve
+from upslope.models.sources import resolve
 from upslope.models.weights import read_config
 from upslope.options.pretrain import PretrainOptions
 

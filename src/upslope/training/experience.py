@@ -19,12 +19,12 @@ from torch import Tensor
 
 from upslope.data.batching import collate, data_order, flat_from_padded, padded_from_flat, split_by_tokens
 from upslope.errors import DataError
-from upslope.functional.masking import loss_weights, masked_mean
+from upslope.functional.masking import loss_weights
 from upslope.functional.shaping import at_last_token, soft_overlong_penalty
 from upslope.training.step import Outputs
 from upslope.types import Batch, Example, Rollout, RolloutGroup
 
-__all__ = ["Experience", "group_rewards", "logprob_gap", "shaped_rewards", "token_rewards"]
+__all__ = ["Experience", "group_rewards", "shaped_rewards", "token_rewards"]
 
 Normalizer = Literal["token", "sequence", "constant"]
 
@@ -224,13 +224,3 @@ def group_rewards(experience: Experience, rewards_B: Tensor, num_groups: int) ->
     mask = torch.zeros(num_groups * width, dtype=torch.bool)
     rewards[place_B], mask[place_B] = rewards_B, True
     return rewards.view(num_groups, width), mask.view(num_groups, width), place_B
-
-
-def logprob_gap(experience: Experience, trainer_logp_N: Tensor) -> dict[str, float]:
-    """How far the sampler's log-probs are from the trainer's for the same tokens and weights; 0 is on-policy."""
-    gap = (experience.flat["rollout_logp"] - trainer_logp_N).abs()
-    return {
-        "rollout/max_logprob_diff": float(gap.max()),
-        "rollout/mean_logprob_diff": float(masked_mean(gap, torch.ones_like(gap, dtype=torch.bool))),
-        "rollout/differing_tokens": float((gap != 0).sum()),
-    }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from upslope.backends.hardware import keep_freed_memory
 from upslope.errors import RunError
 
 __all__ = ["Group", "MasterAdamW", "decay_groups"]
@@ -53,6 +54,7 @@ class MasterAdamW:
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> None:
+        keep_freed_memory()
         groups = list(groups)
         self.parameters: dict[str, nn.Parameter] = {}
         for group in groups:

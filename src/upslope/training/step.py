@@ -25,7 +25,7 @@ from upslope.models.protocol import CausalModel
 from upslope.training.optim import MasterAdamW
 from upslope.types import Batch
 
-__all__ = ["Loss", "Outputs", "evaluating", "forward", "score", "update"]
+__all__ = ["Loss", "Outputs", "evaluating", "forward", "gap_metrics", "score", "update"]
 
 
 @dataclass(slots=True)
@@ -139,13 +139,16 @@ def accumulate(
     detach_trunk: bool = False,
     train_final: bool = False,
     hidden: bool = False,
+    gap_to: str | None = None,
 ) -> dict[str, float]:
     """Add the gradient of the step's weighted loss to the parameters; returns the loss and the weighted metrics.
 
-    Each batch's field "weight" holds the weight of every trained token, the whole step's denominator in it.
+    Each batch's field "weight" holds the weight of every trained token, the whole step's denominator in it. `gap_to`
+    names a field with log-probs of the same tokens and weights; how far they are is returned as `gap_metrics` names it.
     Raises RunError at the first loss that is not finite, before any update.
     """
     totals: dict[str, float] = {"loss": 0.0}
+    found: list[Tensor] = []
     for batch in batches:
         out = forward(
             model,
@@ -159,6 +162,8 @@ def accumulate(
             train_final=train_final,
             hidden=hidden,
         )
+        if gap_to is not None and out.logp_N is not None:
+            found.append((batch.fields[gap_to] - out.logp_N.detach()).abs())
         loss_N, metrics = loss(batch, out)
         weight_N = batch.fields["weight"]
         total = (loss_N * weight_N).sum()
@@ -169,7 +174,16 @@ def accumulate(
         for name, values in metrics.items():
             totals[name] = totals.get(name, 0.0) + float((values.detach() * weight_N).sum())
         total.backward()
-    return totals
+    return totals | (gap_metrics(torch.cat(found)) if found else {})
+
+
+def gap_metrics(gap_N: Tensor) -> dict[str, float]:
+    """How far the sampler's log-probs are from the trainer's for the same tokens and weights; 0 is on-policy."""
+    return {
+        "rollout/max_logprob_diff": float(gap_N.max()),
+        "rollout/mean_logprob_diff": float(gap_N.mean()),
+        "rollout/differing_tokens": float((gap_N != 0).sum()),
+    }
 
 
 def update(

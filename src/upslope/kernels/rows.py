@@ -1,0 +1,202 @@
+"""Row-wise parts of a Transformer block on the CPU, forward and backward (rows.cpp).
+
+Shapes: T rows, D width, F feed-forward width, H query heads, K key/value heads, d head width. All tensors are of
+one dtype, float32 or bfloat16; arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from upslope.kernels import kind_of, library
+
+__all__ = ["add_rms_norm", "rms_norm", "split_rotate", "swiglu"]
+
+_SLABS = 16
+_SIGNATURES = {
+    "norm_forward": [c_int, *[c_void_p] * 6, c_int64, c_int64, c_float],
+    "norm_backward": [c_int, *[c_void_p] * 7, c_int64, c_int64],
+    "swiglu_forward": [c_int, c_void_p, c_void_p, c_int64, c_int64],
+    "swiglu_backward": [c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
+    "split_rotate": [c_int, *[c_void_p] * 6, *[c_int64] * 4],
+    "join_rotate": [c_int, *[c_void_p] * 6, *[c_int64] * 4],
+}
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    lib = library()
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(lib, f"upslope_{name}")
+        function.argtypes, function.restype = arguments, None
+    return lib
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension (arXiv 1910.07467, eq. 4); [..., D] -> [..., D]."""
+    x = x_TD.contiguous()
+    if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
+        return _Norm.apply(x, weight_D, eps)
+    return _norm(x, None, weight_D, eps)[0]
+
+
+def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x + delta, and its RMSNorm."""
+    x, delta = x_TD.contiguous(), delta_TD.contiguous()
+    if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad or weight_D.requires_grad):
+        return _AddNorm.apply(x, delta, weight_D, eps)
+    out, total, _ = _norm(x, delta, weight_D, eps)
+    return total, out
+
+
+def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    width = x.shape[-1]
+    rows = x.numel() // width if width else 0
+    out = torch.empty_like(x)
+    total = x if delta is None else torch.empty_like(x)
+    scales = torch.empty(rows, dtype=torch.float32)
+    _functions().upslope_norm_forward(
+        kind_of(x.dtype),
+        x.data_ptr(),
+        None if delta is None else delta.data_ptr(),
+        weight.data_ptr(),
+        total.data_ptr(),
+        out.data_ptr(),
+        scales.data_ptr(),
+        rows,
+        width,
+        eps,
+    )
+    return out, total, scales
+
+
+def _norm_gradient(ctx: Any, grad: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor]:
+    total, weight, scales = ctx.saved_tensors
+    width = total.shape[-1]
+    grad = grad.contiguous()
+    through = None if through is None else through.contiguous()
+    d_total = torch.empty_like(total)
+    slabs = torch.empty(_SLABS, width, dtype=torch.float32)
+    _functions().upslope_norm_backward(
+        kind_of(total.dtype),
+        total.data_ptr(),
+        weight.data_ptr(),
+        scales.data_ptr(),
+        grad.data_ptr(),
+        None if through is None else through.data_ptr(),
+        d_total.data_ptr(),
+        slabs.data_ptr(),
+        scales.shape[0],
+        width,
+    )
+    return d_total, slabs.sum(0).to(weight.dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out, _, scales = _norm(x, None, weight, eps)
+        ctx.save_for_backward(x, weight, scales)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return *_norm_gradient(ctx, grad, None), None
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        out, total, scales = _norm(x, delta, weight, eps)
+        ctx.save_for_backward(total, weight, scales)
+        return total, out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, through: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_total, d_weight = _norm_gradient(ctx, grad, through)
+        return d_total, d_total, d_weight, None
+
+
+def swiglu(both_TF2: Tensor) -> Tensor:
+    """silu(gate) * up (arXiv 2002.05202) of gate and up side by side: [T, 2 F] -> [T, F]."""
+    both = both_TF2.contiguous()
+    if torch.is_grad_enabled() and both.requires_grad:
+        return _SwiGLU.apply(both)
+    return _swiglu(both)
+
+
+def _swiglu(both: Tensor) -> Tensor:
+    rows, width = both.shape[0], both.shape[1] // 2
+    out = both.new_empty(rows, width)
+    _functions().upslope_swiglu_forward(kind_of(both.dtype), both.data_ptr(), out.data_ptr(), rows, width)
+    return out
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        return _swiglu(both)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (both,) = ctx.saved_tensors
+        grad, d_both = grad.contiguous(), torch.empty_like(both)
+        rows, width = grad.shape
+        _functions().upslope_swiglu_backward(
+            kind_of(both.dtype), both.data_ptr(), grad.data_ptr(), d_both.data_ptr(), rows, width
+        )
+        return d_both
+
+
+def split_rotate(
+    all_TC: Tensor, cos_Td: Tensor, sin_Td: Tensor, *, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [T, H, d], k and v [T, K, d] of one product [T, (H + 2 K) d]; q and k turned by cos, sin float32 [T, d / 2].
+
+    Rotary positions pair the halves of a head as Hugging Face does (arXiv 2104.09864, eq. 34).
+    """
+    x = all_TC.contiguous()
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _SplitRotate.apply(x, cos_Td, sin_Td, heads, kv_heads)
+    return _split(x, cos_Td, sin_Td, heads, kv_heads)
+
+
+def _split(x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width = x.shape[0], x.shape[1] // (heads + 2 * kv_heads)
+    q = x.new_empty(rows, heads, width)
+    k, v = x.new_empty(rows, kv_heads, width), x.new_empty(rows, kv_heads, width)
+    pointers = (t.data_ptr() for t in (x, q, k, v, cos, sin))
+    _functions().upslope_split_rotate(kind_of(x.dtype), *pointers, rows, heads, kv_heads, width)
+    return q, k, v
+
+
+class _SplitRotate(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        return _split(x, cos, sin, heads, kv_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cos, sin = ctx.saved_tensors
+        q, k, v = (g.contiguous() for g in grads)
+        rows, heads, width = q.shape
+        kv_heads = k.shape[1]
+        out = q.new_empty(rows, (heads + 2 * kv_heads) * width)
+        pointers = (t.data_ptr() for t in (out, q, k, v, cos, sin))
+        _functions().upslope_join_rotate(kind_of(q.dtype), *pointers, rows, heads, kv_heads, width)
+        return out, None, None, None, None

@@ -1,0 +1,71 @@
+"""Compiling the kernels: once, under a name that says of what, and with one clear line where it cannot be done."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from upslope import kernels
+from upslope.kernels import build
+
+built = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels: {kernels.problem()}")
+REPORT = "from upslope import kernels; print(kernels.problem())"
+
+
+def problem(tmp_path: Path, **environment: str) -> str:
+    """What a fresh process says."""
+    env = {**os.environ, "UPSLOPE_HOME": str(tmp_path), **environment}
+    done = subprocess.run([sys.executable, "-c", REPORT], env=env, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_they_can_be_switched_off(tmp_path: Path) -> None:
+    assert problem(tmp_path, UPSLOPE_KERNELS="off") == "switched off by UPSLOPE_KERNELS"
+
+
+def test_without_a_compiler_the_reason_is_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert problem(tmp_path, PATH=str(empty), CXX="c++") == "no C++ compiler (c++, g++, clang++) on the PATH"
+
+
+def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
+    fake = tmp_path / "bad-c++"
+    fake.write_text("#!/bin/sh\necho 'bad-c++: out of order' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    said = problem(tmp_path, CXX=str(fake))
+    assert said.endswith("could not compile them: bad-c++: out of order")
+    assert not list((tmp_path / "kernels").glob("*"))
+
+
+@built
+def test_a_second_process_finds_the_library_made(tmp_path: Path) -> None:
+    assert problem(tmp_path) == "None"
+    (made,) = (tmp_path / "kernels").glob("*.so")
+    stamp = made.stat().st_mtime_ns
+    assert problem(tmp_path) == "None"
+    assert made.stat().st_mtime_ns == stamp
+
+
+@built
+def test_the_name_depends_on_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = build._digest("c++")
+    other = tmp_path / "other.cpp"
+    other.write_text("// another")
+    monkeypatch.setattr(build, "_sources", lambda: [other])
+    assert build._digest("c++") != before
+
+
+@built
+def test_only_one_storage_type_on_the_cpu_is_usable() -> None:
+    x = torch.zeros(2)
+    assert kernels.usable(x, x)
+    assert kernels.usable(x.bfloat16())
+    assert not kernels.usable(x, x.bfloat16())
+    assert not kernels.usable(x.double())
+    assert not kernels.usable(x, torch.zeros(2, device="meta"))
