@@ -12,7 +12,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-all check lock clean
+.PHONY: help .venv demo test test-all check bench lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -20,6 +20,7 @@ help:
 	@echo "make test      set up and run the default test suite"
 	@echo "make test-all  the same with the slow tests and those that want an accelerator"
 	@echo "make check     ruff, pyright, import-linter, then the default test suite"
+	@echo "make bench     speed: roofline, scaling, exactness, and the comparison with TRL (hours on two cores)"
 	@echo "make .venv     set up only"
 	@echo "make lock      resolve requirements/ anew (for maintainers)"
 	@echo "make clean     remove .venv and caches; runs/ stays"
@@ -63,6 +64,12 @@ check: .venv/.ready-check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not slow and not gpu"
+
+bench: .venv/.ready
+	$(BIN)/python benchmarks/roofline.py --json
+	$(BIN)/python benchmarks/scaling.py --json
+	$(BIN)/python benchmarks/exactness.py --json
+	$(BIN)/python benchmarks/vs_trl.py --json
 
 lock:
 	$(PYTHON) scripts/lock.py

@@ -1,12 +1,17 @@
 """SmolLM2-135M itself: strict JSON by GRPO, and what positive sentiment costs in KL under PPO.
 
 grpo_json: the instruct model turns a sentence into {"name": ..., "age": ...} and nothing around it. Greedy pass rate on
-64 held-out sentences before and after 20 steps of 8 x 8 completions; the curve is the pass rate of each step's samples.
+64 held-out sentences, and that of the samples at temperature 1, before and after 20 steps of 8 x 8 completions; the
+curve is the pass rate of each step's samples.
 
 ppo_sentiment: continuations of neutral openings, rewarded by VADER's score, with an adaptive KL penalty. Three runs
-of 10 steps aim at 1, 4 and 16 nats per completion; each is a point of the frontier, and the curve holds
+of 15 steps aim at 0.5, 2 and 8 nats per completion; each is a point of the frontier, and the curve holds
 (samples, KL, reward) of each. KL and reward are means over a run's last three steps; the reward before is the first
 step's, whose samples are the untrained model's.
+
+A first run with seed 0 asked for a greedy gain of 0.2 from a model that passes 86% before training (it rose to 100%),
+and its KL targets of 1, 4 and 16 nats were never reached at a rate of 2e-5: three times the same run. What stands here
+was set after that, and judged with another seed.
 
 One seed, because the model takes seconds a step on two cores: nothing is known here about the spread over seeds.
 """
@@ -29,12 +34,12 @@ from upslope.recipes.session import train
 
 NAME = "json_and_sentiment"
 LEARNERS = ("grpo_json", "ppo_sentiment")
-SEEDS = (0,)
+SEEDS = (1,)
 EXPECTED = {
     "grpo_json": {
-        "pass_gain": (">=", 0.2),
+        "pass_after": (">=", 0.95),
+        "sampled_pass_gain": (">=", 0.5),
         "pass_before": None,
-        "pass_after": None,
         "sampled_pass_first": None,
         "sampled_pass_last": None,
         "reward_last": None,
@@ -42,21 +47,21 @@ EXPECTED = {
     "ppo_sentiment": {
         "reward_gain": (">=", 0.1),
         "reward_before": None,
-        "reward_at_1": None,
-        "reward_at_4": None,
-        "reward_at_16": None,
-        "kl_at_1": None,
-        "kl_at_4": None,
-        "kl_at_16": None,
+        "reward_at_0.5": None,
+        "reward_at_2": None,
+        "reward_at_8": None,
+        "kl_at_0.5": ("<=", 1.0),
+        "kl_at_2": None,
+        "kl_at_8": None,
     },
 }
 JSON: dict[str, Any] = {"task": "strict_json", "num_prompts": 8, "num_generations": 8, "max_completion_length": 20}
 JSON |= {"max_steps": 20, "learning_rate": 3e-5, "eval_samples": 64}
 SENTIMENT: dict[str, Any] = {"task": "sentiment", "num_train_prompts": 200, "num_prompts": 32, "num_generations": 2}
-SENTIMENT |= {"max_completion_length": 16, "max_steps": 10, "learning_rate": 2e-5, "num_epochs": 1}
-SENTIMENT |= {"num_minibatches": 2, "kl_coef": 0.05, "kl_horizon": 64, "eval_samples": 0}
+SENTIMENT |= {"max_completion_length": 16, "max_steps": 15, "learning_rate": 5e-5, "num_epochs": 1}
+SENTIMENT |= {"num_minibatches": 2, "kl_coef": 0.3, "kl_horizon": 16, "eval_samples": 0}
 COMMON: dict[str, Any] = {"lr_scheduler_type": "constant", "warmup_steps": 2, "eval_every": 0}
-KL_TARGETS = (1.0, 4.0, 16.0)
+KL_TARGETS = (0.5, 2.0, 8.0)
 LAST = 3
 """Steps at the end over which a run's reward and KL are averaged."""
 
@@ -83,9 +88,9 @@ def strict_json(seed: int, folder: Path) -> Outcome:
     after = summary["evaluation"]["accuracy"]["value"]
     samples = options.num_prompts * options.num_generations
     metrics = {
-        "pass_gain": after - before.value,
         "pass_before": before.value,
         "pass_after": after,
+        "sampled_pass_gain": mean_of(steps, "accuracy") - steps[0]["accuracy"],
         "sampled_pass_first": steps[0]["accuracy"],
         "sampled_pass_last": mean_of(steps, "accuracy"),
         "reward_last": mean_of(steps, "reward"),
@@ -111,7 +116,7 @@ def sentiment(seed: int, folder: Path) -> Outcome:
         metrics |= {f"kl_at_{target:g}": kl, f"reward_at_{target:g}": reward}
         metrics.setdefault("reward_before", steps[0]["reward"])
         curve.append((float(samples), kl, reward))
-    metrics["reward_gain"] = metrics["reward_at_16"] - metrics["reward_before"]
+    metrics["reward_gain"] = metrics["reward_at_8"] - metrics["reward_before"]
     return Outcome(metrics, samples, seconds, curve)
 
 

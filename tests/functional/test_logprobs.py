@@ -38,8 +38,9 @@ def test_row14_against_the_definition(temperature: float) -> None:
 def test_row14_temperature_divides_the_float32_logits() -> None:
     logits = torch.randn(5, 11).bfloat16()
     tokens = torch.randint(11, (5,))
-    expected = F.log_softmax(logits.float() / 0.7, dim=-1).gather(1, tokens[:, None])[:, 0]
-    assert torch.equal(token_logprobs(logits, tokens, 0.7), expected)
+    expected = F.log_softmax(logits.double() / 0.7, dim=-1).gather(1, tokens[:, None])[:, 0]
+    assert torch.equal(token_logprobs(logits, tokens, 0.7), token_logprobs(logits.float() / 0.7, tokens))
+    torch.testing.assert_close(token_logprobs(logits, tokens, 0.7).double(), expected, rtol=0, atol=1e-6)
 
 
 def test_row16_no_hidden_shift() -> None:

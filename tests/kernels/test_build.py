@@ -14,6 +14,7 @@ from upslope import kernels
 from upslope.kernels import build
 
 built = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels: {kernels.problem()}")
+wide = pytest.mark.skipif("AVX-512" in (kernels.problem() or ""), reason="this processor has no AVX-512")
 REPORT = "from upslope import kernels; print(kernels.problem())"
 
 
@@ -28,12 +29,14 @@ def test_they_can_be_switched_off(tmp_path: Path) -> None:
     assert problem(tmp_path, UPSLOPE_KERNELS="off") == "switched off by UPSLOPE_KERNELS"
 
 
+@wide
 def test_without_a_compiler_the_reason_is_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     assert problem(tmp_path, PATH=str(empty), CXX="c++") == "no C++ compiler (c++, g++, clang++) on the PATH"
 
 
+@wide
 def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     fake = tmp_path / "bad-c++"
     fake.write_text("#!/bin/sh\necho 'bad-c++: out of order' >&2\nexit 1\n")

@@ -14,7 +14,7 @@ from upslope.build import load_policy
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError
 from upslope.models.weights import load as load_weights
 from upslope.options import GRPOOptions, PPOOptions, SFTOptions
-from upslope.recipes.grpo import grpo
+from upslope.recipes.grpo import GRPO, grpo
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.sft import sft
 from upslope.runs import Run
@@ -324,3 +324,19 @@ def test_a_failing_evaluation_still_saves_the_last_step(tiny: Path, task: str, t
     with pytest.raises(DataError, match="ill"):
         train("ppo", options, learner)
     assert (tmp_path / "run/checkpoints/last").resolve().name == "step-00000002"
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
+def test_completions_without_advantage_are_left_out_and_change_nothing(
+    advantage: str, tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for name in ("skipping", "whole"):
+        if name == "whole":
+            monkeypatch.setattr(GRPO, "_with_gradient", lambda self, experience, members: (members, 1.0))
+        grpo(GRPOOptions(**rl(tiny, task, tmp_path / name, advantage=advantage, max_completion_length=2)))
+        found[name] = lines(tmp_path / name)
+    assert any(0 < line["rollout/skipped"] < 1 for line in found["skipping"])
+    for ours, whole in zip(found["skipping"], found["whole"], strict=True):
+        for key in ("loss", "grad_norm", "reward", "val/ratio", "policy/approx_kl"):
+            assert ours[key] == pytest.approx(whole[key], rel=1e-4, abs=1e-7), key

@@ -15,7 +15,7 @@ import psutil
 import torch
 from packaging.requirements import Requirement
 
-from upslope import extras
+from upslope import extras, kernels
 from upslope.backends.hardware import choose_dtype, cpu_features, matmul_gflops
 from upslope.cache import cache_root
 from upslope.options import DoctorOptions
@@ -76,6 +76,7 @@ def examine() -> dict[str, Any]:
         _writable("model cache", cache_root(), 1.0, "free some space, or point UPSLOPE_HOME elsewhere"),
         _bundled_model(),
         _dtype(rates),
+        _kernels(),
     ]
     count = {status: sum(check.status == status for check in checks) for status in ("ok", "warn", "fail")}
     return {
@@ -227,6 +228,14 @@ def _dtype(rates: dict[torch.dtype, int]) -> Check:
     if rates[dtype] >= 0.8 * rates[best]:
         return Check("dtype", "ok", detail)
     return Check("dtype", "warn", detail, f"try --dtype {names[best]}")
+
+
+def _kernels() -> Check:
+    why = kernels.problem()
+    if why is None:
+        return Check("kernels", "ok", "compiled for this processor")
+    fix = "install a C++ compiler (Debian, Ubuntu: apt install g++), or live with the slower torch code"
+    return Check("kernels", "warn", f"not used: {why}", fix)
 
 
 def _machine_lines(report: dict[str, Any]) -> list[str]:

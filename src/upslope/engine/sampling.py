@@ -20,6 +20,7 @@ from torch import Tensor
 
 from upslope.engine.beam import Candidate
 from upslope.functional.logprobs import log_softmax
+from upslope.kernels import usable, vocabulary
 from upslope.types import SamplingParams
 
 __all__ = [
@@ -114,19 +115,19 @@ def sample(logits_NV: Tensor, rows: Sequence[Row]) -> Drawn:
     kinds: dict[tuple[float, bool], list[int]] = {}
     for i, row in enumerate(rows):
         kinds.setdefault((row.params.temperature, row.plain), []).append(i)
-    step = _CPU_ROWS if logits_NV.device.type == "cpu" else max(count, 1)
-    for index in (kind[i : i + step] for kind in kinds.values() for i in range(0, len(kind), step)):
-        logits = _rows_of(logits_NV, index)
-        members = [rows[i] for i in index]
-        policy = log_softmax(logits, policy_temperature(members[0].params))
-        tokens, sampling = _draw_kind(logits, policy, members)
-        own = policy.gather(1, tokens[:, None])[:, 0]
-        sampling = own if sampling is None else sampling
-        top = top_alternatives(policy, [row.params.logprobs for row in members], tokens.tolist())
-        columns = (tokens.tolist(), sampling.tolist(), own.tolist(), top)
-        for i, token, sampling_logprob, policy_logprob, best in zip(index, *columns, strict=True):
-            drawn.tokens[i], drawn.top_logprobs[i] = token, best
-            drawn.sampling_logprobs[i], drawn.policy_logprobs[i] = sampling_logprob, policy_logprob
+    for (_, plain), kind in kinds.items():
+        step = _CPU_ROWS if logits_NV.device.type == "cpu" and not (plain and usable(logits_NV)) else len(kind)
+        for index in (kind[i : i + step] for i in range(0, len(kind), step)):
+            logits = _rows_of(logits_NV, index)
+            members = [rows[i] for i in index]
+            temperature = policy_temperature(members[0].params)
+            tokens, sampling = _draw_kind(logits, members)
+            own = sampling if plain else _logprobs_of(logits, tokens, temperature)
+            top = _alternatives(logits, members, tokens.tolist(), temperature)
+            columns = (tokens.tolist(), sampling.tolist(), own.tolist(), top)
+            for i, token, sampling_logprob, policy_logprob, best in zip(index, *columns, strict=True):
+                drawn.tokens[i], drawn.top_logprobs[i] = token, best
+                drawn.sampling_logprobs[i], drawn.policy_logprobs[i] = sampling_logprob, policy_logprob
     return drawn
 
 
@@ -137,25 +138,47 @@ def _rows_of(logits_NV: Tensor, index: list[int]) -> Tensor:
     return logits_NV[torch.tensor(index, device=logits_NV.device)]
 
 
-def _draw_kind(logits_NV: Tensor, policy_NV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor | None]:
-    """Tokens [N] and their sampling log-probs (None: they are the policy's) for rows of one kind."""
+def _draw_kind(logits_NV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Tokens [N] and their sampling log-probs for rows of one kind."""
     temperature = rows[0].params.temperature
     if temperature == 0:
         scores = adjust(logits_NV, rows) if any(row.adjusted for row in rows) else logits_NV
         best, tokens = scores.max(dim=-1)
         return tokens, torch.where(torch.isinf(best), torch.nan, 0.0)
     uniform = torch.tensor([row.uniform for row in rows], dtype=torch.float64, device=logits_NV.device)
-    if rows[0].plain:
-        return draw(policy_NV, uniform), None
-    scores = keep_filtered(
-        adjust(logits_NV, rows).div_(temperature),
-        [row.params.top_k for row in rows],
-        [row.params.top_p for row in rows],
-        [row.params.min_p for row in rows],
-    )
-    logp = log_softmax(scores)
+    if not rows[0].plain:
+        logits_NV = keep_filtered(
+            adjust(logits_NV, rows).div_(temperature),
+            [row.params.top_k for row in rows],
+            [row.params.top_p for row in rows],
+            [row.params.min_p for row in rows],
+        )
+        temperature = 1.0
+    if usable(logits_NV):
+        return vocabulary.sample(logits_NV, uniform, temperature)
+    logp = log_softmax(logits_NV, temperature)
     tokens = draw(logp, uniform)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
+
+
+def _logprobs_of(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
+    if usable(logits_NV):
+        return vocabulary.statistics(logits_NV, tokens_N, temperature).logp
+    return log_softmax(logits_NV, temperature).gather(1, tokens_N[:, None])[:, 0]
+
+
+def _alternatives(
+    logits_NV: Tensor, rows: Sequence[Row], tokens: Sequence[int], temperature: float
+) -> list[dict[int, float] | None]:
+    """`top_alternatives` of the rows that ask for them; the others' log-probs are not computed."""
+    result: list[dict[int, float] | None] = [None] * len(rows)
+    wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+    if wanted:
+        logp = log_softmax(_rows_of(logits_NV, wanted), temperature)
+        counts = [rows[i].params.logprobs for i in wanted]
+        for i, best in zip(wanted, top_alternatives(logp, counts, [tokens[i] for i in wanted]), strict=True):
+            result[i] = best
+    return result
 
 
 def draw(logp_NV: Tensor, uniform_N: Tensor) -> Tensor:

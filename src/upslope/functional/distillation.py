@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._checks import check_range, check_rank, floats, shape
-from .logprobs import CHUNK_ROWS, _chunks, _head
+from .logprobs import _chunks, _head
 from .supervised_losses import divergence
 
 Kind = Literal["forward", "reverse", "jsd"]
@@ -24,7 +24,7 @@ def linear_divergence(
     kind: Kind = "forward",
     weight: float = 0.5,
     temperature: float = 1.0,
-    chunk: int = CHUNK_ROWS,
+    chunk: int = 256,
 ) -> Tensor:
     """`divergence` of the logits of two linear heads, each divided by `temperature`: never builds [N, V].
 

@@ -2,7 +2,7 @@
 
 The log-softmax is computed in float32 (float64 for float64 logits), row by row, after the logits were divided by the
 temperature. `linear_token_logprobs` gives the same bits as `token_logprobs` on the logits of a linear head, without
-holding the logits of all rows at once.
+a tensor of the logits of all rows. On CPUs in float32 and bfloat16 all of it is done by upslope.kernels.vocabulary.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from upslope.kernels import usable, vocabulary
+
 from ._checks import check_range, check_rank, clean_rows, floats, nan_unless, select, shape
 
-CHUNK_ROWS = 256
+CHUNK_ROWS = 512
+KEPT_LOGITS_BYTES = 512 * 2**20
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -26,6 +29,8 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     ValueError: temperature not positive.
     """
     check_range("temperature", temperature, 0.0, open_low=True)
+    if _fused(logits):
+        return _LogSoftmax.apply(logits, temperature)
     (logits,) = floats(logits)
     return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
@@ -46,8 +51,10 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     This is the entropy of the distribution at that temperature. Logits of -inf contribute 0.
     """
+    check_range("temperature", temperature, 0.0, open_low=True)
     ok, logits = clean_rows(logits)
-    return nan_unless(ok, _entropy(log_softmax(logits, temperature)))
+    fused = _fused(logits)
+    return nan_unless(ok, _Entropy.apply(logits, temperature) if fused else _entropy(log_softmax(logits, temperature)))
 
 
 @overload
@@ -116,8 +123,9 @@ def linear_token_logprobs(
 
     [N, D], [V, D], [N] -> [N], at least float32. with_entropy and with_mean return a tuple: logp_N, then entropy_N,
     then mean_logp_N = 1/V sum_v log p_v (what label smoothing adds, `supervised_losses.nll`). Differentiable once in
-    hidden and weight: backward computes each chunk's logits again, skips rows whose gradient is 0, and accumulates
-    the weight's gradient in float32 (or float64) before casting it to the weight's dtype.
+    hidden and weight: backward skips rows whose gradient is 0, and accumulates the weight's gradient over the chunks
+    in float32 (or float64) before casting it to the weight's dtype. Up to KEPT_LOGITS_BYTES of logits stay in memory
+    for it, in the dtype of the inputs; those of further chunks are computed again, to the same bits.
 
     Logits are computed in the dtype of the inputs. A row's result does not depend on how many rows stand beside it:
     chunks of fewer than 12 rows are padded to 4, 8 or 12, the counts from which the matrix products of CPUs agree.
@@ -132,8 +140,9 @@ def linear_token_logprobs(
     _check_tokens(tokens_N, hidden_ND.shape[:1], weight_VD.shape[0], hidden_ND=hidden_ND, weight_VD=weight_VD)
     check_range("chunk", chunk, 1)
     check_range("temperature", temperature, 0.0, open_low=True)
+    room = KEPT_LOGITS_BYTES if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad) else 0
     logp_N, entropy_N, mean_N = _LinearTokenLogprobs.apply(
-        hidden_ND, weight_VD, tokens_N, temperature, chunk, with_entropy, with_mean
+        hidden_ND, weight_VD, tokens_N, temperature, chunk, with_entropy, with_mean, room
     )
     if not (with_entropy or with_mean):
         return logp_N
@@ -154,6 +163,45 @@ def _gather(logp: Tensor, tokens: Tensor) -> Tensor:
     return logp.gather(-1, tokens.long().unsqueeze(-1)).squeeze(-1)
 
 
+def _fused(logits: Tensor) -> bool:
+    return usable(logits) and logits.dim() > 0 and logits.numel() > 0
+
+
+class _LogSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
+        logp = vocabulary.log_softmax(logits, temperature)
+        ctx.save_for_backward(logp)
+        ctx.options = logits.dtype, temperature
+        return logp
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (logp,) = ctx.saved_tensors
+        dtype, temperature = ctx.options
+        d_scaled = torch.ops.aten._log_softmax_backward_data(grad_outputs[0], logp, -1, logp.dtype)
+        return (d_scaled / temperature).to(dtype), None
+
+
+class _Entropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.temperature = temperature
+        rows = logits.reshape(-1, logits.shape[-1])
+        tokens = torch.zeros(rows.shape[0], dtype=torch.long)
+        entropies = vocabulary.statistics(rows, tokens, temperature, with_entropy=True).entropy
+        assert entropies is not None
+        return entropies.view(logits.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (logits,) = ctx.saved_tensors
+        logp = log_softmax(logits, ctx.temperature)
+        above = select(~logp.detach().isneginf(), logp) + _entropy(logp).unsqueeze(-1)
+        return (-logp.exp() * above * (grad_outputs[0] / ctx.temperature).unsqueeze(-1)).to(logits.dtype), None
+
+
 def _entropy(logp: Tensor) -> Tensor:
     return -(logp.exp() * select(~logp.detach().isneginf(), logp)).sum(-1)
 
@@ -170,6 +218,19 @@ def _chunks(rows: int, chunk: int) -> Iterator[slice]:
     return (slice(start, min(start + chunk, rows)) for start in range(0, rows, chunk))
 
 
+def _statistics(
+    logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, with_mean: bool
+) -> vocabulary.Statistics:
+    if _fused(logits):
+        return vocabulary.statistics(logits, tokens, temperature, with_entropy=with_entropy, with_mean=with_mean)
+    logp = log_softmax(logits, temperature)
+    return vocabulary.Statistics(
+        _gather(logp, tokens),
+        entropy=_entropy(logp) if with_entropy else None,
+        mean=logp.mean(-1) if with_mean else None,
+    )
+
+
 class _LinearTokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -181,18 +242,25 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         chunk: int,
         with_entropy: bool,
         with_mean: bool,
+        room: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
+        tokens = tokens.long()
         logp = torch.empty(hidden.shape[0], dtype=exact, device=hidden.device)
         entropies = torch.empty_like(logp) if with_entropy else logp.new_empty(0)
         means = torch.empty_like(logp) if with_mean else logp.new_empty(0)
+        ctx.found, ctx.kept = [], []
         for part in _chunks(hidden.shape[0], chunk):
-            rows = log_softmax(_head(hidden[part], weight), temperature)
-            logp[part] = _gather(rows, tokens[part])
-            if with_entropy:
-                entropies[part] = _entropy(rows)
-            if with_mean:
-                means[part] = rows.mean(-1)
+            logits = _head(hidden[part], weight)
+            found = _statistics(logits, tokens[part], temperature, with_entropy, with_mean)
+            logp[part] = found.logp
+            if found.entropy is not None:
+                entropies[part] = found.entropy
+            if found.mean is not None:
+                means[part] = found.mean
+            room -= logits.nbytes
+            ctx.found.append(found)
+            ctx.kept.append(logits if room >= 0 else None)
         ctx.save_for_backward(hidden, weight, tokens)
         ctx.options = (temperature, chunk, with_entropy, with_mean)
         return logp, entropies, means
@@ -209,29 +277,67 @@ class _LinearTokenLogprobs(torch.autograd.Function):
             used = used | (grad_entropy != 0)
         if with_mean:
             used = used | (grad_mean != 0)
-        index = used.nonzero().squeeze(1)
         exact = torch.promote_types(weight.dtype, torch.float32)
         d_hidden = torch.zeros_like(hidden) if needs_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=exact, device=weight.device) if needs_weight else None
-        for part in _chunks(index.shape[0], chunk):
-            rows = index[part]
+        d_weight = None
+        for i, part in enumerate(_chunks(hidden.shape[0], chunk)):
+            # taken out, because it is overwritten: a second backward computes it again
+            logits, ctx.kept[i] = ctx.kept[i], None
+            inside = used[part].nonzero().squeeze(1)
+            if not len(inside):
+                continue
+            whole = len(inside) == len(used[part])
+            rows = part if whole else inside + part.start
             h = hidden[rows]
-            d_logits = _logits_gradient(
-                log_softmax(_head(h, weight), temperature),
-                tokens[rows].long(),
-                grad_logp[rows] / temperature,
-                grad_entropy[rows] / temperature if with_entropy else None,
-                grad_mean[rows] / temperature if with_mean else None,
-            ).to(weight.dtype)
+            if logits is None:
+                logits = _head(h, weight)
+            elif not whole:
+                logits = logits[inside]
+            d_logits = _gradient(
+                logits,
+                tokens[rows],
+                ctx.found[i] if whole else ctx.found[i].of(inside),
+                temperature,
+                grad_logp[rows],
+                grad_entropy[rows] if with_entropy else None,
+                grad_mean[rows] if with_mean else None,
+            )
             if d_hidden is not None:
                 d_hidden[rows] = d_logits @ weight
-            if d_weight is not None:
-                # float32 adds inside the product; lower precisions add the chunk's product in float32
-                if weight.dtype == exact:
-                    d_weight.addmm_(d_logits.t(), h)
-                else:
-                    d_weight += d_logits.t() @ h
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None, None
+            if not needs_weight:
+                continue
+            # float32 adds inside the product; lower precisions add the chunks' products in float32
+            if d_weight is None:
+                d_weight = d_logits.t() @ h
+            elif weight.dtype == exact:
+                d_weight.addmm_(d_logits.t(), h)
+            else:
+                d_weight, product = d_weight.to(exact), d_logits.t() @ h
+                d_weight = vocabulary.accumulate_(d_weight, product) if usable(product) else d_weight.add_(product)
+        if needs_weight:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None, None, None
+
+
+def _gradient(
+    logits: Tensor,
+    tokens: Tensor,
+    found: vocabulary.Statistics,
+    temperature: float,
+    grad_logp: Tensor,
+    grad_entropy: Tensor | None,
+    grad_mean: Tensor | None,
+) -> Tensor:
+    """The gradient of the logits in their dtype; may reuse their memory."""
+    if _fused(logits):
+        return vocabulary.logits_gradient_(logits, tokens, found, temperature, grad_logp, grad_entropy, grad_mean)
+    return _logits_gradient(
+        log_softmax(logits, temperature),
+        tokens,
+        grad_logp / temperature,
+        None if grad_entropy is None else grad_entropy / temperature,
+        None if grad_mean is None else grad_mean / temperature,
+    ).to(logits.dtype)
 
 
 def _logits_gradient(

@@ -41,6 +41,8 @@ def library() -> ctypes.CDLL:
         raise Unavailable("switched off by UPSLOPE_KERNELS")
     if sys.platform == "win32":
         raise Unavailable("not built on Windows")
+    if "avx512f" not in _processor().split():
+        raise Unavailable("written for AVX-512, which this processor does not have: torch's own code is faster here")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise Unavailable("no C++ compiler (c++, g++, clang++) on the PATH")
@@ -64,7 +66,7 @@ def _digest(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What -march=native sees, as far as the system tells it."""
+    """What -march=native sees, as far as the system tells it: model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-__all__ = ["joined_linear", "lay_end_to_end"]
+from upslope.models.packed import PackedWeights
+
+__all__ = ["joined_linear", "lay_end_to_end", "linear"]
 
 
 @torch.no_grad()
@@ -30,10 +32,11 @@ def lay_end_to_end(*layers: nn.Module) -> None:
             parameter.data = part
 
 
-def joined_linear(x_TD: Tensor, *layers: nn.Module) -> Tensor:
+def joined_linear(x_TD: Tensor, *layers: nn.Module, packed: PackedWeights | None = None) -> Tensor:
     """[layer(x) for each] side by side, [T, sum of widths]: one product where their weights lie end to end.
 
-    Layers that are not plain (adapters), or whose weights were replaced, are applied one by one.
+    Layers that are not plain (adapters), or whose weights were replaced, are applied one by one. `packed` holds copies
+    of the weights for decoding.
     """
     plain = [layer for layer in layers if type(layer) is nn.Linear]
     weight = _block([layer.weight for layer in plain]) if len(plain) == len(layers) else None
@@ -46,7 +49,14 @@ def joined_linear(x_TD: Tensor, *layers: nn.Module) -> Tensor:
     parameters = [layer.weight for layer in plain] + biases
     if torch.is_grad_enabled() and (x_TD.requires_grad or any(p.requires_grad for p in parameters)):
         return _Joined.apply(x_TD, weight, bias, *parameters)
-    return F.linear(x_TD, weight, bias)
+    return F.linear(x_TD, weight, bias) if packed is None else packed.linear(x_TD, weight, bias)
+
+
+def linear(x_TD: Tensor, layer: nn.Module, packed: PackedWeights | None = None) -> Tensor:
+    """layer(x), of a plain linear layer by way of the packed weights where there are any."""
+    if packed is None or type(layer) is not nn.Linear or torch.is_grad_enabled():
+        return layer(x_TD)
+    return packed.linear(x_TD, layer.weight, layer.bias)
 
 
 def _block(parts: list[nn.Parameter]) -> Tensor | None:

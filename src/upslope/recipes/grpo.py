@@ -155,9 +155,11 @@ class GRPO(PolicyGradient):
             place = step * o.num_iterations + iteration
             for members in experience.minibatches(o.num_minibatches, seed=o.seed, epoch=place):
                 experience.set_weights(members, normalizer, constant=constant)
-                batches, _ = experience.batches(members, o.micro_batch_tokens, device=model.device)
+                trained, share = self._with_gradient(experience, members)
+                batches, _ = experience.batches(trained, o.micro_batch_tokens, device=model.device)
                 made.append(
-                    update(
+                    {"rollout/skipped": 1 - len(trained) / len(members)}
+                    | update(
                         model,
                         self.optimizer,
                         batches,
@@ -167,10 +169,25 @@ class GRPO(PolicyGradient):
                         temperature=o.temperature,
                         entropy=o.entropy_coef > 0,
                         gap_to="rollout_logp" if self.on_policy and not made else None,
+                        share=share,
                     )
                 )
         self.updated()
         return means_of(made)
+
+    def _with_gradient(self, experience: Experience, members: list[int]) -> tuple[list[int], float]:
+        """The members whose loss can have a gradient, and their share of the weight.
+
+        Every policy loss is a multiple of the advantage: without KL and entropy a completion of advantage 0 changes
+        nothing but the denominator, which it stays in. One is kept where all are such: the moments still decay.
+        """
+        o, flat = self.options, experience.flat
+        if o.beta or o.entropy_coef:
+            return members, 1.0
+        moving_B = experience.sequence_sums(flat["advantages"].abs()) > 0
+        trained = [i for i in members if moving_B[i]] or members[:1]
+        weight_B = experience.sequence_sums(flat["weight"])
+        return trained, float(weight_B[trained].sum() / weight_B[members].sum())
 
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         o, f = self.options, batch.fields

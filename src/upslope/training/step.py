@@ -140,11 +140,14 @@ def accumulate(
     train_final: bool = False,
     hidden: bool = False,
     gap_to: str | None = None,
+    share: float = 1.0,
 ) -> dict[str, float]:
     """Add the gradient of the step's weighted loss to the parameters; returns the loss and the weighted metrics.
 
     Each batch's field "weight" holds the weight of every trained token, the whole step's denominator in it. `gap_to`
     names a field with log-probs of the same tokens and weights; how far they are is returned as `gap_metrics` names it.
+    `share` is the part of the step's weight that the batches hold, where what has no gradient was left out: losses
+    stay parts of the whole, other metrics are averaged over what is there.
     Raises RunError at the first loss that is not finite, before any update.
     """
     totals: dict[str, float] = {"loss": 0.0}
@@ -172,7 +175,8 @@ def accumulate(
             raise RunError(f"the loss is {value}: stopped before the update, the last checkpoint is untouched")
         totals["loss"] += value
         for name, values in metrics.items():
-            totals[name] = totals.get(name, 0.0) + float((values.detach() * weight_N).sum())
+            part = float((values.detach() * weight_N).sum())
+            totals[name] = totals.get(name, 0.0) + (part if name.startswith("loss") else part / share)
         total.backward()
     return totals | (gap_metrics(torch.cat(found)) if found else {})
 
