@@ -272,3 +272,28 @@ def test_shared_prompts_are_laid_down_once_and_mean_the_same() -> None:
     for name in ("targets_N", "sequence_N"):
         assert torch.equal(getattr(plain, name), getattr(batch, name))
     assert torch.equal(plain.positions_T[plain.rows_N], batch.positions_T[batch.rows_N])
+
+
+def test_the_last_token_need_not_be_fed() -> None:
+    """It is predicted all the same: targets and the tokens they follow are those of the whole batch."""
+    examples = [
+        Example([5, 6, 1, 2], [False, False, True, True]),
+        Example([5, 6, 3], [False, False, True]),
+        Example([7, 8, 4, 9], [False, True, False, True]),
+    ]
+    for share in (False, True):
+        whole = collate(examples, share_prompts=share)
+        batch = collate(examples, share_prompts=share, feed_last=False)
+        assert batch.ends_B is None
+        assert torch.equal(batch.targets_N, whole.targets_N)
+        assert torch.equal(batch.sequence_N, whole.sequence_N)
+        assert torch.equal(batch.tokens_T[batch.rows_N], whole.tokens_T[whole.rows_N])
+        assert torch.equal(batch.positions_T[batch.rows_N], whole.positions_T[whole.rows_N])
+        assert len(batch.tokens_T) == len(whole.tokens_T) - 3
+        assert min(batch.lengths) >= 1
+    assert collate(examples, share_prompts=True, feed_last=False).lengths == [2, 1, 3]
+
+
+def test_a_single_token_that_is_not_fed_is_refused() -> None:
+    with pytest.raises(ValueError, match="example 0 has one token"):
+        collate([Example([1], [False])], feed_last=False)

@@ -108,8 +108,9 @@ def test_prompt_log_probs_are_the_trainers_whatever_the_chunks() -> None:
                     assert len(top) in (2, 3)
 
 
-def test_weights_swapped_in_mid_flight() -> None:
-    old, new = tiny(), tiny("grouped")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_swapped_in_mid_flight(dtype: torch.dtype) -> None:
+    old, new = tiny("grouped", dtype), tiny("grouped", dtype)
     with torch.no_grad():
         for parameter in new.parameters():
             parameter.mul_(1.05)

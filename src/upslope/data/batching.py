@@ -22,11 +22,19 @@ if TYPE_CHECKING:
 _WORD = 2**64 - 1
 
 
-def collate(examples: Sequence[Example], *, share_prompts: bool = False, device: str | torch.device = "cpu") -> Batch:
+def collate(
+    examples: Sequence[Example],
+    *,
+    share_prompts: bool = False,
+    feed_last: bool = True,
+    device: str | torch.device = "cpu",
+) -> Batch:
     """Lay examples end to end as one packed Batch (T tokens in all, N of them trained).
 
     rows_N is the row of the token before each trained token, whose output predicts it. With `share_prompts`, what
-    comes before the first trained token is laid down once for all examples in which it is the same. `fields` are
+    comes before the first trained token is laid down once for all examples in which it is the same. Without
+    `feed_last` each example's last token is only predicted, which is all that a loss over tokens needs: it follows no
+    other, and ends_B is None. `fields` are
     concatenated to [N] tensors: int64 where every value is an integer, else float32 (a tensor keeps its own floating
     type). Raises ValueError for lengths that do not fit each other, a trained first token, or examples whose fields
     differ.
@@ -34,7 +42,7 @@ def collate(examples: Sequence[Example], *, share_prompts: bool = False, device:
     if not examples:
         raise ValueError("collate: no examples")
     for index, example in enumerate(examples):
-        _check(index, example, examples[0])
+        _check(index, example, examples[0], feed_last=feed_last)
     layout = _Layout()
     prompts = [_untrained_head(example) if share_prompts else () for example in examples]
     counts = Counter(prompts)
@@ -42,7 +50,8 @@ def collate(examples: Sequence[Example], *, share_prompts: bool = False, device:
     targets: list[int] = []
     ends: list[int] = []
     for example, prompt in zip(examples, prompts, strict=True):
-        place = layout.add(example.tokens, prompt if counts[prompt] > 1 else ())
+        fed = example.tokens if feed_last else example.tokens[:-1]
+        place = layout.add(fed, prompt if counts[prompt] > 1 else ())
         trained = [t for t, flag in enumerate(example.mask) if flag]
         rows += [place[t - 1] for t in trained]
         targets += [example.tokens[t] for t in trained]
@@ -59,7 +68,7 @@ def collate(examples: Sequence[Example], *, share_prompts: bool = False, device:
         rows_N=torch.tensor(rows, dtype=torch.int64).to(device),
         targets_N=torch.tensor(targets, dtype=torch.int64).to(device),
         sequence_N=sequence_N.to(device),
-        ends_B=torch.tensor(ends, dtype=torch.int64).to(device),
+        ends_B=torch.tensor(ends, dtype=torch.int64).to(device) if feed_last else None,
         fields={name: values.to(device) for name, values in fields.items()},
     )
 
@@ -82,6 +91,8 @@ class _Layout:
         if prompt not in self.shared:
             self.shared[prompt] = self._segment(prompt, 0, -1)
         start, parent = self.shared[prompt]
+        if len(tokens) == len(prompt):
+            return list(range(start, start + len(prompt)))
         first, _ = self._segment(tokens[len(prompt) :], len(prompt), parent)
         return [*range(start, start + len(prompt)), *range(first, first + len(tokens) - len(prompt))]
 
@@ -100,10 +111,12 @@ def _untrained_head(example: Example) -> tuple[int, ...]:
     return tuple(example.tokens[:first])
 
 
-def _check(index: int, example: Example, first: Example) -> None:
+def _check(index: int, example: Example, first: Example, *, feed_last: bool) -> None:
     length, trained = len(example.tokens), sum(map(bool, example.mask))
     if length == 0:
         raise ValueError(f"collate: example {index} has no tokens")
+    if length == 1 and not feed_last:
+        raise ValueError(f"collate: example {index} has one token, and the last one is not fed")
     if len(example.mask) != length:
         raise ValueError(f"collate: example {index} has {length} tokens but a mask of {len(example.mask)}")
     if example.mask[0]:

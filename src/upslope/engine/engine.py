@@ -91,6 +91,7 @@ class Engine:
         A completion that has tokens from both sides of the change gets `mixed_versions` and keeps the older number.
         """
         self.outputs.version = version
+        self.runner.packed.clear()
         self.scheduler.restart()
         for seq in self.scheduler.everyone:
             seq.mixed_versions = seq.mixed_versions or seq.num_generated > 0

@@ -13,6 +13,7 @@ from upslope.engine.sampling import policy_temperature, top_alternatives
 from upslope.engine.scheduler import Chunk, Plan
 from upslope.functional.logprobs import log_softmax
 from upslope.models.attention import KVCache, PagedContext
+from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel
 
 __all__ = ["Runner", "Stats"]
@@ -44,13 +45,13 @@ class Runner:
     def __init__(self, model: CausalModel, num_blocks: int) -> None:
         self.model = model
         self.cache = KVCache(model.spec, num_blocks, dtype=model.dtype, device=model.device)
+        self.packed = PackedWeights()
         self.stats = Stats()
 
     def run(self, plan: Plan) -> tuple[list[Sequence], Tensor | None]:
         """Feed the plan's tokens; the sequences that can draw now, with their logits [N, V] (None where N is 0)."""
         self.stats.steps += 1
-        for source, target in plan.copies:
-            self.cache.copy_block(source, target)
+        self.cache.copy_blocks(plan.copies)
         hidden = []
         for chunks, clock in ((plan.prefill, "prefill_seconds"), (plan.decode, "decode_seconds")):
             if chunks:
@@ -62,7 +63,7 @@ class Runner:
         if not ready:
             return [], None
         began = time.perf_counter()
-        logits = self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0])
+        logits = self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0], self.packed)
         self.stats.decode_seconds += time.perf_counter() - began
         return ready, logits
 
@@ -80,6 +81,7 @@ class Runner:
             [c.start for c in chunks],
             [c.count for c in chunks],
             prompts=[len(c.seq.request.prompt) for c in chunks],
+            packed=self.packed,
         )
         fed = [token for c in chunks for token in c.seq.tokens[c.start : c.start + c.count]]
         hidden = self.model(torch.tensor(fed, device=self.model.device), context)
@@ -102,7 +104,7 @@ class Runner:
             rows = hidden_CD[low : min(low + _SCORED_ROWS, end)]
             first = chunk.start + low + 1
             targets = request.prompt[first : first + rows.shape[0]]
-            logp = log_softmax(self.model.logits(rows), policy_temperature(request.params))
+            logp = log_softmax(self.model.logits(rows, self.packed), policy_temperature(request.params))
             own = logp.gather(1, torch.tensor(targets, device=logp.device)[:, None])[:, 0].tolist()
             top = top_alternatives(logp, [request.params.prompt_logprobs] * len(targets), targets)
             request.prompt_logprobs[first : first + len(targets)] = own

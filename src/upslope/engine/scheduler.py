@@ -33,7 +33,7 @@ class Chunk:
 
 @dataclass(slots=True)
 class Plan:
-    """One step: block copies to make first, in order; then single-token rows and longer chunks."""
+    """One step: block copies to make first; then single-token rows and longer chunks."""
 
     copies: list[tuple[int, int]] = field(default_factory=list)
     decode: list[Chunk] = field(default_factory=list)

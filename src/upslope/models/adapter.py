@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, P
 from upslope.errors import ModelError
 from upslope.models.architecture import intermediate_size, logit_scale, max_positions, refusal
 from upslope.models.attention import PackedContext
+from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
 
 __all__ = ["TransformersModel"]
@@ -174,13 +175,14 @@ class TransformersModel(CausalModel):
         """Where the weights are."""
         return self._linear.weight.device
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
+    def logits(self, hidden_ND: Tensor, packed: PackedWeights | None = None) -> Tensor:
         """Logits [N, V] in the compute dtype."""
         head = self._linear
         rows = pad_rows(hidden_ND)
         if head.bias is not None:
             rows = rows[:, :-1]
-        return nn.functional.linear(rows, head.weight, head.bias)[: len(hidden_ND)]
+        product = nn.functional.linear if packed is None else packed.linear
+        return product(rows, head.weight, head.bias)[: len(hidden_ND)]
 
     @torch.no_grad()
     def check_against_eager(self) -> None:

@@ -25,7 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from upslope import kernels
 from upslope.errors import ModelError
 from upslope.kernels import rows
-from upslope.models.joined import joined_linear, lay_end_to_end
+from upslope.models.joined import joined_linear, lay_end_to_end, linear
+from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec, least_rows, pad_rows
 
 __all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
@@ -228,7 +229,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
         real = context.positions_T.shape[0]
-        everything = joined_linear(x, self.q_proj, self.k_proj, self.v_proj)[:real]
+        everything = joined_linear(x, self.q_proj, self.k_proj, self.v_proj, packed=context.packed)[:real]
         if not self.qk_norm and self.head_dim % 2 == 0 and kernels.usable(everything):
             q, k, v = rows.split_rotate(everything, cos, sin, heads=self.heads, kv_heads=self.kv_heads)
         else:
@@ -237,8 +238,9 @@ class Attention(nn.Module):
             if self.qk_norm:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = context.attend(self.layer, q, k, v, self.scale)
-        return self.o_proj(F.pad(out.flatten(1), (0, 0, 0, x.shape[0] - real)))
+        out = context.attend(self.layer, q, k, v, self.scale).flatten(1)
+        extra = x.shape[0] - real
+        return linear(F.pad(out, (0, 0, 0, extra)) if extra else out, self.o_proj, context.packed)
 
 
 class MLP(nn.Module):
@@ -250,9 +252,10 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        both = joined_linear(x, self.gate_proj, self.up_proj)
-        return self.down_proj(rows.swiglu(both) if kernels.usable(both) else _SwiGLU.apply(*both.chunk(2, dim=-1)))
+    def forward(self, x: Tensor, packed: PackedWeights | None = None) -> Tensor:
+        both = joined_linear(x, self.gate_proj, self.up_proj, packed=packed)
+        active = rows.swiglu(both) if kernels.usable(both) else _SwiGLU.apply(*both.chunk(2, dim=-1))
+        return linear(active, self.down_proj, packed)
 
 
 class Layer(nn.Module):
@@ -277,7 +280,7 @@ class Layer(nn.Module):
         else:
             x, normed = self.input_layernorm.add(x, delta)
         x, normed = self.post_attention_layernorm.add(x, self.self_attn(normed, cos, sin, context))
-        return x, self.mlp(normed)
+        return x, self.mlp(normed, context.packed)
 
 
 class _Trunk(nn.Module):

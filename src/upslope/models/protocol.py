@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from upslope.models.packed import PackedWeights
+
 __all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "least_rows", "pad_rows", "padded_row_count"]
 
 
@@ -60,6 +62,8 @@ class Context(Protocol):
 
     positions_T: Tensor
     segments: tuple[Segment, ...]
+    packed: PackedWeights | None
+    """Copies of the weights for decoding, where the caller keeps some."""
 
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Causal attention of the call's queries, [T, H, d] -> [T, H, d]."""
@@ -139,7 +143,9 @@ class CausalModel(nn.Module):
         """Where the weights are."""
         return self.head_weight.device
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
+    def logits(self, hidden_ND: Tensor, packed: PackedWeights | None = None) -> Tensor:
         """Logits [N, V] in the compute dtype; each row is independent of the other rows, bit for bit."""
         weight = self.head_weight
-        return F.linear(pad_rows(hidden_ND, least=least_rows(weight.numel())), weight)[: hidden_ND.shape[0]]
+        rows = pad_rows(hidden_ND, least=least_rows(weight.numel()))
+        every = F.linear(rows, weight) if packed is None else packed.linear(rows, weight)
+        return every[: hidden_ND.shape[0]]

@@ -56,7 +56,10 @@ class ActorCritic(PolicyGradient):
         """
         o, model, critic = self.options, self.policy.model, self.critic
         shared = critic.head if critic is not None and critic.model is None else None
-        batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
+        cut = o.truncated == "bootstrap"
+        batches, order = experience.batches(
+            range(experience.size), o.micro_batch_tokens, feed_last=cut, device=model.device
+        )
         out, logp = Outputs(), not self.on_policy
         if logp or shared is not None:
             out = score(model, batches, temperature=o.temperature, logp=logp, head=shared)

@@ -222,7 +222,7 @@ def _normalizer(options: GRPOOptions) -> Normalizer:
 
 def _sequence_loss(batch: Batch, logp_N: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
     """GSPO's loss of each sequence, given to each of its tokens: their weighted mean is the sequence's loss."""
-    sequences = len(batch.lengths)
+    sequences = int(batch.sequence_N[-1]) + 1
     logp_BT, mask_BT = padded_from_flat(logp_N, batch.sequence_N, sequences)
     old_BT, _ = padded_from_flat(batch.fields["old_logp"], batch.sequence_N, sequences)
     advantages_BT, _ = padded_from_flat(batch.fields["advantages"], batch.sequence_N, sequences)

@@ -125,9 +125,11 @@ class Experience:
         return [[i for i, g in enumerate(self.group_B) if g in chosen] for chosen in sets]
 
     def batches(
-        self, members: Sequence[int], token_budget: int, *, device: torch.device | str = "cpu"
+        self, members: Sequence[int], token_budget: int, *, feed_last: bool = False, device: torch.device | str = "cpu"
     ) -> tuple[list[Batch], list[int]]:
         """The sequences `members` as packed micro-batches of at most `token_budget` tokens, with all flat fields.
+
+        `feed_last` is needed for the value of the state after the last token.
 
         The completions of one prompt stay together and share its tokens. Also returns the sequences in the order in
         which the micro-batches hold them.
@@ -151,7 +153,7 @@ class Experience:
                 fields = {name: x_N[starts[i] : ends[i]] for name, x_N in self.flat.items()}
                 mask = [False] * len(r.prompt_tokens) + r.mask
                 examples.append(Example([*r.prompt_tokens, *r.tokens], mask, fields))
-            batches.append(collate(examples, share_prompts=True, device=device))
+            batches.append(collate(examples, share_prompts=True, feed_last=feed_last, device=device))
         return batches, [i for part in parts for i in part]
 
     def in_order(self, outputs: Outputs, order: Sequence[int]) -> Outputs:

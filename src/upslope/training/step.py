@@ -87,8 +87,9 @@ def forward(
         out.logp_N = linear_token_logprobs(hidden_ND, model.head_weight, batch.targets_N, temperature=temperature)
     if head is not None:
         out.values_N = head(hidden_ND.detach() if detach_trunk else hidden_ND)
-        final_BD = hidden_TD[batch.ends_B]
-        out.final_B = head(final_BD if train_final else final_BD.detach())
+        if batch.ends_B is not None:
+            final_BD = hidden_TD[batch.ends_B]
+            out.final_B = head(final_BD if train_final else final_BD.detach())
     return out
 
 

@@ -1,0 +1,172 @@
+"""Attention on the CPU over blocks of 64 keys: packed segments, and sequences in a block cache (attention.cpp).
+
+A query's output is the same bits in both, alone and in company. All tensors are contiguous, of one dtype (float32 or
+bfloat16); arithmetic is float32.
+
+Shapes: T rows of tokens, H query heads, K key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Iterable
+from ctypes import c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from upslope.kernels import kind_of, library
+
+__all__ = ["describe", "packed_attention", "paged_attention", "write_cache"]
+
+_SIGNATURES = {
+    "attention_packed": [c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int, c_float],
+    "attention_packed_backward": [c_int, *[c_void_p] * 10, *[c_int64] * 4, c_int, c_float],
+    "attention_paged": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 3, c_float],
+    "cache_write": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 2, c_int],
+}
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    lib = library()
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(lib, f"upslope_{name}")
+        function.argtypes, function.restype = arguments, None
+    return lib
+
+
+def describe(segments: Iterable[tuple[int, int, int, int]]) -> array[int]:
+    """Segments as the kernels read them: (first row, rows, position of the first, link) of each.
+
+    link: in a packed call the number of the segment it continues, or -1; with a cache where its blocks begin in the
+    list of blocks.
+    """
+    return array("q", [number for segment in segments for number in segment])
+
+
+def packed_attention(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, segments: array[int], *, causal: bool, scale: float
+) -> Tensor:
+    """Attention within each segment and what it continues, [T, H, d]; differentiable. The segments cover all T rows."""
+    q, k, v = q_THd.contiguous(), k_TKd.contiguous(), v_TKd.contiguous()
+    if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+        raise ValueError(f"queries {list(q.shape)} do not fit keys {list(k.shape)} and values {list(v.shape)}")
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _PackedAttention.apply(q, k, v, segments, causal, scale)
+    out = torch.empty_like(q)
+    _forward(q, k, v, out, None, segments, causal, scale)
+    return out
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, segments: array[int], causal: bool, scale: float
+) -> None:
+    _functions().upslope_attention_packed(
+        kind_of(q.dtype),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        None if lse is None else lse.data_ptr(),
+        *_sizes(segments, q, k),
+        causal,
+        scale,
+    )
+
+
+def _sizes(segments: array[int], q: Tensor, k: Tensor) -> tuple[int, ...]:
+    return segments.buffer_info()[0], len(segments) // 4, q.shape[1], k.shape[1], q.shape[2]
+
+
+class _PackedAttention(torch.autograd.Function):
+    """With FlashAttention's backward pass (arXiv 2205.14135, appendix B): no probability is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: array[int], causal: bool, scale: float) -> Tensor:
+        out = torch.empty_like(q)
+        lse = torch.empty(q.shape[:2], dtype=torch.float32)
+        _forward(q, k, v, out, lse, segments, causal, scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = segments, causal, scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, out, lse = ctx.saved_tensors
+        segments, causal, scale = ctx.options
+        grad = grad.contiguous()
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        _functions().upslope_attention_packed_backward(
+            kind_of(q.dtype),
+            *(x.data_ptr() for x in (q, k, v, out, lse, grad, *grads)),
+            *_sizes(segments, q, k),
+            causal,
+            scale,
+        )
+        return *grads, None, None, None
+
+
+def write_cache(
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: array[int],
+    blocks: array[int],
+    *,
+    by_column: bool,
+) -> None:
+    """Put keys and values into their places in one layer's blocks [., K, 64, d].
+
+    by_column: the keys of a block as its columns [d, 64], as `paged_attention` reads them.
+    """
+    k, v = k_TKd.contiguous(), v_TKd.contiguous()
+    if not k.shape[1:] == v.shape[1:] == (keys.shape[1], keys.shape[3]):
+        raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} do not fit blocks {list(keys.shape)}")
+    _functions().upslope_cache_write(
+        kind_of(k.dtype),
+        k.data_ptr(),
+        v.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        segments.buffer_info()[0],
+        len(segments) // 4,
+        blocks.buffer_info()[0],
+        k.shape[1],
+        k.shape[2],
+        by_column,
+    )
+
+
+def paged_attention(
+    q_THd: Tensor, keys: Tensor, values: Tensor, segments: array[int], blocks: array[int], *, scale: float
+) -> Tensor:
+    """Attention of each query to everything up to itself in one layer's blocks; [T, H, d].
+
+    A block's values are [K, 64, d] of `values`, its keys [K, d, 64] in the same memory of `keys`.
+    """
+    q = q_THd.contiguous()
+    if q.shape[2] != keys.shape[3] or q.shape[1] % keys.shape[1]:
+        raise ValueError(f"queries {list(q.shape)} do not fit blocks {list(keys.shape)}")
+    out = torch.empty_like(q)
+    _functions().upslope_attention_paged(
+        kind_of(q.dtype),
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        segments.buffer_info()[0],
+        len(segments) // 4,
+        blocks.buffer_info()[0],
+        q.shape[1],
+        keys.shape[1],
+        q.shape[2],
+        scale,
+    )
+    return out
