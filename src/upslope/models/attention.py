@@ -48,7 +48,7 @@ class KVCache:
         return 2 * spec.num_layers * spec.num_kv_heads * BLOCK * spec.head_dim * dtype.itemsize
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy blocks (from, to) in every layer: copy-on-write of partly filled shared blocks. No target is a source."""
+        """Copy blocks (from, to) in every layer: copy-on-write of partly filled shared ones. No target is a source."""
         if not pairs:
             return
         sources, targets = torch.tensor(pairs, device=self.keys.device).unbind(1)

@@ -34,7 +34,8 @@ class PackedWeights:
 
     def linear(self, x_TD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
         """F.linear(x, weight, bias), the same bits."""
-        if weight_CD.dtype != torch.bfloat16 or weight_CD.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        usable = weight_CD.dtype == torch.bfloat16 and weight_CD.device.type == "cpu"
+        if not usable or not torch.backends.mkldnn.is_available():
             return F.linear(x_TD, weight_CD, bias_C)
         found = self._copies.get(weight_CD.data_ptr())
         if found is None:

@@ -189,7 +189,8 @@ class Expert(PolicyGradient):
             weight = (self.acceptance if i < new else 1.0) / len(rows) if o.normalizer == "sample" else 1 / trained
             examples.append(Example(row.example.tokens, row.example.mask, {"weight": torch.full((count,), weight)}))
         parts = split_by_tokens([len(e.tokens) for e in examples], o.micro_batch_tokens)
-        return [collate([examples[i] for i in part], feed_last=False, device=self.policy.model.device) for part in parts]
+        device = self.policy.model.device
+        return [collate([examples[i] for i in part], feed_last=False, device=device) for part in parts]
 
     def _write(self, round_: int) -> None:
         if self.run is None:

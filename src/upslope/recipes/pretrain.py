@@ -130,7 +130,8 @@ class Pretrain:
 
     def _batches(self, examples: list[Example]) -> list[Batch]:
         parts = split_by_tokens([len(e.tokens) for e in examples], self.options.micro_batch_tokens)
-        return [collate([examples[i] for i in part], feed_last=False, device=self.policy.model.device) for part in parts]
+        device = self.policy.model.device
+        return [collate([examples[i] for i in part], feed_last=False, device=device) for part in parts]
 
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         assert out.logp_N is not None

@@ -98,7 +98,8 @@ class SFT:
     def _batches(self, examples: list[Example], trained: int) -> list[Batch]:
         weighted = [Example(e.tokens, e.mask, {"weight": torch.full((sum(e.mask),), 1 / trained)}) for e in examples]
         parts = split_by_tokens([len(e.tokens) for e in weighted], self.options.micro_batch_tokens)
-        return [collate([weighted[i] for i in part], feed_last=False, device=self.policy.model.device) for part in parts]
+        device = self.policy.model.device
+        return [collate([weighted[i] for i in part], feed_last=False, device=device) for part in parts]
 
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         o, logp_N = self.options, out.logp_N
