@@ -56,8 +56,7 @@ class ReinforceOptions(RLOptions):
             kl_horizon=(1, None),
             entropy_coef=(0, None),
         )
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ConfigError("kl_target adapts kl_coef: give kl_coef a start value above 0")
+        _check_kl_target(self)
         for name, needed in _NEEDED_BASELINE.items():
             changed = getattr(self, name) != type(self).__dataclass_fields__[name].default
             if changed and self.baseline != needed:
@@ -163,8 +162,7 @@ class PPOOptions(RLOptions):
             target_kl=(0, None),
             entropy_coef=(0, None),
         )
-        if self.kl_target is not None and self.kl_coef == 0:
-            raise ConfigError("kl_target adapts kl_coef: give kl_coef a start value above 0")
+        _check_kl_target(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,3 +225,16 @@ class GRPOOptions(RLOptions):
             raise ConfigError(f"tau_positive and tau_negative belong to loss = sapo; loss is {self.loss}")
         if self.truncated == "bootstrap":
             raise ConfigError("truncated = bootstrap needs a critic: use terminate or mask, or the ppo verb")
+
+
+def _check_kl_target(options: ReinforceOptions | PPOOptions) -> None:
+    if options.kl_target is None:
+        return
+    if options.kl_coef == 0:
+        raise ConfigError("kl_target adapts kl_coef: give kl_coef a start value above 0")
+    samples = options.num_prompts * options.num_generations
+    if samples >= 5 * options.kl_horizon:  # the coefficient moves by up to 0.2 samples / horizon a step
+        raise ConfigError(
+            f"kl_horizon = {options.kl_horizon} is too short for {samples} completions a step: kl_coef would not stay "
+            f"positive; give at least {samples // 5 + 1}"
+        )
