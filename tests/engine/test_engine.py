@@ -328,3 +328,19 @@ def test_progress_and_counts() -> None:
     for group in groups:
         for c in group:
             assert c.cumulative_logprob == pytest.approx(sum(c.policy_logprobs))
+
+
+def test_a_sleeping_engine_holds_no_cache_and_wakes_with_the_same_bits() -> None:
+    model = tiny("grouped", torch.bfloat16)
+    engine, params = Engine(model, num_blocks=20), SamplingParams(max_tokens=6, n=2)
+    before = engine.generate([prompt(70)], params)
+    assert engine.runner.packed.bytes > 0
+    engine.sleep()
+    assert engine.runner.packed.bytes == 0
+    assert engine.runner._cache is None
+    after = engine.generate([prompt(70)], params)
+    assert [c.policy_logprobs for c in after[0]] == [c.policy_logprobs for c in before[0]]
+    assert engine.stats.cached_tokens == 0
+    engine.add(prompt(5), params)
+    with pytest.raises(RuntimeError, match="1 requests are unfinished"):
+        engine.sleep()

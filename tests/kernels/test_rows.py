@@ -75,6 +75,14 @@ def test_swiglu_follows_its_definition(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_with_the_product_behind_it(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    both, weight = torch.randn(20, 80).to(dtype), torch.randn(24, 40).to(dtype)
+    check(lambda b, w: (rows.swiglu_linear(b, w),), lambda b, w: (swiglu64(b) @ w.T,), [both, weight])
+    assert torch.equal(rows.swiglu_linear(both, weight), torch.nn.functional.linear(rows.swiglu(both), weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("heads", "kv_heads", "width"), [(1, 1, 2), (4, 2, 6), (9, 3, 64), (2, 1, 40)])
 def test_rotation_turns_pairs_of_halves(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)

@@ -98,6 +98,16 @@ class Engine:
             if seq.request.needs_prompt_scores:
                 seq.request.prompt_logprobs = [None] * len(seq.request.prompt)
 
+    def sleep(self) -> None:
+        """Give back the memory of the cache and of the packed weights until the next request, as training wants it.
+
+        RuntimeError while a request is unfinished.
+        """
+        if self._requests:
+            raise RuntimeError(f"{len(self._requests)} requests are unfinished: an engine sleeps only when it is idle")
+        self.scheduler.restart()
+        self.runner.sleep()
+
     def add(
         self,
         prompt_tokens: Items[int],

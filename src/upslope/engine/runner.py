@@ -44,9 +44,23 @@ class Runner:
 
     def __init__(self, model: CausalModel, num_blocks: int) -> None:
         self.model = model
-        self.cache = KVCache(model.spec, num_blocks, dtype=model.dtype, device=model.device)
+        self.num_blocks = num_blocks
         self.packed = PackedWeights()
         self.stats = Stats()
+        self._cache: KVCache | None = None
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values; allocated when first used."""
+        if self._cache is None:
+            spec, model = self.model.spec, self.model
+            self._cache = KVCache(spec, self.num_blocks, dtype=model.dtype, device=model.device)
+        return self._cache
+
+    def sleep(self) -> None:
+        """Give back the cache and the packed weights until they are used again."""
+        self._cache = None
+        self.packed.clear()
 
     def run(self, plan: Plan) -> tuple[list[Sequence], Tensor | None]:
         """Feed the plan's tokens; the sequences that can draw now, with their logits [N, V] (None where N is 0)."""

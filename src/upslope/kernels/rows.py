@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.autograd.function import once_differentiable
 
 from upslope.kernels import kind_of, library
 
-__all__ = ["add_rms_norm", "rms_norm", "split_rotate", "swiglu"]
+__all__ = ["add_rms_norm", "rms_norm", "split_rotate", "swiglu", "swiglu_linear"]
 
 _SLABS = 16
 _SIGNATURES = {
@@ -150,13 +151,36 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        (both,) = ctx.saved_tensors
-        grad, d_both = grad.contiguous(), torch.empty_like(both)
-        rows, width = grad.shape
-        _functions().upslope_swiglu_backward(
-            kind_of(both.dtype), both.data_ptr(), grad.data_ptr(), d_both.data_ptr(), rows, width
-        )
-        return d_both
+        return _swiglu_gradient(ctx.saved_tensors[0], grad)
+
+
+def _swiglu_gradient(both: Tensor, grad: Tensor) -> Tensor:
+    grad, d_both = grad.contiguous(), torch.empty_like(both)
+    rows, width = grad.shape
+    _functions().upslope_swiglu_backward(
+        kind_of(both.dtype), both.data_ptr(), grad.data_ptr(), d_both.data_ptr(), rows, width
+    )
+    return d_both
+
+
+def swiglu_linear(both_TF2: Tensor, weight_DF: Tensor) -> Tensor:
+    """swiglu(both) @ weight.T, [T, 2 F], [D, F] -> [T, D]; backward computes swiglu again instead of keeping it."""
+    return _SwiGLULinear.apply(both_TF2.contiguous(), weight_DF)
+
+
+class _SwiGLULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, both: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(both, weight)
+        return F.linear(_swiglu(both), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        both, weight = ctx.saved_tensors
+        d_weight = grad.t() @ _swiglu(both) if ctx.needs_input_grad[1] else None
+        d_both = _swiglu_gradient(both, grad @ weight) if ctx.needs_input_grad[0] else None
+        return d_both, d_weight
 
 
 def split_rotate(

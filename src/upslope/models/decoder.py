@@ -254,8 +254,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor, packed: PackedWeights | None = None) -> Tensor:
         both = joined_linear(x, self.gate_proj, self.up_proj, packed=packed)
-        active = rows.swiglu(both) if kernels.usable(both) else _SwiGLU.apply(*both.chunk(2, dim=-1))
-        return linear(active, self.down_proj, packed)
+        if not kernels.usable(both):
+            return linear(_SwiGLU.apply(*both.chunk(2, dim=-1)), self.down_proj, packed)
+        if torch.is_grad_enabled() and type(self.down_proj) is nn.Linear:
+            return rows.swiglu_linear(both, self.down_proj.weight)
+        return linear(rows.swiglu(both), self.down_proj, packed)
 
 
 class Layer(nn.Module):

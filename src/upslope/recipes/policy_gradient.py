@@ -105,6 +105,7 @@ class PolicyGradient:
         self.policy.model.eval()
         with torch.no_grad():
             groups, judged = collect(self.engine, self.policy.tokenizer, self.judge, prompts, params)
+        self.engine.sleep()
         judged["seconds/reward"] = judged.pop("reward/seconds")
         judged["seconds/rollout"] = time.perf_counter() - started - judged["seconds/reward"]
         return groups, judged
@@ -184,6 +185,7 @@ class PolicyGradient:
         self.policy.model.eval()
         with torch.no_grad():
             groups, _ = collect(self.engine, self.policy.tokenizer, self.judge, self.eval_prompts, params)
+        self.engine.sleep()
         if self.run is not None:
             self.run.record_rollouts(step, groups, split="eval")
         rewards = [r.reward.value for g in groups for r in g.rollouts if r.reward.value is not None]

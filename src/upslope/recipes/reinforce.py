@@ -109,6 +109,7 @@ class Reinforce(ActorCritic):
         prompts = [group.prompt for group in sampled.groups]
         with torch.no_grad():
             sampled.greedy, judged = collect(self.engine, self.policy.tokenizer, self.judge, prompts, params)
+        self.engine.sleep()
         _leave_out_unjudged(sampled.groups, sampled.greedy)
         sampled.metrics["reward/errors"] += judged["reward/errors"]
         sampled.metrics["seconds/rollout"] += time.perf_counter() - started
