@@ -300,14 +300,6 @@ class TestDifferentiation:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_accumulation_is_float32_addition(dtype: torch.dtype) -> None:
-    total, part = torch.randn(413, 331), torch.randn(413, 331).to(dtype)
-    expected = total + part
-    assert vocabulary.accumulate_(total, part).data_ptr() == total.data_ptr()
-    assert torch.equal(total, expected)
-
-
 class TestDrawing:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("temperature", [0.6, 1.0])

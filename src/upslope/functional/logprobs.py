@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from upslope.kernels import usable, vocabulary
+from upslope.kernels.sums import accumulate_
 
 from ._checks import check_range, check_rank, clean_rows, floats, nan_unless, select, shape
 
@@ -313,7 +314,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 d_weight.addmm_(d_logits.t(), h)
             else:
                 d_weight, product = d_weight.to(exact), d_logits.t() @ h
-                d_weight = vocabulary.accumulate_(d_weight, product) if usable(product) else d_weight.add_(product)
+                accumulate_(d_weight, product)
         if needs_weight:
             d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from upslope.kernels import kind_of, library, pointer
 
-__all__ = ["Statistics", "accumulate_", "log_softmax", "logits_gradient_", "sample", "statistics"]
+__all__ = ["Statistics", "log_softmax", "logits_gradient_", "sample", "statistics"]
 
 _SIZES = [c_int64, c_int64, c_int64, c_float]
 _SIGNATURES = {
@@ -26,7 +26,6 @@ _SIGNATURES = {
     "logprobs": [c_int, *[c_void_p] * 7, *_SIZES],
     "logits_gradient": [c_int, *[c_void_p] * 8, *_SIZES],
     "sample": [c_int, *[c_void_p] * 4, *_SIZES],
-    "accumulate": [c_int, c_void_p, c_void_p, c_int64],
 }
 
 
@@ -104,16 +103,6 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, temperature: float) -> tuple[Te
     pointers = map(pointer, (rows, uniform, tokens, logp))
     _functions().upslope_sample(kind_of(rows.dtype), *pointers, *_sizes(rows), temperature)
     return tokens, logp
-
-
-def accumulate_(total: Tensor, part: Tensor) -> Tensor:
-    """Add a float32 or bfloat16 tensor to a float32 one of the same shape, both contiguous."""
-    assert total.dtype == torch.float32
-    assert total.shape == part.shape
-    assert total.is_contiguous()
-    assert part.is_contiguous()
-    _functions().upslope_accumulate(kind_of(part.dtype), pointer(total), pointer(part), total.numel())
-    return total
 
 
 def _rows(logits_NV: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from upslope.backends.hardware import keep_freed_memory
 from upslope.errors import RunError
+from upslope.kernels.sums import accumulate_
 
 __all__ = ["Group", "MasterAdamW", "decay_groups"]
 
@@ -91,7 +92,7 @@ class MasterAdamW:
             if master.grad is None:
                 master.grad = parameter.grad.float()
             else:
-                master.grad.add_(parameter.grad)
+                accumulate_(master.grad, parameter.grad)
             parameter.grad = None
 
         return collect

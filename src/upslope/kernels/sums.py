@@ -1,0 +1,29 @@
+"""Gradients of several micro-batches or chunks, added up in float32 on the CPU (sums.cpp)."""
+
+from __future__ import annotations
+
+from ctypes import c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from upslope.kernels import kind_of, library, pointer, usable
+
+__all__ = ["accumulate_"]
+
+
+@cache
+def _function() -> Any:
+    function = library().upslope_accumulate
+    function.argtypes, function.restype = [c_int, c_void_p, c_void_p, c_int64], None
+    return function
+
+
+def accumulate_(total: Tensor, part: Tensor) -> Tensor:
+    """Add a tensor to one of the same shape that is at least as wide, in place: total.add_(part), in one pass."""
+    fits = usable(total) and usable(part) and total.element_size() == 4 and total.shape == part.shape
+    if not fits or not (total.is_contiguous() and part.is_contiguous()):
+        return total.add_(part)
+    _function()(kind_of(part.dtype), pointer(total), pointer(part), total.numel())
+    return total
