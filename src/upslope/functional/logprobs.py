@@ -20,7 +20,7 @@ from upslope.kernels.sums import accumulate_
 
 from ._checks import check_range, check_rank, clean_rows, floats, nan_unless, select, shape
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 1024
 KEPT_LOGITS_BYTES = 512 * 2**20
 
 

@@ -56,7 +56,7 @@ class RunOptions:
     """AdamW's decoupled weight decay; norms and biases are exempt."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which the whole gradient is scaled down."""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 2048
     """Packed tokens per forward and backward pass; changes memory and speed, not the gradient."""
     max_steps: int = 100
     """Stop after this many steps."""
