@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import upslope.engine.runner
 import upslope.training.step
 from upslope.models.attention import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.packed import PackedWeights
 
 __all__ = ["FORMS", "inexact"]
 
@@ -125,8 +126,9 @@ class _Paged(PagedContext):
         counts: Sequence[int],
         *,
         prompts: Sequence[int] | None = None,
+        packed: PackedWeights | None = None,
     ) -> None:
-        super().__init__(cache, tables, starts, counts, prompts=prompts)
+        super().__init__(cache, tables, starts, counts, prompts=prompts, packed=packed)
         device = cache.keys.device
         ends = [s + c for s, c in zip(starts, counts, strict=True)]
         covered = [list(t[: -(-end // BLOCK)]) for t, end in zip(tables, ends, strict=True)]
