@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks.harness import CASES, RESULTS, ROOT, load_case
+from upslope.evaluation.intervals import wilson
 from upslope.observe.charts import line_chart
 
 PAGE = ROOT / "docs" / "learning.md"
@@ -63,8 +64,12 @@ def _section(name: str, found: Mapping[str, Any]) -> str:
     text += [f"![{name} over {axis}](figures/{file})" for axis, file in figures]
     text += ["", "| learner | metric | median [range] | expected | met | samples | seconds |"]
     text += ["|---|---|---|---|---|---|---|"]
+    rows = getattr(load_case(name), "TEST_ROWS", None)
     for line in lines:
         spread = f"{_number(line['median'])} [{_number(line['min'])}, {_number(line['max'])}]"
+        if rows and line["metric"].startswith("test_accuracy"):
+            _, low, high = wilson(round(line["median"] * rows), rows)
+            spread += f"; 95% {low:.3f} to {high:.3f}"
         verdict = {True: "yes", False: "**no**", None: ""}[line["met"]]
         text.append(
             f"| {line['learner']} | {line['metric']} | {spread} | {line['expected'] or ''} | {verdict} | "
