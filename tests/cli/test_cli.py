@@ -238,3 +238,15 @@ def test_doctor_fails_without_memory_or_rights(monkeypatch: pytest.MonkeyPatch, 
     failed = {check["name"] for check in report["checks"] if check["status"] == "fail"}
     assert {"memory", "working folder", "model cache"} <= failed
     assert all(check["fix"] for check in report["checks"] if check["status"] == "fail")
+
+
+def test_doctor_says_why_the_kernels_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from upslope import kernels
+
+    monkeypatch.setattr(kernels, "problem", lambda: "no C++ compiler (c++, g++, clang++) on the PATH")
+    cli.main(["doctor"])
+    out = capsys.readouterr().out
+    assert "warn kernels           not used: no C++ compiler (c++, g++, clang++) on the PATH" in out
+    assert "-> install a C++ compiler" in out

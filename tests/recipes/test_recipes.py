@@ -248,6 +248,7 @@ def test_a_failing_reward_is_excluded_and_counted(tiny: Path, task: str, tmp_pat
         ({"model": "{tmp}/absent"}, ModelError, "absent"),
         ({"top_k": 5}, ConfigError, "rollout_correction"),
         ({"kl_target": 1.0}, ConfigError, "kl_coef"),
+        ({"kl_target": 1.0, "kl_coef": 0.1, "kl_horizon": 1}, ConfigError, "kl_horizon = 1 is too short"),
         ({"num_prompts": 0}, ConfigError, "num_prompts"),
         ({"critic": "{tmp}/absent"}, ModelError, "absent"),
         ({"output_dir": "/proc/upslope"}, RunError, "/proc/upslope"),

@@ -410,6 +410,7 @@ def test_dry_run_and_plan(tiny: Path, task: str, capsys: pytest.CaptureFixture[s
         (ReinforceOptions, {"baseline": "moving", "truncated": "bootstrap"}, "critic"),
         (ReinforceOptions, {"baseline": "reinforce++", "whiten_advantages": False}, "whitening"),
         (ReinforceOptions, {"kl_target": 1.0}, "kl_coef"),
+        (ReinforceOptions, {"kl_target": 1.0, "kl_coef": 0.1, "kl_horizon": 1}, "kl_horizon = 1 is too short"),
         (ReinforceOptions, {"rollout_lag": -1}, "rollout_lag"),
         (ReinforceOptions, {"top_k": 5}, "rollout_correction"),
         (PPOOptions, {"rho_clip": 2.0}, "vtrace"),
