@@ -36,6 +36,7 @@ from benchmarks.harness import ROOT
 from benchmarks.machine import machine, spread
 from benchmarks.roofline import Rates, decode, decode_figures, finish, share_training, target_line, train
 from benchmarks.speed import work
+from benchmarks.speed.models import word_tokenizer
 from benchmarks.workload import Learner, Task, experience
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.loading import load_model
@@ -86,14 +87,7 @@ WORK = {
 
 def write_model(folder: Path, shape: Mapping[str, Any]) -> Path:
     """A Qwen2 folder with random weights and a tokenizer that knows the words of the prompts."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = sorted({word for text in work.prompts(4096) for word in text.split()})
-    vocabulary = {word: place for place, word in enumerate(["<unk>", "<eos>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    tokenizer = word_tokenizer()
     torch.manual_seed(0)
     config = DecoderConfig(
         model_type="qwen2",

@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from benchmarks.speed import work
 from upslope.models.decoder import Decoder, DecoderConfig
@@ -29,19 +31,21 @@ def reward(source: Path, target: Path) -> None:
     )
 
 
-def tiny(target: Path) -> None:
-    """A random decoder of two layers whose tokens are the words of the prompts: it tests the plumbing."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose tokens are the words of the prompts."""
     words = sorted({word for text in work.prompts(4096) for word in text.split()})
     vocabulary = {word: place for place, word in enumerate(["<unk>", "<eos>", *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>")
+
+
+def tiny(target: Path) -> None:
+    """A random decoder of two layers whose tokens are the words of the prompts: it tests the plumbing."""
+    tokenizer = word_tokenizer()
     torch.manual_seed(0)
     shape = DecoderConfig(
-        vocab_size=len(vocabulary),
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,

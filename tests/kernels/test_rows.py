@@ -83,7 +83,7 @@ def test_swiglu_with_the_product_behind_it(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(1, 1, 2), (4, 2, 6), (9, 3, 64), (2, 1, 40)])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(1, 1, 2), (4, 2, 6), (9, 3, 64), (2, 1, 40), (1, 1, 640)])
 def test_rotation_turns_pairs_of_halves(heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     count = 5

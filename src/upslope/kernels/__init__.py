@@ -8,14 +8,16 @@ decoding, scoring and training, in the same order of operations per row: the sam
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from upslope.kernels.build import Unavailable, library
 
-__all__ = ["Unavailable", "kind_of", "library", "problem", "usable"]
+__all__ = ["Unavailable", "functions", "kind_of", "library", "pointer", "problem", "usable"]
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -36,6 +38,15 @@ def usable(*tensors: Tensor) -> bool:
     if first.dtype not in _KINDS or problem() is not None:
         return False
     return all(x.dtype == first.dtype and x.device.type == "cpu" for x in tensors)
+
+
+def functions(signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
+    """The library, with the argument types of its functions upslope_NAME declared; none returns anything."""
+    lib = library()
+    for name, arguments in signatures.items():
+        function = getattr(lib, f"upslope_{name}")
+        function.argtypes, function.restype = arguments, None
+    return lib
 
 
 def kind_of(dtype: torch.dtype) -> int:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from upslope.kernels import kind_of, library
+from upslope.kernels import functions, kind_of
 
 __all__ = ["describe", "packed_attention", "paged_attention", "write_cache"]
 
@@ -33,11 +33,7 @@ _SIGNATURES = {
 
 @cache
 def _functions() -> ctypes.CDLL:
-    lib = library()
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(lib, f"upslope_{name}")
-        function.argtypes, function.restype = arguments, None
-    return lib
+    return functions(_SIGNATURES)
 
 
 def describe(segments: Iterable[tuple[int, int, int, int]]) -> array[int]:

@@ -96,11 +96,11 @@ void swiglu_backward(const T* both, const T* grad, T* d_both, int64_t rows, int6
 }
 
 template <typename T>
-void turn(const T* from, T* to, const float* cosine, const float* sine, int64_t half) {
+void turn(const T* from, T* to, const float* cosine, const float* sine, float sign, int64_t half) {
   for (int64_t c = 0; c < half; c += LANES) {
     int64_t left = half - c;
     floats a = load_some(from + c, left), b = load_some(from + half + c, left);
-    floats co = load_some(cosine + c, left), si = load_some(sine + c, left);
+    floats co = load_some(cosine + c, left), si = load_some(sine + c, left) * sign;
     store_some(to + c, fma(a, co, -(b * si)), left);
     store_some(to + half + c, fma(b, co, a * si), left);
   }
@@ -114,9 +114,9 @@ void split_rotate(const T* all, T* q, T* k, T* v, const float* cosine, const flo
   for (int64_t i = 0; i < rows; i++) {
     const T* from = all + i * (heads + 2 * kv_heads) * d;
     const float *co = cosine + i * d / 2, *si = sine + i * d / 2;
-    for (int64_t h = 0; h < heads; h++) turn(from + h * d, q + (i * heads + h) * d, co, si, d / 2);
+    for (int64_t h = 0; h < heads; h++) turn(from + h * d, q + (i * heads + h) * d, co, si, 1.0f, d / 2);
     from += heads * d;
-    for (int64_t h = 0; h < kv_heads; h++) turn(from + h * d, k + (i * kv_heads + h) * d, co, si, d / 2);
+    for (int64_t h = 0; h < kv_heads; h++) turn(from + h * d, k + (i * kv_heads + h) * d, co, si, 1.0f, d / 2);
     std::memcpy(v + i * kv_heads * d, from + kv_heads * d, kv_heads * d * sizeof(T));
   }
 }
@@ -128,12 +128,10 @@ void join_rotate(T* all, const T* q, const T* k, const T* v, const float* cosine
 #pragma omp parallel for if (rows * (heads + 2 * kv_heads) * d > WORTH_IT)
   for (int64_t i = 0; i < rows; i++) {
     T* to = all + i * (heads + 2 * kv_heads) * d;
-    float back[256];
-    const float* co = cosine + i * d / 2;
-    for (int64_t c = 0; c < d / 2; c++) back[c] = -sine[i * d / 2 + c];
-    for (int64_t h = 0; h < heads; h++) turn(q + (i * heads + h) * d, to + h * d, co, back, d / 2);
+    const float *co = cosine + i * d / 2, *si = sine + i * d / 2;
+    for (int64_t h = 0; h < heads; h++) turn(q + (i * heads + h) * d, to + h * d, co, si, -1.0f, d / 2);
     to += heads * d;
-    for (int64_t h = 0; h < kv_heads; h++) turn(k + (i * kv_heads + h) * d, to + h * d, co, back, d / 2);
+    for (int64_t h = 0; h < kv_heads; h++) turn(k + (i * kv_heads + h) * d, to + h * d, co, si, -1.0f, d / 2);
     std::memcpy(to + kv_heads * d, v + i * kv_heads * d, kv_heads * d * sizeof(T));
   }
 }

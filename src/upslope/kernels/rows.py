@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from upslope.kernels import kind_of, library
+from upslope.kernels import functions, kind_of
 
 __all__ = ["add_rms_norm", "rms_norm", "split_rotate", "swiglu", "swiglu_linear"]
 
@@ -33,11 +33,7 @@ _SIGNATURES = {
 
 @cache
 def _functions() -> ctypes.CDLL:
-    lib = library()
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(lib, f"upslope_{name}")
-        function.argtypes, function.restype = arguments, None
-    return lib
+    return functions(_SIGNATURES)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

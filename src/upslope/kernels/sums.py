@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
-from typing import Any
 
 from torch import Tensor
 
-from upslope.kernels import kind_of, library, pointer, usable
+from upslope.kernels import functions, kind_of, pointer, usable
 
 __all__ = ["accumulate_"]
 
 
+_SIGNATURES = {"accumulate": [c_int, c_void_p, c_void_p, c_int64]}
+
+
 @cache
-def _function() -> Any:
-    function = library().upslope_accumulate
-    function.argtypes, function.restype = [c_int, c_void_p, c_void_p, c_int64], None
-    return function
+def _functions() -> ctypes.CDLL:
+    return functions(_SIGNATURES)
 
 
 def accumulate_(total: Tensor, part: Tensor) -> Tensor:
@@ -25,5 +26,5 @@ def accumulate_(total: Tensor, part: Tensor) -> Tensor:
     fits = usable(total) and usable(part) and total.element_size() == 4 and total.shape == part.shape
     if not fits or not (total.is_contiguous() and part.is_contiguous()):
         return total.add_(part)
-    _function()(kind_of(part.dtype), pointer(total), pointer(part), total.numel())
+    _functions().upslope_accumulate(kind_of(part.dtype), pointer(total), pointer(part), total.numel())
     return total

@@ -145,15 +145,14 @@ inline float max_of(floats f) {
   return best;
 }
 
-// e^x to within 2 units in the last place: x = n ln 2 + r, then a polynomial in r (Cephes' expf).
-// Below -87.3 it is 0, above 88.7 infinity; NaN stays NaN.
-inline floats exp(floats x) {
+constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: a sum with it rounds to an integer, held in the low bits
+
+// x = n ln 2 + r: e^r by a polynomial (Cephes' expf), and n + ROUNDER in `shifted`.
+inline floats exp_fraction(floats x, floats* shifted) {
   const float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  floats bounded = choose(x > -87.3f, x, broadcast(-87.3f));
-  bounded = choose(bounded < 88.7f, bounded, broadcast(88.7f));
-  floats shifted = fma(bounded, broadcast(1.44269504088896341f), broadcast(12582912.0f));  // 1.5 * 2^23: the sum rounds to an integer
-  floats n = shifted - 12582912.0f;
-  floats r = fma(n, broadcast(-ln2_low), fma(n, broadcast(-ln2_high), bounded));
+  *shifted = fma(x, broadcast(1.44269504088896341f), broadcast(ROUNDER));
+  floats n = *shifted - ROUNDER;
+  floats r = fma(n, broadcast(-ln2_low), fma(n, broadcast(-ln2_high), x));
   floats p = broadcast(1.9875691500e-4f);
   p = fma(p, r, broadcast(1.3981999507e-3f));
   p = fma(p, r, broadcast(8.3334519073e-3f));
@@ -161,6 +160,16 @@ inline floats exp(floats x) {
   p = fma(p, r, broadcast(1.6666665459e-1f));
   p = fma(p, r, broadcast(5.0000001201e-1f));
   p = fma(p, r * r, r) + 1.0f;
+  return p;
+}
+
+// e^x to within 2 units in the last place.
+// Below -87.3 it is 0, above 88.7 infinity; NaN stays NaN.
+inline floats exp(floats x) {
+  floats bounded = choose(x > -87.3f, x, broadcast(-87.3f));
+  bounded = choose(bounded < 88.7f, bounded, broadcast(88.7f));
+  floats shifted;
+  floats p = exp_fraction(bounded, &shifted), n = shifted - ROUNDER;
   ints k = __builtin_convertvector(n, ints);
   floats half = as_floats((words)((k >> 1) + 127) << 23), rest = as_floats((words)(k - (k >> 1) + 127) << 23);
   floats y = p * half * rest;

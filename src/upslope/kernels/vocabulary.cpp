@@ -19,17 +19,8 @@ const floats FIRST = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
 // e^x for x <= 0 to within 2 units in the last place (Cephes' expf), without exp's care for large x and NaN.
 inline floats falling_exp(floats x) {
-  const float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
-  floats shifted = fma(x, broadcast(1.44269504088896341f), broadcast(12582912.0f));  // 1.5 * 2^23
-  floats n = shifted - 12582912.0f;
-  floats r = fma(n, broadcast(-ln2_low), fma(n, broadcast(-ln2_high), x));
-  floats p = broadcast(1.9875691500e-4f);
-  p = fma(p, r, broadcast(1.3981999507e-3f));
-  p = fma(p, r, broadcast(8.3334519073e-3f));
-  p = fma(p, r, broadcast(4.1665795894e-2f));
-  p = fma(p, r, broadcast(1.6666665459e-1f));
-  p = fma(p, r, broadcast(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.0f;
+  floats shifted;
+  floats p = exp_fraction(x, &shifted);
   words y = as_words(p) + (as_words(shifted) << 23);  // the low bits of `shifted` are n
   return as_floats(y & (words)(x > LOWEST));
 }

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from upslope.kernels import kind_of, library, pointer
+from upslope.kernels import functions, kind_of, pointer
 
 __all__ = ["Statistics", "log_softmax", "logits_gradient_", "sample", "statistics"]
 
@@ -31,11 +31,7 @@ _SIGNATURES = {
 
 @cache
 def _functions() -> ctypes.CDLL:
-    lib = library()
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(lib, f"upslope_{name}")
-        function.argtypes, function.restype = arguments, None
-    return lib
+    return functions(_SIGNATURES)
 
 
 class Statistics(NamedTuple):
