@@ -702,4 +702,16 @@ void upslope_attention_paged(int kind, const void* q, const void* keys, const vo
     paged(shape, (const float*)q, (const float*)keys, (const float*)values, (float*)out, parts, size, blocks);
 }
 
+void upslope_split_rotate(int kind, const void* all, void* q, void* k, void* v, const float* cosine, const float* sine,
+                          int64_t rows, int64_t heads, int64_t kv_heads, int64_t d);
+
+// split_rotate, cache_write and attention_paged in one call: with few rows the calls cost more than the work.
+void upslope_attention_step(int kind, const void* all, void* q, void* k, void* v, const float* cosine, const float* sine,
+                            int64_t rows, void* keys, void* values, void* out, const int64_t* segments, int64_t size,
+                            const int64_t* blocks, int64_t heads, int64_t kv_heads, int64_t d, float scale) {
+  upslope_split_rotate(kind, all, q, k, v, cosine, sine, rows, heads, kv_heads, d);
+  upslope_cache_write(kind, k, v, keys, values, segments, size, blocks, kv_heads, d, 1);
+  upslope_attention_paged(kind, q, keys, values, out, segments, size, blocks, heads, kv_heads, d, scale);
+}
+
 }  // extern "C"

@@ -21,12 +21,13 @@ from torch.autograd.function import once_differentiable
 
 from upslope.kernels import functions, kind_of
 
-__all__ = ["describe", "packed_attention", "paged_attention", "write_cache"]
+__all__ = ["attention_step", "describe", "packed_attention", "paged_attention", "write_cache"]
 
 _SIGNATURES = {
     "attention_packed": [c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int, c_float],
     "attention_packed_backward": [c_int, *[c_void_p] * 10, *[c_int64] * 4, c_int, c_float],
     "attention_paged": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 3, c_float],
+    "attention_step": [c_int, *[c_void_p] * 6, c_int64, *[c_void_p] * 4, c_int64, c_void_p, *[c_int64] * 3, c_float],
     "cache_write": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 2, c_int],
 }
 
@@ -166,3 +167,43 @@ def paged_attention(
         scale,
     )
     return out
+
+
+def attention_step(
+    all_TC: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    cos_Td: Tensor,
+    sin_Td: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    segments: array[int],
+    blocks: array[int],
+    out_TC: Tensor,
+    *,
+    scale: float,
+) -> None:
+    """`rows.split_rotate`, `write_cache` by column and `paged_attention` in one call, into `out` [., H d].
+
+    qkv is room for q [T, H, d], k and v [T, K, d]; of `all` and `out` the first T rows are used.
+    """
+    q, k, v = qkv
+    _functions().upslope_attention_step(
+        kind_of(q.dtype),
+        all_TC.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        cos_Td.data_ptr(),
+        sin_Td.data_ptr(),
+        q.shape[0],
+        keys.data_ptr(),
+        values.data_ptr(),
+        out_TC.data_ptr(),
+        segments.buffer_info()[0],
+        len(segments) // 4,
+        blocks.buffer_info()[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        scale,
+    )

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from upslope.kernels import functions, kind_of
 
-__all__ = ["add_rms_norm", "rms_norm", "split_rotate", "swiglu", "swiglu_linear"]
+__all__ = ["add_rms_norm", "norm_into", "rms_norm", "split_rotate", "swiglu", "swiglu_into", "swiglu_linear"]
 
 _SLABS = 16
 _SIGNATURES = {
@@ -59,6 +59,14 @@ def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[
     out = torch.empty_like(x)
     total = x if delta is None else torch.empty_like(x)
     scales = torch.empty(rows, dtype=torch.float32)
+    norm_into(x, delta, weight, total, out, scales, eps)
+    return out, total, scales
+
+
+def norm_into(
+    x: Tensor, delta: Tensor | None, weight: Tensor, total: Tensor, out: Tensor, scales: Tensor, eps: float
+) -> None:
+    """x + delta into `total` (which may be x), the norm of it into `out`, its scales float32 [T]. No gradient."""
     _functions().upslope_norm_forward(
         kind_of(x.dtype),
         x.data_ptr(),
@@ -67,11 +75,10 @@ def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[
         total.data_ptr(),
         out.data_ptr(),
         scales.data_ptr(),
-        rows,
-        width,
+        scales.shape[0],
+        weight.shape[0],
         eps,
     )
-    return out, total, scales
 
 
 def _norm_gradient(ctx: Any, grad: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -132,10 +139,14 @@ def swiglu(both_TF2: Tensor) -> Tensor:
 
 
 def _swiglu(both: Tensor) -> Tensor:
-    rows, width = both.shape[0], both.shape[1] // 2
-    out = both.new_empty(rows, width)
-    _functions().upslope_swiglu_forward(kind_of(both.dtype), both.data_ptr(), out.data_ptr(), rows, width)
+    out = both.new_empty(both.shape[0], both.shape[1] // 2)
+    swiglu_into(both, out)
     return out
+
+
+def swiglu_into(both_TF2: Tensor, out_TF: Tensor) -> None:
+    """swiglu(both) into `out`. No gradient."""
+    _functions().upslope_swiglu_forward(kind_of(both_TF2.dtype), both_TF2.data_ptr(), out_TF.data_ptr(), *out_TF.shape)
 
 
 class _SwiGLU(torch.autograd.Function):

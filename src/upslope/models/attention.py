@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from upslope.kernels import usable
-from upslope.kernels.attention import describe, packed_attention, paged_attention, write_cache
+from upslope.kernels.attention import attention_step, describe, packed_attention, paged_attention, write_cache
 from upslope.models.block_softmax import BLOCK
 from upslope.models.packed import PackedWeights
 from upslope.models.padded_attention import PackedBuckets, PagedBuckets
@@ -210,6 +210,20 @@ class PagedContext:
         block, place, begins = self._slots_before
         keys, values = (x[layer][block, :, place] for x in (self.cache.keys, self.cache.values))
         return keys.masked_fill(begins[:, None, None], 0), values.masked_fill(begins[:, None, None], 0)
+
+    def step(
+        self,
+        layer: int,
+        all_TC: Tensor,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        cos_Td: Tensor,
+        sin_Td: Tensor,
+        out_TC: Tensor,
+        scale: float,
+    ) -> None:
+        """What `attend` does with the rotated parts of `all`, in one call of the kernels (kernels.attention)."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        attention_step(all_TC, qkv, cos_Td, sin_Td, keys, values, self._described, self._blocks, out_TC, scale=scale)
 
     @torch.no_grad()
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:

@@ -25,8 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from upslope import kernels
 from upslope.errors import ModelError
 from upslope.kernels import rows
+from upslope.models.attention import PagedContext
 from upslope.models.joined import joined_linear, lay_end_to_end, linear
 from upslope.models.packed import PackedWeights
+from upslope.models.prepared import PreparedDecoder
 from upslope.models.protocol import CausalModel, Context, ModelSpec, least_rows, pad_rows
 
 __all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
@@ -359,6 +361,9 @@ class Decoder(CausalModel):
         stat = torch.promote_types(self.dtype, torch.float32)
         cos, sin = angles.cos().to(stat), angles.sin().to(stat)
         x = F.embedding(pad_rows(tokens_T, least=self._least_rows), self.model.embed_tokens.weight)
+        prepared = self._prepared(context)
+        if prepared is not None:
+            return prepared.forward(x, real, cos, sin, context)[:real]
         delta = None
         for layer in self.model.layers:
             if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -366,3 +371,12 @@ class Decoder(CausalModel):
             else:
                 x, delta = layer(x, delta, cos, sin, context)
         return (self.model.norm(x) if delta is None else self.model.norm.add(x, delta)[1])[:real]
+
+    def _prepared(self, context: Context) -> PreparedDecoder | None:
+        """The layers made ready for sampling, where the engine keeps them and the kernels can run them."""
+        packed = context.packed
+        if packed is None or not isinstance(context, PagedContext):
+            return None
+        if packed.prepared is None:
+            packed.prepared = PreparedDecoder.of(self, packed) or False
+        return packed.prepared or None

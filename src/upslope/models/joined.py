@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from upslope.models.packed import PackedWeights
 
-__all__ = ["joined_linear", "lay_end_to_end", "linear"]
+__all__ = ["joined", "joined_linear", "lay_end_to_end", "linear"]
 
 
 @torch.no_grad()
@@ -38,18 +38,25 @@ def joined_linear(x_TD: Tensor, *layers: nn.Module, packed: PackedWeights | None
     Layers that are not plain (adapters), or whose weights were replaced, are applied one by one. `packed` holds copies
     of the weights for decoding.
     """
-    plain = [layer for layer in layers if type(layer) is nn.Linear]
-    weight = _block([layer.weight for layer in plain]) if len(plain) == len(layers) else None
-    if weight is None:
+    found = joined(*layers)
+    if found is None:
         return torch.cat([layer(x_TD) for layer in layers], dim=-1)
-    biases = [layer.bias for layer in plain if layer.bias is not None]
-    bias = _block(biases) if biases else None
-    if biases and (bias is None or len(biases) != len(plain)):
-        return torch.cat([layer(x_TD) for layer in layers], dim=-1)
-    parameters = [layer.weight for layer in plain] + biases
+    weight, bias = found
+    parameters = [layer.weight for layer in layers] + [layer.bias for layer in layers if bias is not None]
     if torch.is_grad_enabled() and (x_TD.requires_grad or any(p.requires_grad for p in parameters)):
         return _Joined.apply(x_TD, weight, bias, *parameters)
     return F.linear(x_TD, weight, bias) if packed is None else packed.linear(x_TD, weight, bias)
+
+
+def joined(*layers: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of plain layers as one, where they lie end to end; else None."""
+    plain = [layer for layer in layers if type(layer) is nn.Linear]
+    weight = _block([layer.weight for layer in plain]) if len(plain) == len(layers) else None
+    biases = [layer.bias for layer in plain if layer.bias is not None]
+    bias = _block(biases) if biases else None
+    if weight is None or (biases and (bias is None or len(biases) != len(plain))):
+        return None
+    return weight, bias
 
 
 def linear(x_TD: Tensor, layer: nn.Module, packed: PackedWeights | None = None) -> Tensor:

@@ -7,6 +7,9 @@ another library.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,11 +20,13 @@ __all__ = ["PackedWeights"]
 class PackedWeights:
     """Reordered copies by the weights' addresses, made when first used.
 
-    They are copies: `clear` them when the weights have changed.
+    They are copies: `clear` them when the weights have changed. `prepared` is what a network keeps beside them for its
+    own use, and goes with them.
     """
 
     def __init__(self) -> None:
         self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # the weight is held too: its address stays its own
+        self.prepared: Any = None
 
     @property
     def bytes(self) -> int:
@@ -31,14 +36,20 @@ class PackedWeights:
     def clear(self) -> None:
         """Forget all copies."""
         self._copies.clear()
+        self.prepared = None
 
     def linear(self, x_TD: Tensor, weight_CD: Tensor, bias_C: Tensor | None = None) -> Tensor:
         """F.linear(x, weight, bias), the same bits."""
+        return self.product(weight_CD, bias_C)(x_TD)
+
+    def product(self, weight_CD: Tensor, bias_C: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+        """x -> F.linear(x, weight, bias), the same bits."""
         usable = weight_CD.dtype == torch.bfloat16 and weight_CD.device.type == "cpu"
         if not usable or not torch.backends.mkldnn.is_available():
-            return F.linear(x_TD, weight_CD, bias_C)
+            return lambda x: F.linear(x, weight_CD, bias_C)
         found = self._copies.get(weight_CD.data_ptr())
         if found is None:
             found = weight_CD, torch.ops.mkldnn._reorder_linear_weight(weight_CD.detach(), None)
             self._copies[weight_CD.data_ptr()] = found
-        return torch.ops.mkldnn._linear_pointwise(x_TD, found[1], bias_C, "none", [], "")
+        reordered, linear = found[1], torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: linear(x, reordered, bias_C, "none", [], "")

@@ -1,0 +1,87 @@
+"""The decoder's pass over new tokens of cached sequences, with all that stays the same from step to step prepared.
+
+The same kernels and products in the same order as `models.decoder`, so the same bits; between two products there is
+one call. With a few rows the way through modules costs as much time as the arithmetic.
+
+Shapes: T rows, D width, F feed-forward width, H query heads, K key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from upslope.kernels import usable
+from upslope.kernels.rows import norm_into, swiglu_into
+from upslope.models.attention import PagedContext
+from upslope.models.joined import joined
+from upslope.models.packed import PackedWeights
+
+if TYPE_CHECKING:
+    from upslope.models.decoder import Decoder
+
+__all__ = ["PreparedDecoder"]
+
+Product = Callable[[Tensor], Tensor]
+
+
+class _Layer(NamedTuple):
+    """One block: what it multiplies with, and the weights of its two norms."""
+
+    first_norm: Tensor
+    second_norm: Tensor
+    attend: Product
+    out: Product
+    widen: Product
+    narrow: Product
+
+
+class PreparedDecoder:
+    """A decoder's layers as products and norm weights; valid until its weights change or `PackedWeights.clear`."""
+
+    def __init__(self, decoder: Decoder, layers: list[_Layer]) -> None:
+        config = decoder.config
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.intermediate, self.eps = config.intermediate_size, config.rms_norm_eps
+        self.layers, self.last_norm = layers, decoder.model.norm.weight.detach()
+
+    @classmethod
+    def of(cls, decoder: Decoder, packed: PackedWeights) -> PreparedDecoder | None:
+        """The decoder prepared, or None where its layers are not plain (adapters, norms of queries and keys)."""
+        config = decoder.config
+        if config.qk_norm or config.head_dim % 2 or not usable(decoder.model.norm.weight, decoder.head_weight):
+            return None
+        layers = []
+        for layer in decoder.model.layers:
+            a, m = layer.self_attn, layer.mlp
+            groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
+            found = [joined(*group) for group in groups]
+            if None in found:
+                return None
+            norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach()
+            layers.append(_Layer(*norms, *(packed.product(*one) for one in found if one is not None)))
+        return cls(decoder, layers)
+
+    @torch.no_grad()
+    def forward(self, x_TD: Tensor, real: int, cos_Td: Tensor, sin_Td: Tensor, context: PagedContext) -> Tensor:
+        """Normed hidden states [T, D] of embedded tokens x (overwritten), of which the first `real` rows are tokens."""
+        rows = x_TD.shape[0]
+        x, normed, scales = x_TD, torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32)
+        q, k, v = (x.new_empty(real, n, self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
+        out, gated = x.new_zeros(rows, self.heads * self.head_dim), x.new_empty(rows, self.intermediate)
+        scale, delta = self.head_dim**-0.5, None
+        for number, layer in enumerate(self.layers):
+            norm_into(x, delta, layer.first_norm, x, normed, scales, self.eps)
+            context.step(number, layer.attend(normed), (q, k, v), cos_Td, sin_Td, out, scale)
+            norm_into(x, layer.out(out), layer.second_norm, x, normed, scales, self.eps)
+            swiglu_into(layer.widen(normed), gated)
+            delta = layer.narrow(gated)
+        norm_into(x, delta, self.last_norm, x, normed, scales, self.eps)
+        return normed

@@ -1,0 +1,88 @@
+"""The prepared pass of sampling: the bits of the decoder's modules, whatever the rows, and nothing stale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny_model import tiny_config
+from upslope import kernels
+from upslope.models.attention import KVCache, PagedContext
+from upslope.models.decoder import Decoder
+from upslope.models.packed import PackedWeights
+from upslope.models.prepared import PreparedDecoder
+
+pytestmark = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels here: {kernels.problem()}")
+
+
+def decoder(dtype: torch.dtype, **changes: object) -> Decoder:
+    model = Decoder(tiny_config(**changes))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2)
+            if parameter.ndim == 1:
+                parameter.add_(1.0)
+    return model.to(dtype).eval()
+
+
+def hidden(model: Decoder, packed: PackedWeights | None) -> list[Tensor]:
+    """States of three sequences of unequal lengths: their prompts in one call, then two tokens each."""
+    cache = KVCache(model.spec, 9, dtype=model.dtype)
+    tables, lengths = [[4, 1], [0], [7, 3, 8]], [70, 5, 129]
+    tokens = torch.randint(0, 258, (sum(lengths) + 6,), generator=torch.Generator().manual_seed(1))
+    found = []
+    with torch.inference_mode():
+        found.append(model(tokens[: sum(lengths)], PagedContext(cache, tables, [0] * 3, lengths, packed=packed)))
+        for step in range(2):
+            own = tokens[sum(lengths) + 3 * step :][:3]
+            starts = [n + step for n in lengths]
+            found.append(model(own, PagedContext(cache, tables, starts, [1] * 3, packed=packed)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_bias": True, "model_type": "qwen2"},
+        {"num_attention_heads": 6, "num_key_value_heads": 6, "head_dim": 10},
+        {"hidden_size": 36, "intermediate_size": 52, "num_key_value_heads": 1},
+    ],
+)
+def test_bits_are_those_of_the_modules(dtype: torch.dtype, changes: dict[str, object]) -> None:
+    model, packed = decoder(dtype, **changes), PackedWeights()
+    ours = hidden(model, packed)
+    assert isinstance(packed.prepared, PreparedDecoder)
+    for prepared, plain in zip(ours, hidden(model, None), strict=True):
+        assert torch.isfinite(plain).all()
+        assert torch.equal(prepared, plain)
+
+
+def test_changed_weights_are_seen_after_clearing() -> None:
+    model, packed = decoder(torch.bfloat16), PackedWeights()
+    before = hidden(model, packed)[-1]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    packed.clear()
+    assert packed.prepared is None
+    after = hidden(model, packed)[-1]
+    assert not torch.equal(after, before)
+    assert torch.equal(after, hidden(model, None)[-1])
+
+
+def test_layers_that_are_not_plain_keep_their_modules() -> None:
+    normed = decoder(torch.float32, qk_norm=True, model_type="qwen3")
+    assert PreparedDecoder.of(normed, PackedWeights()) is None
+    adapted = decoder(torch.float32)
+    projection = adapted.model.layers[1].mlp.down_proj
+    adapted.model.layers[1].mlp.down_proj = torch.nn.Sequential(projection)
+    packed = PackedWeights()
+    assert PreparedDecoder.of(adapted, packed) is None
+    assert torch.equal(hidden(adapted, packed)[-1], hidden(adapted, None)[-1])
+
+
+def test_other_dtypes_keep_their_modules() -> None:
+    assert PreparedDecoder.of(decoder(torch.float64), PackedWeights()) is None
