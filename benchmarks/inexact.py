@@ -20,8 +20,9 @@ import upslope.engine.runner
 import upslope.training.step
 from upslope.models.attention import BLOCK, KVCache, PackedContext, PagedContext
 from upslope.models.packed import PackedWeights
+from upslope.models.prepared import PreparedDecoder
 
-__all__ = ["FORMS", "inexact"]
+__all__ = ["FORMS", "inexact", "through_modules"]
 
 FORMS = ("sdpa", "bmm")
 
@@ -171,11 +172,19 @@ class _Paged(PagedContext):
 
 
 @contextmanager
+def through_modules() -> Iterator[None]:
+    """Sampling goes through the decoder's modules, whose context attends, and not through `models.prepared`."""
+    with patch.object(PreparedDecoder, "of", lambda decoder, packed: None):
+        yield
+
+
+@contextmanager
 def inexact(form: str) -> Iterator[None]:
     """Engine and trainer attend in this form ("sdpa" or "bmm") inside the block; RuntimeError where one did not."""
     _Packed.form = _Paged.form = form
     _Packed.calls = _Paged.calls = 0
     with (
+        through_modules(),
         patch.object(upslope.training.step, "PackedContext", _Packed),
         patch.object(upslope.engine.runner, "PagedContext", _Paged),
     ):

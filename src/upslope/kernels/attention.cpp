@@ -21,7 +21,7 @@ namespace {
 constexpr int64_t BLOCK = 64;
 constexpr int64_t FORWARD_ROWS = 256;  // query rows of one task
 constexpr int64_t BACKWARD_ROWS = 64;  // query rows whose probabilities are held at a time
-constexpr double WORTH_IT = 1e6;       // multiply-adds from which a second thread pays
+constexpr double WORTH_IT = 2e5;       // multiply-adds from which a second thread pays
 
 // What one register of the processor holds of a vector. A product keeps TALL x WIDE of them as sums.
 #if defined(__AVX512F__)
@@ -702,13 +702,23 @@ void upslope_attention_paged(int kind, const void* q, const void* keys, const vo
     paged(shape, (const float*)q, (const float*)keys, (const float*)values, (float*)out, parts, size, blocks);
 }
 
+void upslope_norm_forward(int kind, const void* x, const void* delta, const void* weight, void* sum, void* out,
+                          float* scales, int64_t rows, int64_t width, float eps);
 void upslope_split_rotate(int kind, const void* all, void* q, void* k, void* v, const float* cosine, const float* sine,
                           int64_t rows, int64_t heads, int64_t kv_heads, int64_t d);
 
-// split_rotate, cache_write and attention_paged in one call: with few rows the calls cost more than the work.
-void upslope_attention_step(int kind, const void* all, void* q, void* k, void* v, const float* cosine, const float* sine,
-                            int64_t rows, void* keys, void* values, void* out, const int64_t* segments, int64_t size,
-                            const int64_t* blocks, int64_t heads, int64_t kv_heads, int64_t d, float scale) {
+// Norms of queries and keys where there are any (in `all` itself; scales [H] is room), split_rotate, cache_write and
+// attention_paged in one call: with few rows the calls cost more than the work.
+void upslope_attention_step(int kind, void* all, const void* q_norm, const void* k_norm, float eps, float* scales, void* q,
+                            void* k, void* v, const float* cosine, const float* sine, int64_t rows, void* keys, void* values,
+                            void* out, const int64_t* segments, int64_t size, const int64_t* blocks, int64_t heads,
+                            int64_t kv_heads, int64_t d, float scale) {
+  const int64_t bytes = d * (kind ? sizeof(bfloat16) : sizeof(float));
+  for (int64_t i = 0; q_norm && i < rows; i++) {
+    char *queries = (char*)all + i * (heads + 2 * kv_heads) * bytes, *own_keys = queries + heads * bytes;
+    upslope_norm_forward(kind, queries, nullptr, q_norm, nullptr, queries, scales, heads, d, eps);
+    upslope_norm_forward(kind, own_keys, nullptr, k_norm, nullptr, own_keys, scales, kv_heads, d, eps);
+  }
   upslope_split_rotate(kind, all, q, k, v, cosine, sine, rows, heads, kv_heads, d);
   upslope_cache_write(kind, k, v, keys, values, segments, size, blocks, kv_heads, d, 1);
   upslope_attention_paged(kind, q, keys, values, out, segments, size, blocks, heads, kv_heads, d, scale);

@@ -27,7 +27,10 @@ _SIGNATURES = {
     "attention_packed": [c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int, c_float],
     "attention_packed_backward": [c_int, *[c_void_p] * 10, *[c_int64] * 4, c_int, c_float],
     "attention_paged": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 3, c_float],
-    "attention_step": [c_int, *[c_void_p] * 6, c_int64, *[c_void_p] * 4, c_int64, c_void_p, *[c_int64] * 3, c_float],
+    "attention_step": [
+        *(c_int, *[c_void_p] * 3, c_float, *[c_void_p] * 6, c_int64),
+        *(*[c_void_p] * 4, c_int64, c_void_p, *[c_int64] * 3, c_float),
+    ],
     "cache_write": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 2, c_int],
 }
 
@@ -171,30 +174,37 @@ def paged_attention(
 
 def attention_step(
     all_TC: Tensor,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    cos_Td: Tensor,
-    sin_Td: Tensor,
+    out_TC: Tensor,
     keys: Tensor,
     values: Tensor,
     segments: array[int],
     blocks: array[int],
-    out_TC: Tensor,
     *,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    angles: tuple[Tensor, Tensor],
     scale: float,
+    norms: tuple[Tensor, Tensor] | None = None,
+    eps: float = 0.0,
 ) -> None:
     """`rows.split_rotate`, `write_cache` by column and `paged_attention` in one call, into `out` [., H d].
 
-    qkv is room for q [T, H, d], k and v [T, K, d]; of `all` and `out` the first T rows are used.
+    qkv is room for q [T, H, d], k and v [T, K, d]; of `all` and `out` the first T rows are used. angles: cos and sin
+    [T, d / 2]. norms: weights [d] of the norms of queries and keys before they are turned, which change `all`.
     """
     q, k, v = qkv
+    scales = torch.empty(q.shape[1], dtype=torch.float32)
     _functions().upslope_attention_step(
         kind_of(q.dtype),
         all_TC.data_ptr(),
+        None if norms is None else norms[0].data_ptr(),
+        None if norms is None else norms[1].data_ptr(),
+        eps,
+        scales.data_ptr(),
         q.data_ptr(),
         k.data_ptr(),
         v.data_ptr(),
-        cos_Td.data_ptr(),
-        sin_Td.data_ptr(),
+        angles[0].data_ptr(),
+        angles[1].data_ptr(),
         q.shape[0],
         keys.data_ptr(),
         values.data_ptr(),

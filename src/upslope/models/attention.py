@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,19 +212,10 @@ class PagedContext:
         keys, values = (x[layer][block, :, place] for x in (self.cache.keys, self.cache.values))
         return keys.masked_fill(begins[:, None, None], 0), values.masked_fill(begins[:, None, None], 0)
 
-    def step(
-        self,
-        layer: int,
-        all_TC: Tensor,
-        qkv: tuple[Tensor, Tensor, Tensor],
-        cos_Td: Tensor,
-        sin_Td: Tensor,
-        out_TC: Tensor,
-        scale: float,
-    ) -> None:
-        """What `attend` does with the rotated parts of `all`, in one call of the kernels (kernels.attention)."""
+    def step(self, layer: int, all_TC: Tensor, out_TC: Tensor, **how: Any) -> None:
+        """What `attend` does, of projections not split yet; `how` as in kernels.attention.attention_step."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        attention_step(all_TC, qkv, cos_Td, sin_Td, keys, values, self._described, self._blocks, out_TC, scale=scale)
+        attention_step(all_TC, out_TC, keys, values, self._described, self._blocks, **how)
 
     @torch.no_grad()
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:

@@ -232,13 +232,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, context: Context) -> Tensor:
         real = context.positions_T.shape[0]
         everything = joined_linear(x, self.q_proj, self.k_proj, self.v_proj, packed=context.packed)[:real]
-        if not self.qk_norm and self.head_dim % 2 == 0 and kernels.usable(everything):
+        sizes = [self.heads, self.kv_heads, self.kv_heads]
+        if self.qk_norm:
+            q, k, v = everything.view(real, -1, self.head_dim).split(sizes, dim=1)
+            everything = torch.cat([self.q_norm(q), self.k_norm(k), v], dim=1).flatten(1)
+        if self.head_dim % 2 == 0 and kernels.usable(everything):
             q, k, v = rows.split_rotate(everything, cos, sin, heads=self.heads, kv_heads=self.kv_heads)
         else:
-            heads = everything.view(real, -1, self.head_dim)
-            q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
-            if self.qk_norm:
-                q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = everything.view(real, -1, self.head_dim).split(sizes, dim=1)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         out = context.attend(self.layer, q, k, v, self.scale).flatten(1)
         extra = x.shape[0] - real

@@ -29,10 +29,11 @@ Product = Callable[[Tensor], Tensor]
 
 
 class _Layer(NamedTuple):
-    """One block: what it multiplies with, and the weights of its two norms."""
+    """One block: what it multiplies with, and the weights of its norms."""
 
     first_norm: Tensor
     second_norm: Tensor
+    head_norms: tuple[Tensor, Tensor] | None
     attend: Product
     out: Product
     widen: Product
@@ -54,9 +55,9 @@ class PreparedDecoder:
 
     @classmethod
     def of(cls, decoder: Decoder, packed: PackedWeights) -> PreparedDecoder | None:
-        """The decoder prepared, or None where its layers are not plain (adapters, norms of queries and keys)."""
+        """The decoder prepared, or None where its layers are not plain (adapters) or the kernels cannot run them."""
         config = decoder.config
-        if config.qk_norm or config.head_dim % 2 or not usable(decoder.model.norm.weight, decoder.head_weight):
+        if config.head_dim % 2 or not usable(decoder.model.norm.weight, decoder.head_weight):
             return None
         layers = []
         for layer in decoder.model.layers:
@@ -65,7 +66,8 @@ class PreparedDecoder:
             found = [joined(*group) for group in groups]
             if None in found:
                 return None
-            norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach()
+            heads = (a.q_norm.weight.detach(), a.k_norm.weight.detach()) if config.qk_norm else None
+            norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), heads
             layers.append(_Layer(*norms, *(packed.product(*one) for one in found if one is not None)))
         return cls(decoder, layers)
 
@@ -76,10 +78,11 @@ class PreparedDecoder:
         x, normed, scales = x_TD, torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32)
         q, k, v = (x.new_empty(real, n, self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
         out, gated = x.new_zeros(rows, self.heads * self.head_dim), x.new_empty(rows, self.intermediate)
-        scale, delta = self.head_dim**-0.5, None
+        how = {"qkv": (q, k, v), "angles": (cos_Td, sin_Td), "scale": self.head_dim**-0.5, "eps": self.eps}
+        delta = None
         for number, layer in enumerate(self.layers):
             norm_into(x, delta, layer.first_norm, x, normed, scales, self.eps)
-            context.step(number, layer.attend(normed), (q, k, v), cos_Td, sin_Td, out, scale)
+            context.step(number, layer.attend(normed), out, norms=layer.head_norms, **how)
             norm_into(x, layer.out(out), layer.second_norm, x, normed, scales, self.eps)
             swiglu_into(layer.widen(normed), gated)
             delta = layer.narrow(gated)
