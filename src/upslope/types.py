@@ -53,6 +53,10 @@ class SamplingParams:
     the match (the tokens that produced it stay in `tokens`); `stop_token_ids` end it after the token, which belongs
     to the completion. `logprobs` asks for that many alternatives per position, `prompt_logprobs` the same for the
     prompt. `beam_width` > 1 switches to beam search with `length_penalty`.
+
+    `repetition_penalty` divides positive and multiplies negative logits of tokens in the prompt or the completion;
+    `frequency_penalty` and `presence_penalty` look at the completion alone: a token that occurs c > 0 times in it
+    loses c * frequency_penalty + presence_penalty of its logit (both in -2..2, as in OpenAI's API).
     """
 
     max_tokens: int = 256
@@ -62,6 +66,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -76,8 +82,18 @@ class SamplingParams:
     def filtered(self) -> bool:
         """True when the sampled distribution is not the policy's own at this temperature."""
         return bool(
-            self.top_k or self.top_p < 1.0 or self.min_p > 0.0 or self.repetition_penalty != 1.0 or self.logit_bias
+            self.top_k
+            or self.top_p < 1.0
+            or self.min_p > 0.0
+            or self.repetition_penalty != 1.0
+            or self.counted
+            or self.logit_bias
         )
+
+    @property
+    def counted(self) -> bool:
+        """True when the distribution depends on how often a token was generated before."""
+        return self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
 
 
 @dataclass(slots=True)

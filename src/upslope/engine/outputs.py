@@ -99,6 +99,8 @@ class Outputs:
             row = Row(seq.request.params, uniform)
             if seq.request.params.repetition_penalty != 1.0:
                 row.history = seq.generated if self.runner.model.whole_prompts else seq.tokens
+            if seq.request.params.counted:
+                row.generated = seq.generated
             if seq.request.token_mask is not None:
                 try:
                     row.allowed = self._allowed(seq)

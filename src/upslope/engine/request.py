@@ -171,6 +171,8 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
             "a finite number > 0",
             math.isfinite(p.repetition_penalty) and p.repetition_penalty > 0,
         ),
+        ("frequency_penalty", p.frequency_penalty, "in [-2, 2]", -2 <= p.frequency_penalty <= 2),
+        ("presence_penalty", p.presence_penalty, "in [-2, 2]", -2 <= p.presence_penalty <= 2),
         ("n", p.n, ">= 1", p.n >= 1),
         ("beam_width", p.beam_width, ">= 1", p.beam_width >= 1),
         ("length_penalty", p.length_penalty, "a finite number", math.isfinite(p.length_penalty)),

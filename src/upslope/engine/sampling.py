@@ -1,16 +1,19 @@
 """From logits to tokens: counter-based uniforms, inverse CDF, exact filters, and both log-probs of what was drawn.
 
-Shapes: N rows (one token to draw each), V vocabulary. The order is fixed: repetition penalty, logit bias, token mask,
-temperature, top-k, top-p (of what top-k left), min-p. Tokens tied with the last one a filter keeps are kept too, so
-that the kept set depends on the distribution alone and not on how ties are broken.
+Shapes: N rows (one token to draw each), V vocabulary. The order is fixed: repetition penalty, frequency and
+presence penalty, logit bias, token mask, temperature, top-k, top-p (of what top-k left), min-p. Tokens tied with the
+last one a filter keeps are kept too, so that the kept set depends on the distribution alone and not on how ties are
+broken.
 
 top-k: Fan et al. 2018 (arXiv 1805.04833); top-p: Holtzman et al. 2020 (arXiv 1904.09751); min-p: Nguyen et al. 2024
-(arXiv 2407.01082); repetition penalty: Keskar et al. 2019 (arXiv 1909.05858); splitmix64: Steele et al. 2014.
+(arXiv 2407.01082); repetition penalty: Keskar et al. 2019 (arXiv 1909.05858); frequency and presence penalty: the
+OpenAI API's definition, logit - count * frequency - (count > 0) * presence; splitmix64: Steele et al. 2014.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -46,18 +49,21 @@ class Row:
     """What one row of logits is drawn with.
 
     `uniform` in [0, 1) is the row's only randomness; `history` is the prompt (but for an encoder's) and what followed,
-    read by the repetition penalty alone; `allowed` [V] is the token mask, None for all.
+    read by the repetition penalty alone; `generated` what was drawn before, read by the frequency and the presence
+    penalty alone; `allowed` [V] is the token mask, None for all.
     """
 
     params: SamplingParams
     uniform: float = 0.0
     history: list[int] = field(default_factory=list)
     allowed: Tensor | None = None
+    generated: list[int] = field(default_factory=list)
 
     @property
     def adjusted(self) -> bool:
         """True when the logits themselves are changed before temperature and filters."""
-        return self.params.repetition_penalty != 1.0 or bool(self.params.logit_bias) or self.allowed is not None
+        p = self.params
+        return p.repetition_penalty != 1.0 or p.counted or bool(p.logit_bias) or self.allowed is not None
 
     @property
     def plain(self) -> bool:
@@ -213,7 +219,7 @@ def _first_above(running: Tensor, target: Tensor, steps: Tensor) -> Tensor:
 
 
 def adjust(logits_NV: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Logits in float32 (a copy) after repetition penalty, logit bias and token mask."""
+    """Logits in float32 (a copy) after the penalties, logit bias and token mask."""
     scores = logits_NV.to(torch.float32, copy=True)
     for line, row in zip(scores, rows, strict=True):
         penalty = row.params.repetition_penalty
@@ -221,6 +227,10 @@ def adjust(logits_NV: Tensor, rows: Sequence[Row]) -> Tensor:
             seen = torch.tensor(sorted(set(row.history)), dtype=torch.long, device=scores.device)
             old = line[seen]
             line[seen] = torch.where(old > 0, old / penalty, old * penalty)
+        if row.params.counted and row.generated:
+            drawn, counts = zip(*Counter(row.generated).items(), strict=True)
+            loss = scores.new_tensor(counts) * row.params.frequency_penalty + row.params.presence_penalty
+            line[torch.tensor(drawn, device=scores.device)] -= loss
         if row.params.logit_bias:
             ids, bias = zip(*row.params.logit_bias.items(), strict=True)
             line[torch.tensor(ids, device=scores.device)] += scores.new_tensor(bias)
