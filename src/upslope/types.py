@@ -199,7 +199,8 @@ class Batch:
     parents[i] is the segment that segment i continues (-1: none), lengths[i] its own tokens. tokens_T and positions_T
     (of the token in its sequence, from 0) are int64. rows_N: the row in T whose output predicts the n-th trained
     token; targets_N that token; sequence_N the sequence it belongs to (0..B-1). ends_B: the row of each sequence's
-    last token; None where it was not fed. fields: per-trained-token tensors [N], aligned with targets_N.
+    last token; None where it was not fed. fields: per-trained-token tensors [N], aligned with targets_N. replay: the
+    forward pass as a look-up, where the sampler's activations were kept (models.activations).
     """
 
     tokens_T: Tensor
@@ -211,6 +212,7 @@ class Batch:
     sequence_N: Tensor
     ends_B: Tensor | None
     fields: dict[str, Tensor]
+    replay: Any = None
 
     @property
     def num_trained(self) -> int:

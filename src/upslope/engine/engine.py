@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from contextlib import contextmanager
 
 import torch
 
@@ -21,6 +22,7 @@ from upslope.engine.runner import Runner, Stats
 from upslope.engine.scheduler import Scheduler
 from upslope.engine.text import Tokenizer
 from upslope.errors import ConfigError
+from upslope.models.activations import Activations
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.protocol import CausalModel
 from upslope.types import Completion, SamplingParams
@@ -97,6 +99,20 @@ class Engine:
             seq.mixed_versions = seq.mixed_versions or seq.num_generated > 0
             if seq.request.needs_prompt_scores:
                 seq.request.prompt_logprobs = [None] * len(seq.request.prompt)
+
+    @contextmanager
+    def keeping(self, activations: Activations | None) -> Iterator[None]:
+        """Put the activations of every token that is fed inside the block into `activations`, where there are any.
+
+        Each prompt is then computed as a whole: nothing of it is taken from the prefix cache.
+        """
+        cached = self.pool.prefix_cache
+        if activations is not None:
+            self.runner.activations, self.pool.prefix_cache = activations, False
+        try:
+            yield
+        finally:
+            self.runner.activations, self.pool.prefix_cache = None, cached
 
     def sleep(self) -> None:
         """Give back the memory of the cache and of the packed weights until the next request, as training wants it.

@@ -176,6 +176,7 @@ class Outputs:
     def _end(self, seq: Sequence, reason: FinishReason) -> Event:
         """Take a finished sequence out of the engine."""
         event = self._finished(seq, reason)
+        self.runner.finished(seq)
         self.scheduler.remove(seq)
         seq.request.open -= 1
         if not seq.request.open:

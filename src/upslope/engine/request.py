@@ -60,7 +60,8 @@ class Sequence:
 
     `tokens` is the prompt followed by the generated tokens; `cached` of them have keys and values in `blocks`, and
     the first `committed` blocks are known to the prefix cache under `keys`. `forks` siblings will be split off when
-    the prompt has been computed. `text` is the incremental detokeniser, where one is needed.
+    the prompt has been computed. `text` is the incremental detokeniser, where one is needed. `rows` say where the
+    activations of the fed tokens are kept; None where some are not.
     """
 
     request: Request
@@ -77,6 +78,7 @@ class Sequence:
     version: int | None = None
     mixed_versions: bool = False
     text: Any = None
+    rows: list[int] | None = field(default_factory=list)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -118,6 +120,7 @@ class Sequence:
             top_logprobs=list(self.top_logprobs),
             version=self.version,
             mixed_versions=self.mixed_versions,
+            rows=None if self.rows is None else list(self.rows),
         )
 
     def completion(self, reason: FinishReason, text: str, version: int) -> Completion:

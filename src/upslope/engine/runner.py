@@ -12,6 +12,7 @@ from upslope.engine.request import Sequence
 from upslope.engine.sampling import policy_temperature, top_alternatives
 from upslope.engine.scheduler import Chunk, Plan
 from upslope.functional.logprobs import log_softmax
+from upslope.models.activations import Activations
 from upslope.models.attention import KVCache, PagedContext
 from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel
@@ -40,13 +41,14 @@ class Stats:
 
 
 class Runner:
-    """The model and its block cache."""
+    """The model and its block cache; `activations`, where set, takes those of every token that is fed."""
 
     def __init__(self, model: CausalModel, num_blocks: int) -> None:
         self.model = model
         self.num_blocks = num_blocks
         self.packed = PackedWeights()
         self.stats = Stats()
+        self.activations: Activations | None = None
         self._cache: KVCache | None = None
 
     @property
@@ -89,6 +91,7 @@ class Runner:
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         """Hidden states [n, D] of the last token of every chunk that completes its sequence."""
+        kept = None if self.activations is None else self.activations.take(sum(c.count for c in chunks))
         context = PagedContext(
             self.cache,
             [c.seq.blocks for c in chunks],
@@ -96,17 +99,25 @@ class Runner:
             [c.count for c in chunks],
             prompts=[len(c.seq.request.prompt) for c in chunks],
             packed=self.packed,
+            kept=kept,
         )
         fed = [token for c in chunks for token in c.seq.tokens[c.start : c.start + c.count]]
         hidden = self.model(torch.tensor(fed, device=self.model.device), context)
         offset, rows = 0, []
         for chunk in chunks:
+            if self.activations is not None:
+                _note_rows(chunk, None if kept is None else kept.rows[offset : offset + chunk.count])
             if chunk.seq.request.needs_prompt_scores:
                 self._score_prompt(chunk, hidden[offset : offset + chunk.count])
             offset += chunk.count
             if chunk.last:
                 rows.append(offset - 1)
         return hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
+
+    def finished(self, seq: Sequence) -> None:
+        """A sequence has ended: what is kept of it can be found from now on."""
+        if self.activations is not None and seq.rows and len(seq.rows) == seq.cached:
+            self.activations.finished(seq.tokens[: seq.cached], seq.rows)
 
     def _score_prompt(self, chunk: Chunk, hidden_CD: Tensor) -> None:
         """Log-probs of the prompt tokens that the chunk's rows predict, at the policy's temperature."""
@@ -123,3 +134,12 @@ class Runner:
             top = top_alternatives(logp, [request.params.prompt_logprobs] * len(targets), targets)
             request.prompt_logprobs[first : first + len(targets)] = own
             request.prompt_top_logprobs[first : first + len(targets)] = top
+
+
+def _note_rows(chunk: Chunk, kept: range | None) -> None:
+    """Where the activations of a sequence are now that the chunk is fed; what it fed before and feeds again is void."""
+    rows = chunk.seq.rows
+    if kept is None or rows is None or len(rows) < chunk.start:
+        chunk.seq.rows = None
+    else:
+        rows[chunk.start :] = kept

@@ -503,8 +503,8 @@ void write_cache(const Shape& shape, const T* k, const T* v, T* keys, T* values,
 }
 
 template <typename T>
-void paged(const Shape& shape, const T* q, const T* keys, const T* values, T* out, const Segment* segments, int64_t size,
-           const int64_t* blocks) {
+void paged(const Shape& shape, const T* q, const T* keys, const T* values, T* out, float* lse, const Segment* segments,
+           int64_t size, const int64_t* blocks) {
   const std::vector<Part> parts = parts_of(segments, size, shape.group());
   const int64_t tasks = (int64_t)parts.size() * shape.kv_heads, block_size = shape.kv_heads * BLOCK * shape.d;
   auto rows_at = [&](const T* x, int64_t task) {
@@ -523,8 +523,8 @@ void paged(const Shape& shape, const T* q, const T* keys, const T* values, T* ou
       rows_at(keys, task + 1).prefetch(0, next.start + next.count);
       rows_at(values, task + 1).prefetch(0, next.start + next.count);
     };
-    attend(shape, q + at * shape.d, out + at * shape.d, nullptr, first, part.count, first + part.count, rows_at(keys, task),
-           rows_at(values, task), ahead);
+    attend(shape, q + at * shape.d, out + at * shape.d, lse ? lse + at : nullptr, first, part.count, first + part.count,
+           rows_at(keys, task), rows_at(values, task), ahead);
   }
 }
 
@@ -690,16 +690,16 @@ void upslope_cache_write(int kind, const void* k, const void* v, void* keys, voi
     write_cache(shape, (const float*)k, (const float*)v, (float*)keys, (float*)values, parts, size, blocks, by_column);
 }
 
-// q, out [T, H, d] over blocks [., K, 64, d] that hold the call's own keys and values already.
-void upslope_attention_paged(int kind, const void* q, const void* keys, const void* values, void* out,
+// q, out [T, H, d], lse [T, H] or null over blocks [., K, 64, d] that hold the call's own keys and values already.
+void upslope_attention_paged(int kind, const void* q, const void* keys, const void* values, void* out, float* lse,
                              const int64_t* segments, int64_t size, const int64_t* blocks, int64_t heads, int64_t kv_heads,
                              int64_t d, float scale) {
   const Shape shape{heads, kv_heads, d, true, scale};
   const Segment* parts = (const Segment*)segments;
   if (kind)
-    paged(shape, (const bfloat16*)q, (const bfloat16*)keys, (const bfloat16*)values, (bfloat16*)out, parts, size, blocks);
+    paged(shape, (const bfloat16*)q, (const bfloat16*)keys, (const bfloat16*)values, (bfloat16*)out, lse, parts, size, blocks);
   else
-    paged(shape, (const float*)q, (const float*)keys, (const float*)values, (float*)out, parts, size, blocks);
+    paged(shape, (const float*)q, (const float*)keys, (const float*)values, (float*)out, lse, parts, size, blocks);
 }
 
 void upslope_norm_forward(int kind, const void* x, const void* delta, const void* weight, void* sum, void* out,
@@ -711,7 +711,7 @@ void upslope_split_rotate(int kind, const void* all, void* q, void* k, void* v, 
 // attention_paged in one call: with few rows the calls cost more than the work.
 void upslope_attention_step(int kind, void* all, const void* q_norm, const void* k_norm, float eps, float* scales, void* q,
                             void* k, void* v, const float* cosine, const float* sine, int64_t rows, void* keys, void* values,
-                            void* out, const int64_t* segments, int64_t size, const int64_t* blocks, int64_t heads,
+                            void* out, float* lse, const int64_t* segments, int64_t size, const int64_t* blocks, int64_t heads,
                             int64_t kv_heads, int64_t d, float scale) {
   const int64_t bytes = d * (kind ? sizeof(bfloat16) : sizeof(float));
   for (int64_t i = 0; q_norm && i < rows; i++) {
@@ -721,7 +721,7 @@ void upslope_attention_step(int kind, void* all, const void* q_norm, const void*
   }
   upslope_split_rotate(kind, all, q, k, v, cosine, sine, rows, heads, kv_heads, d);
   upslope_cache_write(kind, k, v, keys, values, segments, size, blocks, kv_heads, d, 1);
-  upslope_attention_paged(kind, q, keys, values, out, segments, size, blocks, heads, kv_heads, d, scale);
+  upslope_attention_paged(kind, q, keys, values, out, lse, segments, size, blocks, heads, kv_heads, d, scale);
 }
 
 }  // extern "C"

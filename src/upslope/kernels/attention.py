@@ -21,15 +21,22 @@ from torch.autograd.function import once_differentiable
 
 from upslope.kernels import functions, kind_of
 
-__all__ = ["attention_step", "describe", "packed_attention", "paged_attention", "write_cache"]
+__all__ = [
+    "attention_step",
+    "describe",
+    "packed_attention",
+    "packed_attention_gradient",
+    "paged_attention",
+    "write_cache",
+]
 
 _SIGNATURES = {
     "attention_packed": [c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int, c_float],
     "attention_packed_backward": [c_int, *[c_void_p] * 10, *[c_int64] * 4, c_int, c_float],
-    "attention_paged": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 3, c_float],
+    "attention_paged": [c_int, *[c_void_p] * 6, c_int64, c_void_p, *[c_int64] * 3, c_float],
     "attention_step": [
         *(c_int, *[c_void_p] * 3, c_float, *[c_void_p] * 6, c_int64),
-        *(*[c_void_p] * 4, c_int64, c_void_p, *[c_int64] * 3, c_float),
+        *(*[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 3, c_float),
     ],
     "cache_write": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 2, c_int],
 }
@@ -98,18 +105,31 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        q, k, v, out, lse = ctx.saved_tensors
-        segments, causal, scale = ctx.options
-        grad = grad.contiguous()
-        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        _functions().upslope_attention_packed_backward(
-            kind_of(q.dtype),
-            *(x.data_ptr() for x in (q, k, v, out, lse, grad, *grads)),
-            *_sizes(segments, q, k),
-            causal,
-            scale,
-        )
-        return *grads, None, None, None
+        return *packed_attention_gradient(*ctx.saved_tensors, grad, *ctx.options), None, None, None
+
+
+def packed_attention_gradient(
+    q_THd: Tensor,
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    out_THd: Tensor,
+    lse_TH: Tensor,
+    grad_THd: Tensor,
+    segments: array[int],
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values from that of the output; lse_TH float32 is the forward pass's."""
+    grad = grad_THd.contiguous()
+    grads = torch.empty_like(q_THd), torch.empty_like(k_TKd), torch.empty_like(v_TKd)
+    _functions().upslope_attention_packed_backward(
+        kind_of(q_THd.dtype),
+        *(x.data_ptr() for x in (q_THd, k_TKd, v_TKd, out_THd, lse_TH, grad, *grads)),
+        *_sizes(segments, q_THd, k_TKd),
+        causal,
+        scale,
+    )
+    return grads
 
 
 def write_cache(
@@ -161,6 +181,7 @@ def paged_attention(
         keys.data_ptr(),
         values.data_ptr(),
         out.data_ptr(),
+        None,
         segments.buffer_info()[0],
         len(segments) // 4,
         blocks.buffer_info()[0],
@@ -185,11 +206,13 @@ def attention_step(
     scale: float,
     norms: tuple[Tensor, Tensor] | None = None,
     eps: float = 0.0,
+    lse_TH: Tensor | None = None,
 ) -> None:
     """`rows.split_rotate`, `write_cache` by column and `paged_attention` in one call, into `out` [., H d].
 
     qkv is room for q [T, H, d], k and v [T, K, d]; of `all` and `out` the first T rows are used. angles: cos and sin
     [T, d / 2]. norms: weights [d] of the norms of queries and keys before they are turned, which change `all`.
+    lse_TH takes the log-sum-exp of each row's scores, float32.
     """
     q, k, v = qkv
     scales = torch.empty(q.shape[1], dtype=torch.float32)
@@ -209,6 +232,7 @@ def attention_step(
         keys.data_ptr(),
         values.data_ptr(),
         out_TC.data_ptr(),
+        None if lse_TH is None else lse_TH.data_ptr(),
         segments.buffer_info()[0],
         len(segments) // 4,
         blocks.buffer_info()[0],

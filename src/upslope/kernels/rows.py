@@ -18,7 +18,20 @@ from torch.nn import functional as F
 
 from upslope.kernels import functions, kind_of
 
-__all__ = ["add_rms_norm", "norm_into", "rms_norm", "split_rotate", "swiglu", "swiglu_into", "swiglu_linear"]
+__all__ = [
+    "add_rms_norm",
+    "join_rotate",
+    "norm",
+    "norm_gradient",
+    "norm_into",
+    "rms_norm",
+    "split",
+    "split_rotate",
+    "swiglu",
+    "swiglu_gradient",
+    "swiglu_into",
+    "swiglu_linear",
+]
 
 _SLABS = 16
 _SIGNATURES = {
@@ -41,7 +54,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x = x_TD.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
         return _Norm.apply(x, weight_D, eps)
-    return _norm(x, None, weight_D, eps)[0]
+    return norm(x, None, weight_D, eps)[0]
 
 
 def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,11 +62,12 @@ def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -
     x, delta = x_TD.contiguous(), delta_TD.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad or weight_D.requires_grad):
         return _AddNorm.apply(x, delta, weight_D, eps)
-    out, total, _ = _norm(x, delta, weight_D, eps)
+    out, total, _ = norm(x, delta, weight_D, eps)
     return total, out
 
 
-def _norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The norm of x + delta, the sum itself, the norm's scales float32 [T]. No gradient."""
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
     out = torch.empty_like(x)
@@ -81,52 +95,54 @@ def norm_into(
     )
 
 
-def _norm_gradient(ctx: Any, grad: Tensor, through: Tensor | None) -> tuple[Tensor, Tensor]:
-    total, weight, scales = ctx.saved_tensors
-    width = total.shape[-1]
-    grad = grad.contiguous()
-    through = None if through is None else through.contiguous()
-    d_total = torch.empty_like(total)
+def norm_gradient(
+    total_TD: Tensor, weight_D: Tensor, scales_T: Tensor, grad_TD: Tensor, through_TD: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum that was normed (with what comes `through` it) and of the weight, from that of the norm."""
+    width = total_TD.shape[-1]
+    grad = grad_TD.contiguous()
+    through = None if through_TD is None else through_TD.contiguous()
+    d_total = torch.empty_like(total_TD)
     slabs = torch.empty(_SLABS, width, dtype=torch.float32)
     _functions().upslope_norm_backward(
-        kind_of(total.dtype),
-        total.data_ptr(),
-        weight.data_ptr(),
-        scales.data_ptr(),
+        kind_of(total_TD.dtype),
+        total_TD.data_ptr(),
+        weight_D.data_ptr(),
+        scales_T.data_ptr(),
         grad.data_ptr(),
         None if through is None else through.data_ptr(),
         d_total.data_ptr(),
         slabs.data_ptr(),
-        scales.shape[0],
+        scales_T.shape[0],
         width,
     )
-    return d_total, slabs.sum(0).to(weight.dtype)
+    return d_total, slabs.sum(0).to(weight_D.dtype)
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, _, scales = _norm(x, None, weight, eps)
+        out, _, scales = norm(x, None, weight, eps)
         ctx.save_for_backward(x, weight, scales)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *_norm_gradient(ctx, grad, None), None
+        return *norm_gradient(*ctx.saved_tensors, grad, None), None
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        out, total, scales = _norm(x, delta, weight, eps)
+        out, total, scales = norm(x, delta, weight, eps)
         ctx.save_for_backward(total, weight, scales)
         return total, out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, through: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        d_total, d_weight = _norm_gradient(ctx, grad, through)
+        d_total, d_weight = norm_gradient(*ctx.saved_tensors, grad, through)
         return d_total, d_total, d_weight, None
 
 
@@ -158,10 +174,11 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return _swiglu_gradient(ctx.saved_tensors[0], grad)
+        return swiglu_gradient(ctx.saved_tensors[0], grad)
 
 
-def _swiglu_gradient(both: Tensor, grad: Tensor) -> Tensor:
+def swiglu_gradient(both: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of gate and up side by side from that of `swiglu`."""
     grad, d_both = grad.contiguous(), torch.empty_like(both)
     rows, width = grad.shape
     _functions().upslope_swiglu_backward(
@@ -186,7 +203,7 @@ class _SwiGLULinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         both, weight = ctx.saved_tensors
         d_weight = grad.t() @ _swiglu(both) if ctx.needs_input_grad[1] else None
-        d_both = _swiglu_gradient(both, grad @ weight) if ctx.needs_input_grad[0] else None
+        d_both = swiglu_gradient(both, grad @ weight) if ctx.needs_input_grad[0] else None
         return d_both, d_weight
 
 
@@ -200,10 +217,11 @@ def split_rotate(
     x = all_TC.contiguous()
     if torch.is_grad_enabled() and x.requires_grad:
         return _SplitRotate.apply(x, cos_Td, sin_Td, heads, kv_heads)
-    return _split(x, cos_Td, sin_Td, heads, kv_heads)
+    return split(x, cos_Td, sin_Td, heads, kv_heads)
 
 
-def _split(x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+def split(x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`split_rotate` without a gradient."""
     rows, width = x.shape[0], x.shape[1] // (heads + 2 * kv_heads)
     q = x.new_empty(rows, heads, width)
     k, v = x.new_empty(rows, kv_heads, width), x.new_empty(rows, kv_heads, width)
@@ -218,16 +236,19 @@ class _SplitRotate(torch.autograd.Function):
         ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _split(x, cos, sin, heads, kv_heads)
+        return split(x, cos, sin, heads, kv_heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        cos, sin = ctx.saved_tensors
-        q, k, v = (g.contiguous() for g in grads)
-        rows, heads, width = q.shape
-        kv_heads = k.shape[1]
-        out = q.new_empty(rows, (heads + 2 * kv_heads) * width)
-        pointers = (t.data_ptr() for t in (out, q, k, v, cos, sin))
-        _functions().upslope_join_rotate(kind_of(q.dtype), *pointers, rows, heads, kv_heads, width)
-        return out, None, None, None, None
+        return join_rotate(*grads, *ctx.saved_tensors), None, None, None, None
+
+
+def join_rotate(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, cos_Td: Tensor, sin_Td: Tensor) -> Tensor:
+    """The gradient of the product that `split_rotate` took apart, from those of its parts."""
+    q, k, v = (g.contiguous() for g in (q_THd, k_TKd, v_TKd))
+    (rows, heads, width), kv_heads = q.shape, k.shape[1]
+    out = q.new_empty(rows, (heads + 2 * kv_heads) * width)
+    pointers = (t.data_ptr() for t in (out, q, k, v, cos_Td, sin_Td))
+    _functions().upslope_join_rotate(kind_of(q.dtype), *pointers, rows, heads, kv_heads, width)
+    return out

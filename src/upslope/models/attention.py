@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from upslope.models.block_softmax import BLOCK
 from upslope.models.packed import PackedWeights
 from upslope.models.padded_attention import PackedBuckets, PagedBuckets
 from upslope.models.protocol import ModelSpec, Segment
+
+if TYPE_CHECKING:
+    from upslope.models.activations import Kept
 
 __all__ = ["BLOCK", "KVCache", "PackedContext", "PagedContext"]
 
@@ -94,7 +97,8 @@ class PackedContext:
         self.positions_T = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]).to(device)
 
     @cached_property
-    def _described(self) -> array[int]:
+    def described(self) -> array[int]:
+        """The segments as the kernels read them."""
         return describe((s.row, s.count, s.start, s.parent) for s in self.segments)
 
     @cached_property
@@ -111,7 +115,7 @@ class PackedContext:
         """Attention within each sequence; `layer` is not needed here."""
         _check_rows(self.positions_T.shape[0], q_THd, k_TKd, v_TKd)
         if usable(q_THd, k_TKd, v_TKd):
-            return packed_attention(q_THd, k_TKd, v_TKd, self._described, causal=self.causal, scale=scale)
+            return packed_attention(q_THd, k_TKd, v_TKd, self.described, causal=self.causal, scale=scale)
         return self._buckets.attend(q_THd, k_TKd, v_TKd, scale)
 
 
@@ -127,7 +131,7 @@ class PagedContext:
     `tables[i]` lists its block ids and must cover starts[i] + counts[i] tokens. Blocks before the first new token may
     be shared between sequences; the blocks written to may not. `prompts[i]`, where given, is the number of tokens of
     the sequence's prompt, which a network that treats prompts apart needs to know. `packed`: copies
-    of the weights for decoding.
+    of the weights for decoding. `kept`: where a network that can puts its activations, a row for each of the call's.
     """
 
     def __init__(
@@ -139,6 +143,7 @@ class PagedContext:
         *,
         prompts: Sequence[int] | None = None,
         packed: PackedWeights | None = None,
+        kept: Kept | None = None,
     ) -> None:
         for i, (table, start, count) in enumerate(zip(tables, starts, counts, strict=True)):
             if count < 1 or start < 0 or len(table) * BLOCK < start + count:
@@ -146,7 +151,7 @@ class PagedContext:
                     f"sequence {i}: {len(table)} blocks of {BLOCK} cannot hold {start} cached + {count} new tokens"
                 )
         self.cache = cache
-        self.packed = packed
+        self.packed, self.kept = packed, kept
         self._starts, self._counts, self._prompts = tuple(starts), tuple(counts), prompts
         self._tables = [table[: -(-(s + n) // BLOCK)] for table, s, n in zip(tables, starts, counts, strict=True)]
         used = [*chain.from_iterable(self._tables)]
@@ -170,7 +175,8 @@ class PagedContext:
         return [end - n for end, n in zip(accumulate(self._counts), self._counts, strict=True)]
 
     @cached_property
-    def _described(self) -> array[int]:
+    def described(self) -> array[int]:
+        """The segments as the kernels read them."""
         first_block = accumulate((len(table) for table in self._tables), initial=0)
         return describe(zip(self._rows, self._counts, self._starts, first_block, strict=False))
 
@@ -198,7 +204,7 @@ class PagedContext:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if usable(k_TKd, v_TKd, keys):
             _check_rows(self.positions_T.shape[0], k_TKd, v_TKd)
-            write_cache(k_TKd, v_TKd, keys, values, self._described, self._blocks, by_column=False)
+            write_cache(k_TKd, v_TKd, keys, values, self.described, self._blocks, by_column=False)
         else:
             keys[self._slots[0], :, self._slots[1]] = k_TKd
             values[self._slots[0], :, self._slots[1]] = v_TKd
@@ -215,7 +221,7 @@ class PagedContext:
     def step(self, layer: int, all_TC: Tensor, out_TC: Tensor, **how: Any) -> None:
         """What `attend` does, of projections not split yet; `how` as in kernels.attention.attention_step."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        attention_step(all_TC, out_TC, keys, values, self._described, self._blocks, **how)
+        attention_step(all_TC, out_TC, keys, values, self.described, self._blocks, **how)
 
     @torch.no_grad()
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
@@ -223,7 +229,7 @@ class PagedContext:
         _check_rows(self.positions_T.shape[0], q_THd, k_TKd, v_TKd)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if usable(q_THd, k_TKd, v_TKd, keys):
-            write_cache(k_TKd, v_TKd, keys, values, self._described, self._blocks, by_column=True)
-            return paged_attention(q_THd, keys, values, self._described, self._blocks, scale=scale)
+            write_cache(k_TKd, v_TKd, keys, values, self.described, self._blocks, by_column=True)
+            return paged_attention(q_THd, keys, values, self.described, self._blocks, scale=scale)
         self.write(layer, k_TKd, v_TKd)
         return self._buckets.attend(q_THd, keys, values, scale)

@@ -358,9 +358,7 @@ class Decoder(CausalModel):
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm, for tokens int64 [T] that stand where `context` says."""
         real = tokens_T.shape[0]
-        angles = context.positions_T[:, None].double() * self.rope_inverse
-        stat = torch.promote_types(self.dtype, torch.float32)
-        cos, sin = angles.cos().to(stat), angles.sin().to(stat)
+        cos, sin = self.angles(context.positions_T)
         x = F.embedding(pad_rows(tokens_T, least=self._least_rows), self.model.embed_tokens.weight)
         prepared = self._prepared(context)
         if prepared is not None:
@@ -372,6 +370,12 @@ class Decoder(CausalModel):
             else:
                 x, delta = layer(x, delta, cos, sin, context)
         return (self.model.norm(x) if delta is None else self.model.norm.add(x, delta)[1])[:real]
+
+    def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, d / 2] of the rotary angles, float32 or wider."""
+        angles = positions_T[:, None].double() * self.rope_inverse
+        stat = torch.promote_types(self.dtype, torch.float32)
+        return angles.cos().to(stat), angles.sin().to(stat)
 
     def _prepared(self, context: Context) -> PreparedDecoder | None:
         """The layers made ready for sampling, where the engine keeps them and the kernels can run them."""

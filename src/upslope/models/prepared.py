@@ -9,7 +9,7 @@ Shapes: T rows, D width, F feed-forward width, H query heads, K key/value heads,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -78,13 +78,31 @@ class PreparedDecoder:
         x, normed, scales = x_TD, torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32)
         q, k, v = (x.new_empty(real, n, self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
         out, gated = x.new_zeros(rows, self.heads * self.head_dim), x.new_empty(rows, self.intermediate)
-        how = {"qkv": (q, k, v), "angles": (cos_Td, sin_Td), "scale": self.head_dim**-0.5, "eps": self.eps}
-        delta = None
+        how: dict[str, Any] = {
+            "qkv": (q, k, v),
+            "angles": (cos_Td, sin_Td),
+            "scale": self.head_dim**-0.5,
+            "eps": self.eps,
+        }
+        kept, delta = context.kept, None
         for number, layer in enumerate(self.layers):
             norm_into(x, delta, layer.first_norm, x, normed, scales, self.eps)
-            context.step(number, layer.attend(normed), out, norms=layer.head_norms, **how)
+            everything = layer.attend(normed)
+            if kept is not None:
+                if number:
+                    kept.part(kept.store.ends, number - 1).copy_(x[:real])
+                kept.part(kept.store.products, number).copy_(everything[:real])
+                how["lse_TH"] = kept.part(kept.store.lse, number)
+            context.step(number, everything, out, norms=layer.head_norms, **how)
             norm_into(x, layer.out(out), layer.second_norm, x, normed, scales, self.eps)
-            swiglu_into(layer.widen(normed), gated)
+            both = layer.widen(normed)
+            if kept is not None:
+                kept.part(kept.store.attended, number).copy_(out[:real])
+                kept.part(kept.store.middle, number).copy_(x[:real])
+                kept.part(kept.store.gates, number).copy_(both[:real])
+            swiglu_into(both, gated)
             delta = layer.narrow(gated)
         norm_into(x, delta, self.last_norm, x, normed, scales, self.eps)
+        if kept is not None:
+            kept.part(kept.store.ends, len(self.layers) - 1).copy_(x[:real])
         return normed

@@ -134,6 +134,8 @@ class RLOptions(RunOptions):
     """Largest importance weight."""
     rollout_lag: int = 0
     """Train on rollouts sampled this many steps ago, as asynchronous sampling does; 0 is on-policy."""
+    activations_gb: float | None = None
+    """GB of activations the update may take over from sampling; left out: a third of what is free; 0: none."""
     truncated: Literal["terminate", "bootstrap", "mask"] = "terminate"
     """A completion cut by its budget: ends there, bootstraps from the critic, or is left out of the loss."""
     missing_eos_penalty: float = 0.0
@@ -165,6 +167,7 @@ class RLOptions(RunOptions):
             min_p=(0, 1),
             rollout_correction_cap=(1, None),
             rollout_lag=(0, None),
+            activations_gb=(0, None),
             missing_eos_penalty=(0, None),
             overlong_buffer=(0, self.max_completion_length),
             eval_temperature=(0, 100),

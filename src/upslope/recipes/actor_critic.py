@@ -60,6 +60,7 @@ class ActorCritic(PolicyGradient):
         batches, order = experience.batches(
             range(experience.size), o.micro_batch_tokens, feed_last=cut, device=model.device
         )
+        self.replay(batches)
         out, logp = Outputs(), not self.on_policy
         if logp or shared is not None:
             out = score(model, batches, temperature=o.temperature, logp=logp, head=shared)
@@ -131,6 +132,8 @@ class ActorCritic(PolicyGradient):
                 critic.model, self.critic_optimizer, batches, self.value_loss, **rates, head=critic.head, logp=False
             )
             metrics |= {"loss/value": done["loss/value"], "critic_grad_norm": done["grad_norm"]}
+        taken = self.take_over(experience, members, batches, step) if first else {}
+        metrics |= taken
         model.train()
         shared = critic.head if critic is not None and critic.model is None else None
         if frozen:
@@ -148,7 +151,7 @@ class ActorCritic(PolicyGradient):
             entropy=o.entropy_coef > 0,
             head=shared,
             detach_trunk=o.vf_coef == 0,
-            gap_to="rollout_logp" if self.on_policy and first else None,
+            gap_to="rollout_logp" if self.on_policy and first and not taken else None,
         )
 
     def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:

@@ -157,8 +157,9 @@ class GRPO(PolicyGradient):
                 experience.set_weights(members, normalizer, constant=constant)
                 trained, share = self._with_gradient(experience, members)
                 batches, _ = experience.batches(trained, o.micro_batch_tokens, device=model.device)
+                taken = self.take_over(experience, trained, batches, step) if not made else {}
                 made.append(
-                    {"rollout/skipped": 1 - len(trained) / len(members)}
+                    {"rollout/skipped": 1 - len(trained) / len(members), **taken}
                     | update(
                         model,
                         self.optimizer,
@@ -168,7 +169,7 @@ class GRPO(PolicyGradient):
                         max_grad_norm=o.max_grad_norm,
                         temperature=o.temperature,
                         entropy=o.entropy_coef > 0,
-                        gap_to="rollout_logp" if self.on_policy and not made else None,
+                        gap_to="rollout_logp" if self.on_policy and not made and not taken else None,
                         share=share,
                     )
                 )

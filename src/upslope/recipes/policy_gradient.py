@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -18,8 +19,9 @@ from upslope.data.batching import PromptStream
 from upslope.data.chat import encode_prompt
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.policy_losses import importance_weights
+from upslope.models.activations import Activations
 from upslope.models.protocol import CausalModel
-from upslope.options import RLOptions
+from upslope.options import GRPOOptions, RLOptions
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
@@ -32,9 +34,9 @@ from upslope.training.experience import Experience
 from upslope.training.optim import Group
 from upslope.training.schedule import learning_rate
 from upslope.training.step import gap_metrics, score
-from upslope.types import RolloutGroup, SamplingParams
+from upslope.types import Batch, RolloutGroup, SamplingParams
 
-__all__ = ["PolicyGradient", "means_of", "ratio_metrics", "rollout_metrics"]
+__all__ = ["PolicyGradient", "means_of", "ratio_metrics", "rollout_metrics", "room_for_activations"]
 
 _STORED = {"old_logp": "trainer_logprobs", "ref_logp": "ref_logprobs", "targets": "returns"}
 """Names in the rollout store of the flat tensors that are called otherwise here."""
@@ -65,11 +67,13 @@ class PolicyGradient:
         self.order = PromptStream(len(self.train_prompts), seed=options.seed)
         self.queue = RolloutQueue(options.rollout_lag, self.train_prompts)
         self.optimizer = make_optimizer(policy, options, list(extra))
+        longest_prompt = self._longest_prompt()
         self.engine = make_engine(
             policy,
             sequences=max(options.num_prompts * options.num_generations, len(self.eval_prompts)),
-            longest=self._longest_prompt() + options.max_completion_length,
+            longest=longest_prompt + options.max_completion_length,
         )
+        self.activations = room_for_activations(options, policy, longest_prompt) if self.on_policy else None
 
     def _longest_prompt(self) -> int:
         """In tokens, among the first hundred of either split: a guess that sizes the cache, not a limit."""
@@ -103,7 +107,9 @@ class PolicyGradient:
             seed=(o.seed * 1_000_003 + step) * 1009 + round_,
         )
         self.policy.model.eval()
-        with torch.no_grad():
+        if self.activations is not None and not round_:
+            self.activations.clear()
+        with torch.no_grad(), self.engine.keeping(self.activations):
             groups, judged = collect(self.engine, self.policy.tokenizer, self.judge, prompts, params)
         self.engine.sleep()
         judged["seconds/reward"] = judged.pop("reward/seconds")
@@ -138,6 +144,33 @@ class PolicyGradient:
             flat["importance"] = weights
             metrics["rollout/importance_mean"] = float(weights.mean())
         return {**metrics, "objective/entropy": float(-flat["old_logp"].mean())}
+
+    def replay(self, batches: Sequence[Batch]) -> float:
+        """Have micro-batches start from the sampler's activations; the share of their tokens that do.
+
+        Only while the weights are those that sampled.
+        """
+        if self.activations is None:
+            return 0.0
+        kept = sum(batch.tokens_T.shape[0] for batch in batches if self.activations.attach(batch))
+        return kept / sum(batch.tokens_T.shape[0] for batch in batches)
+
+    def take_over(
+        self, experience: Experience, members: Sequence[int], batches: Sequence[Batch], step: int
+    ) -> dict[str, float]:
+        """`replay` for an update; metrics, or none where nothing could be taken over.
+
+        What was taken over cannot show whether sampler and trainer agree: so one of the members, another one at each
+        step, goes through the network again, and its log-probs are compared.
+        """
+        share = self.replay(batches)
+        if not share:
+            return {}
+        o, device = self.options, self.policy.model.device
+        (one,), _ = experience.batches([members[step % len(members)]], o.micro_batch_tokens, device=device)
+        logp_N = score(self.policy.model, [one], temperature=o.temperature).logp_N
+        assert logp_N is not None
+        return {"rollout/replayed": share, **gap_metrics((one.fields["rollout_logp"] - logp_N).abs())}
 
     def learning_rate(self, step: int) -> float:
         """The schedule at this step."""
@@ -234,6 +267,15 @@ class PolicyGradient:
     def close(self) -> None:
         """End the reward workers."""
         self.judge.__exit__(None, None, None)
+
+
+def room_for_activations(options: RLOptions, policy: Policy, longest_prompt: int) -> Activations | None:
+    """Room for the activations of a step's tokens, as far as the memory allows; None where they cannot be kept."""
+    rounds = options.dynamic_sampling_rounds if isinstance(options, GRPOOptions) and options.dynamic_sampling else 1
+    tokens = rounds * options.num_prompts * (longest_prompt + options.num_generations * options.max_completion_length)
+    given = options.activations_gb
+    limit = psutil.virtual_memory().available / 3 if given is None else given * 1e9
+    return Activations.of(policy.model, tokens=tokens, limit_bytes=int(limit))
 
 
 def means_of(made: Sequence[Mapping[str, float]]) -> dict[str, float]:

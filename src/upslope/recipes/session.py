@@ -31,7 +31,7 @@ __all__ = ["MAY_CHANGE", "Evaluation", "Learner", "StepResult", "conclude", "tra
 
 MAY_CHANGE = frozenset(
     {"output_dir", "resume", "dry_run", "json", "max_steps", "max_tokens", "max_seconds", "target", "patience"}
-    | {"eval_every", "eval_samples", "save_every", "keep_last", "reward_workers"}
+    | {"eval_every", "eval_samples", "save_every", "keep_last", "reward_workers", "activations_gb"}
 )
 """Options that may differ from the run that is resumed: when it stops, looks and saves, not what a step computes.
 

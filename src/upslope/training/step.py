@@ -69,7 +69,9 @@ def forward(
     `detach_trunk` keeps the value head's gradient out of the network below it; `train_final` lets gradient through
     final_B (a reward is read there), which is a constant otherwise.
     """
-    hidden_TD = model(batch.tokens_T, PackedContext(batch.lengths, batch.parents, device=batch.tokens_T.device))
+    context = PackedContext(batch.lengths, batch.parents, device=batch.tokens_T.device)
+    kept = batch.replay is not None and batch.replay.stands_for(model)
+    hidden_TD = (batch.replay.hidden if kept else model)(batch.tokens_T, context)
     hidden_ND = hidden_TD.index_select(0, batch.rows_N)
     out = Outputs(hidden_ND=hidden_ND if hidden else None)
     if entropy or mean_logp:
