@@ -20,7 +20,7 @@ help:
 	@echo "make test      set up and run the default test suite"
 	@echo "make test-all  the same with the slow tests and those that want an accelerator"
 	@echo "make check     ruff, pyright, import-linter, then the default test suite"
-	@echo "make bench     speed: roofline, scaling, exactness, and the comparison with TRL (hours on two cores)"
+	@echo "make bench     speed: roofline, scaling, exactness, serving, and the comparison with TRL (hours on two cores)"
 	@echo "make .venv     set up only"
 	@echo "make lock      resolve requirements/ anew (for maintainers)"
 	@echo "make clean     remove .venv and caches; runs/ stays"
@@ -69,6 +69,7 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/roofline.py --json
 	$(BIN)/python benchmarks/scaling.py --json
 	$(BIN)/python benchmarks/exactness.py --json
+	$(BIN)/python benchmarks/serve.py --json
 	$(BIN)/python benchmarks/vs_trl.py --json
 
 lock:

@@ -46,12 +46,16 @@ def main() -> None:
         check_names = {name_of(head) for head, _ in resolve(uv, work, checkers, constraints)}
         others = [line for line in wanted if name_of(line) not in CHECK]
         main_names = {name_of(head) for head, _ in resolve(uv, work, others, constraints)}
+        served = [*project["dependencies"], *extras["serve"]]
+        serve_names = {name_of(head) for head, _ in resolve(uv, work, served, constraints)}
     chosen = [
         (head, hashes) for head, hashes in everything if not TORCH.fullmatch(name_of(head)) and not elsewhere(head)
     ]
     write("build.txt", "What builds the parts that come as source, and upslope itself.", chosen, build_names)
     run_names = main_names - build_names - COMPILED
     write("locked.txt", "Everything upslope and its tests run on, torch excepted.", chosen, run_names)
+    what = "What the container image runs on: the pins of locked.txt that `serve` needs."
+    write("serve.txt", what, chosen, serve_names & run_names)
     write("compiled.txt", "Parts in C that come as source only.", chosen, COMPILED)
     write("check.txt", "What only `make check` uses.", chosen, check_names - run_names - build_names)
 

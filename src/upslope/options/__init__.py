@@ -11,15 +11,20 @@ from upslope.options.common import Dtype, RLOptions, RunOptions
 from upslope.options.compare import CompareOptions
 from upslope.options.distill import DistillOptions
 from upslope.options.encoder import ClassifyOptions, EncoderOptions, TagOptions
+from upslope.options.evaluate import EvalOptions
 from upslope.options.expert import ExpertOptions
+from upslope.options.export import ExportOptions
+from upslope.options.generate import ChatOptions, GenerateOptions
 from upslope.options.policy import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.options.preference import DPOOptions, RewardOptions
 from upslope.options.pretrain import PretrainOptions
 from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.options.serve import ServeOptions
 from upslope.options.supervised import SFTOptions
 from upslope.options.tools import DemoOptions, DoctorOptions, ExplainOptions, FetchOptions, RunsOptions
 
 __all__ = [
+    "ChatOptions",
     "ClassifyOptions",
     "CompareOptions",
     "DPOOptions",
@@ -28,10 +33,13 @@ __all__ = [
     "DoctorOptions",
     "Dtype",
     "EncoderOptions",
+    "EvalOptions",
     "ExpertOptions",
     "ExplainOptions",
+    "ExportOptions",
     "FetchOptions",
     "GRPOOptions",
+    "GenerateOptions",
     "PPOOptions",
     "PretrainOptions",
     "RLOptions",
@@ -41,5 +49,6 @@ __all__ = [
     "RunsOptions",
     "SFTOptions",
     "Seq2SeqOptions",
+    "ServeOptions",
     "TagOptions",
 ]

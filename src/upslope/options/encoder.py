@@ -73,7 +73,9 @@ class ClassifyOptions(EncoderOptions):
     """Text classification: one label per text or pair of texts."""
 
     data: str = ""
-    """Training rows: a .csv/.jsonl/.parquet file or a hub id, with a text and a label."""
+    """Training rows: a .csv/.jsonl/.parquet file or hub id with text and label; or a GLUE task, cola:CoLA/train.tsv."""
+    objective: Literal["cross_entropy", "policy_gradient", "policy_gradient_sampled", "squared_error"] = "cross_entropy"
+    """As for tags; squared_error: the labels are numbers, and the head is to give the number (regression)."""
     text_column: str = "text"
     """The column of the text."""
     label_column: str = "label"
@@ -87,6 +89,8 @@ class ClassifyOptions(EncoderOptions):
         """Raise ConfigError for a value out of range."""
         EncoderOptions.validate(self)
         check(self, max_length=(4, None))
+        if self.rewards is not None and self.objective == "squared_error":
+            raise ConfigError("rewards are of labels with names; squared_error learns numbers: leave rewards out")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,11 @@
-"""Text classification: one label per text, by likelihood or by expected reward.
+"""Text classification: one label per text, by likelihood or by expected reward; or one number, by squared error.
 
 policy pi(a | x) over labels = softmax of the encoder's logits; r(y, a) = reward of saying a where y is right
     cross_entropy             J = mean log pi(y | x)
     policy_gradient           J = mean sum_a pi(a | x) r(y, a); gradient in logit j: pi_j (r_j - sum_k pi_k r_k)
     policy_gradient_sampled   the same J; gradient from K sampled labels (Williams 1992), unbiased but for baseline
                               "mean", which shrinks it by (K - 1) / K
+    squared_error             J = -mean (z(x) - y)^2, y a number and z the head's one logit
 With 0/1 rewards the exact gradient is cross-entropy's times pi(y | x): it weighs what the model already half knows
 and vanishes where it is confidently wrong. The loop is in recipes/encoder.py.
 """
@@ -13,9 +14,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from upslope.backends.hardware import choose_dtype
+from upslope.build import device_of_machine
+from upslope.data.chat import load_tokenizer
+from upslope.data.glue import Split, form_of, labelled, read_items
 from upslope.data.labels import (
     LabelledText,
     check_known,
@@ -27,15 +32,21 @@ from upslope.data.labels import (
     split_by_content,
 )
 from upslope.errors import ConfigError
+from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.classification import classification_report
 from upslope.extras import require
-from upslope.models.encoder import Encoder
+from upslope.models.encoder import Encoder, load_encoder
+from upslope.models.sources import resolve
 from upslope.options.encoder import ClassifyOptions
-from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
+from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
 from upslope.recipes.encoder_report import finish, show
 from upslope.recipes.session import Evaluation, conclude, train
 
-__all__ = ["Classify", "classify", "run"]
+__all__ = ["Classifier", "Classify", "classify", "load_classifier", "run"]
+
+
+NUMBER = ("score",)
+"""The one label of a head that gives a number."""
 
 
 def run(options: ClassifyOptions) -> int:
@@ -66,22 +77,26 @@ class Data:
 
 
 class Classify(EncoderLearner):
-    """One label per text, measured by accuracy (mean reward where rewards are given)."""
+    """One label per text, measured by accuracy (mean reward where rewards are given); of numbers the correlations."""
 
     def __init__(self, options: ClassifyOptions, start: Start, data: Data) -> None:
         super().__init__(options, start, [[x] for x in data.train], data.rewards)
         self.dev = data.dev
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """Accuracy and macro F1 on dev."""
+        """Accuracy and macro F1 on dev; of numbers Pearson's and Spearman's correlation."""
         metrics, _ = self.measure(self.dev)
+        if self.options.objective == "squared_error":
+            return Evaluation(metrics["pearson"]["value"], metrics)
         return Evaluation(metrics["reward"] if "reward" in metrics else metrics["accuracy"]["value"], metrics)
 
     def measure(
         self, inputs: Sequence[Input], encoder: Encoder | None = None
     ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
-        """(headline figures, full report) of greedy labels."""
-        truth = [x.targets[0] for x in inputs]
+        """(headline figures, full report) of greedy labels, or of the numbers given."""
+        if self.options.objective == "squared_error":
+            return self._correlations(inputs, encoder)
+        truth = [int(x.targets[0]) for x in inputs]
         said = [classes[0] for classes in self.predicted(inputs, encoder)]
         names = self.encoder.labels
         report = classification_report([names[i] for i in truth], [names[i] for i in said], names)
@@ -90,13 +105,75 @@ class Classify(EncoderLearner):
             metrics["reward"] = self.mean_reward(truth, said)
         return metrics, {"labels": report}
 
+    def _correlations(
+        self, inputs: Sequence[Input], encoder: Encoder | None
+    ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
+        pad, pad_type = self.pads
+        budget = self.options.micro_batch_tokens
+        said = [z[0][0] for z in scores(encoder or self.encoder, inputs, pad=pad, pad_type=pad_type, budget=budget)]
+        truth = [float(x.targets[0]) for x in inputs]
+        found = {"pearson": pearson(truth, said), "spearman": spearman(truth, said)}
+        figures = {name: {**interval._asdict(), "n": len(truth)} for name, interval in found.items()}
+        return figures, {"numbers": figures}
+
+    def describe(self, report: Mapping[str, Any]) -> str:
+        """A report that `measure` gave, as text."""
+        if self.options.objective != "squared_error":
+            return super().describe(report)
+        return "\n".join(
+            [
+                "one number per row",
+                *(f"{k} {f['value']:.4f} [{f['low']:.4f}, {f['high']:.4f}] n={f['n']}" for k, f in report.items()),
+            ]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A trained encoder that says how likely each of its labels is; texts longer than max_length tokens are cut."""
+
+    encoder: Encoder
+    tokenizer: Any
+    max_length: int
+    batch_tokens: int = 8192
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label of class 0, 1, ..."""
+        return self.encoder.labels
+
+    def logits(self, rows: Sequence[LabelledText]) -> list[list[float]]:
+        """A score per label for each text or pair."""
+        inputs, cut = inputs_of(rows, self.tokenizer, [-1] * len(rows), self.max_length)
+        if cut:
+            print(f"upslope: cut to max_length {self.max_length}: {cut} of {len(rows)}", file=sys.stderr)
+        pad, pad_type = pads_of(self.tokenizer)
+        found = scores(self.encoder, inputs, pad=pad, pad_type=pad_type, budget=self.batch_tokens)
+        return [items[0] for items in found]
+
+
+def load_classifier(source: str, *, dtype: str = "auto", max_length: int | None = None) -> Classifier:
+    """The encoder of a folder that `classify` wrote (or any sequence classifier's), to be asked.
+
+    max_length: longest input in tokens, by default what the encoder reads (512 where it has no limit). ModelError: no
+    encoder, or none with a head on labels.
+    """
+    folder = resolve(source)
+    device = device_of_machine()
+    chosen, _ = choose_dtype(dtype, device)
+    encoder = load_encoder(folder, "classify", labels=None).to_compute(chosen, device)
+    longest = min(max_length or encoder.max_positions or 512, encoder.max_positions or 512)
+    return Classifier(encoder, load_tokenizer(folder), longest)
+
 
 def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, Data]:
     require("eval", "sklearn")
     train_rows, dev_rows, test_rows = read_splits(options)
-    labels = labels_of(train_rows, options.data)
-    check_known(dev_rows, labels)
-    check_known(test_rows, labels)
+    labels = NUMBER
+    if options.objective != "squared_error":
+        labels = labels_of(train_rows, options.data)
+        check_known(dev_rows, labels)
+        check_known(test_rows, labels)
     start = start or load_start(options, "classify", labels)
     if set(start.encoder.labels) != set(labels):
         raise ConfigError(f"the encoder's labels are not the {len(labels)} of {options.data}; load it with those")
@@ -107,22 +184,46 @@ def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, D
 
 def read_splits(options: ClassifyOptions) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText]]:
     """Training, dev and test rows; dev is held out of the training rows where no file is given."""
-    train_rows = _read(options, options.data)
+    train_rows = _read(options, options.data, "train")
     if options.eval_data is not None:
-        dev_rows = _read(options, options.eval_data)
+        dev_rows = _read(options, options.eval_data, "validation")
+    elif options.objective == "squared_error":
+        alike = [replace(row, label="") for row in train_rows]  # numbers are no strata
+        _, held = split_by_content(alike, share=options.eval_share, seed=options.seed)
+        contents = {row.content for row in held}
+        dev_rows = [row for row in train_rows if row.content in contents]
+        train_rows = [row for row in train_rows if row.content not in contents]
     else:
         labels_of(train_rows, options.data)
         train_rows, dev_rows = split_by_content(train_rows, share=options.eval_share, seed=options.seed)
-    test_rows = _read(options, options.test_data) if options.test_data is not None else []
+    test_rows = _read(options, options.test_data, "test") if options.test_data is not None else []
     return train_rows, shuffled_by_content(dev_rows, seed=options.seed)[: options.eval_samples], test_rows
 
 
-def _read(options: ClassifyOptions, source: str) -> list[LabelledText]:
+def _read(options: ClassifyOptions, source: str, split: Split) -> list[LabelledText]:
+    """Rows of a table by the columns' names, or of NAME:SOURCE, a task in GLUE or SuperGLUE form."""
+    numbers = options.objective == "squared_error"
+    found = form_of(source)
+    if found is not None:
+        if found[0].graded != numbers:
+            what = "numbers: set objective = squared_error" if found[0].graded else "names: set another objective"
+            raise ConfigError(f"objective is {options.objective}, but the labels of {source} are {what}")
+        named = {"text_column": "text", "label_column": "label", "pair_column": None}
+        changed = [name for name, default in named.items() if getattr(options, name) != default]
+        if changed:
+            raise ConfigError(f"{changed[0]}: the columns of {source} are named by its task; leave it out")
+        items = read_items(source, split=split)
+        if items.broken:
+            print(
+                f"upslope: {source}: {len(items.broken)} torn rows left out, first {items.broken[0]}", file=sys.stderr
+            )
+        return labelled(items)
     return read_labelled(
         source,
         text_column=options.text_column,
         label_column=options.label_column,
         pair_column=options.pair_column,
+        numbers=numbers,
     )
 
 
@@ -137,7 +238,8 @@ def encode_splits(
     labels = start.encoder.labels
     encoded, cut = {}, {}
     for name, rows in (("train", train_rows), ("dev", dev_rows), ("test", test_rows)):
-        encoded[name], cut[name] = inputs_of(rows, start.tokenizer, labels, options.max_length)
+        targets = _targets(rows, labels)
+        encoded[name], cut[name] = inputs_of(rows, start.tokenizer, targets, options.max_length)
     shared = {name: count_copies(rows, train_rows) for name, rows in (("dev", dev_rows), ("test", test_rows))}
     if any(cut.values()):
         print(f"upslope: cut to max_length {options.max_length}: {_counts(cut)}", file=sys.stderr)
@@ -154,7 +256,7 @@ def encode_splits(
 
 
 def inputs_of(
-    rows: Sequence[LabelledText], tokenizer: Any, labels: Sequence[str], max_length: int
+    rows: Sequence[LabelledText], tokenizer: Any, targets: Sequence[float], max_length: int
 ) -> tuple[list[Input], int]:
     """(inputs, how many were cut): the longer text of a pair is cut first."""
     if not rows:
@@ -172,13 +274,20 @@ def inputs_of(
             max_length=max_length,
         )
         short = {i: k for k, i in enumerate(long)}
-    index = {label: i for i, label in enumerate(labels)}
     made = []
-    for i, row in enumerate(rows):
+    for i in range(len(rows)):
         source, at = (again, short[i]) if i in short else (whole, i)
         types = source["token_type_ids"][at] if "token_type_ids" in source else None
-        made.append(Input(list(source["input_ids"][at]), [index[row.label]], [], types, row=i))
+        made.append(Input(list(source["input_ids"][at]), [targets[i]], [], types, row=i))
     return made, len(long)
+
+
+def _targets(rows: Sequence[LabelledText], labels: Sequence[str]) -> list[float]:
+    """The class of every row, or its number."""
+    if tuple(labels) == NUMBER:
+        return [float(row.label) for row in rows]
+    index = {label: i for i, label in enumerate(labels)}
+    return [index[row.label] for row in rows]
 
 
 def _zero_one(count: int) -> list[list[float]]:

@@ -5,6 +5,7 @@ for each batch of rows, N labelled items in it (texts, or words of sentences):
     loss   = cross_entropy:            -log pi(y)
              policy_gradient:          -sum_a pi(a) r(y, a)           exact, no sampling
              policy_gradient_sampled:  -1/K sum_k (r(y, a_k) - b) log pi(a_k),   a_k ~ pi
+             squared_error:            (z - y)^2                       C = 1, y a number (classify only)
     AdamW step on sum(loss) / N                                       one denominator, whatever the micro-batches
 at the end, the checkpoint that was best on dev is scored once on test
 """
@@ -25,6 +26,7 @@ from upslope.build import device_of_machine
 from upslope.data.batching import PromptStream
 from upslope.data.chat import load_tokenizer
 from upslope.errors import ConfigError, ModelError, RunError
+from upslope.evaluation.classification import format_report
 from upslope.models.encoder import Encoder, Kind, load_encoder
 from upslope.models.sources import resolve
 from upslope.options.encoder import EncoderOptions
@@ -35,7 +37,7 @@ from upslope.training.optim import MasterAdamW, decay_groups
 from upslope.training.schedule import learning_rate
 from upslope.training.step import evaluating
 
-__all__ = ["EncoderLearner", "Input", "Start", "load_start", "predict", "update"]
+__all__ = ["EncoderLearner", "Input", "Start", "load_start", "pads_of", "predict", "scores", "update"]
 
 
 @dataclass(slots=True)
@@ -50,12 +52,13 @@ class Start:
 class Input:
     """One sequence of tokens and its labelled items.
 
-    places: the token that carries each item (empty: the text itself is the one item). targets: class of each item.
-    row: index of the row it comes from; first: number of the row's items that stand in earlier inputs.
+    places: the token that carries each item (empty: the text itself is the one item). targets: the class of each item
+    (int), or the number that it is to be given (float). row: index of the row it comes from; first: number of the
+    row's items that stand in earlier inputs.
     """
 
     tokens: list[int]
-    targets: list[int]
+    targets: Sequence[Any]
     places: list[int]
     types: list[int] | None = None
     row: int = 0
@@ -152,7 +155,7 @@ def collate(inputs: Sequence[Input], encoder: Encoder, pad: int, pad_type: int =
         mask_BT=tensor([padded([1] * len(x.tokens), 0) for x in inputs]),
         types_BT=types,
         items_N=tensor(items),
-        targets_N=tensor([t for x in inputs for t in x.targets]),
+        targets_N=torch.tensor([t for x in inputs for t in x.targets], device=device),
         rows_N=rows,
         counters_N=counters,
     )
@@ -177,12 +180,13 @@ def update(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss over all items of all batches.
 
-    Returns loss, mean expected reward, share of right greedy labels and the gradient norm before clipping. On
-    RunError (a loss or gradient that is not finite) nothing has changed.
+    Returns loss, mean expected reward and share of right greedy labels (not where the targets are numbers), and the
+    gradient norm before clipping. On RunError (a loss or gradient that is not finite) nothing has changed.
     """
     batches = list(batches)
     count = sum(len(b.rows_N) for b in batches)
-    totals = {"loss": 0.0, "reward": 0.0, "accuracy": 0.0}
+    named = objective.kind != "squared_error"
+    totals = {"loss": 0.0, "reward": 0.0, "accuracy": 0.0} if named else {"loss": 0.0}
     optimizer.zero_grad()
     try:
         for batch in batches:
@@ -194,6 +198,8 @@ def update(
                 raise RunError(f"the loss is {value}: stopped before the update, the last checkpoint is untouched")
             loss.backward()
             totals["loss"] += value
+            if not named:
+                continue
             scores = logits.detach()
             rewards = objective.rewards_CC.to(scores.device)[batch.targets_N]
             totals["reward"] += float((scores.softmax(-1) * rewards).sum()) / count
@@ -205,17 +211,30 @@ def update(
     return {**totals, "learning_rate": learning_rate, "num_items": count}
 
 
-def predict(encoder: Encoder, inputs: Sequence[Input], *, pad: int, pad_type: int = 0, budget: int) -> list[list[int]]:
-    """The likeliest class of every item, per input, in the order of the inputs."""
-    found: list[list[int]] = [[] for _ in inputs]
+def scores(
+    encoder: Encoder, inputs: Sequence[Input], *, pad: int, pad_type: int = 0, budget: int
+) -> list[list[list[float]]]:
+    """The logits of every item, per input, in the order of the inputs."""
+    found: list[list[list[float]]] = [[] for _ in inputs]
     with evaluating(encoder):
         for group in groups_of([len(x.tokens) for x in inputs], budget):
             batch = collate([inputs[i] for i in group], encoder, pad, pad_type)
-            classes = item_logits(encoder, batch).argmax(-1).tolist()
+            logits = item_logits(encoder, batch).tolist()
             for i in group:
-                found[i] = classes[: len(inputs[i].targets)]
-                classes = classes[len(inputs[i].targets) :]
+                found[i] = logits[: len(inputs[i].targets)]
+                logits = logits[len(inputs[i].targets) :]
     return found
+
+
+def predict(encoder: Encoder, inputs: Sequence[Input], *, pad: int, pad_type: int = 0, budget: int) -> list[list[int]]:
+    """The likeliest class of every item, per input, in the order of the inputs; the first of equally likely ones."""
+    found = scores(encoder, inputs, pad=pad, pad_type=pad_type, budget=budget)
+    return [[max(range(len(z)), key=z.__getitem__) for z in items] for items in found]
+
+
+def pads_of(tokenizer: Any) -> tuple[int, int]:
+    """The token and the token type that padding is made of."""
+    return tokenizer.pad_token_id, getattr(tokenizer, "pad_token_type_id", 0) or 0
 
 
 def make_optimizer(encoder: Encoder, options: EncoderOptions) -> MasterAdamW:
@@ -285,7 +304,15 @@ class EncoderLearner:
     @property
     def pads(self) -> tuple[int, int]:
         """The token and the token type that padding is made of."""
-        return self.tokenizer.pad_token_id, getattr(self.tokenizer, "pad_token_type_id", 0) or 0
+        return pads_of(self.tokenizer)
+
+    def name_of(self, target: float) -> str:
+        """A target's label, or the number itself."""
+        return str(target) if isinstance(target, float) else self.encoder.labels[target]
+
+    def describe(self, report: Mapping[str, Any]) -> str:
+        """A report that `measure` gave, as text."""
+        return format_report(report)
 
     def predicted(self, inputs: Sequence[Input], encoder: Encoder | None = None) -> list[list[int]]:
         """The likeliest classes, by the encoder in training or another one."""

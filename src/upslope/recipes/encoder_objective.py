@@ -1,4 +1,4 @@
-"""The three objectives of classify and tag, as a loss per labelled item. Shapes: N items, C labels, K samples."""
+"""The objectives of classify and tag, as a loss per labelled item. Shapes: N items, C labels, K samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Objective"]
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """Loss per item from logits. rewards_CC: r(right label, said label).
+    """Loss per item from logits. rewards_CC: r(right label, said label); squared_error has numbers for targets.
 
     A sampled label depends on (seed, step, row, item in the row, sample) and on nothing else.
     """
@@ -35,6 +35,8 @@ class Objective:
         self, logits_NC: Tensor, targets_N: Tensor, *, step: int, rows_N: Sequence[int], counters_N: Sequence[int]
     ) -> Tensor:
         """[N, C], [N] -> loss per item [N], to be minimised."""
+        if self.kind == "squared_error":
+            return (logits_NC[:, 0] - targets_N).square()
         rewards_NC = self.rewards_CC.to(logits_NC.device)[targets_N]
         if self.kind == "policy_gradient":
             return classification_policy_gradient(logits_NC, rewards_NC)

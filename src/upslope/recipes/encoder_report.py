@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from upslope.data.preview import mask_view, statistics
-from upslope.evaluation.classification import format_report
 from upslope.models.encoder import load_encoder
 from upslope.options.encoder import EncoderOptions
 from upslope.recipes.dry_run import Prediction
@@ -45,7 +44,7 @@ def finish(learner: Any, summary: Mapping[str, Any], splits: Mapping[str, Any]) 
     for name, split in splits.items():
         measured[name], reports[name] = learner.measure(split, encoder)
         for report in reports[name].values():
-            texts.append(f"{name}, step {best.step}: {format_report(report)}")
+            texts.append(f"{name}, step {best.step}: {learner.describe(report)}")
     text = "\n\n".join(texts)
     whole = {**summary, **measured, "best_step": best.step, "best_model": str(folder / "checkpoints/best/model")}
     write_atomic(folder / "report.json", to_json({"step": best.step, **reports}, indent=2) + "\n")
@@ -72,7 +71,7 @@ def show(options: EncoderOptions, learner: EncoderLearner, facts: Mapping[str, A
     examples = [_example(x) for x in inputs]
     print(statistics(examples), file=sys.stderr)
     console.print(mask_view(examples[0], learner.tokenizer))
-    console.print(f"labels of these items: {' '.join(encoder.labels[t] for t in inputs[0].targets)}", markup=False)
+    console.print(f"labels of these items: {' '.join(map(learner.name_of, inputs[0].targets))}", markup=False)
     for name, value in facts.items():
         console.print(f"{name}: {value}", markup=False)
     dtype = str(encoder.dtype).removeprefix("torch.")

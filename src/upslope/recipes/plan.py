@@ -117,6 +117,7 @@ def _encoder(o: EncoderOptions, examples: int | None) -> Plan:
         f"Each step trains on {o.batch_size} rows and makes one optimizer step.",
         {
             "cross_entropy": f"It raises the likelihood of every {item}'s right label.",
+            "squared_error": f"It lowers the squared error of the number given to every {item}.",
             "policy_gradient": f"It raises the expected reward of every {item} in closed form: {reward}.",
             "policy_gradient_sampled": f"It samples {o.num_samples} labels per {item}, baseline {o.baseline}; {reward}",
         }[o.objective],

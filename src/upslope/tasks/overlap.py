@@ -31,6 +31,7 @@ __all__ = [
     "rouge",
     "sentence_bleu",
     "sentence_chrf",
+    "squad_words",
     "token_f1",
     "units_of",
 ]
@@ -155,8 +156,13 @@ def token_f1(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[floa
     return _against(prompts, completions, lambda text, refs: max(_squad_f1(text, ref) for ref in refs))
 
 
+def squad_words(text: str) -> list[str]:
+    """An answer's words without case, punctuation and articles (Rajpurkar et al. 2016, arXiv 1606.05250, 6.1)."""
+    return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
 def _squad_f1(text: str, reference: str) -> float:
-    left, right = (Counter(_ARTICLES.sub(" ", t.lower().translate(_PUNCTUATION)).split()) for t in (text, reference))
+    left, right = Counter(squad_words(text)), Counter(squad_words(reference))
     return _f1(left, right) if left or right else 1.0
 
 

@@ -1,0 +1,73 @@
+"""What `upslope eval` measures of a trained encoder: labels of texts, tags of words, tasks in GLUE form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from upslope.commands.evaluate_inputs import Inputs, Kind
+from upslope.data.labels import TaggedSentence, read_conll, read_labelled
+from upslope.errors import ConfigError
+from upslope.evaluation.benchmarks import benchmark_figures
+from upslope.evaluation.figures import Figure
+from upslope.evaluation.measurement import Measurement
+from upslope.evaluation.metrics import Texts, measure
+from upslope.options import TagOptions
+from upslope.recipes.classify import load_classifier
+from upslope.recipes.encoder import load_start, pads_of, predict
+from upslope.recipes.tag import pieces_of
+
+__all__ = ["measure_encoder"]
+
+_LABELS = {"classifier": ("accuracy", "macro_f1"), "tagger": ("entity_f1",)}
+_BATCH_TOKENS = 8192
+
+
+def measure_encoder(kind: Kind, folder: Path, inputs: Inputs) -> list[Measurement | Figure]:
+    """Figures of --data (rows {text, label}, or sentences in columns for a tagger) and of --benchmark.
+
+    ConfigError: a metric that is not about labels, or options that need texts.
+    """
+    o = inputs.options
+    found: list[Measurement | Figure] = []
+    if o.data is not None:
+        wrong = [name for name in o.metrics if name not in _LABELS[kind]]
+        if wrong or o.judge is not None or o.samples is not None:
+            named = wrong[0] if wrong else "judge" if o.judge is not None else "samples"
+            raise ConfigError(f"{folder.name} is a {kind}, which gives labels: {named} is about texts")
+        texts = _labelled(folder, inputs) if kind == "classifier" else _tagged(folder, inputs)
+        found += measure(o.metrics, texts)
+    if o.benchmark:
+        classifier = load_classifier(str(folder), dtype=o.dtype)
+        for spec in o.benchmark:
+            found += benchmark_figures(classifier, spec, limit=o.limit, seed=o.seed)
+    return found
+
+
+def _labelled(folder: Path, inputs: Inputs) -> Texts:
+    o = inputs.options
+    rows = read_labelled(str(o.data))[: o.limit]
+    classifier = load_classifier(str(folder), dtype=o.dtype)
+    logits = classifier.logits(rows)
+    said = [classifier.labels[max(range(len(row)), key=row.__getitem__)] for row in logits]
+    return Texts(str(o.data), said, [(row.label,) for row in rows], [row.where for row in rows])
+
+
+def _tagged(folder: Path, inputs: Inputs) -> Texts:
+    o = inputs.options
+    rows = read_conll(str(o.data))[: o.limit]
+    said = _tags_of(folder, [row.words for row in rows], o.dtype)
+    return Texts(str(o.data), said, [(" ".join(row.tags),) for row in rows], [row.where for row in rows])
+
+
+def _tags_of(folder: Path, sentences: Sequence[tuple[str, ...]], dtype: Any) -> list[str]:
+    """The likeliest tags of each sentence's words, parted by spaces."""
+    start = load_start(TagOptions(model=str(folder), dtype=dtype), "tag", None)
+    names, longest = start.encoder.labels, min(start.encoder.max_positions or 512, 512)
+    untagged = [TaggedSentence(words, (names[0],) * len(words)) for words in sentences]
+    pieces = pieces_of(untagged, start.tokenizer, names, longest)
+    pad, pad_type = pads_of(start.tokenizer)
+    flat = [x for own in pieces for x in own]
+    classes = iter(predict(start.encoder, flat, pad=pad, pad_type=pad_type, budget=_BATCH_TOKENS))
+    return [" ".join(names[c] for _ in own for c in next(classes)) for own in pieces]

@@ -1,0 +1,120 @@
+"""What `upslope eval` reads before any model is loaded, so that a mistake in a file costs seconds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from upslope.data.kinds import Record
+from upslope.data.records import read_records
+from upslope.errors import ConfigError
+from upslope.evaluation.metrics import Texts, bleu_metric, check_metrics
+from upslope.evaluation.perplexity import Documents, read_documents
+from upslope.evaluation.rescore import NBest, read_nbest
+from upslope.evaluation.samples import Sample, read_samples
+from upslope.models.reward_folder import stored_score
+from upslope.models.weights import read_config
+from upslope.options import EvalOptions
+from upslope.runs.progress import Progress
+from upslope.tasks.base import Task
+from upslope.tasks.loading import load_task
+from upslope.types import Prompt
+
+__all__ = ["Inputs", "Kind", "check_kind", "kind_of", "progress"]
+
+TASK_PROBLEMS = 200
+Kind = Literal["language model", "classifier", "tagger", "reward model"]
+
+_MEASURED: dict[Kind, tuple[str, ...]] = {
+    "language model": ("perplexity", "data", "task", "rescore", "benchmark", "harness"),
+    "classifier": ("data", "benchmark"),
+    "tagger": ("data",),
+    "reward model": ("preferences",),
+}
+
+
+class Inputs:
+    """The files that the options name; each is read when first asked for."""
+
+    def __init__(self, options: EvalOptions) -> None:
+        self.options = options
+        self.language = re.split("[-_]", options.language.lower())[0]
+        check_metrics(options.metrics, self.language)
+        if options.rescore:
+            bleu_metric(self.language)
+
+    def read_all(self) -> None:
+        """Read everything that a language or reward model is measured on."""
+        _ = self.documents, self.nbest, self.preferences, self.tasks
+        if self.options.data is not None:
+            _ = self.samples
+
+    @cached_property
+    def documents(self) -> list[Documents]:
+        """Of --perplexity."""
+        o = self.options
+        return [read_documents(spec, limit=o.limit) for spec in o.perplexity]
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Of --data."""
+        return read_samples(str(self.options.data), limit=self.options.limit)
+
+    @cached_property
+    def nbest(self) -> list[NBest]:
+        """Of --rescore."""
+        return read_nbest(self.options.rescore, limit=self.options.limit) if self.options.rescore else []
+
+    @cached_property
+    def tasks(self) -> list[tuple[str, Task, list[Prompt]]]:
+        """Of --task: its spec, the task, its held-out problems."""
+        loaded = [(spec, load_task(spec)) for spec in self.options.task]
+        n, seed = self.options.limit or TASK_PROBLEMS, self.options.seed
+        return [(spec, task, task.prompts("eval", n, seed=seed)) for spec, task in loaded]
+
+    @cached_property
+    def preferences(self) -> dict[str, list[Record]]:
+        """Of --preferences, by file."""
+        return {path: read_records(path)[: self.options.limit] for path in self.options.preferences}
+
+    def texts(self, hypotheses: Sequence[str]) -> Texts:
+        """Answers to --data, ready to be judged."""
+        references, where = [s.references for s in self.samples], [s.where for s in self.samples]
+        return Texts(str(self.options.data), hypotheses, references, where, self.language)
+
+
+def kind_of(folder: Path) -> Kind:
+    """What a model folder holds."""
+    architecture = str((read_config(folder).get("architectures") or [""])[0])
+    if architecture.endswith("ForTokenClassification"):
+        return "tagger"
+    if stored_score(folder) is not None:
+        return "reward model"
+    return "classifier" if architecture.endswith("ForSequenceClassification") else "language model"
+
+
+def check_kind(source: str, kind: Kind, options: EvalOptions) -> None:
+    """ConfigError where the options ask something of a model that its kind has no answer to."""
+    asked = [*options.needs_model, *(["data"] if options.data is not None else [])]
+    wrong = [name for name in asked if name not in _MEASURED[kind]]
+    if wrong:
+        able = ", ".join(f"--{name}" for name in _MEASURED[kind])
+        raise ConfigError(f"{source} is a {kind}: --{wrong[0]} cannot be asked of it, but {able}")
+
+
+@contextmanager
+def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error for a callback (done, total); nothing is shown before its first call."""
+    with ExitStack() as stack:
+        bar: list[Progress] = []
+
+        def advance(done: int, total: int) -> None:
+            if not bar:
+                bar.append(stack.enter_context(Progress(total, label, unit=unit)))
+            bar[0].advance(done - bar[0].done)
+
+        yield advance

@@ -1,0 +1,178 @@
+"""What `upslope eval` measures of a language model, and of a reward model: load it, ask it, give its figures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from upslope.build import Policy, device_of_machine, load_inference, make_engine
+from upslope.commands.evaluate_inputs import Inputs, progress
+from upslope.data.chat import encode_prompt, load_tokenizer
+from upslope.engine.engine import Engine
+from upslope.errors import ConfigError
+from upslope.evaluation.benchmarks import benchmark_figures
+from upslope.evaluation.figures import Figure
+from upslope.evaluation.judge import Comparison, Judge, win_rate
+from upslope.evaluation.measurement import Measurement
+from upslope.evaluation.metrics import measure
+from upslope.evaluation.perplexity import perplexity
+from upslope.evaluation.preferences import reward_accuracy
+from upslope.evaluation.rescore import rescore
+from upslope.evaluation.samples import Sample, encode_samples, generate, sample_rows
+from upslope.evaluation.scorer import Scorer
+from upslope.evaluation.verdicts import verdicts
+from upslope.rollout.collect import collect
+from upslope.rollout.reward_model import load_reward_model
+from upslope.rollout.workers import make_scorer
+from upslope.runs.atomic import write_atomic
+from upslope.types import Completion, Message, SamplingParams
+
+__all__ = ["KEY_VARIABLE", "Measured", "judge_answers", "measure_language_model", "measure_reward_model"]
+
+KEY_VARIABLE = "UPSLOPE_JUDGE_API_KEY"
+LONGEST_WINDOW = 2048
+
+Measured = list[Measurement | Figure]
+
+
+def measure_language_model(folder: Path, inputs: Inputs, samples: Path | None) -> Measured:
+    """All figures that the options ask for; answers to --data go to the file `samples`, too."""
+    policy = load_inference(folder, dtype=inputs.options.dtype)
+    found: Measured = []
+    for part in (_perplexity, _rescored, _benchmarks, _tasks, _harness):
+        found += part(policy, inputs)
+    return found + _answers(policy, inputs, samples)
+
+
+def measure_reward_model(folder: Path, inputs: Inputs) -> Measured:
+    """Its accuracy on each file of --preferences."""
+    tokenizer = load_tokenizer(folder)
+    model = load_reward_model(
+        str(folder),
+        dtype=inputs.options.dtype,
+        tokenizer=tokenizer,
+        device=device_of_machine(),
+        policy_folder=folder,
+    )
+    seed = inputs.options.seed
+    return [reward_accuracy(model, rows, dataset=path, seed=seed) for path, rows in inputs.preferences.items()]
+
+
+def judge_answers(texts: Sequence[str], inputs: Inputs) -> Measured:
+    """The figures of answers to --data: the metrics, and the win rate against the references."""
+    o = inputs.options
+    found: Measured = [*measure(o.metrics, inputs.texts(texts))] if o.metrics else []
+    if o.judge is not None:
+        rows = [_comparison(sample, text) for sample, text in zip(inputs.samples, texts, strict=True)]
+        name, url = o.judge_at
+        with Judge(url, name, api_key=os.environ.get(KEY_VARIABLE)) as judge:
+            found.append(win_rate(judge, rows, dataset=str(o.data), seed=o.seed))
+    return found
+
+
+def _comparison(sample: Sample, text: str) -> Comparison:
+    prompt = sample.prompt
+    if prompt is None:
+        raise ConfigError(f"{sample.where}: a judge needs to see what was asked; give rows with prompt")
+    asked = prompt.text if prompt.text is not None else "\n\n".join(_turn(m) for m in prompt.messages)
+    return Comparison(asked, text, sample.references[0], sample.where)
+
+
+def _turn(message: Message) -> str:
+    return f"{message.role}: {message.content}"
+
+
+def _perplexity(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    context = o.context or min(policy.model.spec.max_positions, LONGEST_WINDOW)
+    found: Measured = []
+    for documents in inputs.documents:
+        with progress(f"perplexity {documents.source}", "window") as shown:
+            scorer = Scorer(policy.model, policy.tokenizer, progress=shown)
+            found += perplexity(scorer, documents, context=context, stride=o.stride or context)
+    return found
+
+
+def _rescored(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    if o.rescore is None:
+        return []
+    with progress(f"rescore {o.rescore}", "hypothesis") as shown:
+        return [
+            *rescore(
+                Scorer(policy.model, policy.tokenizer, progress=shown),
+                inputs.nbest,
+                dataset=o.rescore,
+                language=inputs.language,
+                length_normalized=o.length_normalized,
+                weight=o.score_weight,
+                seed=o.seed,
+            )
+        ]
+
+
+def _benchmarks(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    found: Measured = []
+    for spec in o.benchmark:
+        with progress(f"benchmark {spec}", "continuation") as shown:
+            scorer = Scorer(policy.model, policy.tokenizer, progress=shown)
+            found += benchmark_figures(scorer, spec, limit=o.limit, seed=o.seed)
+    return found
+
+
+def _harness(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    if not o.harness:
+        return []
+    from upslope.evaluation.harness import run_harness
+
+    return [*run_harness(policy, o.harness, limit=o.limit, seed=o.seed)]
+
+
+def _tasks(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    params = SamplingParams(
+        max_tokens=o.max_completion_length, n=o.num_generations, temperature=o.sampling_temperature, seed=o.seed
+    )
+    found: Measured = []
+    for spec, task, prompts in inputs.tasks:
+        longest = max(len(encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
+        engine = make_engine(
+            policy, sequences=len(prompts) * params.n, longest=longest + params.max_tokens, max_batch=64
+        )
+        with make_scorer(task) as judge, progress(f"task {spec}", "completion") as shown:
+            groups, _ = collect(_Reporting(engine, shown), policy.tokenizer, judge, prompts, params)
+        found += verdicts(groups, spec)
+    return found
+
+
+def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
+    o = inputs.options
+    if o.data is None:
+        return []
+    tokens = encode_samples(policy.tokenizer, inputs.samples)
+    longest = max(map(len, tokens)) + o.max_completion_length
+    engine = make_engine(policy, sequences=len(tokens), longest=longest, max_batch=64)
+    params = SamplingParams(max_tokens=o.max_completion_length, temperature=o.temperature or 0.0, seed=o.seed)
+    with progress(f"answers to {o.data}", "completion") as shown:
+        texts = [c.text for c in generate(engine, inputs.samples, tokens, params, on_progress=shown)]
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, sample_rows(inputs.samples, texts))
+    return judge_answers(texts, inputs)
+
+
+class _Reporting:
+    """An engine whose `generate` tells how far it is."""
+
+    def __init__(self, engine: Engine, shown: Any) -> None:
+        self.engine, self.shown = engine, shown
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """As `Engine.generate`."""
+        return self.engine.generate(prompts, params, keys=keys, on_progress=self.shown)

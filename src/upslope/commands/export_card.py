@@ -1,0 +1,247 @@
+"""The model card (README.md) of an exported folder: what its runs and files say, and no word more.
+
+The head is YAML as the hub reads it; every configuration is written beside the card, so that its command can be run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from upslope.commands.export_origin import Origin, Stage, origin_of
+from upslope.commands.export_verify import Gap
+from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
+from upslope.models.weights import read_config, read_shapes
+from upslope.version import __version__
+
+__all__ = ["Origin", "card", "origin_of"]
+
+_DATA_KEYS = ("data", "eval_data", "test_data", "mix_data", "task", "reward", "rewards", "teacher")
+_FILES = re.compile(r".*\.(jsonl|json|csv|txt|parquet|py)(\.gz)?", re.I)
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
+_ENVIRONMENT = {
+    "python": "Python",
+    **{name: name for name in ("upslope", "torch", "transformers", "tokenizers", "safetensors", "numpy", "peft")},
+    "platform": "system",
+    "cpu": "processor",
+    "threads": "threads",
+    "dtype": "compute dtype",
+    "device": "device",
+}
+_TASKS = {
+    "ForCausalLM": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForMaskedLM": "fill-mask",
+    "MTModel": "translation",
+}
+
+
+def card(
+    origin: Origin, folder: Path, *, name: str, dtype: str, gaps: Sequence[Gap] = ()
+) -> tuple[str, dict[str, str]]:
+    """README.md of the exported `folder`, and the files that its commands name (file name -> text)."""
+    config = read_config(folder)
+    files = {f"upslope_{i}_{s.verb or 'run'}.toml": s.config_toml for i, s in enumerate(origin.stages, 1)}
+    parts = [
+        f"---\n{_head(origin, config, name)}\n---",
+        f"# {name}",
+        f"Start and making: {origin.summary}.",
+        _table(("", ""), _facts(origin, config, folder, dtype)),
+        "## Use",
+        _usage(config),
+        "## Training",
+        *(
+            _stage(s, file, new)
+            for s, file, new in zip(origin.stages, files, _commands(origin, files, dtype), strict=True)
+        ),
+    ]
+    if not origin.stages:
+        parts.append("Not known: the exported folder does not lie in a run of upslope.")
+    parts += ["## Figures", _figures(origin), "## Checks of this export", _checks(gaps), "## What is not known"]
+    parts += [_unknown(origin), f"Written by upslope {__version__} from the files of the run and of the model."]
+    return "\n\n".join(part for part in parts if part) + "\n", files
+
+
+def _head(origin: Origin, config: Mapping[str, Any], name: str) -> str:
+    """The YAML head; a key whose value is not known is left out."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = [
+        EvalResult(
+            task_type=_task(config) or "other",
+            dataset_type="upslope-held-out",
+            dataset_name=f"held-out part of {_dataset_name(origin)}",
+            metric_type=metric,
+            metric_value=figure["value"],
+        )
+        for metric, figure in origin.figures.items()
+        if isinstance(figure, Mapping) and math.isfinite(figure["value"])
+    ]
+    datasets = sorted({hub for stage in origin.stages for hub in _hub_data(stage.config)})
+    return ModelCardData(
+        base_model=origin.base_model or None,
+        datasets=datasets or None,
+        library_name="upslope" if config.get("model_type") == LSTM_TYPE else "transformers",
+        license=origin.license,
+        pipeline_tag=_task(config),
+        tags=["upslope", *dict.fromkeys(stage.verb for stage in origin.stages if stage.verb)],
+        model_name=name,
+        eval_results=results or None,
+    ).to_yaml()
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
+    architecture = str((config.get("architectures") or [""])[0])
+    return next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None)
+
+
+def _facts(origin: Origin, config: Mapping[str, Any], folder: Path, dtype: str) -> list[tuple[str, str]]:
+    parameters = sum(math.prod(shape) for shape in read_shapes(folder).values())
+    context = config.get("max_position_embeddings")
+    return [
+        ("network", f"{(config.get('architectures') or [config.get('model_type')])[0]}, {parameters:,} stored values"),
+        ("number type", dtype),
+        ("context", f"{context:,} tokens" if isinstance(context, int) else "not known"),
+        ("start", origin.base_words),
+        ("licence", origin.license or "not known: the files of the start model do not say it"),
+        *([("adapters", origin.adapters)] if origin.adapters else []),
+    ]
+
+
+def _usage(config: Mapping[str, Any]) -> str:
+    if config.get("model_type") == LSTM_TYPE:
+        return _code("bash", "upslope generate FOLDER --prompt '...'") + "\n\nNo other program has this network."
+    architecture = str(config["architectures"][0])
+    return _code(
+        "python",
+        f"from transformers import AutoTokenizer, {architecture}\n\n"
+        f'model = {architecture}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    )
+
+
+def _commands(origin: Origin, files: Iterable[str], dtype: str) -> list[str]:
+    """What runs each stage again, one after the other; a later one starts from the step that was taken before it."""
+    commands = []
+    for number, (stage, file) in enumerate(zip(origin.stages, files, strict=True), 1):
+        start = ""
+        if number > 1 and (step := origin.stages[number - 2].step) is not None:
+            start = f" --model new/{number - 1}/checkpoints/step-{step:08d}"
+        commands.append(f"upslope {stage.verb} --config {file}{start} --output-dir new/{number}")
+    if commands:
+        commands[-1] += f"\nupslope export new/{len(commands)} --dtype {dtype} --output FOLDER"
+    return commands
+
+
+def _stage(stage: Stage, file: str, command: str) -> str:
+    done = stage.result or {}
+    at = f"Exported after step {stage.step}" if stage.step is not None else "The exported step is not recorded"
+    ended = f"the run ended with {done['stopped']!r}" if "stopped" in done else "how the run ended is not recorded"
+    tokens = f", {done['trained_tokens']:,} trained tokens" if isinstance(done.get("trained_tokens"), int) else ""
+    return "\n\n".join(
+        [
+            f"### {file.split('_')[1]}. {stage.verb or 'a run'} ({stage.name})",
+            f"{at}; {ended}{tokens}.",
+            _code("bash", command),
+            _table(("data", ""), _data(stage)) or "Data: not recorded.",
+            f"Configuration, also in `{file}`:",
+            _code("toml", stage.config_toml.strip()),
+            _table(("environment", ""), _environment(stage.environment)) or "Environment: not recorded.",
+        ]
+    )
+
+
+def _data(stage: Stage) -> list[tuple[str, str]]:
+    launched = Path(str(stage.environment.get("folder", "")))
+    rows = []
+    for key in _DATA_KEYS:
+        for value in _values(stage.config.get(key)):
+            path = launched / Path(value).expanduser()
+            if path.is_file():
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                words = f"file {path.name}, {path.stat().st_size:,} bytes, sha256 {digest} (as found at export)"
+            elif _FILES.fullmatch(value):
+                words = f"file {Path(value).name}, no longer at its place: its content is not known"
+            else:
+                words = f"`{value}`"
+            rows.append((key, words))
+    return rows
+
+
+def _values(value: Any) -> Iterable[str]:
+    """The set values of an option; "none" is how a configuration says that there is none."""
+    listed = value if isinstance(value, list) else [value]
+    return [str(item) for item in listed if item is not None and str(item).lower() not in ("none", "")]
+
+
+def _hub_data(config: Mapping[str, Any]) -> Iterable[str]:
+    """The hub data sets among the rows that were read."""
+    for key in ("data", "eval_data", "test_data", "mix_data"):
+        for value in _values(config.get(key)):
+            if _HUB_ID.fullmatch(value) and not _FILES.fullmatch(value) and not Path(value).exists():
+                yield value.partition(":")[0]
+
+
+def _dataset_name(origin: Origin) -> str:
+    config = origin.stages[-1].config
+    named = [*_values(config.get("eval_data")), *_values(config.get("data")), *_values(config.get("task"))]
+    return Path(named[0]).name if named else "data that are not recorded"
+
+
+def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    known = {key: value for key, value in environment.items() if value is not None}
+    rows = [(shown, str(known[key])) for key, shown in _ENVIRONMENT.items() if key in known]
+    if rows and "upslope" not in known:
+        rows.append(("upslope", "not recorded: it was not installed as a package"))
+    git = environment.get("git")
+    commit = "not recorded: the run did not start in a git working copy"
+    if isinstance(git, Mapping):
+        commit = f"{git.get('commit')}{', with uncommitted changes' if git.get('dirty') else ''}"
+    return [*rows, ("commit of the folder it ran in", commit)] if rows else []
+
+
+def _figures(origin: Origin) -> str:
+    if not origin.figures:
+        return "None: nothing was measured at the exported step." if origin.stages else "None are known."
+    rows = []
+    for metric, figure in origin.figures.items():
+        if not isinstance(figure, Mapping):
+            rows.append((metric, f"{figure:.6g}", "not known", "not known"))
+            continue
+        interval = f"{figure['low']:.4g} to {figure['high']:.4g}"
+        rows.append((metric, f"{figure['value']:.6g}", interval, f"{figure.get('n', 'not known')}"))
+    told = f"Measured at the exported step on the held-out part of {_dataset_name(origin)}."
+    return f"{told}\n\n{_table(('figure', 'value', '95% interval', 'n'), rows)}"
+
+
+def _checks(gaps: Sequence[Gap]) -> str:
+    if not gaps:
+        return "None was asked for (`upslope export --verify`)."
+    return "\n".join(f"- {gap.in_words()}" for gap in gaps)
+
+
+def _unknown(origin: Origin) -> str:
+    lines = ["Nothing but the figures above was measured: no safety, no bias, no other language or task."]
+    if origin.license is None:
+        lines.append("The licence of the start model is not known; it binds this model too.")
+    if not origin.base_model and origin.base_words != "random weights":
+        lines.append("The start model has no known name on the hub.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [[" ".join(str(cell).replace("|", "\\|").split()) for cell in row] for row in (head, *rows)]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _code(language: str, text: str) -> str:
+    """A fenced block that its own text cannot close."""
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"

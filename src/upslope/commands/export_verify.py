@@ -1,0 +1,272 @@
+"""An export compared with the model it came from, by the program it is for: transformers, or llama.cpp.
+
+The model it came from stands here with the weights that were written (cast, or in blocks of 8 bits) and computes in
+float32, so what is left is how the other program computes, and every mistake of the export: a wrong name, a wrong
+order of rows, a wrong tokenizer. The bounds lie several times above what correct exports of small models showed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upslope.build import Policy
+from upslope.commands.llama_cpp import LlamaCpp
+from upslope.data.chat import load_tokenizer
+from upslope.data.pairs import PairTokenizer
+from upslope.errors import ModelError, RunError
+from upslope.models.attention import PackedContext
+from upslope.models.gguf_writer import GGUFType, as_stored
+from upslope.models.loading import load_model
+from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
+from upslope.models.seq2seq_files import is_seq2seq
+from upslope.models.weights import read_config
+
+__all__ = ["Gap", "verify_folder", "verify_gguf"]
+
+PROMPTS = (
+    "The capital of France is Paris, and 12345 + 678 = 13023.",
+    "def f(x):\n\treturn [x ** 2 for _ in range(3)]  # it's\r\n\n",
+    "Zoë naïvely paid 20 € in Łódź;\u3000我想在apple工作1314151天。 हिन्दी 🚀😶\u200d🌫️  ",
+)
+MESSAGES = (
+    {"role": "user", "content": "What is 17 + 25?"},
+    {"role": "assistant", "content": "42."},
+    {"role": "user", "content": "And in words?"},
+)
+_LONGEST, _GENERATED, _TOP = 48, 16, 20
+
+# (largest, mean) difference of log-probs in nats. In narrow types both programs round activations too, which says
+# nothing about the weights: those are what the float32 comparison and llama.cpp's bounds are sharp enough for.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "transformers, float32": (2e-3, 2e-4),
+    "transformers, bfloat16": (3.0, 0.3),
+    "transformers, float16": (0.5, 0.05),
+    "llama.cpp, float32": (5e-3, 1e-3),
+    "llama.cpp, float16": (0.15, 0.02),
+    "llama.cpp, bfloat16": (1.0, 0.15),
+    "llama.cpp, q8_0": (3.0, 0.5),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Differences over n values, and what else was compared.
+
+    Values: log-probs of the likeliest tokens at each position of some texts; of a network of another kind, its outputs.
+    """
+
+    name: str
+    largest: float
+    mean: float
+    n: int
+    largest_allowed: float
+    mean_allowed: float
+    also: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """The comparison as a JSON object."""
+        return asdict(self)
+
+    def in_words(self) -> str:
+        """One line."""
+        words = f"{self.name}: largest difference {self.largest:.2g} (allowed {self.largest_allowed:g})"
+        words += f", mean {self.mean:.2g} (allowed {self.mean_allowed:g}), {self.n:,} values"
+        return f"{words}; {self.also}" if self.also else words
+
+    def check(self) -> Gap:
+        """Itself. RunError where a bound is passed (or the difference is no number)."""
+        if self.largest <= self.largest_allowed and self.mean <= self.mean_allowed:
+            return self
+        raise RunError(f"the export differs from the model, so nothing was written: {self.in_words()}")
+
+
+def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str) -> list[Gap]:
+    """Load a written folder with transformers, its weights in float32 and as they are, and compare.
+
+    policy: the model it came from, whose weights are rounded in place; None for an encoder, which transformers runs.
+    Tokens of texts and the rendering of a chat are compared too. RunError for any difference beyond rounding.
+    """
+    tokenizer = policy.tokenizer if policy is not None else load_tokenizer(source)
+    _same_tokenizer(tokenizer, load_tokenizer(written))
+    config = read_config(written)
+    if policy is not None:
+        _round(policy.model, lambda p: p.to(getattr(torch, dtype)))
+    if policy is None or is_seq2seq(config) or str(config["architectures"][0]).endswith("Classification"):
+        return [_same_network(written, source, dtype)]
+    tokens = _token_lists(policy)
+    ours = [_logprobs(policy.model, ids) for ids in tokens]
+    if config.get("model_type") == LSTM_TYPE:
+        theirs = [_logprobs(load_model(written), ids) for ids in tokens]
+        return [_gap("upslope itself, which alone has this network, float32", ours, theirs, (0.0, 0.0))]
+    gaps = []
+    for kind in dict.fromkeys(("float32", dtype)):
+        network = _transformers(written, getattr(torch, kind))
+        with torch.no_grad():
+            theirs = [network(torch.tensor([ids])).logits[0].float().log_softmax(-1) for ids in tokens]
+        name = f"transformers, {kind}"
+        likely = [x.topk(min(_TOP, x.shape[-1])).indices for x in ours]
+        pairs = [(a.gather(1, i), b.gather(1, i)) for a, b, i in zip(ours, theirs, likely, strict=True)]
+        shown = name if kind == dtype else f"{name} from {dtype}"
+        gaps.append(_gap(shown, [a for a, _ in pairs], [b for _, b in pairs], _BOUNDS[name]))
+    return gaps
+
+
+def verify_gguf(written: Path, policy: Policy, kind: GGUFType) -> list[Gap]:
+    """Load a GGUF file in llama.cpp; compare tokens, chat rendering, ends, log-probs and greedy tokens.
+
+    The policy's weights are set to what the file holds. RunError for any difference beyond rounding.
+    """
+    _round(policy.model, lambda p: as_stored(p, kind))
+    context = min(_LONGEST + _GENERATED, policy.model.spec.max_positions)
+    with LlamaCpp(written, context=context, threads=torch.get_num_threads()) as program:
+        _same_tokens(policy, program)
+        chat = _same_chat(policy, program)
+        for token in policy.eos_token_ids:
+            if not program.ends_with(token):
+                raise RunError(f"llama.cpp does not stop at token {token}, which ends a turn of this model")
+        differences, agreed, total = [], 0, 0
+        for ids in _token_lists(policy):
+            found = list(program.predictions(ids, top=_TOP, then=_GENERATED))
+            ours_TV = _logprobs(policy.model, found[-1][0])
+            for ours_V, (_, top) in zip(ours_TV, found, strict=True):
+                differences.append((ours_V[[t for t, _ in top]] - torch.tensor([x for _, x in top])).abs())
+                agreed += int(ours_V.argmax()) == top[0][0]
+            total += len(found)
+    gap = torch.cat(differences).double()
+    largest_allowed, mean_allowed = _BOUNDS[f"llama.cpp, {kind}"]
+    return [
+        Gap(
+            name=f"llama.cpp, {kind}",
+            largest=float(gap.max()),
+            mean=float(gap.mean()),
+            n=len(gap),
+            largest_allowed=largest_allowed,
+            mean_allowed=mean_allowed,
+            also=f"the same greedy token at {agreed} of {total} positions; tokens of {len(PROMPTS)} texts, "
+            f"{'chat template, ' if chat else ''}{len(policy.eos_token_ids)} end tokens the same",
+        ).check()
+    ]
+
+
+@torch.no_grad()
+def _round(model: Any, rounded: Any) -> None:
+    for parameter in model.parameters():
+        parameter.copy_(rounded(parameter.detach()))
+
+
+@torch.no_grad()
+def _logprobs(model: Any, tokens: Sequence[int]) -> Tensor:
+    """Log-probs [T, V] after each token, float32."""
+    hidden = model(torch.tensor(tokens, device=model.device), PackedContext([len(tokens)], device=model.device))
+    return model.logits(hidden).float().log_softmax(-1).cpu()
+
+
+def _token_lists(policy: Policy) -> list[list[int]]:
+    """The prompts, and the chat where there is a template, cut to what the model and the time allow."""
+    tokenizer, longest = policy.tokenizer, min(_LONGEST, policy.model.spec.max_positions - _GENERATED)
+    if longest < 1:
+        raise ModelError(f"the model holds {policy.model.spec.max_positions} tokens, too few to compare anything")
+    texts = [tokenizer(text).input_ids for text in PROMPTS]
+    if tokenizer.chat_template:
+        texts.append(tokenizer(_chat(tokenizer), add_special_tokens=False).input_ids)
+    return [ids[:longest] for ids in texts]
+
+
+def _chat(tokenizer: Any) -> str:
+    return tokenizer.apply_chat_template(list(MESSAGES), tokenize=False, add_generation_prompt=True)
+
+
+def _same_tokenizer(ours: Any, theirs: Any) -> None:
+    for text in PROMPTS:
+        if _ids(ours, text) != _ids(theirs, text):
+            raise RunError(f"the written tokenizer splits {text!r} differently, so nothing was written")
+    if (getattr(ours, "chat_template", None) or None) != (getattr(theirs, "chat_template", None) or None):
+        raise RunError("the written chat template differs, so nothing was written")
+    if getattr(ours, "chat_template", None) and _chat(ours) != _chat(theirs):
+        raise RunError("the written chat template renders a chat differently, so nothing was written")
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    if isinstance(tokenizer, PairTokenizer):
+        return [*tokenizer.source_ids(text), *tokenizer.target_ids(text)]
+    return tokenizer(text).input_ids
+
+
+def _same_tokens(policy: Policy, program: LlamaCpp) -> None:
+    for text in PROMPTS:
+        ours, theirs = policy.tokenizer(text).input_ids, program.tokenize(text)
+        if ours != theirs:
+            at = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+            raise RunError(
+                f"llama.cpp splits {text!r} differently from token {at} on ({ours[at : at + 4]} here, "
+                f"{theirs[at : at + 4]} there), so nothing was written; is --pre-tokenizer right?"
+            )
+
+
+def _same_chat(policy: Policy, program: LlamaCpp) -> bool:
+    """False where there is no template to compare."""
+    if not policy.tokenizer.chat_template:
+        return False
+    ours, theirs = _chat(policy.tokenizer), program.render(MESSAGES)
+    bos = policy.tokenizer.bos_token
+    if ours != theirs and ours.removeprefix(bos or "") != theirs:  # llama.cpp leaves a BOS to its tokenizer
+        raise RunError(f"llama.cpp renders a chat as {theirs!r} instead of {ours!r}, so nothing was written")
+    return True
+
+
+def _transformers(folder: Path, dtype: torch.dtype) -> Any:
+    """transformers' network of a folder, of the class that its config.json names; no weight may be missing."""
+    import transformers
+
+    name = str(read_config(folder)["architectures"][0])
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        raise ModelError(f"{folder}: transformers has no {name}, so there is nothing to compare with")
+    with _no_progress_bars():
+        network, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
+    for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report.get(key):
+            raise RunError(f"transformers finds {key.replace('_', ' ')}: {sorted(map(str, report[key]))[0]}")
+    return network.eval()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@torch.no_grad()
+def _same_network(written: Path, source: Path, dtype: str) -> Gap:
+    """Both folders in transformers, the source's weights rounded: the outputs must be the same bits."""
+    ours, theirs = _transformers(source, torch.float32), _transformers(written, torch.float32)
+    _round(ours, lambda p: p.to(getattr(torch, dtype)))
+    config, generator = ours.config, torch.Generator().manual_seed(0)
+    batch = {"input_ids": torch.randint(config.vocab_size, (1, 24), generator=generator)}
+    if config.is_encoder_decoder:
+        targets = getattr(config, "decoder_vocab_size", None) or config.vocab_size
+        batch["decoder_input_ids"] = torch.randint(targets, (1, 8), generator=generator)
+    if config.pad_token_id is not None:  # padding in the middle of a text would mean something else to each class
+        batch = {key: x.where(x != config.pad_token_id, x.max()) for key, x in batch.items()}
+    name = f"transformers, float32 from {dtype}"
+    return _gap(name, [ours(**batch)[0]], [theirs(**batch)[0]], (0.0, 0.0))  # logits, or a trunk's hidden states
+
+
+def _gap(name: str, ours: list[Tensor], theirs: list[Tensor], allowed: tuple[float, float]) -> Gap:
+    differences = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)]).double()
+    largest, mean = float(differences.max()), float(differences.mean())
+    return Gap(name, largest, mean, len(differences), *allowed, also="tokens and chat template the same").check()

@@ -1,0 +1,231 @@
+"""`upslope generate`: complete one prompt, or a file of prompts to JSONL."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any, TextIO
+
+from upslope.build import Policy, load_inference
+from upslope.commands.decoding import has_template, open_engine, shown
+from upslope.commands.generate_rows import Asked, RowFile, ask, ask_file, row_of
+from upslope.data.chat import encode_prompt
+from upslope.engine import Engine
+from upslope.engine.request import check_prompt
+from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.options import GenerateOptions
+from upslope.runs.encoding import to_json
+from upslope.runs.progress import Progress
+from upslope.types import Completion, SamplingParams
+
+__all__ = ["run"]
+
+
+def run(options: GenerateOptions) -> int:
+    """Print or write the replies; see GenerateOptions for what goes where.
+
+    Raises ConfigError: no prompt, or a system turn for a model without a chat template; DataError: a prompt that is
+    empty, too long or not text, naming its row, before anything is generated; RunError: --output cannot be written
+    or resumed.
+    """
+    text = None if options.prompts is not None else _text(options)
+    policy = load_inference(options.model, dtype=options.dtype)
+    templated = has_template(policy.tokenizer) and not options.raw
+    if options.system is not None and not templated:
+        raise ConfigError(f"system is a turn of the chat template, and {options.model} has none: leave it out")
+    if text is not None:
+        where = "prompt" if options.prompt is not None else "standard input"
+        asked = [ask(text, where=where, templated=templated, system=options.system)]
+    else:
+        assert options.prompts is not None
+        asked = ask_file(options.prompts, templated=templated, system=options.system)
+    encoded = [_encode(policy, one) for one in asked]
+    engine = open_engine(
+        policy,
+        sequences=len(asked) * max(options.num_return_sequences, options.num_beams),
+        longest=max(len(t) + min(options.max_tokens, policy.model.room(len(t))) for t in encoded),
+        max_batch=options.max_batch,
+        kv_cache_gb=options.kv_cache_gb,
+    )
+    if options.output is not None:
+        _to_file(engine, asked, encoded, options)
+    elif options.prompts is not None:
+        _to_stdout(engine, asked, encoded, options)
+    else:
+        _answer_one(engine, asked[0], encoded[0], options)
+    return 0
+
+
+def sampling_params(options: GenerateOptions) -> SamplingParams:
+    """The options as the engine takes them."""
+    return SamplingParams(
+        max_tokens=options.max_tokens,
+        n=options.num_return_sequences,
+        temperature=options.policy_temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        min_p=options.min_p,
+        repetition_penalty=options.repetition_penalty,
+        stop=options.stop,
+        seed=options.seed,
+        logprobs=options.logprobs or None,
+        beam_width=options.num_beams,
+        length_penalty=options.length_penalty,
+    )
+
+
+def _text(options: GenerateOptions) -> str:
+    """--prompt, else all of standard input without its last line break."""
+    text = options.prompt
+    if text is None:
+        if sys.stdin.isatty():
+            raise ConfigError("no prompt: give --prompt TEXT or --prompts FILE, or pipe a text to standard input")
+        try:
+            text = sys.stdin.buffer.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input: not UTF-8 at byte {error.start + 1}; convert it") from None
+        text = text.removesuffix("\n").removesuffix("\r")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError("prompt: not UTF-8; convert it")
+    if not text:
+        raise DataError(f"{'standard input' if options.prompt is None else 'prompt'}: the text is empty")
+    return text
+
+
+def _encode(policy: Policy, asked: Asked) -> list[int]:
+    """The prompt's tokens, of which the model must be able to take all."""
+    spec = policy.model.spec
+    try:
+        tokens = encode_prompt(policy.tokenizer, asked.prompt, tools=asked.tools)
+        policy.model.check_prompt(check_prompt(tokens, spec.input_vocab_size, spec.max_positions))
+    except DataError as error:
+        raise _at(asked.where, error) from error
+    return tokens
+
+
+def _at(where: str, error: UpslopeError) -> UpslopeError:
+    return type(error)(f"{where}: {error}")
+
+
+def _answer_one(engine: Engine, asked: Asked, tokens: list[int], options: GenerateOptions) -> None:
+    """One prompt on standard output: streamed, as texts, or as a row."""
+    out, params = sys.stdout, sampling_params(options)
+    several = params.n > 1 or params.beam_width > 1
+    if (options.stream or out.isatty()) and not (options.json or several):
+        completions = [_stream(engine, tokens, params, out)]
+    else:
+        completions = engine.generate([tokens], params)[0]
+        if options.json:
+            print(to_json(row_of(asked, completions, options, engine.tokenizer)), file=out)
+        else:
+            _print_texts(completions, out)
+    if any(c.finish_reason == "length" for c in completions):
+        room = engine.model.room(len(tokens))
+        limit = f"max_tokens = {params.max_tokens}" if params.max_tokens <= room else f"the context: {room} tokens left"
+        print(f"upslope: cut off by {limit}", file=sys.stderr)
+
+
+def _stream(engine: Engine, tokens: list[int], params: SamplingParams, out: TextIO) -> Completion:
+    completion = None
+    try:
+        for event in engine.stream(tokens, params):
+            out.write(shown(event.text, out))
+            out.flush()
+            completion = event.completion
+    finally:
+        print(file=out)
+    assert completion is not None
+    return completion
+
+
+def _print_texts(completions: Sequence[Completion], out: TextIO) -> None:
+    for number, completion in enumerate(completions, 1):
+        if len(completions) > 1:
+            out.flush()
+            print(f"-- reply {number} of {len(completions)}", file=sys.stderr, flush=True)
+        print(shown(completion.text, out), file=out)
+
+
+def _to_stdout(engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions) -> None:
+    """Rows as they are done. On a terminal the rows themselves are the progress."""
+    out = sys.stdout  # the bar takes the name sys.stdout for itself while it is shown
+    if out.isatty():
+        for rows in _rows(engine, asked, encoded, options, None):
+            print(*map(to_json, rows), sep="\n", file=out, flush=True)
+        return
+    with Progress(len(asked), "generate", unit="prompt") as progress:
+        for rows in _rows(engine, asked, encoded, options, progress):
+            print(*map(to_json, rows), sep="\n", file=out, flush=True)
+
+
+def _to_file(engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions) -> None:
+    with RowFile(options, asked) as file:
+        written = file.done
+        try:
+            with Progress(len(asked), "generate", unit="prompt", done=written) as progress:
+                for rows in _rows(engine, asked, encoded, options, progress):
+                    for row in rows:
+                        file.append(row)
+                    file.sync()
+                    written += len(rows)
+        except KeyboardInterrupt:
+            hint = "; the same with --resume goes on" if options.prompts is not None else ""
+            print(f"upslope: {written} of {len(asked)} rows are in {file.path}{hint}", file=sys.stderr)
+            raise
+
+
+def _rows(
+    engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions, progress: Progress | None
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows that are still to be made, in the order of the input, as many at a time as a step completes."""
+    done = progress.done if progress is not None else 0
+    for batch in _answers(engine, asked, encoded, sampling_params(options), done):
+        rows = [row_of(asked[place], completions, options, engine.tokenizer) for place, completions in batch]
+        yield rows
+        if progress is not None:
+            progress.advance(len(rows), {"tokens": engine.stats.generated_tokens})
+
+
+def _answers(
+    engine: Engine, asked: list[Asked], encoded: list[list[int]], params: SamplingParams, done: int
+) -> Iterator[list[tuple[int, list[Completion]]]]:
+    """(place, completions) of the prompts from `done` on, in order; a prompt's place seeds its replies.
+
+    Replies that overtake an earlier one wait for it. So that what waits, which a kill would lose, stays little, at
+    most eight batches are under way.
+    """
+    window = max(1, 8 * engine.scheduler.max_batch // max(params.n, params.beam_width))
+    place_of: dict[int, int] = {}
+    found: dict[int, dict[int, Completion]] = {}
+    complete: dict[int, list[Completion]] = {}
+    opened = written = done
+    while written < len(asked):
+        while opened < len(asked) and opened - written < window:
+            place_of[_add(engine, asked[opened], encoded[opened], params, opened)] = opened
+            opened += 1
+        changed = set()
+        for event in engine.step():
+            place = place_of[event.request_id]
+            if event.error is not None:
+                raise _at(asked[place].where, event.error)
+            if event.completion is not None:
+                found.setdefault(place, {})[event.sample] = event.completion
+                changed.add(place)
+        for place in changed:
+            # beams come all in one step, and fewer than n where too few could be had
+            if len(found[place]) == params.n or params.beam_width > 1:
+                samples = found.pop(place)
+                complete[place] = [samples[i] for i in sorted(samples)]
+        ready = []
+        while written in complete:
+            ready.append((written, complete.pop(written)))
+            written += 1
+        if ready:
+            yield ready
+
+
+def _add(engine: Engine, asked: Asked, tokens: list[int], params: SamplingParams, key: int) -> int:
+    try:
+        return engine.add(tokens, params, key=key)
+    except UpslopeError as error:
+        raise _at(asked.where, error) from error

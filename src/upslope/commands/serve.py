@@ -1,0 +1,80 @@
+"""`upslope serve`: load one model or two, then answer requests until a signal."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from upslope.errors import ConfigError
+from upslope.extras import require
+from upslope.options import ServeOptions
+
+if TYPE_CHECKING:
+    from upslope.serving.service import Service
+
+__all__ = ["run"]
+
+
+def run(options: ServeOptions) -> int:
+    """Serve until SIGTERM or Ctrl-C; one line on standard output says where, when requests can come."""
+    for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
+        require("serve", module)
+    from upslope.serving.app import create_app
+    from upslope.serving.server import bind, serve
+
+    sources = [options.model] if options.compare is None else [options.model, options.compare]
+    names = _names(sources, options.served_model_name)
+    with bind(options.host, options.port) as bound:
+        services = {name: _service(name, source, options) for name, source in zip(names, sources, strict=True)}
+
+        def ready(url: str) -> None:
+            print(f"upslope: serving {' and '.join(services)} at {url}", flush=True)
+
+        return serve(create_app(services, options), bound, options, ready)
+
+
+def _names(sources: list[str], first: str | None) -> list[str]:
+    """What the models are called: a hub id as it is, a folder or file by its last part."""
+    names = [Path(s).stem if s.endswith(".gguf") else Path(s).name if os.path.isdir(s) else s for s in sources]
+    names[0] = first or names[0]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"both models would be called {names[0]!r}: give the first another --served-model-name")
+    return names
+
+
+def _service(name: str, source: str, options: ServeOptions) -> Service:
+    """The model with its engine, warmed up: kernels compiled, cache allocated."""
+    from upslope.build import Policy, load_inference
+    from upslope.engine import Engine
+    from upslope.models.attention import BLOCK, KVCache
+    from upslope.serving.service import Service
+    from upslope.types import SamplingParams
+
+    def load(where: str) -> Policy:
+        return load_inference(where, dtype=options.dtype)
+
+    _say(f"{name}: loading {source}")
+    began = time.monotonic()
+    policy = load(source)
+    spec, dtype = policy.model.spec, policy.model.dtype
+    most = options.max_batch * math.ceil(spec.max_positions / BLOCK)
+    engine = Engine(
+        policy.model,
+        policy.tokenizer,
+        eos_token_ids=policy.eos_token_ids,
+        max_batch=options.max_batch,
+        num_blocks=min(most, int(options.kv_cache_gb * 2**30 // KVCache.bytes_per_block(spec, dtype))),
+    )
+    service = Service(name, engine, policy.tokenizer, source=source, load=load, max_queue=options.max_queue)
+    engine.generate([service.tokens_of("a")], SamplingParams(max_tokens=2, ignore_eos=True))
+    millions, precision = spec.parameters / 1e6, str(dtype).removeprefix("torch.")
+    _say(f"{name}: {millions:.0f}M parameters in {precision}, ready after {time.monotonic() - began:.1f} s")
+    return service
+
+
+def _say(message: str) -> None:
+    print(f"upslope: {message}", file=sys.stderr, flush=True)

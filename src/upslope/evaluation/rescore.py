@@ -1,0 +1,225 @@
+"""N-best lists of a recogniser or a translator, put into another order by a language model.
+
+    total(hypothesis) = log p(text | source) [/ its tokens] + weight * its own score
+
+log p counts the end-of-sequence token, so that a hypothesis is judged as a whole utterance. Figures before (by the
+list's own scores, else its first entry), after, and of the oracle (the best entry there is).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from upslope.data.batching import data_order
+from upslope.data.chat import encode_completion, encode_document, with_eos
+from upslope.data.readers import rows_of
+from upslope.errors import ConfigError, DataError
+from upslope.evaluation.figures import Figure
+from upslope.evaluation.measurement import Measurement
+from upslope.evaluation.metrics import SPACELESS, Texts, bleu_metric, measure
+from upslope.evaluation.scorer import Request, Scorer
+from upslope.tasks.overlap import nearest
+
+__all__ = ["GRID", "Hypothesis", "NBest", "read_nbest", "rescore"]
+
+GRID = (0.0, *(round(10 ** (e / 4), 4) for e in range(-8, 9)))
+"""Weights that are tried: 0, and 0.01 to 100 in four steps per power of ten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hypothesis:
+    """One entry of a list, with the score its maker gave it (higher is better)."""
+
+    text: str
+    score: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NBest:
+    """The hypotheses of one utterance or sentence, and what is right; `source` where it is a translation."""
+
+    where: str
+    references: tuple[str, ...]
+    hypotheses: tuple[Hypothesis, ...]
+    source: str | None = None
+
+    @property
+    def first(self) -> int:
+        """The list's own choice: its best score, the first of equals; without scores its first entry."""
+        return max(range(len(self.hypotheses)), key=lambda i: (self.hypotheses[i].score or 0.0, -i))
+
+
+def read_nbest(path: str, *, limit: int | None = None) -> list[NBest]:
+    """Rows {reference, hypotheses: [{text, score?}], id?, source?}; `references` lists several, `prompt` is `source`.
+
+    Scores stand in every hypothesis of the file or in none. DataError naming file, row, key and remedy.
+    """
+    found: list[NBest] = []
+    for where, row in rows_of(path):
+        found.append(_nbest(where, row))
+        scored = [h.score is not None for entry in (found[0], found[-1]) for h in entry.hypotheses]
+        if any(scored) and not all(scored):
+            raise DataError(f"{where}: some hypotheses have a 'score' and others none; give it everywhere or nowhere")
+    if not found:
+        raise DataError(f"{path}: holds no rows")
+    return found[:limit]
+
+
+def _nbest(where: str, row: Mapping[str, Any]) -> NBest:
+    unknown = sorted(set(row) - {"id", "source", "prompt", "reference", "references", "hypotheses"})
+    if unknown:
+        raise DataError(
+            f"{where}: unknown key {unknown[0]!r}; a row has reference (or references), hypotheses, id and source"
+        )
+    references = row.get("references", [row["reference"]] if "reference" in row else None)
+    if not isinstance(references, list) or not references or not all(isinstance(x, str) for x in references):
+        raise DataError(f"{where}: 'reference' must be a text (or 'references' a list of texts); add it")
+    listed = row.get("hypotheses")
+    if not isinstance(listed, list) or not listed:
+        raise DataError(f"{where}: 'hypotheses' must be a list of at least one {{text, score}}; add it")
+    source = row.get("source", row.get("prompt"))
+    if source is not None and not (isinstance(source, str) and source):
+        raise DataError(f"{where}: 'source' must be a text that is not empty; fill it in or leave it out")
+    entries = tuple(_hypothesis(f"{where}: hypotheses[{i}]", entry) for i, entry in enumerate(listed))
+    return NBest(where, tuple(references), entries, source)
+
+
+def _hypothesis(where: str, entry: Any) -> Hypothesis:
+    text = entry.get("text") if isinstance(entry, Mapping) else entry
+    if not isinstance(text, str) or (isinstance(entry, Mapping) and set(entry) - {"text", "score"}):
+        raise DataError(f"{where} must be an object with 'text' and, if there is one, 'score'")
+    score = entry.get("score") if isinstance(entry, Mapping) else None
+    if score is not None and (
+        isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
+    ):
+        raise DataError(f"{where}: 'score' must be a finite number, is {score!r}")
+    return Hypothesis(text, None if score is None else float(score))
+
+
+def rescore(
+    scorer: Scorer,
+    lists: Sequence[NBest],
+    *,
+    dataset: str,
+    language: str = "en",
+    length_normalized: bool = False,
+    weight: float | Literal["tuned"] = 0.0,
+    seed: int = 0,
+) -> list[Measurement | Figure]:
+    """WER (Chinese and Japanese: CER) and BLEU of the lists in their own order, the model's, and at their best.
+
+    Also the change from before to after, with its paired interval. weight "tuned": the value of GRID with the fewest
+    errors on a random half of the lists (of equals the smallest); figures are then of the other half only.
+    ConfigError: a weight for scores that the file does not have.
+    """
+    if weight != 0.0 and lists[0].hypotheses[0].score is None:
+        raise ConfigError(f"{dataset}: its hypotheses have no 'score', so a score_weight has nothing to weigh")
+    if weight == "tuned" and len(lists) < 2:
+        raise ConfigError(
+            f"{dataset}: one list cannot both tune the weight and be measured; give score_weight a number"
+        )
+    cut = scorer.truncated
+    values = _logprobs(scorer, lists, length_normalized)
+    tuned_on: list[int] = []
+    if weight == "tuned":
+        order = data_order(len(lists), seed=seed, epoch=0)
+        tuned_on = order[: len(lists) // 2]
+        unit = _unit(language)
+        edits = {i: [nearest(h.text, lists[i].references, unit=unit)[0] for h in lists[i].hypotheses] for i in tuned_on}
+        weight = min(GRID, key=lambda w: sum(edits[i][_best(lists[i], values[i], w)] for i in tuned_on))
+    held = sorted(set(range(len(lists))) - set(tuned_on))
+    kept, scores = [lists[i] for i in held], [values[i] for i in held]
+    after = [_best(entry, value, weight) for entry, value in zip(kept, scores, strict=True)]
+    detail = {"score_weight": weight, "length_normalized": length_normalized, "tuned_on": len(tuned_on)}
+    detail["truncated"] = scorer.truncated - cut
+    return _figures(kept, after, dataset, language, detail, seed)
+
+
+def _logprobs(scorer: Scorer, lists: Sequence[NBest], length_normalized: bool) -> list[list[float]]:
+    """The model's part of `total` for every hypothesis."""
+    requests = [_request(scorer, entry, i) for entry in lists for i in range(len(entry.hypotheses))]
+    scored = iter(scorer.score(requests))
+    out = []
+    for entry in lists:
+        found = [next(scored) for _ in entry.hypotheses]
+        out.append([s.total / (len(s.logprobs) if length_normalized else 1) for s in found])
+    return out
+
+
+def _request(scorer: Scorer, entry: NBest, place: int) -> Request:
+    """A text's tokens and EOS, after the source or the prefix token alone. DataError names the row."""
+    where = f"{entry.where}: hypotheses[{place}]"
+    try:
+        request = _tokens(scorer, entry, entry.hypotheses[place].text)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
+    scorer.fitted(*request, where=where)
+    return request
+
+
+def _tokens(scorer: Scorer, entry: NBest, text: str) -> Request:
+    tokenizer = scorer.tokenizer
+    if entry.source is not None:
+        example = encode_completion(tokenizer, entry.source, text)
+        first = example.mask.index(True)
+        return example.tokens[:first], example.tokens[first:]
+    if scorer.model.whole_prompts:
+        raise DataError("an encoder-decoder needs the 'source' of the hypotheses; add it to the row")
+    if not text:
+        return (), with_eos(tokenizer, [])
+    tokens = encode_document(tokenizer, text).tokens
+    return (), tokens[tokens[0] == tokenizer.bos_token_id :]  # the scorer puts the prefix there itself
+
+
+def _best(entry: NBest, logprobs: Sequence[float], weight: float) -> int:
+    """The place of the highest total; of equals the first."""
+    totals = [x + weight * (h.score or 0.0) for x, h in zip(logprobs, entry.hypotheses, strict=True)]
+    return max(range(len(totals)), key=lambda i: (totals[i], -i))
+
+
+def _unit(language: str) -> str:
+    return "characters" if language in SPACELESS else "words"
+
+
+def _figures(
+    lists: Sequence[NBest],
+    after: Sequence[int],
+    dataset: str,
+    language: str,
+    detail: Mapping[str, Any],
+    seed: int,
+) -> list[Measurement | Figure]:
+    unit = _unit(language)
+    rate = "cer" if unit == "characters" else "wer"
+    oracle = {rate: [_fewest(entry, unit) for entry in lists], "bleu": _likest(lists, language)}
+    references, where = [entry.references for entry in lists], [entry.where for entry in lists]
+    found: list[Measurement | Figure] = []
+    for metric in (rate, "bleu"):
+        stages = {}
+        chosen = {"before": [entry.first for entry in lists], "after": after, "oracle": oracle[metric]}
+        for stage, places in chosen.items():
+            said = [entry.hypotheses[i].text for entry, i in zip(lists, places, strict=True)]
+            (measured,) = measure([metric], Texts(dataset, said, references, where, language))
+            stages[stage] = replace(measured, name=f"{metric}/{stage}", detail={**measured.detail, **detail})
+        change = stages["after"].difference(stages["before"], seed=seed)
+        assert change is not None
+        found += [*stages.values(), replace(change, name=f"{metric}/change", detail={**change.detail, **detail})]
+    return found
+
+
+def _fewest(entry: NBest, unit: str) -> int:
+    edits = [nearest(h.text, entry.references, unit=unit)[0] for h in entry.hypotheses]
+    return edits.index(min(edits))
+
+
+def _likest(lists: Sequence[NBest], language: str) -> list[int]:
+    """The entry of the highest sentence BLEU, which a corpus BLEU is nearly highest with."""
+    metric = bleu_metric(language, sentence=True)
+    found = []
+    for entry in lists:
+        scores = [metric.sentence_score(h.text, list(entry.references)).score for h in entry.hypotheses]
+        found.append(scores.index(max(scores)))
+    return found

@@ -1,0 +1,135 @@
+"""The figures of several systems side by side: a table on a terminal, one line per figure elsewhere, and JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+from upslope.evaluation.figures import Figure
+from upslope.evaluation.measurement import Measurement
+
+__all__ = ["Results", "as_json", "compared", "write"]
+
+
+@dataclass(slots=True)
+class Results:
+    """What was measured of one system; `differences` are to the first system, by (dataset, name)."""
+
+    system: str
+    figures: list[Figure] = field(default_factory=list)
+    differences: dict[tuple[str, str], Figure] = field(default_factory=dict)
+
+
+def compared(
+    systems: Sequence[str], measured: Sequence[Sequence[Measurement | Figure]], *, seed: int = 0
+) -> list[Results]:
+    """The figures of each system, and the paired differences of all but the first to the first.
+
+    What comes as a Figure has no items to pair, so it has no difference.
+    """
+    found: list[Results] = []
+    first = {(m.dataset, m.name): m for m in measured[0] if isinstance(m, Measurement)}
+    for system, own in zip(systems, measured, strict=True):
+        results = Results(system, [m if isinstance(m, Figure) else m.figure(seed=seed) for m in own])
+        for m in own if found else ():
+            base = first.get((m.dataset, m.name))
+            difference = m.difference(base, seed=seed) if isinstance(m, Measurement) and base is not None else None
+            if difference is not None:
+                results.differences[m.dataset, m.name] = difference
+        found.append(results)
+    return found
+
+
+def as_json(results: Sequence[Results]) -> dict[str, Any]:
+    """{"systems": [{"system", "figures": [...], "differences": [...]}]}; a difference says from which system."""
+    base = results[0].system
+    return {
+        "systems": [
+            {
+                "system": r.system,
+                "figures": [figure.as_json() for figure in r.figures],
+                "differences": [{**d.as_json(), "minus": base} for d in r.differences.values()],
+            }
+            for r in results
+        ]
+    }
+
+
+def write(results: Sequence[Results], stream: TextIO) -> None:
+    """Show the results on `stream`, with the notes that make each figure repeatable."""
+    if stream.isatty():
+        _write_table(results, stream)
+    else:
+        for line in _lines(results):
+            print(line, file=stream)
+    for note in dict.fromkeys(note for r in results for figure in r.figures for note in _notes(figure)):
+        print(note, file=stream)
+
+
+def _lines(results: Sequence[Results]) -> Iterator[str]:
+    for r in results:
+        for figure in r.figures:
+            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={figure.n}"
+            difference = r.differences.get((figure.dataset, figure.name))
+            yield (
+                line if difference is None else f"{line}  difference to {results[0].system} {_shown(difference, True)}"
+            )
+
+
+def _write_table(results: Sequence[Results], stream: TextIO) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("measured on", "figure", "n")
+    for r in results:
+        table.add_column(Text(r.system))
+    cells: dict[tuple[str, str], dict[int, str]] = {}
+    counts: dict[tuple[str, str], set[int]] = {}
+    arrows: dict[tuple[str, str], str] = {}
+    for i, r in enumerate(results):
+        for figure in r.figures:
+            key = (figure.dataset, figure.name)
+            difference = r.differences.get(key)
+            delta = "" if difference is None else f"\n{_shown(difference, True)}"
+            cells.setdefault(key, {})[i] = _shown(figure) + delta
+            counts.setdefault(key, set()).add(figure.n)
+            arrows[key] = "↓" if figure.better == "lower" else "↑"
+    for (dataset, name), row in cells.items():
+        n = "/".join(map(str, sorted(counts[dataset, name])))
+        columns = (Text(row.get(i, "-")) for i in range(len(results)))
+        table.add_row(Text(dataset), Text(f"{name} {arrows[dataset, name]}"), n, *columns)
+    Console(file=stream).print(table)
+    if len(results) > 1:
+        print(f"signed: difference to {results[0].system}, paired 95% interval", file=stream)
+
+
+def _shown(figure: Figure, signed: bool = False) -> str:
+    digits = 2 if figure.detail.get("scale") == 100 or max(abs(figure.value), abs(figure.high)) >= 10 else 4
+
+    def number(x: float) -> str:
+        if not math.isfinite(x):
+            return "infinite" if x > 0 else str(x)
+        return f"{x:+.{digits}f}" if signed else f"{x:.{digits}f}" if abs(x) < 1e6 else f"{x:.3e}"
+
+    return f"{number(figure.value)} [{number(figure.low)}, {number(figure.high)}]"
+
+
+def _notes(figure: Figure) -> Iterator[str]:
+    detail = figure.detail
+    if "signature" in detail:
+        yield f"{figure.name}: {detail['signature']}"
+    if "form" in detail:
+        yield (
+            f"{figure.dataset}: {detail['documents']} documents ({detail['form']}): {detail['tokens']} tokens, "
+            f"{detail['words']} words, {detail['bytes']} bytes, in windows of {detail['context']}, "
+            f"stride {detail['stride']}"
+        )
+    if detail.get("errors"):
+        yield f"{figure.dataset}: {detail['errors']} could not be judged, the first: {detail['first_error']}"
+    if detail.get("truncated"):
+        yield f"{figure.dataset}: {detail['truncated']} contexts were cut from the left to fit the model"
+    if detail.get("tuned_on"):
+        yield f"{figure.dataset}: score_weight {detail['score_weight']} was chosen on {detail['tuned_on']} other lists"

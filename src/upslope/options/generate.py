@@ -1,0 +1,136 @@
+"""Options of `upslope generate` and `upslope chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from upslope.errors import ConfigError
+from upslope.options.common import Dtype, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions:
+    """How tokens are drawn, shared by the verbs that print what a model says."""
+
+    model: str = "smollm2-135m"
+    """A model folder, a run folder, adapters, a hub id, a .gguf file, or the alias smollm2-135m."""
+    dtype: Dtype = "auto"
+    """Compute dtype; auto is bfloat16 where this processor is faster in it."""
+    kv_cache_gb: float = 1.0
+    """GiB that keys and values may take; what does not fit waits its turn."""
+    system: str | None = None
+    """A system turn before the conversation."""
+    max_tokens: int = 256
+    """Tokens a reply may have."""
+    temperature: float = 0.7
+    """0 is greedy."""
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities add up to this."""
+    min_p: float = 0.0
+    """Draw from tokens at least this times as probable as the most probable one."""
+    repetition_penalty: float = 1.0
+    """Above 1: tokens that occurred become less likely."""
+    stop: tuple[str, ...] = ()
+    """Texts at which a reply ends."""
+    seed: int = 0
+    """The same seed gives the same replies."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for a value out of range."""
+        check(
+            self,
+            kv_cache_gb=(1e-3, None),
+            max_tokens=(1, None),
+            temperature=(0, None),
+            top_k=(0, None),
+            top_p=(1e-6, 1),
+            min_p=(0, 1),
+            repetition_penalty=(1e-3, None),
+        )
+        if "" in self.stop:
+            raise ConfigError("stop holds an empty text, which every reply contains: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions(DecodingOptions):
+    """Complete one prompt, or a file of prompts to JSONL that `upslope sft` reads; standard output is replies alone."""
+
+    prompt: str | None = None
+    """The prompt, a user turn where the model has a chat template; left out: --prompts, else standard input."""
+    prompts: str | None = None
+    """A file of prompts: rows with prompt, messages or text in .jsonl, .json, .csv, .parquet, or lines of a .txt."""
+    output: str | None = None
+    """Where the replies go as JSONL, one row per prompt in the order of the input; left out: standard output."""
+    resume: bool = False
+    """Go on with --output where a run was stopped or killed; rows that are in it are not made again."""
+    raw: bool = False
+    """Take the prompt as it stands, without the model's chat template."""
+    stream: bool = False
+    """Print the reply while it comes, also where standard output is no terminal."""
+    temperature: float | None = None
+    """0 is greedy; left out: 0.7, in beam search 1."""
+    num_return_sequences: int = 1
+    """Replies per prompt; in beam search the best ones."""
+    num_beams: int = 1
+    """Above 1: beam search of this width instead of drawing."""
+    length_penalty: float = 1.0
+    """Beams are ranked by their log-prob divided by length ** this: above 0 helps long replies."""
+    logprobs: int | None = None
+    """JSON: the tokens of each reply with their log-probs at this temperature, and so many alternatives per token."""
+    max_batch: int = 64
+    """Sequences decoded together; changes speed, not the replies."""
+    json: bool = False
+    """Print one JSON object instead of the text of a single prompt's reply."""
+
+    @property
+    def policy_temperature(self) -> float:
+        """The temperature in force."""
+        if self.temperature is not None:
+            return self.temperature
+        return 0.7 if self.num_beams == 1 else 1.0
+
+    def validate(self) -> None:
+        """Raise ConfigError for a value out of range, or options that exclude each other."""
+        DecodingOptions.validate(self)
+        check(
+            self,
+            num_return_sequences=(1, None),
+            num_beams=(1, None),
+            length_penalty=(None, None),
+            logprobs=(0, None),
+            max_batch=(1, None),
+        )
+        if self.prompt is not None and self.prompts is not None:
+            raise ConfigError("prompt and prompts are both given: one text, or a file of them")
+        if self.resume and (self.prompts is None or self.output is None):
+            raise ConfigError("resume goes on with a file of prompts: give prompts and output, too")
+        if self.raw and self.system is not None:
+            raise ConfigError("system is a turn of the chat template, which raw leaves out: give one of the two")
+        rows = self.prompts is not None or self.output is not None or self.json
+        if self.logprobs is not None and not rows:
+            raise ConfigError("logprobs are written as JSON: add --json or --output FILE.jsonl")
+        if self.stream and (rows or self.num_return_sequences > 1 or self.num_beams > 1):
+            raise ConfigError("stream prints one reply as text: it goes with one prompt, one drawn reply and no JSON")
+        self._check_search()
+
+    def _check_search(self) -> None:
+        if self.num_beams == 1:
+            if self.length_penalty != 1.0:
+                raise ConfigError("length_penalty ranks beams: it needs num_beams above 1")
+            if self.num_return_sequences > 1 and self.policy_temperature == 0:
+                raise ConfigError("num_return_sequences above 1 at temperature 0 would repeat one reply: raise either")
+            return
+        if self.num_return_sequences > self.num_beams:
+            raise ConfigError(f"num_return_sequences is at most num_beams, which is {self.num_beams}")
+        idle = {"top_k": self.top_k, "top_p": self.top_p < 1, "min_p": self.min_p, "stop": self.stop}
+        for name, given in (idle | {"logprobs": bool(self.logprobs)}).items():
+            if given:
+                hint = "; 0 gives the tokens' own log-probs" if name == "logprobs" else ""
+                raise ConfigError(f"{name} has no meaning in beam search (num_beams above 1): leave it out{hint}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatOptions(DecodingOptions):
+    """Talk to a model in the terminal, or line by line through a pipe; /help lists the commands."""

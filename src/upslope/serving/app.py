@@ -1,0 +1,60 @@
+"""The application: routes, limits and errors around the services that do the work."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from upslope.options import ServeOptions
+from upslope.serving import admin, chat, completions, embeddings, errors, page, tokens
+from upslope.serving.limits import Guard
+from upslope.serving.metrics import Metrics
+from upslope.serving.service import Service
+from upslope.version import __version__
+
+__all__ = ["create_app"]
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+def create_app(services: Mapping[str, Service], settings: ServeOptions) -> FastAPI:
+    """An ASGI application over `services`, which start and stop with it.
+
+    Interactive documentation is left out, because its page loads scripts from elsewhere; /openapi.json is there.
+    `app.state`: services, settings, metrics, and `draining`, which turns new requests away while it is True.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        for service in services.values():
+            service.start()
+        yield
+        for service in services.values():
+            await service.stop()
+
+    app = FastAPI(
+        title="upslope",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        responses={"4XX": {"description": "refused; error.message says why"}, "5XX": {"description": "failed"}},
+    )
+    app.state.services = dict(services)
+    app.state.settings = settings
+    app.state.metrics = Metrics(services)
+    app.state.draining = False
+    errors.install(app)
+    for room in (admin, completions, chat, embeddings, tokens, page):
+        app.include_router(room.router)
+    app.add_middleware(
+        Guard,
+        key=settings.key,
+        hosts=frozenset({*LOOPBACK_NAMES, settings.host}) if settings.on_loopback else None,
+        max_body=int(settings.max_body_mb * 2**20),
+        draining=lambda: app.state.draining,
+        metrics=app.state.metrics,
+    )
+    return app

@@ -1,0 +1,180 @@
+"""/v1/chat/completions: messages through the model's chat template, the reply whole or as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from fastapi import APIRouter, Request, Response
+
+from upslope.data.pieces import encode_pieces
+from upslope.data.template import ChatTemplate
+from upslope.errors import ConfigError
+from upslope.serving.access import event_stream, reply, room, service_of, while_connected
+from upslope.serving.chat_bodies import ChatBody, ChatMessage, FunctionDefinition, NamedTool, SchemaFormat
+from upslope.serving.chat_stream import Asked, chunks, whole
+from upslope.serving.constraints import Constraint, Grammars
+from upslope.serving.errors import ApiError
+from upslope.serving.sampling import sampling_params
+from upslope.serving.service import Service
+from upslope.serving.tools import CLOSE, OPEN, Marks, calls_grammar, offered_grammar, parse_arguments
+from upslope.types import Message
+
+__all__ = ["router"]
+
+NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
+OWN_VARIABLES = {"conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
+OWN_VARIABLES |= {"return_assistant_tokens_mask", "continue_final_message"}
+_GRAMMARS: WeakKeyDictionary[Service, Grammars] = WeakKeyDictionary()
+
+router = APIRouter(tags=["chat"])
+
+
+@router.post("/v1/chat/completions")
+async def chat_completions(request: Request, body: ChatBody) -> Response:
+    """The assistant's next turn: one or several, whole or streamed, free or constrained."""
+    service = service_of(request, body.model)
+    asked = await asyncio.to_thread(prepare, service, body)
+    stream = await service.submit(asked.prompt, asked.params, token_mask=asked.constraint, stream=body.stream)
+    if body.stream:
+        return event_stream(service, chunks(asked, stream), stream)
+    completions = await while_connected(request, stream.completions())
+    return reply(service, whole(asked, completions), version=min(c.version for c in completions))
+
+
+def prepare(service: Service, body: ChatBody) -> Asked:
+    """What a body asks of the engine. ApiError, DataError or ConfigError where that cannot be done."""
+    prompt = prompt_tokens(service, body)
+    params = sampling_params(
+        body,
+        service.vocab_size,
+        max_tokens=room(service, prompt, body.budget, "messages"),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+    )
+    if body.offers_tools and not body.parallel_tool_calls:
+        params = replace(params, stop=(*params.stop, CLOSE))
+    return Asked(service, body, prompt, params, constraint(service, body))
+
+
+def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
+    """The tokens of the conversation, as the trainer would write them, up to where the reply begins."""
+    if getattr(service.tokenizer, "chat_template", None) is None:
+        raise ApiError(400, f"{service.name} has no chat template; send a prompt to /v1/completions instead", "model")
+    messages = [message_of(message) for message in body.messages]
+    tools = [tool_of(tool.function) for tool in body.tools] if body.offers_tools else []
+    opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    template = ChatTemplate(service.tokenizer, tools, body.chat_template_kwargs)
+    for name in body.chat_template_kwargs:
+        if name in OWN_VARIABLES or not re.search(rf"\b{re.escape(name)}\b", template.source):
+            says = f"chat_template_kwargs: the chat template of {service.name} has no variable {name[:64]!r}"
+            raise ApiError(400, says, "chat_template_kwargs")
+    try:
+        rendered = template.render(messages, add_generation_prompt=opens)
+        check_nothing_lost(service, body, messages, tools, rendered.text, opens)
+        text = rendered.text
+        if body.continue_final_message:
+            text = text[: end_of_last(text, messages[-1].content)]
+        text.encode("utf-8")
+    except RecursionError as error:
+        raise ApiError(400, "messages or tools are nested too deeply", "messages") from error
+    except UnicodeEncodeError as error:
+        raise ApiError(400, "messages: half of a surrogate pair is no character", "messages") from error
+    tokens, _ = encode_pieces(service.tokenizer, text, [cut for cut in rendered.cuts if cut < len(text)])
+    return tokens
+
+
+def message_of(message: ChatMessage) -> Message:
+    """The message for a template, which wants the arguments of calls as objects. "developer" is "system" of old."""
+    calls: list[Mapping[str, Any]] = []
+    for call in message.tool_calls:
+        try:
+            arguments = parse_arguments(call.function.arguments)
+        except ValueError as error:
+            raise ApiError(400, f"messages: the arguments of call {call.id!r} are {error}", "messages") from error
+        function = {"name": call.function.name, "arguments": arguments}
+        calls.append({"id": call.id, "type": call.type, "function": function})
+    role = "system" if message.role == "developer" else message.role
+    return Message(role, message.text, message.name, tuple(calls))
+
+
+def tool_of(function: FunctionDefinition) -> dict[str, Any]:
+    """The tool for a template, in the form that models were trained with."""
+    given = {"name": function.name, "description": function.description, "parameters": function.parameters}
+    return {"type": "function", "function": {name: value for name, value in given.items() if value is not None}}
+
+
+def check_nothing_lost(
+    service: Service,
+    body: ChatBody,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]],
+    text: str,
+    opens: bool,
+) -> None:
+    """ApiError 400 where the template writes the same text without the tools, or without earlier calls.
+
+    So it is where the model's own tag for a call is a control token, which text does not show.
+    """
+    tokens = service.tokenizer.added_tokens_decoder.values()
+    if tools and any(token.special and token.content == OPEN for token in tokens):
+        raise ApiError(400, f"{service.name} writes calls in a form that is not read here; leave tools out", "tools")
+    variables = body.chat_template_kwargs
+    if tools:
+        bare = ChatTemplate(service.tokenizer, (), variables).render(messages, add_generation_prompt=opens)
+        if bare.text == text:
+            raise ApiError(400, f"the chat template of {service.name} has no place for tools; leave them out", "tools")
+    if any(message.tool_calls for message in messages):
+        silent = [replace(message, tool_calls=()) for message in messages]
+        if ChatTemplate(service.tokenizer, tools, variables).render(silent, add_generation_prompt=opens).text == text:
+            raise ApiError(400, f"the chat template of {service.name} has no place for tool_calls", "messages")
+
+
+def end_of_last(text: str, content: str) -> int:
+    """Where the last message's content ends in the rendered text; templates may strip it."""
+    start = text.rfind(content.strip())
+    if start < 0:
+        raise ApiError(400, "the chat template rewrites the last message, so it cannot be continued", "messages")
+    kept = content.lstrip()
+    return start + len(kept if text.startswith(kept, start) else content.strip())
+
+
+def constraint(service: Service, body: ChatBody) -> Constraint | None:
+    """The grammar that the reply must follow, compiled; None where it is free."""
+    if not body.constrained:
+        return None
+    grammars = _GRAMMARS.get(service)
+    if grammars is None:
+        made = Grammars(service.tokenizer, service.vocab_size, service.engine.eos_token_ids)
+        grammars = _GRAMMARS.setdefault(service, made)
+    wanted = body.response_format
+    param = "tools" if wanted.type == "text" else "response_format"
+    try:
+        if isinstance(wanted, SchemaFormat):
+            return grammars.schema(wanted.json_schema.schema_, samples=body.drawn)
+        if wanted.type == "json_object":
+            return grammars.schema({"type": "object"}, samples=body.drawn)
+        several = body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool)
+        grammar = offered_grammar if body.tool_choice == "auto" else calls_grammar
+        written = grammar(functions_of(body), Marks.of(grammars), several=several)
+        return grammars.lark(written, samples=body.drawn)
+    except ConfigError as error:
+        raise ApiError(400, f"{param}: the schema cannot be enforced: {error}", param, "unsupported_schema") from error
+
+
+def functions_of(body: ChatBody) -> dict[str, dict[str, Any]]:
+    """The functions that may be called with the schemas of their arguments.
+
+    A function that is not strict and need not be called takes any object.
+    """
+    chosen = body.tool_choice.function.name if isinstance(body.tool_choice, NamedTool) else None
+    found = {}
+    for function in [tool.function for tool in body.tools]:
+        if chosen in (None, function.name):
+            free = body.tool_choice == "auto" and not function.strict
+            given = {} if free else NO_ARGUMENTS if function.parameters is None else function.parameters
+            found[function.name] = {"type": "object", **given}
+    return found

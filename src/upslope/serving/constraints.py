@@ -1,0 +1,148 @@
+"""Output that follows a grammar: the library llguidance says which tokens may come next, the engine draws from them.
+
+JSON is written on one line with ", " and ": " between its parts, the form that models have seen most; a grammar that
+leaves white space open lets a model fill its budget with it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from upslope.errors import ConfigError, DataError
+from upslope.extras import require
+
+__all__ = ["Constraint", "Grammars", "json_rule"]
+
+_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_STRICT = {"lenient": False, "coerce_one_of": False}
+MAX_GRAMMAR = 100_000
+"""Characters; the time that compiling takes grows with the square of some grammars' size."""
+_MAX_MESSAGE = 500
+_NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias")
+_LISTING = re.compile(r"\n\s*\d+ \| .*", re.DOTALL)
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """The schema as an inline rule of a Lark grammar; it accepts exactly the documents that the schema does."""
+    return "%json " + _dump(_styled(schema))
+
+
+class Grammars:
+    """What compiles grammars for one tokenizer. Its parts may be called from any thread.
+
+    vocab_size: entries of the model's logits. eos_token_ids: the tokens that end a completion.
+    """
+
+    def __init__(self, tokenizer: Any, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self._source = tokenizer
+        self._lock = threading.Lock()
+        self.vocab_size = vocab_size
+        self.eos = np.array(sorted(eos_token_ids), dtype=np.int64)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        """Made when first used: it takes a second for a large vocabulary."""
+        adapter = require("serve", "llguidance.hf")
+        size = max(self.vocab_size, len(self._source))
+        return adapter.from_tokenizer(self._source, n_vocab=size, eos_token=int(self.eos[0]))
+
+    @property
+    def named_tokens(self) -> dict[str, int]:
+        """Tokens that text shows but that a grammar has to name by number, such as `<think>`."""
+        with self._lock:
+            tokenizer = self._tokenizer
+        added = self._source.added_tokens_decoder.items()
+        return {token.content: i for i, token in added if not token.special and tokenizer.is_special_token(i)}
+
+    def schema(self, schema: Mapping[str, Any], *, samples: int) -> Constraint:
+        """JSON that validates against `schema`, for a request of so many samples. ConfigError: it cannot be."""
+        guidance = require("serve", "llguidance")
+        return self._compile(guidance.LLMatcher.grammar_from_json_schema(_dump(_styled(schema))), samples)
+
+    def lark(self, grammar: str, *, samples: int) -> Constraint:
+        """Text that a grammar in llguidance's Lark dialect accepts. ConfigError: it does not compile."""
+        guidance = require("serve", "llguidance")
+        return self._compile(guidance.LLMatcher.grammar_from_lark(grammar), samples)
+
+    def _compile(self, grammar: str, samples: int) -> Constraint:
+        if len(grammar) > MAX_GRAMMAR:
+            raise ConfigError(f"it has {len(grammar)} characters, at most {MAX_GRAMMAR} are taken")
+        guidance = require("serve", "llguidance")
+        with self._lock:
+            tokenizer = self._tokenizer
+        limits = guidance.LLParserLimits(verbose_errors=False)
+        matcher = guidance.LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+        if matcher.is_error():
+            raise ConfigError(_why(matcher))
+        constraint = Constraint(matcher, self.vocab_size, self.eos, samples)
+        try:
+            constraint([], [])
+        except DataError as error:
+            raise ConfigError(str(error)) from error
+        return constraint
+
+
+class Constraint:
+    """The token mask of one request: bool [V], True for what the grammar allows next.
+
+    An end-of-sequence token is allowed exactly where the grammar accepts what has been written. How far each sample has
+    come is found by its tokens, not by the order of the calls, so that interleaved samples, preemption and recompute
+    change nothing; the usual call goes one token on from where a matcher stands.
+    """
+
+    def __init__(self, matcher: Any, vocab_size: int, eos: np.ndarray, samples: int) -> None:
+        self._fresh = matcher
+        self._vocab_size = vocab_size
+        self._eos = eos
+        self._samples = samples
+        self._matchers: list[tuple[Any, list[int]]] = []  # with the tokens each has consumed; the latest used last
+
+    def __call__(self, prompt: list[int], generated: list[int]) -> np.ndarray:
+        """The mask after `generated`. DataError: the grammar became too complex, or excludes what was generated."""
+        matcher, consumed = self._nearest(generated)
+        if not matcher.consume_tokens(generated[len(consumed) :]):
+            raise DataError(_why(matcher))
+        self._matchers.append((matcher, list(generated)))
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        if matcher.is_error():
+            raise DataError(_why(matcher))
+        allowed = np.unpackbits(bits, bitorder="little")[: self._vocab_size].astype(bool)
+        allowed[self._eos] = matcher.is_accepting()
+        return allowed
+
+    def _nearest(self, generated: list[int]) -> tuple[Any, list[int]]:
+        """The matcher that has consumed most of `generated` and nothing else, taken off the list; else a fresh one."""
+        fitting = [pair for pair in self._matchers if generated[: len(pair[1])] == pair[1]]
+        if fitting:
+            best = max(fitting, key=lambda pair: len(pair[1]))
+            self._matchers.remove(best)
+            return best
+        if len(self._matchers) >= self._samples:
+            self._matchers.pop(0)
+        return self._fresh.deep_copy(), []
+
+
+def _styled(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "x-guidance": {**_STYLE, **_STRICT}}
+
+
+def _dump(value: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"the schema is not JSON: {error}") from error
+
+
+def _why(matcher: Any) -> str:
+    """The library's message in one line, without the listing of the grammar that follows it."""
+    text = " ".join(_LISTING.sub("", matcher.get_error()).split()).removesuffix("<non-verbose/>").rstrip()
+    if text in _NOTHING_FOLLOWS:
+        return "nothing satisfies it"
+    return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + " ..."

@@ -1,0 +1,80 @@
+"""What /metrics says, in Prometheus' text format.
+
+upslope_requests_total{route,status}              answered HTTP requests (a stream counts when it starts)
+upslope_requests_running{model}                   sequences in the engine's batch
+upslope_requests_waiting{model}                   requests of which nothing runs yet
+upslope_prompt_tokens_total{model}                tokens of accepted prompts
+upslope_cached_tokens_total{model}                of these, found in the prefix cache
+upslope_generated_tokens_total{model}             drawn tokens
+upslope_weight_version{model}                     number of the present weights
+upslope_time_to_first_token_seconds{model}        histogram, one value per finished request
+upslope_time_per_output_token_seconds{model}      histogram, mean time between a finished request's tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from upslope.serving.service import Service
+from upslope.serving.stream import Served
+
+__all__ = ["CONTENT_TYPE", "Metrics"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_EACH = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+
+
+class Metrics:
+    """One application's figures, in a registry of their own."""
+
+    def __init__(self, services: Mapping[str, Service]) -> None:
+        self._services = services
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "upslope_requests", "Answered HTTP requests", ["route", "status"], registry=self.registry
+        )
+        self._first = self._histogram("time_to_first_token", "From request to first token", _FIRST)
+        self._each = self._histogram("time_per_output_token", "Mean time between a request's tokens", _EACH)
+        self.registry.register(self)
+        for name, service in services.items():
+            service.observe = lambda served, name=name: self._observe(name, served)
+
+    def answered(self, route: str, status: int) -> None:
+        """Count an answer."""
+        self._requests.labels(route, str(status)).inc()
+
+    def text(self) -> bytes:
+        """All figures, as Prometheus reads them."""
+        return generate_latest(self.registry)
+
+    def collect(self) -> Iterator[Any]:
+        """The figures that the services know themselves; called by the registry."""
+        counters = {
+            "prompt_tokens": ("Tokens of accepted prompts", lambda s: s.prompt_tokens),
+            "cached_tokens": ("Prompt tokens found in the prefix cache", lambda s: s.engine.stats.cached_tokens),
+            "generated_tokens": ("Drawn tokens", lambda s: s.engine.stats.generated_tokens),
+        }
+        gauges = {
+            "requests_running": ("Sequences in the engine's batch", lambda s: s.running),
+            "requests_waiting": ("Requests of which nothing runs yet", lambda s: s.waiting),
+            "weight_version": ("Number of the present weights", lambda s: s.version),
+        }
+        for family, figures in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
+            for name, (says, read) in figures.items():
+                metric = family(f"upslope_{name}", says, labels=["model"])
+                for model, service in self._services.items():
+                    metric.add_metric([model], read(service))
+                yield metric
+
+    def _histogram(self, name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"upslope_{name}_seconds", says, ["model"], buckets=buckets, registry=self.registry)
+
+    def _observe(self, name: str, served: Served) -> None:
+        self._first.labels(name).observe(served.first_token_seconds)
+        if served.token_seconds is not None:
+            self._each.labels(name).observe(served.token_seconds)

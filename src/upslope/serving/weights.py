@@ -1,0 +1,58 @@
+"""New weights for a network that runs: whether they fit it, and how they get in."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from upslope.data.pairs import PairTokenizer
+from upslope.errors import ModelError
+from upslope.models.protocol import CausalModel
+from upslope.models.weights import check_shapes
+
+__all__ = ["Loaded", "check_fits", "copy_weights"]
+
+# Keys of a configuration that say nothing about what the network computes.
+_ACCIDENTAL = frozenset(
+    {"_name_or_path", "architectures", "dtype", "initializer_range", "torch_dtype", "transformers_version", "use_cache"}
+)
+
+
+class Loaded(Protocol):
+    """A network read from somewhere, with its tokenizer."""
+
+    model: CausalModel
+    tokenizer: Any
+
+
+def check_fits(loaded: Loaded, model: CausalModel, tokenizer: Any, source: str) -> None:
+    """Raise ModelError where the loaded weights are not of the same network over the same vocabulary."""
+    if type(loaded.model) is not type(model):
+        raise ModelError(f"{source}: a {type(loaded.model).__name__}, but a {type(model).__name__} is being served")
+    shapes = [{name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, loaded.model)]
+    check_shapes(shapes[0], shapes[1], where=f"{source} in place of the model being served")
+    ours, theirs = _meaning(model), _meaning(loaded.model)
+    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if changed:
+        raise ModelError(f"{source}: its config.json differs from the served model's in {', '.join(changed)}")
+    if _vocabularies(loaded.tokenizer) != _vocabularies(tokenizer):
+        raise ModelError(f"{source}: its tokenizer has another vocabulary than the served model's")
+
+
+@torch.no_grad()
+def copy_weights(source: CausalModel, target: CausalModel) -> None:
+    """Copy every parameter and buffer in place; names and shapes have been checked."""
+    fresh = source.state_dict()
+    for name, tensor in target.state_dict().items():
+        tensor.copy_(fresh[name])
+
+
+def _vocabularies(tokenizer: Any) -> list[dict[str, int]]:
+    sides = [tokenizer.target, tokenizer.source] if isinstance(tokenizer, PairTokenizer) else [tokenizer]
+    return [side.get_vocab() for side in sides]
+
+
+def _meaning(model: Any) -> dict[str, Any]:
+    config = model.config.to_hf() if hasattr(model.config, "to_hf") else model.config.to_dict()
+    return {key: value for key, value in config.items() if key not in _ACCIDENTAL}

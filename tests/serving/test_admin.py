@@ -1,0 +1,126 @@
+"""Health, models, metrics, and new weights under load."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+from prometheus_client.parser import text_string_to_metric_families
+from tiny_model import tiny_folder
+
+from upslope.options import ServeOptions
+from upslope.serving.app import create_app
+from upslope.types import SamplingParams
+from upslope.version import __version__
+
+from .conftest import NAME, make_service
+
+PATH = "/v1/completions"
+
+
+@pytest.fixture
+def admin(model_folder: Path) -> Any:
+    """A client with the key, of a server with two models."""
+    services = {name: make_service(model_folder, name) for name in (NAME, "second")}
+    app = create_app(services, ServeOptions(api_key="secret"))
+    with TestClient(app, base_url="http://127.0.0.1", headers={"Authorization": "Bearer secret"}) as client:
+        yield client
+
+
+def figures(client: TestClient) -> dict[tuple[str, str], float]:
+    """(name, its label's value) -> value of every sample."""
+    found = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        for sample in family.samples:
+            found[sample.name, "/".join(v for k, v in sorted(sample.labels.items()))] = sample.value
+    return found
+
+
+def test_models(admin: TestClient) -> None:
+    listed = admin.get("/v1/models").json()
+    assert listed["object"] == "list"
+    assert [card["id"] for card in listed["data"]] == [NAME, "second"]
+    assert admin.get(f"/v1/models/{NAME}").json() == listed["data"][0]
+    assert listed["data"][0]["max_model_len"] == 512
+    assert admin.get("/version").json() == {"version": __version__}
+    assert admin.post(PATH, json={"prompt": "a", "model": "second"}).json()["model"] == "second"
+    assert admin.post(PATH, json={"prompt": "a"}).json()["model"] == NAME
+
+
+def test_metrics(admin: TestClient) -> None:
+    ask = {"prompt": "abc", "max_tokens": 4, "ignore_eos": True}
+    for _ in range(2):
+        admin.post(PATH, json=ask)
+    admin.post(PATH, json={**ask, "n": 0})
+    admin.get("/no/such/route/at/all")
+    found = figures(admin)
+    assert found["upslope_requests_total", f"{PATH}/200"] == 2
+    assert found["upslope_requests_total", f"{PATH}/400"] == 1
+    assert found["upslope_requests_total", "other/404"] == 1
+    assert found["upslope_prompt_tokens_total", NAME] == 6
+    assert found["upslope_generated_tokens_total", NAME] == 8
+    assert found["upslope_requests_running", NAME] == found["upslope_requests_waiting", NAME] == 0
+    assert found["upslope_time_to_first_token_seconds_count", NAME] == 2
+    assert found["upslope_time_per_output_token_seconds_count", NAME] == 2
+    assert found["upslope_weight_version", "second"] == 0
+    assert found["upslope_generated_tokens_total", "second"] == 0
+
+
+def test_registries_do_not_meet(model_folder: Path) -> None:
+    for _ in range(2):
+        create_app({NAME: make_service(model_folder)}, ServeOptions())
+
+
+def test_weights_are_replaced_under_load(admin: TestClient, tmp_path: Path) -> None:
+    """Requests run on all sides of the swap: each is answered, whole, and says which weights it is from."""
+    other = tiny_folder(tmp_path / "other", seed=1)
+    params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
+    texts = {}
+    for version, folder in enumerate((admin.app.state.services[NAME].source, other)):
+        fresh = make_service(Path(folder))
+        texts[version] = fresh.engine.generate([fresh.tokens_of("abc")], params)[0][0].text
+    ask = {"prompt": "abc", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    with ThreadPoolExecutor(8) as pool:
+        before = [pool.submit(admin.post, PATH, json=ask) for _ in range(16)]
+        swapped = admin.post("/admin/weights", json={"source": str(other)})
+        after = [pool.submit(admin.post, PATH, json=ask) for _ in range(8)]
+    assert swapped.status_code == 200, swapped.text
+    assert swapped.json()["version"] == 1
+    for answer in [request.result() for request in before]:
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] == 24
+    for answer in [request.result() for request in after]:
+        assert answer.headers["X-Weight-Version"] == "1"
+        assert answer.json()["system_fingerprint"] == f"{NAME}@1"
+        assert answer.json()["choices"][0]["text"] == texts[1]
+    assert texts[0] != texts[1]
+    assert figures(admin)["upslope_weight_version", NAME] == 1
+    assert admin.get("/v1/models/second").headers["X-Weight-Version"] == "0"
+    assert admin.get(f"/v1/models/{NAME}").json()["root"] == str(other)
+
+
+@pytest.mark.parametrize("source", ["", "/no/such/folder", "../x", "\x00"])
+def test_weights_that_cannot_be_had(admin: TestClient, source: str) -> None:
+    answer = admin.post("/admin/weights", json={"source": source})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == "source"
+    assert figures(admin)["upslope_weight_version", NAME] == 0
+
+
+def test_corrupt_weights_are_refused(admin: TestClient, tmp_path: Path) -> None:
+    broken = tiny_folder(tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    found = admin.post("/admin/weights", json={"source": str(broken)})
+    assert found.status_code == 400
+    assert found.json()["error"]["message"].startswith("the weights stay as they are: ")
+    assert admin.post(PATH, json={"prompt": "a"}).status_code == 200
+
+
+def test_weights_need_a_configured_key(client: TestClient) -> None:
+    answer = client.post("/admin/weights", json={"source": "x"})
+    assert answer.status_code == 403
+    assert "start it with --api-key or UPSLOPE_API_KEY" in answer.json()["error"]["message"]
