@@ -103,6 +103,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     "PretrainOptions": {"data": ("texts.txt",)},
     "DistillOptions": {"teacher": "folder", "task": "gsm8k"},
     "CompareOptions": {"configs": ("sft_a.toml", "ppo_b.toml"), "max_seconds": 60.0},
+    "EvalOptions": {"models": ("runs/a",), "perplexity": ("wiki.txt",)},
+    "ExportOptions": {"model": "runs/a", "output": "folder"},
 }
 """What a class cannot do without."""
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from upslope.build import Policy, load_critic, load_policy, make_engine
 from upslope.data.batching import collate
 from upslope.data.preview import mask_view, statistics
+from upslope.models.activations import bytes_per_token
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
 from upslope.recipes.plan import Plan, plan_of
+from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy
 from upslope.recipes.session import resident_memory_gb
 from upslope.training.step import forward
 from upslope.types import Example, SamplingParams
@@ -120,6 +122,7 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
     choice = _critic_choice(options)
     critic = load_critic(policy, choice, options) if choice is not None else None
     shared = critic.head if critic is not None and critic.model is None else None
+    loaded = resident_memory_gb()
     count = min(8, options.num_prompts)
     width = min(options.num_generations, 4)
     params = SamplingParams(
@@ -143,7 +146,9 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
     completion = sum(len(c.tokens) for group in sampled for c in group) / len(examples)
     # A prompt's tokens are computed once for all its completions.
     per_step = options.num_prompts * prompt + plan.sequences_per_step * completion
-    scoring = 1 + bool(_kl_weight(options)) + (critic is not None and critic.model is not None)
+    kept = room_for_activations(options, policy, max(map(len, prompts)))
+    own = kept is None and (shared is not None or not samples_on_policy(options, policy))
+    scoring = own + bool(_kl_weight(options)) + (critic is not None and critic.model is not None)
     training = 1 + (critic is not None and critic.model is not None)
     # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
     scale = (plan.sequences_per_step / (count * width)) ** 0.75
@@ -152,17 +157,19 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
         + per_step * (cost.forward_seconds * scoring + cost.train_seconds * training * plan.passes_per_sequence)
         + update_seconds(policy) * plan.optimizer_steps_per_step * training
     )
-    memory = (
-        resident_memory_gb()
-        + (
-            weight_bytes(policy, options) * training
-            + head_bytes(policy)
-            + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
-            + _cache_bytes(policy, plan, longest)
-            + _reference_bytes(policy, options)
-        )
-        / 1e9
-    )
+    first = 1 / plan.optimizer_steps_per_step  # the share of the passes that starts from the sampler's activations
+    kept_bytes, activation_bytes = 0.0, cost.activation_bytes
+    if kept is not None:
+        each = bytes_per_token(kept.decoder.config, policy.model.dtype)
+        kept_bytes = min(kept.capacity, per_step) * each
+        step -= per_step * cost.forward_seconds * plan.passes_per_sequence * first
+        activation_bytes -= each if first == 1 else 0
+    # The engine sleeps while the weights are trained: the larger of the two counts.
+    copies = policy.model.spec.parameters * policy.model.dtype.itemsize
+    sampling = copies + _cache_bytes(policy, plan, longest)
+    update = head_bytes(policy) + min(options.micro_batch_tokens, per_step) * max(0.0, activation_bytes)
+    weights = weight_bytes(policy, options) * training + _reference_bytes(policy, options)
+    memory = loaded + (weights + kept_bytes + max(sampling, update)) / 1e9
     return Prediction(memory, step, step * options.max_steps)
 
 

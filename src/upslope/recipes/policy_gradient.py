@@ -36,7 +36,14 @@ from upslope.training.schedule import learning_rate
 from upslope.training.step import gap_metrics, score
 from upslope.types import Batch, RolloutGroup, SamplingParams
 
-__all__ = ["PolicyGradient", "means_of", "ratio_metrics", "rollout_metrics", "room_for_activations"]
+__all__ = [
+    "PolicyGradient",
+    "means_of",
+    "ratio_metrics",
+    "rollout_metrics",
+    "room_for_activations",
+    "samples_on_policy",
+]
 
 _STORED = {"old_logp": "trainer_logprobs", "ref_logp": "ref_logprobs", "targets": "returns"}
 """Names in the rollout store of the flat tensors that are called otherwise here."""
@@ -73,7 +80,7 @@ class PolicyGradient:
             sequences=max(options.num_prompts * options.num_generations, len(self.eval_prompts)),
             longest=longest_prompt + options.max_completion_length,
         )
-        self.activations = room_for_activations(options, policy, longest_prompt) if self.on_policy else None
+        self.activations = room_for_activations(options, policy, longest_prompt)
 
     def _longest_prompt(self) -> int:
         """In tokens, among the first hundred of either split: a guess that sizes the cache, not a limit."""
@@ -126,7 +133,7 @@ class PolicyGradient:
 
         The first update compares them nevertheless (`rollout/max_logprob_diff`).
         """
-        return self.policy.model.exact and self.policy.lora is None and not self.options.rollout_lag
+        return samples_on_policy(self.options, self.policy)
 
     def old_logp(self, experience: Experience, *, scored_N: Tensor | None = None) -> dict[str, float]:
         """Fill in old_logp [N], and the correction where the sampler's weights were others; returns metrics.
@@ -269,8 +276,15 @@ class PolicyGradient:
         self.judge.__exit__(None, None, None)
 
 
+def samples_on_policy(options: RLOptions, policy: Policy) -> bool:
+    """Whether the sampler has the trainer's bits and its present weights."""
+    return policy.model.exact and policy.lora is None and not options.rollout_lag
+
+
 def room_for_activations(options: RLOptions, policy: Policy, longest_prompt: int) -> Activations | None:
     """Room for the activations of a step's tokens, as far as the memory allows; None where they cannot be kept."""
+    if not samples_on_policy(options, policy):
+        return None
     rounds = options.dynamic_sampling_rounds if isinstance(options, GRPOOptions) and options.dynamic_sampling else 1
     tokens = rounds * options.num_prompts * (longest_prompt + options.num_generations * options.max_completion_length)
     given = options.activations_gb
