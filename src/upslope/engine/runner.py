@@ -26,8 +26,9 @@ _SCORED_ROWS = 128
 class Stats:
     """What the engine did since it was made: counts of tokens, wall-clock seconds.
 
-    `prefill_tokens` were fed in chunks, `cached_tokens` were found in the prefix cache instead. On an accelerator
-    the work of `prefill_seconds` and `decode_seconds` may be waited for in `sample_seconds`.
+    `prefill_tokens` were fed in chunks, `cached_tokens` were found in the prefix cache instead. The seconds of a call
+    that does both are shared out by tokens. On an accelerator the work of `prefill_seconds` and `decode_seconds` may be
+    waited for in `sample_seconds`.
     """
 
     steps: int = 0
@@ -68,12 +69,9 @@ class Runner:
         """Feed the plan's tokens; the sequences that can draw now, with their logits [N, V] (None where N is 0)."""
         self.stats.steps += 1
         self.cache.copy_blocks(plan.copies)
-        hidden = []
-        for chunks, clock in ((plan.prefill, "prefill_seconds"), (plan.decode, "decode_seconds")):
-            if chunks:
-                began = time.perf_counter()
-                hidden.append(self._forward(chunks))
-                setattr(self.stats, clock, getattr(self.stats, clock) + time.perf_counter() - began)
+        # One call reads the weights once; a network that treats prompts apart gets them apart.
+        calls = (plan.prefill, plan.decode) if self.model.whole_prompts else (plan.chunks,)
+        hidden = [self._timed(chunks) for chunks in calls if chunks]
         self.stats.prefill_tokens += sum(c.count for c in plan.prefill)
         ready = [c.seq for c in plan.chunks if c.last]
         if not ready:
@@ -82,6 +80,16 @@ class Runner:
         logits = self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0], self.packed)
         self.stats.decode_seconds += time.perf_counter() - began
         return ready, logits
+
+    def _timed(self, chunks: list[Chunk]) -> Tensor:
+        """`_forward`, its seconds shared out by tokens between prompts and decoding."""
+        began = time.perf_counter()
+        hidden = self._forward(chunks)
+        seconds = time.perf_counter() - began
+        share = sum(c.count for c in chunks if c.count > 1) / sum(c.count for c in chunks)
+        self.stats.prefill_seconds += seconds * share
+        self.stats.decode_seconds += seconds * (1 - share)
+        return hidden
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero blocks that may hold NaN: a masked key has probability 0, but 0 times NaN is NaN."""
