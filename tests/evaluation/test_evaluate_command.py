@@ -168,7 +168,7 @@ def test_a_terminal_gets_a_table(monkeypatch) -> None:
 
 def test_a_judge_compares_answers_with_references(tmp_path: Path, capsys, monkeypatch) -> None:
     """The judge likes the longer of two answers; one of ours is longer than its reference, one is not."""
-    from test_judge import reply, served
+    from tests.evaluation.test_win_rate import reply, served
 
     def longer(body: dict[str, Any], _: int):
         a, b = body["messages"][1]["content"].split("Answer A:\n")[1].split("\n\nAnswer B:\n")
