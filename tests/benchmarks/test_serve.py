@@ -57,6 +57,10 @@ def against(answer: Answer, call: Callable[[int], Awaitable[Any]]) -> Any:
     return asyncio.run(run())
 
 
+async def ask(port: int) -> dict[str, Any]:
+    return client.read(await client.record(port, BODY), BODY["max_tokens"])
+
+
 def of_bytes(*pieces: bytes) -> Answer:
     async def answer(writer: asyncio.StreamWriter, body: dict[str, Any]) -> None:
         for piece in pieces:
@@ -72,7 +76,7 @@ STREAM = text("a") + text("") + text("bc") + text("d\u00e9") + counts(4) + b"dat
 @pytest.mark.parametrize("size", [1, 7, 64, 10_000])
 def test_a_stream_is_read_however_it_is_cut(size: int) -> None:
     pieces = [chunk(STREAM[i : i + size]) for i in range(0, len(STREAM), size)]
-    found = against(of_bytes(CHUNKED, *pieces, b"0\r\n\r\n"), lambda port: client.ask(port, BODY))
+    found = against(of_bytes(CHUNKED, *pieces, b"0\r\n\r\n"), ask)
     assert (found["prompt_tokens"], found["completion_tokens"]) == (3, 4)
     assert len(found["gaps_s"]) == 2, "three texts; an empty one is none"
     assert 0 < found["first_s"] <= found["last_s"]
@@ -81,7 +85,7 @@ def test_a_stream_is_read_however_it_is_cut(size: int) -> None:
 
 def test_a_stream_without_chunks_or_end_mark_ends_with_its_connection() -> None:
     stream = text("a") + text("b") + counts(4)
-    found = against(of_bytes(HEAD + b"\r\n", stream), lambda port: client.ask(port, BODY))
+    found = against(of_bytes(HEAD + b"\r\n", stream), ask)
     assert found["completion_tokens"] == 4
 
 
@@ -101,7 +105,7 @@ def test_the_first_token_is_timed_when_it_comes_and_the_request_is_what_was_aske
             writer.close()
 
         async with await asyncio.start_server(handle, client.HOST, 0) as server:
-            asking = asyncio.create_task(client.ask(server.sockets[0].getsockname()[1], BODY))
+            asking = asyncio.create_task(ask(server.sockets[0].getsockname()[1]))
             await seen.wait()
             before = asyncio.get_running_loop().time()
             await asyncio.sleep(0.05)
@@ -127,7 +131,8 @@ def test_the_first_token_is_timed_when_it_comes_and_the_request_is_what_was_aske
         (CHUNKED + b"400\r\ndata: ", "closed in the middle"),
         (CHUNKED + chunk(b"data: {nonsense\n\n") + b"0\r\n\r\n", "JSONDecodeError"),
         (CHUNKED + b"zz\r\n", "ValueError"),
-        (b"", "IndexError"),
+        (b"", "no answer: b''"),
+        (HEAD, "no answer: b'HTTP/1.1 200"),
         (b"\xff\xfe\r\n\r\n", "Error"),
     ],
 )
@@ -375,7 +380,7 @@ def test_a_server_is_driven_from_another_process_and_leaves_nothing_behind(
     assert select.select([watched], [], [], 20)[0], "the process that the server started has ended"
     os.close(watched)
     with pytest.raises(OSError, match=r"[Cc]onnect"):
-        asyncio.run(client.ask(server.port, BODY))
+        asyncio.run(ask(server.port))
 
 
 def test_a_server_that_ends_at_once_says_what_it_wrote(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

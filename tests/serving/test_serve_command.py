@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import httpx
 import pytest
 
 from upslope import cli
+from upslope.build import load_inference
 from upslope.commands.serve import _names
 from upslope.errors import ConfigError, RunError
 from upslope.options import ServeOptions
@@ -181,6 +183,31 @@ def test_an_open_address_without_a_key(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.delenv("UPSLOPE_API_KEY", raising=False)
     assert cli.main(["serve", "--host", "0.0.0.0"]) == 2
     assert "set --api-key" in capsys.readouterr().err
+
+
+def test_models_are_loaded_on_threads_that_end(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that computes and lives on makes the engine's thread slower (upslope.backends.threads)."""
+    threads = []
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        threads.append(threading.current_thread())
+        return load_inference(*arguments, **named)
+
+    def serve(app: Any, *_: Any) -> int:
+        async def swap() -> None:
+            service = app.state.services["tiny"]
+            service.start()
+            await service.swap(str(model_folder))
+            await service.stop()
+
+        asyncio.run(swap())
+        return 0
+
+    monkeypatch.setattr("upslope.build.load_inference", load)
+    monkeypatch.setattr("upslope.serving.server.serve", serve)
+    assert cli.main(["serve", str(model_folder), "--port", "0"]) == 0
+    assert len(threads) == 2, "at the start, and for the swap"
+    assert not any(thread.is_alive() for thread in threads)
 
 
 def test_addresses() -> None:

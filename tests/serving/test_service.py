@@ -209,6 +209,21 @@ def test_merged_streams(service: Service) -> None:
     run(main())
 
 
+def test_one_stream_is_merged_with_nothing(service: Service) -> None:
+    async def main() -> None:
+        params = SamplingParams(max_tokens=5, ignore_eos=True)
+        alone = [(place, e.token) async for place, e in merged([await service.submit([5, 6], params, stream=True)])]
+        assert len(alone) == 5
+        beside = [await service.submit([5, 6], params, stream=True), await service.submit([7], params, stream=True)]
+        assert [(place, e.token) async for place, e in merged(beside) if place == 0] == alone
+        arriving = merged([await service.submit([5, 6], ENDLESS, stream=True)])
+        await anext(arriving)
+        await arriving.aclose()
+        await idle(service)
+
+    run(main())
+
+
 def test_call_runs_between_steps_on_the_engines_thread(service: Service) -> None:
     async def main() -> None:
         assert await service.call(lambda: threading.current_thread().name) == "engine of tiny"

@@ -1,1 +1,1 @@
-"""What the computation runs on: the processor and its dtypes."""
+"""What the computation runs on: the processor, its dtypes, threads."""

@@ -6,6 +6,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,15 @@ def run(options: ServeOptions) -> int:
     """Serve until SIGTERM or Ctrl-C; one line on standard output says where, when requests can come."""
     for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
         require("serve", module)
+    from upslope.backends.threads import apart
     from upslope.serving.app import create_app
     from upslope.serving.server import bind, serve
 
     sources = [options.model] if options.compare is None else [options.model, options.compare]
     names = _names(sources, options.served_model_name)
     with bind(options.host, options.port) as bound:
-        services = {name: _service(name, source, options) for name, source in zip(names, sources, strict=True)}
+        made = [partial(_service, name, source, options) for name, source in zip(names, sources, strict=True)]
+        services = {service.name: service for service in map(apart, made)}
 
         def ready(url: str) -> None:
             print(f"upslope: serving {' and '.join(services)} at {url}", flush=True)

@@ -18,6 +18,7 @@ from upslope.serving.stream import Stream
 __all__ = ["encode", "event", "event_stream", "reply", "room", "service_of", "usage", "while_connected"]
 
 T = TypeVar("T")
+_COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 _LONG_TEXT = 2048  # characters from which tokenising takes longer than going to another thread
 
 
@@ -95,7 +96,7 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 
 def event(data: Mapping[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_COMPACT(data)}\n\n"
 
 
 class _EventStream(StreamingResponse):

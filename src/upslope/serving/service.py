@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from upslope.backends.threads import apart
 from upslope.data.pairs import PairTokenizer
 from upslope.engine import Engine, Event, TokenMask
 from upslope.errors import ModelError, RunError
@@ -215,7 +216,7 @@ class Service:
             return loaded
 
         async with self._swapping:
-            loaded = await asyncio.to_thread(read)
+            loaded = await asyncio.to_thread(apart, read)
             return await self._ask(lambda: self._replace(loaded, source))
 
     def cancel(self, stream: Stream) -> None:
