@@ -102,13 +102,14 @@ def _plain(value: float) -> float | None:
 
 
 def commit() -> str:
-    """The short hash of the code that runs, with a plus sign when files have changed since."""
+    """The short hash of the code that runs, with a plus sign when files other than results have changed since."""
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if git("status", "--porcelain") else "")
+    changed = git("status", "--porcelain", "--", ".", ":(exclude)benchmarks/results")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
 
 
 def save(case: Case, learner: str, lines: Sequence[Mapping[str, Any]], curves: Mapping[str, Any]) -> None:

@@ -232,3 +232,21 @@ def test_the_command_end_to_end() -> None:
     assert done.returncode == (0 if line["met"] else 1), done.stderr
     assert "enumerable reinforce_none seed 0: optimality" in done.stderr
     assert (kept.read_bytes() if kept.is_file() else None) == before, "a part of a case must not be saved"
+
+
+def test_the_commit_says_whether_the_code_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results of the benchmark itself are no change of the code."""
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (tmp_path / "code.py").write_text("1\n")
+    who = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    clean = harness.commit()
+    assert len(clean) >= 7
+    assert "+" not in clean
+    (results / "serve.json").write_text("{}")
+    assert harness.commit() == clean
+    (tmp_path / "code.py").write_text("2\n")
+    assert harness.commit() == f"{clean}+"
