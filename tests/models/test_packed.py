@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from upslope.kernels.products import Reordered
 from upslope.models.packed import PackedWeights
 
 
@@ -14,11 +15,19 @@ def test_bits_are_those_of_the_plain_product(inputs: int, outputs: int) -> None:
     torch.manual_seed(0)
     weight, bias = torch.randn(outputs, inputs).bfloat16(), torch.randn(outputs).bfloat16()
     x, packed = torch.randn(300, inputs).bfloat16(), PackedWeights()
-    for rows in (1, 4, 8, 37, 64, 300):
-        if rows * inputs * outputs <= 16**3:
-            continue
-        for b in (None, bias):
-            assert torch.equal(packed.linear(x[:rows], weight, b), F.linear(x[:rows], weight, b))
+    for b in (None, bias):
+        plain = F.linear(x, weight, b)
+        for rows in (1, 4, 8, 37, 64, 300):
+            assert torch.equal(packed.linear(x[:rows], weight, b), plain[:rows]), rows
+    assert weight.numel() * 2 <= packed.bytes < (outputs + 32) * inputs * 2
+
+
+def test_other_processors_leave_it_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Reordered, "of", lambda weight: None)
+    torch.manual_seed(0)
+    weight, x, packed = torch.randn(960, 576).bfloat16(), torch.randn(37, 576).bfloat16(), PackedWeights()
+    assert torch.equal(packed.linear(x, weight), F.linear(x, weight))
+    assert packed.bytes == weight.numel() * 2
     assert packed.bytes == weight.numel() * 2
 
 

@@ -1,8 +1,8 @@
 """Weights laid out once for many products with few rows, as decoding asks for them.
 
-oneDNN reorders a weight in every product; with eight rows that takes longer than the product. Here the reordered copy
-is kept. Only bfloat16 on a CPU: there a row's bits are those of `F.linear`, while float32 products would go through
-another library.
+oneDNN reorders a weight in every product; with eight rows that takes longer than the product. Here a reordered copy is
+kept, for the kernels' own product where they can make it (kernels.products), else for oneDNN's. Only bfloat16 on a CPU:
+there a row's bits are those of `F.linear`, while float32 products would go through another library.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from upslope.kernels.products import Reordered
 
 __all__ = ["PackedWeights"]
 
@@ -25,13 +27,14 @@ class PackedWeights:
     """
 
     def __init__(self) -> None:
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # the weight is held too: its address stays its own
+        self._copies: dict[int, tuple[Tensor, Tensor | Reordered]] = {}  # the weight is held: its address stays its own
         self.prepared: Any = None
 
     @property
     def bytes(self) -> int:
         """Memory of the copies."""
-        return sum(weight.numel() * weight.element_size() for weight, _ in self._copies.values())
+        copies = ((copy.weight if isinstance(copy, Reordered) else weight) for weight, copy in self._copies.values())
+        return sum(x.numel() * x.element_size() for x in copies)
 
     def clear(self) -> None:
         """Forget all copies."""
@@ -49,7 +52,12 @@ class PackedWeights:
             return lambda x: F.linear(x, weight_CD, bias_C)
         found = self._copies.get(weight_CD.data_ptr())
         if found is None:
-            found = weight_CD, torch.ops.mkldnn._reorder_linear_weight(weight_CD.detach(), None)
-            self._copies[weight_CD.data_ptr()] = found
-        reordered, linear = found[1], torch.ops.mkldnn._linear_pointwise.default
+            copied = Reordered.of(weight_CD)
+            if copied is None:
+                copied = torch.ops.mkldnn._reorder_linear_weight(weight_CD.detach(), None)
+            found = self._copies[weight_CD.data_ptr()] = weight_CD, copied
+        reordered = found[1]
+        if isinstance(reordered, Reordered):
+            return lambda x: reordered.product(x, bias_C)
+        linear = torch.ops.mkldnn._linear_pointwise.default
         return lambda x: linear(x, reordered, bias_C, "none", [], "")

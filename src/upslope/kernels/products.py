@@ -1,0 +1,108 @@
+"""Products with a bfloat16 weight that is used again and again, on processors with VDPBF16PS (products.cpp).
+
+oneDNN's own are fast with many rows; with the few that decoding has they take up to twice as long as reading the
+weight from memory does. Shapes: T rows, D inputs, C outputs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int64, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from upslope.kernels import functions, usable
+
+__all__ = ["Reordered"]
+
+_COLUMNS = 32  # of a group, as in products.cpp
+_STRIDE = 64  # boundaries of blocks are multiples of it
+_ROWS = 64  # of the products that are compared
+_BIG = 2.0**13  # its square swallows a 1
+_SIGNATURES = {
+    "product_usable": [c_void_p],
+    "product_reorder": [c_void_p, c_void_p, c_int64, c_int64],
+    "product": [*[c_void_p] * 4, *[c_int64] * 4],
+}
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    return functions(_SIGNATURES)
+
+
+class Reordered:
+    """A copy of a weight [C, D] whose product has the bits of `F.linear`, laid out [C / 32, D / 2, 32, 2]."""
+
+    def __init__(self, weight_CD: Tensor, block: int) -> None:
+        weight = weight_CD.detach().contiguous()
+        self.outputs, self.inputs = weight.shape
+        self.block = block
+        groups = -(-self.outputs // _COLUMNS)
+        self.weight = torch.empty(groups, self.inputs // 2, _COLUMNS, 2, dtype=weight.dtype)
+        _functions().upslope_product_reorder(weight.data_ptr(), self.weight.data_ptr(), self.outputs, self.inputs)
+
+    @classmethod
+    def of(cls, weight_CD: Tensor) -> Reordered | None:
+        """The weight reordered; None where it is not bfloat16, this processor cannot, or the bits would be others."""
+        if weight_CD.dtype != torch.bfloat16 or not usable(weight_CD) or not _has_instruction():
+            return None
+        block = _block(*weight_CD.shape)
+        return None if block is None else cls(weight_CD, block)
+
+    def product(self, x_TD: Tensor, bias_C: Tensor | None = None) -> Tensor:
+        """F.linear(x, weight, bias): [T, D] -> [T, C], without a gradient."""
+        x = x_TD.contiguous()
+        if x.dim() != 2 or x.shape[1] != self.inputs or x.dtype != self.weight.dtype:
+            raise ValueError(f"x {list(x.shape)} in {x.dtype} does not fit a weight of {self.inputs} inputs")
+        out = x.new_empty(x.shape[0], self.outputs)
+        _functions().upslope_product(
+            x.data_ptr(),
+            self.weight.data_ptr(),
+            None if bias_C is None else bias_C.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            self.outputs,
+            self.inputs,
+            self.block,
+        )
+        return out
+
+
+@cache
+def _has_instruction() -> bool:
+    answer = c_int64()
+    _functions().upslope_product_usable(ctypes.byref(answer))
+    return bool(answer.value)
+
+
+@cache
+def _block(outputs: int, inputs: int) -> int | None:
+    """How many inputs torch's product of this shape adds up before it adds that to the rest; None where it is unlike.
+
+    Found by asking it: a row holds +2^13 in one stride, -2^13 at the next one's beginning, and then a 1, all times
+    weights that make them +2^26, -2^26 and 1. The 1 gets lost where a block begins between the two. Then random
+    numbers must give the same bits.
+    """
+    if inputs % 2:
+        return None
+    starts = range(_STRIDE, inputs - 2, _STRIDE)
+    weight = torch.ones(inputs)
+    x = torch.zeros(max(len(starts), _ROWS), inputs)
+    for row, start in enumerate(starts):
+        weight[[start - _STRIDE, start]] = _BIG
+        x[row, start - _STRIDE], x[row, start], x[row, start + 2] = _BIG, -_BIG, 1
+    with torch.no_grad():
+        lost = F.linear(x.bfloat16(), weight.bfloat16().repeat(outputs, 1))[: len(starts), 0] == 0
+        found = [start for start, is_lost in zip(starts, lost.tolist(), strict=True) if is_lost]
+        block = found[0] if found else inputs
+        if found != [*range(block, starts.stop, block)]:
+            return None
+        generator = torch.Generator().manual_seed(inputs)
+        x, few = (torch.randn(n, inputs, generator=generator).bfloat16() for n in (_ROWS, min(outputs, 1024)))
+        weight = few.repeat(-(-outputs // len(few)), 1)[:outputs]
+        same = torch.equal(Reordered(weight, block).product(x), F.linear(x, weight))
+    return block if same else None
