@@ -152,8 +152,14 @@ struct Matrix {
   int64_t row, column;
 };
 
+// Memory that will be wanted next, asked for piece by piece while something else is computed; null for none.
+struct Next {
+  const char* from = nullptr;
+  int64_t bytes = 0;  // per term of a product
+};
+
 template <int R, int N, typename T>
-void tile_product(Matrix a, const T* b, int64_t b_row, int64_t terms, float* out, int64_t out_row) {
+void tile_product(Matrix a, const T* b, int64_t b_row, int64_t terms, float* out, int64_t out_row, Next next = {}) {
   piece sum[R][N];
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++)
@@ -161,6 +167,7 @@ void tile_product(Matrix a, const T* b, int64_t b_row, int64_t terms, float* out
     for (int v = 0; v < N; v++) sum[r][v] = load_piece(out + r * out_row + v * PIECE);
   const float* from = a.data;
   for (int64_t i = 0; i < terms; i++, from += a.column, b += b_row) {
+    for (int64_t byte = 0; byte < next.bytes; byte += 64) __builtin_prefetch(next.from + i * next.bytes + byte);
     piece right[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; v++) right[v] = load_piece(b + v * PIECE);
@@ -178,10 +185,11 @@ void tile_product(Matrix a, const T* b, int64_t b_row, int64_t terms, float* out
 }
 
 template <int R, typename T>
-void band_product(Matrix a, const T* b, int64_t b_row, int64_t terms, float* out, int64_t out_row, int64_t vectors) {
+void band_product(Matrix a, const T* b, int64_t b_row, int64_t terms, float* out, int64_t out_row, int64_t vectors,
+                  Next next = {}) {
   int64_t pieces = vectors * (LANES / PIECE);
-  for (; pieces >= WIDE; pieces -= WIDE, b += WIDE * PIECE, out += WIDE * PIECE)
-    tile_product<R, WIDE>(a, b, b_row, terms, out, out_row);
+  for (; pieces >= WIDE; pieces -= WIDE, b += WIDE * PIECE, out += WIDE * PIECE, next = {})
+    tile_product<R, WIDE>(a, b, b_row, terms, out, out_row, next);
   if constexpr (LANES / PIECE % WIDE != 0) {
     if (pieces == 1) tile_product<R, 1>(a, b, b_row, terms, out, out_row);
     if (pieces == 2) tile_product<R, 2>(a, b, b_row, terms, out, out_row);
@@ -192,15 +200,15 @@ void band_product(Matrix a, const T* b, int64_t b_row, int64_t terms, float* out
 // out [rows, vectors * 16] += a [rows, terms] b [terms, vectors * 16], every element in the order of the terms.
 template <typename T>
 void add_product(int64_t rows, int64_t vectors, int64_t terms, Matrix a, const T* b, int64_t b_row, float* out,
-                 int64_t out_row) {
-  for (; rows >= TALL; rows -= TALL, a.data += TALL * a.row, out += TALL * out_row)
-    band_product<TALL>(a, b, b_row, terms, out, out_row, vectors);
-  if (rows == 1) band_product<1>(a, b, b_row, terms, out, out_row, vectors);
-  if (rows == 2) band_product<2>(a, b, b_row, terms, out, out_row, vectors);
-  if (rows == 3) band_product<3>(a, b, b_row, terms, out, out_row, vectors);
+                 int64_t out_row, Next next = {}) {
+  for (; rows >= TALL; rows -= TALL, a.data += TALL * a.row, out += TALL * out_row, next = {})
+    band_product<TALL>(a, b, b_row, terms, out, out_row, vectors, next);
+  if (rows == 1) band_product<1>(a, b, b_row, terms, out, out_row, vectors, next);
+  if (rows == 2) band_product<2>(a, b, b_row, terms, out, out_row, vectors, next);
+  if (rows == 3) band_product<3>(a, b, b_row, terms, out, out_row, vectors, next);
   if constexpr (TALL > 4) {
-    if (rows == 4) band_product<4>(a, b, b_row, terms, out, out_row, vectors);
-    if (rows == 5) band_product<5>(a, b, b_row, terms, out, out_row, vectors);
+    if (rows == 4) band_product<4>(a, b, b_row, terms, out, out_row, vectors, next);
+    if (rows == 5) band_product<5>(a, b, b_row, terms, out, out_row, vectors, next);
   }
 }
 
@@ -330,12 +338,6 @@ struct CachedRows {
   const int64_t* blocks;
   int64_t block_size, d;
   const T* at(int64_t position) const { return head + blocks[position / BLOCK] * block_size; }
-  // Decoding waits for memory more than it computes.
-  void prefetch(int64_t position, int64_t end) const {
-    if (position >= end) return;
-    const char* from = (const char*)at(position);
-    for (int64_t i = 0; i < BLOCK * d * (int64_t)sizeof(T); i += 64) __builtin_prefetch(from + i);
-  }
 };
 
 // What a call attends with. Query (i, h) of a key head lies at q + i * heads * d + h * d, its statistic at i * heads + h.
@@ -369,10 +371,16 @@ inline float soften(float* scores, int64_t limit, float scale, float& top, float
   return shrink;
 }
 
+// Where the next task's first keys and values lie, if that is known.
+template <typename T>
+struct Ahead {
+  const T *keys = nullptr, *values = nullptr;
+};
+
 // `count` positions from `first` on, all heads of one key head, over the first `seen` keys of the sequence.
-template <typename T, typename Rows, typename Ahead>
+template <typename T, typename Rows>
 void attend(const Shape& shape, const T* q, T* out, float* lse, int64_t first, int64_t count, int64_t seen, Rows keys,
-            Rows values, Ahead ahead) {
+            Rows values, Ahead<T> ahead = {}) {
   const int64_t group = shape.group(), d = shape.d, w = shape.width(), rows = count * group, stride = shape.heads * d;
   Scratch scratch(rows * (2 * w + LANES) + whole_vectors(rows) * LANES + 2 * BLOCK * w + TALL * BLOCK + w);
   float *queries = scratch.take(rows * w), *sums = scratch.take(rows * w);
@@ -388,19 +396,21 @@ void attend(const Shape& shape, const T* q, T* out, float* lse, int64_t first, i
   clear(totals, rows * LANES);
 
   // The rows that see some of the block at position j, with its keys [d, BLOCK] and values [BLOCK, w].
-  auto meet = [&](int64_t j, auto key_columns, auto value_rows) {
+  // Decoding waits for memory more than it computes, so each product asks for a part of what the next block's needs.
+  auto meet = [&](int64_t j, auto key_columns, auto value_rows, Next next_keys, Next next_values) {
     const int64_t here = std::min(BLOCK, seen - j);
     auto limit_of = [&](int64_t r) { return shape.causal ? std::min(here, first + r / group - j + 1) : here; };
     for (int64_t r = shape.causal ? std::max<int64_t>(0, j - first) * group : 0; r < rows; r += TALL) {
       const int64_t some = std::min<int64_t>(TALL, rows - r), least = limit_of(r), most = limit_of(r + some - 1);
       clear(scores, some * BLOCK);
-      add_product(some, whole_vectors(most), d, {queries + r * w, w, 1}, key_columns, BLOCK, scores, BLOCK);
+      add_product(some, whole_vectors(most), d, {queries + r * w, w, 1}, key_columns, BLOCK, scores, BLOCK, next_keys);
       for (int64_t i = 0; i < some; i++) {
         const int64_t limit = least == most ? most : limit_of(r + i);
         const float shrink = soften(scores + i * BLOCK, limit, shape.scale, tops[r + i], totals + (r + i) * LANES);
         for (float *p = sums + (r + i) * w, *end = p + w; p < end; p += PIECE) store_piece(p, load_piece(p) * shrink);
       }
-      add_product(some, w / LANES, least, {scores, BLOCK, 1}, value_rows, w, sums + r * w, w);
+      add_product(some, w / LANES, least, {scores, BLOCK, 1}, value_rows, w, sums + r * w, w, next_values);
+      next_keys = next_values = {};
       for (int64_t i = 0; least < most && i < some; i++)
         add_product(1, w / LANES, limit_of(r + i) - least, {scores + i * BLOCK + least, BLOCK, 1}, value_rows + least * w, w,
                     sums + (r + i) * w, w);
@@ -411,11 +421,14 @@ void attend(const Shape& shape, const T* q, T* out, float* lse, int64_t first, i
     const int64_t here = std::min(BLOCK, seen - j);
     if constexpr (Rows::cached) {
       const T *key_columns = keys.at(j), *value_rows = values.at(j);
-      keys.prefetch(j + BLOCK, seen);
-      values.prefetch(j + BLOCK, seen);
-      if (j + BLOCK >= seen) ahead();
+      const bool more = j + BLOCK < seen;
+      const Next next_keys = {(const char*)(more ? keys.at(j + BLOCK) : ahead.keys), BLOCK * (int64_t)sizeof(T)};
+      const Next next_values = {(const char*)(more ? values.at(j + BLOCK) : ahead.values), d * (int64_t)sizeof(T)};
       if (w == d && (sizeof(T) == sizeof(float) || rows <= TALL)) {  // read where they lie
-        meet(j, key_columns, value_rows);
+        if (more || ahead.keys)
+          meet(j, key_columns, value_rows, next_keys, next_values);
+        else
+          meet(j, key_columns, value_rows, {}, {});
         continue;
       }
       widen(key_columns, d * BLOCK, key_tile);
@@ -428,7 +441,7 @@ void attend(const Shape& shape, const T* q, T* out, float* lse, int64_t first, i
       values.block(j, here, block);
       block.straight(here, d, w, value_tile);
     }
-    meet(j, key_tile, value_tile);
+    meet(j, key_tile, value_tile, {}, {});
   }
 
   for (int64_t r = 0; r < rows; r++) {
@@ -478,7 +491,7 @@ void packed(const Shape& shape, const T* q, const T* k, const T* v, T* out, floa
     const int64_t head = task % shape.kv_heads, row = own.row + part.offset, at = row * shape.heads + head * shape.group();
     const int64_t first = own.start + part.offset, seen = shape.causal ? first + part.count : own.start + own.count;
     attend(shape, q + at * shape.d, out + at * shape.d, lse ? lse + at : nullptr, first, part.count, seen,
-           rows_of(k, segments, own, shape, head), rows_of(v, segments, own, shape, head), [] {});
+           rows_of(k, segments, own, shape, head), rows_of(v, segments, own, shape, head));
   }
 }
 
@@ -487,7 +500,7 @@ template <typename T>
 void write_cache(const Shape& shape, const T* k, const T* v, T* keys, T* values, const Segment* segments, int64_t size,
                  const int64_t* blocks, bool by_column) {
   const int64_t d = shape.d, heads = shape.kv_heads;
-#pragma omp parallel for if (size > 64)
+#pragma omp parallel for if (size > 16)
   for (int64_t s = 0; s < size; s++)
     for (int64_t i = 0; i < segments[s].count; i++) {
       const int64_t position = segments[s].start + i, offset = position % BLOCK;
@@ -517,12 +530,8 @@ void paged(const Shape& shape, const T* q, const T* keys, const T* values, T* ou
     const Segment& own = segments[part.segment];
     const int64_t at = (own.row + part.offset) * shape.heads + task % shape.kv_heads * shape.group();
     const int64_t first = own.start + part.offset;
-    auto ahead = [&] {
-      if (task + 1 == tasks) return;
-      const Segment& next = segments[parts[(task + 1) / shape.kv_heads].segment];
-      rows_at(keys, task + 1).prefetch(0, next.start + next.count);
-      rows_at(values, task + 1).prefetch(0, next.start + next.count);
-    };
+    Ahead<T> ahead;
+    if (task + 1 < tasks) ahead = {rows_at(keys, task + 1).at(0), rows_at(values, task + 1).at(0)};
     attend(shape, q + at * shape.d, out + at * shape.d, lse ? lse + at : nullptr, first, part.count, first + part.count,
            rows_at(keys, task), rows_at(values, task), ahead);
   }
