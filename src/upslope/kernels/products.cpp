@@ -64,8 +64,9 @@ void tile(const bfloat16* x, const bfloat16* w, const bfloat16* ahead, const bfl
       for (int j = 0; j < VECTORS; j++)
         column[j] = (__m512bh)_mm512_loadu_si512(w + (j / 2) * group + k * 2 * WIDE + (j % 2) * WIDE);
       if (ahead) {
-        _mm_prefetch((const char*)(ahead + k * 2 * WIDE), _MM_HINT_T1);
-        _mm_prefetch((const char*)(ahead + k * 2 * WIDE + WIDE), _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int j = 0; j < VECTORS; j++)
+          _mm_prefetch((const char*)(ahead + (j / 2) * group + k * 2 * WIDE + (j % 2) * WIDE), _MM_HINT_T1);
       }
 #pragma GCC unroll 16
       for (int m = 0; m < ROWS; m++) {
@@ -107,7 +108,7 @@ void product(const bfloat16* x, const bfloat16* w, const bfloat16* bias, bfloat1
     const int64_t now = groups - g < step ? groups - g : step, left = of.columns - g * WIDE;
     for (int64_t part = 0; part < parts; part++) {
       const int64_t first = rows * part / parts, count = rows * (part + 1) / parts - first;
-      const bfloat16* ahead = part == 0 && parts > 1 && g + 1 < groups ? w + (g + 1) * group : nullptr;
+      const bfloat16* ahead = part == 0 && g + step < groups ? w + (g + step) * group : nullptr;
       const bfloat16* offset = bias ? bias + g * WIDE : nullptr;
       auto some = now == 2 ? rows_of<2> : rows_of<1>;
       some(count, x + first * of.width, w + g * group, ahead, offset, out + first * of.columns + g * WIDE, of, left);

@@ -359,8 +359,10 @@ class Decoder(CausalModel):
         """Hidden states [T, D] after the last norm, for tokens int64 [T] that stand where `context` says."""
         real = tokens_T.shape[0]
         cos, sin = self.angles(context.positions_T)
-        x = F.embedding(pad_rows(tokens_T, least=self._least_rows), self.model.embed_tokens.weight)
         prepared = self._prepared(context)
+        if prepared is None or not prepared.any_rows:
+            tokens_T = pad_rows(tokens_T, least=self._least_rows)
+        x = F.embedding(tokens_T, self.model.embed_tokens.weight)
         if prepared is not None:
             return prepared.forward(x, real, cos, sin, context)[:real]
         delta = None

@@ -36,6 +36,11 @@ class PackedWeights:
         copies = ((copy.weight if isinstance(copy, Reordered) else weight) for weight, copy in self._copies.values())
         return sum(x.numel() * x.element_size() for x in copies)
 
+    @property
+    def any_rows(self) -> bool:
+        """Whether the products made so far give a row the same bits whatever the number of rows."""
+        return bool(self._copies) and all(isinstance(copy, Reordered) for _, copy in self._copies.values())
+
     def clear(self) -> None:
         """Forget all copies."""
         self._copies.clear()

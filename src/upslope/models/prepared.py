@@ -41,9 +41,13 @@ class _Layer(NamedTuple):
 
 
 class PreparedDecoder:
-    """A decoder's layers as products and norm weights; valid until its weights change or `PackedWeights.clear`."""
+    """A decoder's layers as products and norm weights; valid until its weights change or `PackedWeights.clear`.
 
-    def __init__(self, decoder: Decoder, layers: list[_Layer]) -> None:
+    any_rows: as in PackedWeights; without it `forward` wants its rows padded.
+    """
+
+    def __init__(self, decoder: Decoder, layers: list[_Layer], *, any_rows: bool) -> None:
+        self.any_rows = any_rows
         config = decoder.config
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -69,7 +73,7 @@ class PreparedDecoder:
             heads = (a.q_norm.weight.detach(), a.k_norm.weight.detach()) if config.qk_norm else None
             norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), heads
             layers.append(_Layer(*norms, *(packed.product(*one) for one in found if one is not None)))
-        return cls(decoder, layers)
+        return cls(decoder, layers, any_rows=packed.any_rows)
 
     @torch.no_grad()
     def forward(self, x_TD: Tensor, real: int, cos_Td: Tensor, sin_Td: Tensor, context: PagedContext) -> Tensor:
