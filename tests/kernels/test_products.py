@@ -45,6 +45,20 @@ def test_the_bits_of_torch(columns: int, width: int) -> None:
         assert torch.equal(copied.product(x[:rows], bias), moved[:rows]), rows
 
 
+@pytest.mark.parametrize("width", [514, 576, 578, 1024, 1026, 1536, 2050])
+def test_a_block_of_the_sum_ends_where_that_of_torch_does(width: int) -> None:
+    """+2^26 at the beginning, -2^26 and 1 in one pair further on: the 1 is lost or not, as in torch's product."""
+    places = range(64, width - 1, 2)
+    weight, x = torch.ones(64, width), torch.zeros(len(places), width)
+    weight[:, 1::2] = x[:, 1] = 2.0**13
+    for row, place in enumerate(places):
+        x[row, place + 1], x[row, place] = -(2.0**13), 1
+    weight, x = weight.bfloat16(), x.bfloat16()
+    found = reordered(weight).product(x)
+    assert torch.equal(found, F.linear(x, weight))
+    assert {0.0, 1.0} >= set(found.flatten().tolist())
+
+
 def test_against_the_definition() -> None:
     torch.manual_seed(0)
     weight, x = torch.randn(50, 400).bfloat16(), torch.randn(9, 400).bfloat16()

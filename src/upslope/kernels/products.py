@@ -1,7 +1,6 @@
 """Products with a bfloat16 weight that is used again and again, on processors with VDPBF16PS (products.cpp).
 
-oneDNN's own are fast with many rows; with the few that decoding has they take up to twice as long as reading the
-weight from memory does. Shapes: T rows, D inputs, C outputs.
+oneDNN's own are as fast with many rows, not with the few that decoding has. Shapes: T rows, D inputs, C outputs.
 """
 
 from __future__ import annotations
@@ -83,18 +82,19 @@ def _has_instruction() -> bool:
 def _block(outputs: int, inputs: int) -> int | None:
     """How many inputs torch's product of this shape adds up before it adds that to the rest; None where it is unlike.
 
-    Found by asking it: a row holds +2^13 in one stride, -2^13 at the next one's beginning, and then a 1, all times
-    weights that make them +2^26, -2^26 and 1. The 1 gets lost where a block begins between the two. Then random
-    numbers must give the same bits.
+    Found by asking it: a row holds +2^13 at the second place of a stride, -2^13 at that of the next (the second of a
+    pair is added first) and a 1 beside it, all times weights that make them +2^26, -2^26 and 1. The 1 gets lost where
+    a block begins with that pair. Then rows in which large numbers cancel each other, so that every change of the
+    order shows in what is left, must give the same bits.
     """
     if inputs % 2:
         return None
-    starts = range(_STRIDE, inputs - 2, _STRIDE)
+    starts = range(_STRIDE, inputs - 1, _STRIDE)
     weight = torch.ones(inputs)
     x = torch.zeros(max(len(starts), _ROWS), inputs)
     for row, start in enumerate(starts):
-        weight[[start - _STRIDE, start]] = _BIG
-        x[row, start - _STRIDE], x[row, start], x[row, start + 2] = _BIG, -_BIG, 1
+        weight[[start - _STRIDE + 1, start + 1]] = _BIG
+        x[row, start - _STRIDE + 1], x[row, start + 1], x[row, start] = _BIG, -_BIG, 1
     with torch.no_grad():
         lost = F.linear(x.bfloat16(), weight.bfloat16().repeat(outputs, 1))[: len(starts), 0] == 0
         found = [start for start, is_lost in zip(starts, lost.tolist(), strict=True) if is_lost]
@@ -102,7 +102,12 @@ def _block(outputs: int, inputs: int) -> int | None:
         if found != [*range(block, starts.stop, block)]:
             return None
         generator = torch.Generator().manual_seed(inputs)
-        x, few = (torch.randn(n, inputs, generator=generator).bfloat16() for n in (_ROWS, min(outputs, 1024)))
-        weight = few.repeat(-(-outputs // len(few)), 1)[:outputs]
-        same = torch.equal(Reordered(weight, block).product(x), F.linear(x, weight))
+        large = torch.rand(inputs, generator=generator) < 0.2
+        x = torch.randint(-3, 4, (_ROWS, inputs), generator=generator).float()
+        signs = torch.arange(int(large.sum())) % 2 * 2.0 - 1
+        signs[: len(signs) % 2] = 0  # as many + as -
+        for row in x:
+            row[large] = _BIG * signs[torch.randperm(len(signs), generator=generator)]
+        weight = torch.where(large, _BIG, 1.0).bfloat16().repeat(outputs, 1)
+        same = torch.equal(Reordered(weight, block).product(x.bfloat16()), F.linear(x.bfloat16(), weight))
     return block if same else None
