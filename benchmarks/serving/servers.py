@@ -70,17 +70,7 @@ KINDS = {
         looks=(
             {},
             {"words": CONTINUOUS},
-            {
-                "words": [
-                    *CONTINUOUS,
-                    "--cb-block-size",
-                    "128",
-                    "--cb-num-blocks",
-                    "160",
-                    "--cb-max-batch-tokens",
-                    "2048",
-                ]
-            },
+            {"words": [*CONTINUOUS, *FITTED]},
         ),
     ),
     "vllm": Kind(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 __all__ = ["apart"]
 
@@ -16,8 +16,7 @@ def apart(function: Callable[[], T]) -> T:
 
     For work beside a thread that computes all the time. OpenMP gives every thread that computes a team, which lasts as
     long as the thread. Where all teams together have more members than there are processors, GNU's runtime puts a
-    waiting member to sleep at once, busy team or not: with an idle team beside it a step of decoding took 1.3 times as
-    long.
+    waiting member to sleep at once, busy team or not, and waking it takes longer than most of decoding's operations.
     """
     result: list[T] = []
     raised: list[BaseException] = []
@@ -28,13 +27,9 @@ def apart(function: Callable[[], T]) -> T:
         except BaseException as error:
             raised.append(error)
 
-    thread = threading.Thread(target=work, name=f"apart: {_name(function)}", daemon=True)
+    thread = threading.Thread(target=work, name="apart", daemon=True)
     thread.start()
     thread.join()
     if raised:
         raise raised[0]
     return result[0]
-
-
-def _name(function: Callable[..., Any]) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)
