@@ -56,6 +56,14 @@ class Terminal:
             assert self._read(until), f"ended without {pattern!r}: {self.seen[start:]!r}"
         return found.end()
 
+    def interrupt(self, pattern: str, start: int = 0) -> int:
+        """Ctrl-C, and again while `pattern` stays away: Python's prompt forgets one that comes as it begins to wait."""
+        for _ in range(int(DEADLINE / 5)):
+            self.type("\x03")
+            if self._ready(time.monotonic() + 5):
+                return self.wait_for(pattern, start)
+        raise AssertionError(f"no Ctrl-C was answered after {self.seen[start:]!r}")
+
     def end(self) -> int:
         """Read to the end; the exit code."""
         while self._read(time.monotonic() + DEADLINE):
@@ -64,9 +72,12 @@ class Terminal:
         self.pid = 0
         return os.waitstatus_to_exitcode(status)
 
-    def _read(self, until: float) -> bool:
+    def _ready(self, until: float) -> bool:
         ready, _, _ = select.select([self.descriptor], [], [], max(0.0, until - time.monotonic()))
-        assert ready, f"nothing more came after {self.seen[-500:]!r}"
+        return bool(ready)
+
+    def _read(self, until: float) -> bool:
+        assert self._ready(until), f"nothing more came after {self.seen[-500:]!r}"
         try:
             data = os.read(self.descriptor, 65536)
         except OSError:  # the other side is closed
@@ -114,8 +125,9 @@ def test_a_conversation_with_ctrl_c(endless: str, tmp_path: Path) -> None:
         at = terminal.wait_for(r"stopped; what came is kept\n.*tokens in .*\n> ", at)
         terminal.type("/unknwn\n")
         at = terminal.wait_for(r"error: no command /unknwn(.|\n)*\n> ", at)
-        terminal.type("half a line\x03")
-        at = terminal.wait_for(r"Ctrl-D or /exit ends\n> ", at)
+        terminal.type("half a line")
+        at = terminal.wait_for("half a line", at)
+        at = terminal.interrupt(r"Ctrl-D or /exit ends\n> ", at)
         terminal.type(f"/save {saved}\n")
         at = terminal.wait_for(r"2 messages\n> ", at)
         terminal.type("/set max_tokens 5\n")
