@@ -60,7 +60,7 @@ class Engine:
         self.model = model
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
-        self.runner = Runner(model, num_blocks)
+        self.runner = Runner(model, num_blocks, max_batch)
         whole = model.whole_prompts
         self.pool = BlockPool(num_blocks, BLOCK, prefix_cache=prefix_cache and not whole)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_tokens=prefill_tokens, whole_prompts=whole)
@@ -93,7 +93,7 @@ class Engine:
         A completion that has tokens from both sides of the change gets `mixed_versions` and keeps the older number.
         """
         self.outputs.version = version
-        self.runner.packed.clear()
+        self.runner.weights_changed()
         self.scheduler.restart()
         for seq in self.scheduler.everyone:
             seq.mixed_versions = seq.mixed_versions or seq.num_generated > 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from upslope.engine.graphs import DecodeGraphs, can_capture
 from upslope.engine.request import Sequence
 from upslope.engine.sampling import policy_temperature, top_alternatives
 from upslope.engine.scheduler import Chunk, Plan
@@ -44,26 +45,33 @@ class Stats:
 class Runner:
     """The model and its block cache; `activations`, where set, takes those of every token that is fed."""
 
-    def __init__(self, model: CausalModel, num_blocks: int) -> None:
+    def __init__(self, model: CausalModel, num_blocks: int, max_batch: int) -> None:
         self.model = model
-        self.num_blocks = num_blocks
+        self.num_blocks, self.max_batch = num_blocks, max_batch
         self.packed = PackedWeights()
         self.stats = Stats()
         self.activations: Activations | None = None
         self._cache: KVCache | None = None
+        self._graphs: DecodeGraphs | None = None
 
     @property
     def cache(self) -> KVCache:
-        """Keys and values; allocated when first used."""
+        """Keys and values; allocated when first used, with a spare block where steps are captured."""
         if self._cache is None:
             spec, model = self.model.spec, self.model
-            self._cache = KVCache(spec, self.num_blocks, dtype=model.dtype, device=model.device)
+            spare = int(can_capture(model))
+            self._cache = KVCache(spec, self.num_blocks + spare, dtype=model.dtype, device=model.device)
         return self._cache
 
     def sleep(self) -> None:
-        """Give back the cache and the packed weights until they are used again."""
+        """Give back the cache and what was made of the weights until they are used again."""
+        self.weights_changed()
         self._cache = None
+
+    def weights_changed(self) -> None:
+        """Forget what was made of the weights: copies laid out for decoding, captured steps."""
         self.packed.clear()
+        self._graphs = None
 
     def run(self, plan: Plan) -> tuple[list[Sequence], Tensor | None]:
         """Feed the plan's tokens; the sequences that can draw now, with their logits [N, V] (None where N is 0)."""
@@ -99,6 +107,8 @@ class Runner:
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         """Hidden states [n, D] of the last token of every chunk that completes its sequence."""
+        if self._capturable(chunks):
+            return self._captured(chunks)
         kept = None if self.activations is None else self.activations.take(sum(c.count for c in chunks))
         context = PagedContext(
             self.cache,
@@ -121,6 +131,19 @@ class Runner:
             if chunk.last:
                 rows.append(offset - 1)
         return hidden[torch.tensor(rows, dtype=torch.long, device=hidden.device)]
+
+    def _capturable(self, chunks: list[Chunk]) -> bool:
+        """Whether these are one next token each, and of a network whose steps can be captured."""
+        decoding = all(c.count == 1 and c.last and not c.seq.request.needs_prompt_scores for c in chunks)
+        return decoding and len(chunks) <= self.max_batch and self.activations is None and can_capture(self.model)
+
+    def _captured(self, chunks: list[Chunk]) -> Tensor:
+        """`_forward` by a graph."""
+        cache = self.cache
+        if self._graphs is None:
+            self._graphs = DecodeGraphs(self.model, cache, self.max_batch)
+        tokens = [c.seq.tokens[c.start] for c in chunks]
+        return self._graphs.step(tokens, [c.start for c in chunks], [c.seq.blocks for c in chunks])
 
     def finished(self, seq: Sequence) -> None:
         """A sequence has ended: what is kept of it can be found from now on."""

@@ -3,7 +3,8 @@
 The sum over keys always runs block by block with a float32 running maximum, normaliser and accumulator, so that a
 query's output is the same number, bit for bit, whether it is computed alone from the cache (decode), in a packed
 batch (training) or behind a shared prompt. Here stands which rows are queries and keys of a call. The arithmetic is
-in kernels.attention for float32 and bfloat16 on a CPU, in models.padded_attention everywhere else.
+in kernels.attention for float32 and bfloat16 on a CPU, in models.gpu_attention on a GPU (fast, but not of the same bits
+in training and decoding), in models.padded_attention everywhere else.
 
 Shapes: L layers, T packed tokens, H query heads, K key/value heads, d head width, S sequences.
 """
@@ -22,6 +23,7 @@ from torch import Tensor
 from upslope.kernels import usable
 from upslope.kernels.attention import attention_step, describe, packed_attention, paged_attention, write_cache
 from upslope.models.block_softmax import BLOCK
+from upslope.models.gpu_attention import PackedFlex, PagedTiles, fused_on
 from upslope.models.packed import PackedWeights
 from upslope.models.padded_attention import PackedBuckets, PagedBuckets
 from upslope.models.protocol import ModelSpec, Segment
@@ -105,6 +107,10 @@ class PackedContext:
     def _buckets(self) -> PackedBuckets:
         return PackedBuckets(self.lengths, self.parents, causal=self.causal, device=self.device)
 
+    @cached_property
+    def _flex(self) -> PackedFlex:
+        return PackedFlex(self.segments, causal=self.causal, device=self.device)
+
     def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
         """Nothing: what is trained on is not kept."""
 
@@ -116,6 +122,8 @@ class PackedContext:
         _check_rows(self.positions_T.shape[0], q_THd, k_TKd, v_TKd)
         if usable(q_THd, k_TKd, v_TKd):
             return packed_attention(q_THd, k_TKd, v_TKd, self.described, causal=self.causal, scale=scale)
+        if fused_on(q_THd):
+            return self._flex.attend(q_THd, k_TKd, v_TKd, scale)
         return self._buckets.attend(q_THd, k_TKd, v_TKd, scale)
 
 
@@ -185,6 +193,10 @@ class PagedContext:
         return PagedBuckets(self._tables, self._starts, self._counts, self.cache.keys.device)
 
     @cached_property
+    def _on_gpu(self) -> PagedTiles:
+        return PagedTiles(self._tables, self._starts, self._counts, self.cache.keys.device)
+
+    @cached_property
     def _slots(self) -> tuple[Tensor, Tensor]:
         """Block and place in it of every row of the call."""
         columns = zip(self._tables, self._starts, self._counts, strict=True)
@@ -232,4 +244,6 @@ class PagedContext:
             write_cache(k_TKd, v_TKd, keys, values, self.described, self._blocks, by_column=True)
             return paged_attention(q_THd, keys, values, self.described, self._blocks, scale=scale)
         self.write(layer, k_TKd, v_TKd)
+        if fused_on(q_THd):
+            return self._on_gpu.attend(q_THd, keys, values, scale)
         return self._buckets.attend(q_THd, keys, values, scale)

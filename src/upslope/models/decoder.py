@@ -300,6 +300,8 @@ class _Trunk(nn.Module):
 class Decoder(CausalModel):
     """The decoder with random weights (normal, `initializer_range`); models.loading fills it from a folder."""
 
+    captures = True
+
     def __init__(self, config: DecoderConfig, *, gradient_checkpointing: bool = False) -> None:
         super().__init__()
         if config.num_attention_heads % config.num_key_value_heads:

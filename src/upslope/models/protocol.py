@@ -105,11 +105,13 @@ class CausalModel(nn.Module):
     """A network that predicts the next token of packed sequences, with a linear head over its hidden states.
 
     `whole_prompts` says that a prompt must enter in one call, from its first token on: the engine then never cuts one
-    into chunks and never takes the beginning of one from its prefix cache.
+    into chunks and never takes the beginning of one from its prefix cache. `captures` says that a decoding step
+    asks its context for attention alone and reads nothing back from the device, so that it can be a CUDA graph.
     """
 
     spec: ModelSpec
     whole_prompts: bool = False
+    captures: bool = False
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm, before the head."""
