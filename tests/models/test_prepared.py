@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.tiny_model import tiny_config
 from upslope import kernels
+from upslope.kernels.products import Reordered
 from upslope.models.attention import KVCache, PagedContext
 from upslope.models.decoder import Decoder
 from upslope.models.packed import PackedWeights
@@ -56,6 +57,8 @@ def test_bits_are_those_of_the_modules(dtype: torch.dtype, changes: dict[str, ob
     model, packed = decoder(dtype, **changes), PackedWeights()
     ours = hidden(model, packed)
     assert isinstance(packed.prepared, PreparedDecoder)
+    in_one_call = dtype == torch.bfloat16 and Reordered.of(torch.ones(64, 64).bfloat16()) is not None
+    assert (packed.prepared.blocks is not None) == in_one_call
     for prepared, plain in zip(ours, hidden(model, None), strict=True):
         assert torch.isfinite(plain).all()
         assert torch.equal(prepared, plain)

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from upslope.kernels.attention import packed_attention_gradient
+from upslope.kernels.decoder import KeptRows
 from upslope.kernels.rows import join_rotate, norm, norm_gradient, split, swiglu, swiglu_gradient
 from upslope.models.attention import PackedContext
 from upslope.models.decoder import Decoder, DecoderConfig, Layer
@@ -125,6 +126,12 @@ class Kept(NamedTuple):
     def part(self, of: Tensor, layer: int) -> Tensor:
         """These rows of one of the store's tensors [L, R, .]."""
         return of[layer, self.first : self.first + self.count]
+
+    @property
+    def places(self) -> KeptRows:
+        """The same as the kernels take it."""
+        s = self.store
+        return KeptRows(s.products, s.attended, s.middle, s.gates, s.ends, s.lse, self.first)
 
     @property
     def rows(self) -> range:

@@ -29,6 +29,7 @@ from upslope.models.padded_attention import PackedBuckets, PagedBuckets
 from upslope.models.protocol import ModelSpec, Segment
 
 if TYPE_CHECKING:
+    from upslope.kernels.decoder import DecoderBlocks
     from upslope.models.activations import Kept
 
 __all__ = ["BLOCK", "KVCache", "PackedContext", "PagedContext"]
@@ -234,6 +235,11 @@ class PagedContext:
         """What `attend` does, of projections not split yet; `how` as in kernels.attention.attention_step."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         attention_step(all_TC, out_TC, keys, values, self.described, self._blocks, **how)
+
+    def through(self, blocks: DecoderBlocks, x_TD: Tensor, angles_Td: tuple[Tensor, Tensor]) -> Tensor:
+        """The call's embedded tokens (overwritten) through all of a decoder's blocks; normed hidden states [T, D]."""
+        kept = None if self.kept is None else self.kept.places
+        return blocks.run(x_TD, angles_Td, self.cache.keys, self.cache.values, self.described, self._blocks, kept)
 
     @torch.no_grad()
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:

@@ -36,11 +36,6 @@ class PackedWeights:
         copies = ((copy.weight if isinstance(copy, Reordered) else weight) for weight, copy in self._copies.values())
         return sum(x.numel() * x.element_size() for x in copies)
 
-    @property
-    def any_rows(self) -> bool:
-        """Whether the products made so far give a row the same bits whatever the number of rows."""
-        return bool(self._copies) and all(isinstance(copy, Reordered) for _, copy in self._copies.values())
-
     def clear(self) -> None:
         """Forget all copies."""
         self._copies.clear()
@@ -52,17 +47,23 @@ class PackedWeights:
 
     def product(self, weight_CD: Tensor, bias_C: Tensor | None = None) -> Callable[[Tensor], Tensor]:
         """x -> F.linear(x, weight, bias), the same bits."""
+        copied = self.copy(weight_CD)
+        if copied is None:
+            return lambda x: F.linear(x, weight_CD, bias_C)
+        if isinstance(copied, Reordered):
+            return lambda x: copied.product(x, bias_C)
+        linear = torch.ops.mkldnn._linear_pointwise.default
+        return lambda x: linear(x, copied, bias_C, "none", [], "")
+
+    def copy(self, weight_CD: Tensor) -> Reordered | Tensor | None:
+        """The weight reordered for the kernels' product or for oneDNN's; None where neither takes it."""
         usable = weight_CD.dtype == torch.bfloat16 and weight_CD.device.type == "cpu"
         if not usable or not torch.backends.mkldnn.is_available():
-            return lambda x: F.linear(x, weight_CD, bias_C)
+            return None
         found = self._copies.get(weight_CD.data_ptr())
         if found is None:
             copied = Reordered.of(weight_CD)
             if copied is None:
                 copied = torch.ops.mkldnn._reorder_linear_weight(weight_CD.detach(), None)
             found = self._copies[weight_CD.data_ptr()] = weight_CD, copied
-        reordered = found[1]
-        if isinstance(reordered, Reordered):
-            return lambda x: reordered.product(x, bias_C)
-        linear = torch.ops.mkldnn._linear_pointwise.default
-        return lambda x: linear(x, reordered, bias_C, "none", [], "")
+        return found[1]

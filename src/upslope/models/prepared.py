@@ -1,7 +1,8 @@
 """The decoder's pass over new tokens of cached sequences, with all that stays the same from step to step prepared.
 
-The same kernels and products in the same order as `models.decoder`, so the same bits; between two products there is
-one call. With a few rows the way through modules costs as much time as the arithmetic.
+The same kernels and products in the same order as `models.decoder`, so the same bits. With a few rows the way through
+modules costs as much time as the arithmetic: where all products are the kernels' own (bfloat16), the blocks are one
+call; elsewhere there is one call between two products.
 
 Shapes: T rows, D width, F feed-forward width, H query heads, K key/value heads, d head width.
 """
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from upslope.kernels import usable
+from upslope.kernels.decoder import BlockWeights, DecoderBlocks, DecoderShape
+from upslope.kernels.products import Reordered
 from upslope.kernels.rows import norm_into, swiglu_into
 from upslope.models.attention import PagedContext
 from upslope.models.joined import joined
@@ -43,11 +46,11 @@ class _Layer(NamedTuple):
 class PreparedDecoder:
     """A decoder's layers as products and norm weights; valid until its weights change or `PackedWeights.clear`.
 
-    any_rows: as in PackedWeights; without it `forward` wants its rows padded.
+    any_rows: a row's bits are the same whatever the number of rows; without it `forward` wants its rows padded.
     """
 
-    def __init__(self, decoder: Decoder, layers: list[_Layer], *, any_rows: bool) -> None:
-        self.any_rows = any_rows
+    def __init__(self, decoder: Decoder, layers: list[_Layer], blocks: DecoderBlocks | None) -> None:
+        self.any_rows, self.blocks = blocks is not None, blocks
         config = decoder.config
         self.heads, self.kv_heads, self.head_dim = (
             config.num_attention_heads,
@@ -63,21 +66,36 @@ class PreparedDecoder:
         config = decoder.config
         if config.head_dim % 2 or not usable(decoder.model.norm.weight, decoder.head_weight):
             return None
-        layers = []
+        layers, blocks = [], []
         for layer in decoder.model.layers:
             a, m = layer.self_attn, layer.mlp
             groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
-            found = [joined(*group) for group in groups]
-            if None in found:
+            found = [whole for group in groups if (whole := joined(*group)) is not None]
+            if len(found) < len(groups):
                 return None
             heads = (a.q_norm.weight.detach(), a.k_norm.weight.detach()) if config.qk_norm else None
             norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), heads
-            layers.append(_Layer(*norms, *(packed.product(*one) for one in found if one is not None)))
-        return cls(decoder, layers, any_rows=packed.any_rows)
+            layers.append(_Layer(*norms, *(packed.product(*one) for one in found)))
+            copies = [(copy, bias) for weight, bias in found if isinstance(copy := packed.copy(weight), Reordered)]
+            if len(copies) == len(found):
+                blocks.append(BlockWeights(*norms, *copies))
+        shape = DecoderShape(
+            width=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            eps=config.rms_norm_eps,
+        )
+        whole = len(blocks) == len(layers)
+        last_norm = decoder.model.norm.weight.detach()
+        return cls(decoder, layers, DecoderBlocks(shape, blocks, last_norm) if whole else None)
 
     @torch.no_grad()
     def forward(self, x_TD: Tensor, real: int, cos_Td: Tensor, sin_Td: Tensor, context: PagedContext) -> Tensor:
         """Normed hidden states [T, D] of embedded tokens x (overwritten), of which the first `real` rows are tokens."""
+        if self.blocks is not None:
+            return context.through(self.blocks, x_TD, (cos_Td, sin_Td))
         rows = x_TD.shape[0]
         x, normed, scales = x_TD, torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32)
         q, k, v = (x.new_empty(real, n, self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))

@@ -1,0 +1,167 @@
+"""All blocks of a decoder for new tokens of cached sequences in one call (decoder.cpp), in bfloat16.
+
+Shapes: T rows, L layers, D width, F feed-forward width, H query heads, K key/value heads, d head width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from array import array
+from collections.abc import Sequence
+from ctypes import Structure, c_float, c_int64, c_void_p
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from upslope.kernels import functions
+from upslope.kernels.products import Reordered
+
+__all__ = ["BlockWeights", "DecoderBlocks", "DecoderShape", "KeptRows"]
+
+
+class DecoderShape(NamedTuple):
+    """The sizes of the blocks, and the eps of their norms."""
+
+    width: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    eps: float
+
+
+class BlockWeights(NamedTuple):
+    """One block: norm weights, those of the heads where there are any, and four products with their biases."""
+
+    first_norm: Tensor
+    second_norm: Tensor
+    head_norms: tuple[Tensor, Tensor] | None
+    attend: tuple[Reordered, Tensor | None]
+    out: tuple[Reordered, Tensor | None]
+    widen: tuple[Reordered, Tensor | None]
+    narrow: tuple[Reordered, Tensor | None]
+
+
+class KeptRows(NamedTuple):
+    """Where each layer's results go, [L, R, .] each, from row `first` on (models.activations); lse is float32."""
+
+    products: Tensor
+    attended: Tensor
+    middle: Tensor
+    gates: Tensor
+    ends: Tensor
+    lse: Tensor
+    first: int
+
+
+class _Product(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("block", c_int64))
+
+
+class _Block(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("first_norm", "second_norm", "q_norm", "k_norm")),
+        *((name, _Product) for name in ("attend", "out", "widen", "narrow")),
+    )
+
+
+class _Shape(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("layers", "width", "intermediate", "heads", "kv_heads", "d")),
+        *((name, c_float) for name in ("eps", "scale")),
+    )
+
+
+class _Call(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        *((name, c_void_p) for name in ("x", "normed", "delta", "gated", "q", "k", "v", "scales", "cosine", "sine")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        ("cache_stride", c_int64),
+        ("segments", c_void_p),
+        ("size", c_int64),
+        ("tables", c_void_p),
+    )
+
+
+class _Results(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("products", "attended", "middle", "gates", "ends", "lse")),
+        *((f"{name}_stride", c_int64) for name in ("products", "attended", "middle", "gates", "ends", "lse")),
+    )
+
+
+@cache
+def _functions() -> ctypes.CDLL:
+    return functions({"decode": [c_void_p] * 5})
+
+
+class DecoderBlocks:
+    """The blocks of a decoder, and the norm after the last; their weights are held as they are now."""
+
+    def __init__(self, shape: DecoderShape, blocks: Sequence[BlockWeights], last_norm: Tensor) -> None:
+        self.shape, self._held, self._last_norm = shape, list(blocks), last_norm
+        d = shape.head_dim
+        self._shape = _Shape(
+            len(blocks), shape.width, shape.intermediate, shape.heads, shape.kv_heads, d, shape.eps, d**-0.5
+        )
+        self._blocks = (_Block * len(blocks))(*map(_described, blocks))
+
+    def run(
+        self,
+        x_TD: Tensor,
+        angles_Td: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        segments: array[int],
+        tables: array[int],
+        kept: KeptRows | None = None,
+    ) -> Tensor:
+        """Normed hidden states [T, D] of embedded tokens x (overwritten).
+
+        keys, values: the cache [L, ., K, 64, d]; segments and tables as `kernels.attention.attention_step` reads them;
+        angles: cosines and sines [T, d / 2], float32.
+        """
+        s, rows = self.shape, x_TD.shape[0]
+        if x_TD.dtype != torch.bfloat16 or x_TD.shape[1] != s.width or keys.shape[0] != len(self._held):
+            raise ValueError(f"x {list(x_TD.shape)} in {x_TD.dtype}, cache {list(keys.shape)}: not of this decoder")
+        cosine, sine = angles_Td
+        normed, delta = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        gated = x_TD.new_empty(rows, s.intermediate)
+        q, k, v = (x_TD.new_empty(rows, n * s.head_dim) for n in (s.heads, s.kv_heads, s.kv_heads))
+        scales = torch.empty(max(rows, s.heads), dtype=torch.float32)
+        room = (x_TD, normed, delta, gated, q, k, v, scales, cosine, sine, keys, values)
+        call = _Call(
+            rows,
+            *(x.data_ptr() for x in room),
+            keys.stride(0),
+            segments.buffer_info()[0],
+            len(segments) // 4,
+            tables.buffer_info()[0],
+        )
+        if kept is None:
+            products = x_TD.new_empty(rows, (s.heads + 2 * s.kv_heads) * s.head_dim)
+            attended = x_TD.new_empty(rows, s.heads * s.head_dim)
+            gates = x_TD.new_empty(rows, 2 * s.intermediate)
+            results = _Results(*(x.data_ptr() for x in (products, attended, x_TD, gates, x_TD)))
+        else:
+            stores = kept[:-1]
+            starts = (x.data_ptr() + kept.first * x.stride(1) * x.element_size() for x in stores)
+            results = _Results(*starts, *(x.stride(0) for x in stores))
+        addresses = (ctypes.addressof(part) for part in (self._shape, call, results))
+        _functions().upslope_decode(ctypes.addressof(self._blocks), self._last_norm.data_ptr(), *addresses)
+        return normed
+
+
+def _described(block: BlockWeights) -> _Block:
+    norms = (block.first_norm, block.second_norm, *(block.head_norms or (None, None)))
+    products = (block.attend, block.out, block.widen, block.narrow)
+    return _Block(
+        *(None if x is None else x.data_ptr() for x in norms),
+        *(
+            _Product(weight.weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.block)
+            for weight, bias in products
+        ),
+    )
