@@ -12,9 +12,10 @@ from torch import Tensor
 
 from upslope.engine import Engine, runner
 from upslope.engine.graphs import DecodeGraphs, can_capture, rounded_rows
+from upslope.models import attention as attention_contexts
 from upslope.types import Completion, SamplingParams
 
-from .tiny import prompt, tiny
+from .tiny import prompt, tiny, trainer_logprobs
 
 LENGTHS = (1, 40, 63, 64, 65, 130)
 
@@ -41,6 +42,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Steps are captured as on a GPU; where the results of the graphs lie, in the order of their making."""
     module = ModuleType("upslope.kernels.paged_triton")
     module.paged_attention_gpu = attention  # type: ignore[attr-defined]
+    module.tile_tokens = lambda heads, kv_heads: 5  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     results: list[Tensor] = []
 
@@ -79,6 +81,30 @@ def test_the_same_completions_as_without(shape: str, options: dict[str, int], re
     assert len(results) == len({len(x) for x in results}), "a number of rows is captured once"
     assert all(len(x) == rounded_rows(len(x)) for x in results)
     assert engine.stats.preemptions > 0 or options["num_blocks"] == 80
+
+
+def test_the_whole_way_of_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts and what follows through the block cache's kernel, scoring through flex_attention: the same numbers."""
+    model = tiny("grouped", torch.float64)
+    prompts, params = [prompt(n) for n in LENGTHS], SamplingParams(max_tokens=20, n=2, seed=3)
+    expected = Engine(model, num_blocks=80).generate(prompts, params)
+    request.getfixturevalue("recorded")
+    calls: list[Tensor] = []
+
+    def fused(x: Tensor) -> bool:
+        calls.append(x)
+        return True
+
+    monkeypatch.setattr(attention_contexts, "fused_on", fused)
+    found = Engine(model, num_blocks=80, prefill_tokens=100).generate(prompts, params)
+    assert calls
+    assert outcome(found)[0] == outcome(expected)[0]
+    torch.testing.assert_close(outcome(found)[1], outcome(expected)[1], rtol=1e-9, atol=1e-9)
+    calls.clear()
+    pairs = [(p, c.tokens) for p, group in zip(prompts, found, strict=True) for c in group]
+    scored = torch.tensor([x for one in trainer_logprobs(model, pairs) for x in one], dtype=torch.float64)
+    assert calls
+    torch.testing.assert_close(scored, outcome(expected)[1], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("change", [lambda engine: engine.set_version(1), lambda engine: engine.sleep()])

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from upslope.models.protocol import Segment
 
@@ -29,13 +28,20 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def fused_on(x: Tensor) -> bool:
     """Whether the fused attention of a GPU takes this tensor: on CUDA, with Triton, not in float64."""
-    return x.is_cuda and x.dtype in _DTYPES and find_spec("triton") is not None
+    return x.is_cuda and x.dtype in _DTYPES and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 class PackedFlex:
     """The segments of a PackedContext as a block mask; differentiable. Off CUDA it runs unfused, for tests."""
 
     def __init__(self, segments: Sequence[Segment], *, causal: bool, device: torch.device | str) -> None:
+        from torch.nn.attention.flex_attention import BlockMask  # takes a second: only where it is used
+
         last = segments[-1]
         self.total = last.row + last.count
         extra = -self.total % TILE
@@ -61,8 +67,7 @@ class PackedFlex:
         """Attention within each segment and what it continues, [T, H, d]."""
         extra = -self.total % TILE
         q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)).transpose(0, 1)[None] for x in (q_THd, k_TKd, v_TKd))
-        run = _compiled() if q.is_cuda else flex_attention
-        out = run(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=True)
+        out = _flex_attention(compiled=q.is_cuda)(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)[: self.total]
 
 
@@ -98,8 +103,10 @@ class PagedTiles:
 
 
 @cache
-def _compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=True)
+def _flex_attention(*, compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
 
 
 def _tiles(segments: Sequence[Segment], *, causal: bool) -> tuple[Tensor, Tensor]:
