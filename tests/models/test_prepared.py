@@ -64,6 +64,19 @@ def test_bits_are_those_of_the_modules(dtype: torch.dtype, changes: dict[str, ob
         assert torch.equal(prepared, plain)
 
 
+@pytest.mark.skipif(Reordered.of(torch.ones(64, 64).bfloat16()) is None, reason="no bfloat16 products of our own here")
+def test_blocks_refuse_what_is_not_theirs() -> None:
+    model, packed = decoder(torch.bfloat16), PackedWeights()
+    hidden(model, packed)
+    blocks, width = packed.prepared.blocks, model.spec.hidden_size
+    cache = KVCache(model.spec, 2, dtype=torch.bfloat16)
+    context = PagedContext(cache, [[0]], [0], [3], packed=packed)
+    angles = model.angles(context.positions_T)
+    for x in (torch.zeros(3, width), torch.zeros(3, width + 1).bfloat16()):
+        with pytest.raises(ValueError, match="not of this decoder"):
+            context.through(blocks, x, angles)
+
+
 def test_changed_weights_are_seen_after_clearing() -> None:
     model, packed = decoder(torch.bfloat16), PackedWeights()
     before = hidden(model, packed)[-1]
