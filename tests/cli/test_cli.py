@@ -240,6 +240,17 @@ def test_doctor_fails_without_memory_or_rights(monkeypatch: pytest.MonkeyPatch, 
     assert all(check["fix"] for check in report["checks"] if check["status"] == "fail")
 
 
+@pytest.mark.parametrize(("triton", "status"), [(True, "ok"), (False, "warn")])
+def test_doctor_says_what_attends_on_a_gpu(triton: bool, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from upslope.commands import doctor
+
+    if not doctor.torch.cuda.is_available():
+        assert not doctor._gpu_attention()
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(doctor, "fused_attention", lambda: triton)
+    assert [check.status for check in doctor._gpu_attention()] == [status]
+
+
 def test_doctor_says_why_the_kernels_are_not_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from upslope import extras, kernels
 from upslope.backends.hardware import choose_dtype, cpu_features, matmul_gflops
 from upslope.cache import cache_root
+from upslope.models.gpu_attention import fused_attention
 from upslope.options import DoctorOptions
 from upslope.runs.environment import describe_environment
 from upslope.version import __version__
@@ -77,6 +78,7 @@ def examine() -> dict[str, Any]:
         _bundled_model(),
         _dtype(rates),
         _kernels(),
+        *_gpu_attention(),
     ]
     count = {status: sum(check.status == status for check in checks) for status in ("ok", "warn", "fail")}
     return {
@@ -236,6 +238,16 @@ def _kernels() -> Check:
         return Check("kernels", "ok", "compiled for this processor")
     fix = "install a C++ compiler (Debian, Ubuntu: apt install g++), or live with the slower torch code"
     return Check("kernels", "warn", f"not used: {why}", fix)
+
+
+def _gpu_attention() -> list[Check]:
+    """What attends on a GPU, where there is one."""
+    if not torch.cuda.is_available():
+        return []
+    if fused_attention():
+        return [Check("GPU attention", "ok", "flex_attention and Triton; decoding steps are CUDA graphs")]
+    fix = "install the Triton of this build of torch (pip install triton), or live with the slower torch code"
+    return [Check("GPU attention", "warn", "Triton is not installed", fix)]
 
 
 def _machine_lines(report: dict[str, Any]) -> list[str]:

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from upslope.models.protocol import Segment
 
-__all__ = ["PackedFlex", "PagedTiles", "fused_on"]
+__all__ = ["PackedFlex", "PagedTiles", "fused_attention", "fused_on"]
 
 TILE = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,11 +28,12 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 def fused_on(x: Tensor) -> bool:
     """Whether the fused attention of a GPU takes this tensor: on CUDA, with Triton, not in float64."""
-    return x.is_cuda and x.dtype in _DTYPES and _has_triton()
+    return x.is_cuda and x.dtype in _DTYPES and fused_attention()
 
 
 @cache
-def _has_triton() -> bool:
+def fused_attention() -> bool:
+    """Whether a GPU's fused attention can be used here: Triton is installed."""
     return find_spec("triton") is not None
 
 
