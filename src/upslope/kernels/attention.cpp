@@ -152,7 +152,8 @@ struct Matrix {
   int64_t row, column;
 };
 
-// Memory that will be wanted next, asked for piece by piece while something else is computed; null for none.
+// Memory that will be wanted next, asked for piece by piece while something else is computed; null for none. It goes to
+// the second-level cache: the first holds what is computed with.
 struct Next {
   const char* from = nullptr;
   int64_t bytes = 0;  // per term of a product
@@ -167,7 +168,7 @@ void tile_product(Matrix a, const T* b, int64_t b_row, int64_t terms, float* out
     for (int v = 0; v < N; v++) sum[r][v] = load_piece(out + r * out_row + v * PIECE);
   const float* from = a.data;
   for (int64_t i = 0; i < terms; i++, from += a.column, b += b_row) {
-    for (int64_t byte = 0; byte < next.bytes; byte += 64) __builtin_prefetch(next.from + i * next.bytes + byte);
+    for (int64_t byte = 0; byte < next.bytes; byte += 64) __builtin_prefetch(next.from + i * next.bytes + byte, 0, 2);
     piece right[N];
 #pragma GCC unroll 8
     for (int v = 0; v < N; v++) right[v] = load_piece(b + v * PIECE);
