@@ -1,6 +1,7 @@
 """How near training and decoding come to what this machine can do at most, both measured in the same run.
 
     python benchmarks/roofline.py --json      SmolLM2-135M: some minutes on two cores
+    python benchmarks/roofline.py --profile   where the time of one such update goes; nothing is saved
     python benchmarks/roofline.py --quick     a tiny random network, to see that it runs; nothing is saved
 
 Training: GRPO-like updates (8 prompts x 8 completions of about 24 + 72 tokens, prompts shared), AdamW included, as
@@ -96,6 +97,15 @@ def train(learner: Learner, task: Task, repeats: int) -> dict[str, Any]:
         "products_seen_by_torch": seen,
         "multiply_adds_executed": counting.executed(counts, seen),
     }
+
+
+def profile(learner: Learner, task: Task) -> str:
+    """The operations of a warm update that take the most time of their own, as a table."""
+    held = experience(task.rollout(task.engine(learner.model)))
+    learner.update(held)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        learner.update(held)
+    return seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40)
 
 
 def share_training(training: dict[str, Any], rate: float) -> dict[str, Any]:
@@ -249,7 +259,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="the whole record as one JSON line")
     parser.add_argument("--quick", action="store_true", help="a tiny random network; nothing is saved")
+    parser.add_argument("--profile", action="store_true", help="only: which operations one update spends its time in")
     arguments = parser.parse_args()
+    if arguments.profile:
+        learner = Learner.of(network(quick=arguments.quick))
+        print(profile(learner, grpo_task(learner.model.spec.vocab_size, quick=arguments.quick)))
+        return 0
     found = measure(quick=arguments.quick)
     finish("roofline", found, lines(found), as_json=arguments.json, keep=not arguments.quick)
     return 0

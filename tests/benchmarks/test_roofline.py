@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import counting, gpu
+from benchmarks import counting, gpu, roofline
 from benchmarks.exactness import gap, trainer_logp
 from benchmarks.inexact import FORMS, inexact
 from benchmarks.roofline import decode, decode_figures, target_line
@@ -219,6 +219,12 @@ class TestExactness:
 def test_target_line() -> None:
     assert target_line("share", 0.4, {"at_least": 0.5, "met": False}) == "share 0.400, wanted at least 0.5: NOT MET"
     assert target_line("ratio", 1.1, {"at_most": 1.7, "met": True}) == "ratio 1.100, wanted at most 1.7: met"
+
+
+def test_a_profile_names_the_products(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["roofline.py", "--quick", "--profile"])
+    assert roofline.main() == 0
+    assert "aten::mm" in capsys.readouterr().out
 
 
 def test_without_a_gpu_its_benchmark_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

@@ -43,11 +43,10 @@ class PackedFlex:
     def __init__(self, segments: Sequence[Segment], *, causal: bool, device: torch.device | str) -> None:
         from torch.nn.attention.flex_attention import BlockMask  # takes a second: only where it is used
 
-        last = segments[-1]
-        self.total = last.row + last.count
-        extra = -self.total % TILE
+        self.total = segments[-1].row + segments[-1].count
+        self.extra = -self.total % TILE
         # what fills the last tile up is a segment of its own, so that every row sees something
-        filled = [*segments, Segment(self.total, extra, 0)] if extra else list(segments)
+        filled = [*segments, Segment(self.total, self.extra, 0)] if self.extra else list(segments)
         counts = torch.tensor([s.count for s in filled])
         own = torch.arange(len(filled)).repeat_interleave(counts).to(device)
         parent = torch.tensor([s.parent for s in filled]).repeat_interleave(counts).to(device)
@@ -61,13 +60,12 @@ class PackedFlex:
         partial = _ordered(some & ~every)
         full = _ordered(every)
         self.mask = BlockMask.from_kv_blocks(
-            *partial, *full, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(self.total + extra,) * 2
+            *partial, *full, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(self.total + self.extra,) * 2
         ).to(device)
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Attention within each segment and what it continues, [T, H, d]."""
-        extra = -self.total % TILE
-        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, extra)).transpose(0, 1)[None] for x in (q_THd, k_TKd, v_TKd))
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, self.extra)).transpose(0, 1)[None] for x in (q_THd, k_TKd, v_TKd))
         out = _flex_attention(compiled=q.is_cuda)(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)[: self.total]
 
