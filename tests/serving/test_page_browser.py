@@ -62,6 +62,7 @@ def opened(browser: Any, serve: Callable[..., Any]) -> Iterator[Open]:
         page.goto(serve(app).url)
         if ready:
             page.wait_for_selector(".welcome")
+            wait_for_models(page)
         return page
 
     yield start
@@ -70,7 +71,13 @@ def opened(browser: Any, serve: Callable[..., Any]) -> Iterator[Open]:
     assert complaints == []
 
 
+def wait_for_models(page: Page) -> None:
+    """The page shows itself before it knows them, and sends nothing until then."""
+    page.wait_for_selector("#s-model option", state="attached")
+
+
 def send(page: Page, text: str, *, wait: str = "[data-do=regenerate]") -> None:
+    wait_for_models(page)
     page.fill("#message", text)
     page.keyboard.press("Enter")
     page.wait_for_selector(wait)
