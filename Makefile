@@ -6,7 +6,6 @@
 PYTHON ?= python3
 ARGS   ?=
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip --disable-pip-version-check
 # Two processes: most tests are small and run on one thread each. make test WORKERS=8 on a larger machine.
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
@@ -22,31 +21,19 @@ help:
 	@echo "make check     ruff, pyright, import-linter, then the default test suite"
 	@echo "make bench     speed: roofline, scaling, exactness, serving, and the comparison with TRL (hours on two cores)"
 	@echo "make .venv     set up only"
-	@echo "make lock      resolve requirements/ anew (for maintainers)"
+	@echo "make lock      write requirements/ anew (for maintainers; ARGS=--upgrade takes the newest versions)"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 .venv: .venv/.ready
 
-.venv/.ready: requirements/torch.txt requirements/build.txt requirements/locked.txt requirements/compiled.txt pyproject.toml
+.venv/.ready: requirements/torch.txt requirements/build.txt requirements/locked.txt requirements/compiled.txt pyproject.toml scripts/set_up.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "upslope needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
-	@test -x $(BIN)/python || { echo "== .venv: making the environment"; $(PYTHON) -m venv .venv; } \
-		|| { rm -rf .venv; echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
-	@echo "== .venv: torch (with its CUDA libraries it is several GB; a CPU build is some 200 MB)"
-	@sed -n 's/^\([a-z0-9].*==[^\\]*\) \\$$/\1/p' requirements/locked.txt requirements/build.txt > .venv/constraints.txt
-	@$(PIP) install --quiet -c .venv/constraints.txt -r requirements/torch.txt
-	@echo "== .venv: the pinned parts"
-	@$(PIP) install --quiet --require-hashes --no-deps -r requirements/build.txt
-	@$(PIP) install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517 -r requirements/locked.txt
-	@$(BIN)/python scripts/can_compile.py \
-		&& $(PIP) install --quiet --require-hashes --no-deps --no-build-isolation --use-pep517 -r requirements/compiled.txt \
-		|| echo "== .venv: no C compiler with Python headers, so the few puzzles of reasoning-gym that need one are left out"
-	@$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	@$(PYTHON) scripts/set_up.py
 	@touch $@
-	@echo "== .venv: ready"
 
 .venv/.ready-check: .venv/.ready requirements/check.txt
-	@echo "== .venv: the checkers"
-	@$(PIP) install --quiet --require-hashes --no-deps -r requirements/check.txt
+	@echo "== the checkers: ruff and pyright"
+	@$(BIN)/python -m pip --disable-pip-version-check install -qq --require-hashes --no-deps -r requirements/check.txt
 	@touch $@
 
 demo: .venv/.ready
@@ -73,7 +60,7 @@ bench: .venv/.ready
 	$(BIN)/python benchmarks/vs_trl.py --json
 
 lock:
-	$(PYTHON) scripts/lock.py
+	$(PYTHON) scripts/lock.py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

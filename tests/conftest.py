@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process, before torch is imported, and for its children
 
@@ -18,6 +21,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+NO_BROWSER = "neither chromium nor google-chrome is installed"
 
 hypothesis.settings.register_profile("upslope", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("upslope")
@@ -49,3 +53,32 @@ def smollm2_folder() -> Path:
         return resolve("smollm2-135m")
     except ModelError as error:
         pytest.skip(f"the bundled model cannot be had here: {error}")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window, for the tests of pages. UPSLOPE_TEST_BROWSER=required: without one they fail."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if program is None:
+        if os.environ.get("UPSLOPE_TEST_BROWSER") == "required":
+            pytest.fail(f"{NO_BROWSER}, and UPSLOPE_TEST_BROWSER says that one is required")
+        pytest.skip(NO_BROWSER)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
+    """The very last line says how to run the page tests that were skipped for want of a browser."""
+    yield
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    pages = sum(NO_BROWSER in str(report.longrepr) for report in skipped)
+    if pages:
+        reporter.write_line(
+            f"{pages} page tests were skipped because {NO_BROWSER}; to run them: apt install chromium, then make test"
+        )

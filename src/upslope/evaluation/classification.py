@@ -1,13 +1,13 @@
-"""Measures of labels per text and tags per word, as plain dictionaries and as text. scikit-learn and seqeval count.
+"""Measures of labels per text and tags per word, as plain dictionaries and as text. scikit-learn counts the labels.
 
-Accuracy carries Wilson's 95% interval (rows taken as independent). Entities are counted in seqeval's strict mode with
-IOB2: an entity is right when its type and both its ends are.
+Accuracy carries Wilson's 95% interval (rows taken as independent). Entities are counted as CoNLL's shared tasks do, in
+strict IOB2 (the package seqeval's name for it): an entity is right when its type and both its ends are.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -16,7 +16,7 @@ from upslope.errors import DataError
 from upslope.evaluation.intervals import wilson
 from upslope.extras import require
 
-__all__ = ["TOKEN_TITLE", "classification_report", "entity_report", "format_report", "token_report"]
+__all__ = ["TOKEN_TITLE", "classification_report", "entities_of", "entity_report", "format_report", "token_report"]
 
 AVERAGES = ("micro", "macro", "weighted")
 TOKEN_TITLE = "token level, includes O"
@@ -57,6 +57,23 @@ def token_report(
     return {"title": TOKEN_TITLE, **report}
 
 
+def entities_of(tags: Sequence[str]) -> set[tuple[int, int, str]]:
+    """The entities in one sentence's IOB2 tags as (first word, word after the last, type).
+
+    B-X begins one and the I-X right behind it go on with it; an I-X that continues nothing is no entity.
+    """
+    found = set()
+    start = kind = None
+    for index, tag in enumerate([*tags, "O"]):
+        prefix, _, name = tag.partition("-")
+        if start is not None and not (prefix == "I" and name == kind):
+            found.add((start, index, kind))
+            start = None
+        if prefix == "B":
+            start, kind = index, name
+    return found
+
+
 def entity_report(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, Any]:
     """Precision, recall, F1 and support of whole entities, per type and averaged (strict, IOB2).
 
@@ -64,22 +81,20 @@ def entity_report(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
     no entity. Where there is no entity in a type's denominator the measure is 0.
     """
     _check_sentences(truth, predicted)
-    measure = require("eval", "seqeval.metrics.v1")
-    scheme = require("eval", "seqeval.scheme").IOB2
-    shared = {"scheme": scheme, "zero_division": 0}
-    pair = [list(x) for x in truth], [list(x) for x in predicted]
-    entities = require("eval", "seqeval.scheme").Entities
-    names = sorted(entities(pair[0], scheme).unique_tags | entities(pair[1], scheme).unique_tags)
-    rows, averages = {}, {}
-    if names:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tags a model predicts out of order are no news here
-            rows = _table(names, measure.precision_recall_fscore_support(*pair, average=None, **shared))
-            for average in AVERAGES:
-                values = measure.precision_recall_fscore_support(*pair, average=average, **shared)
-                averages[average] = _row(*values[:3], sum(r["support"] for r in rows.values()))
-    else:
-        averages = {average: _row(0.0, 0.0, 0.0, 0) for average in AVERAGES}
+    right, said, gold = Counter[str](), Counter[str](), Counter[str]()
+    for true_tags, said_tags in zip(truth, predicted, strict=True):
+        true_entities, said_entities = entities_of(true_tags), entities_of(said_tags)
+        gold.update(kind for *_, kind in true_entities)
+        said.update(kind for *_, kind in said_entities)
+        right.update(kind for *_, kind in true_entities & said_entities)
+    rows = {kind: _counted(right[kind], said[kind], gold[kind]) for kind in sorted(said | gold)}
+    averages = {"micro": _counted(right.total(), said.total(), gold.total())}
+    for average, weights in (("macro", [1] * len(rows)), ("weighted", [row["support"] for row in rows.values()])):
+        parts = [
+            sum(row[name] * w for row, w in zip(rows.values(), weights, strict=True)) / (sum(weights) or 1)
+            for name in ("precision", "recall", "f1")
+        ]
+        averages[average] = _row(*parts, gold.total())
     return {"title": "entity level, strict IOB2", "labels": rows, "averages": averages}
 
 
@@ -118,6 +133,11 @@ def _averages(metrics: Any, truth: Sequence[str], predicted: Sequence[str], name
 
 def _table(names: Sequence[str], columns: Any) -> dict[str, Any]:
     return {name: _row(*values) for name, *values in zip(names, *columns, strict=True)}
+
+
+def _counted(right: int, said: int, gold: int) -> dict[str, Any]:
+    """Precision, recall and F1 from counts; 0 where there is nothing to divide by."""
+    return _row(right / (said or 1), right / (gold or 1), 2 * right / (said + gold or 1), gold)
 
 
 def _row(precision: float, recall: float, f1: float, support: int) -> dict[str, Any]:

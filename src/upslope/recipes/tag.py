@@ -109,7 +109,6 @@ class Tag(EncoderLearner):
 
 def _prepare(options: TagOptions, start: Start | None) -> tuple[Tag, Data]:
     require("eval", "sklearn")
-    require("eval", "seqeval")
     train_rows, dev_rows, test_rows = read_splits(options)
     labels = labels_of(train_rows, options.data)
     check_known(dev_rows, labels)

@@ -1,0 +1,110 @@
+"""Fill an environment with the pinned parts of requirements/ and with upslope itself: what `make .venv` does.
+
+Six lines say where it is. What pip says goes to set-up.log in the environment, and is shown in full when a step fails.
+Standard library only, because it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PINNED = ("--require-hashes", "--no-deps", "--no-build-isolation", "--use-pep517")
+
+
+class Failed(Exception):
+    """A step did not succeed; the text is all that the command printed."""
+
+
+def main() -> None:
+    """Make or mend .venv."""
+    folder, requirements = ROOT / ".venv", ROOT / "requirements"
+    begun = time.monotonic()
+    try:
+        say(1, f"an environment for Python {sys.version_info[0]}.{sys.version_info[1]} in .venv")
+        python = environment(folder)
+        torch = next(line for line in (requirements / "torch.txt").read_text().splitlines() if line.startswith("torch"))
+        say(2, f"{torch} (some 200 MB as a build for CPUs; with CUDA libraries several GB)")
+        (folder / "constraints.txt").write_text("".join(f"{pin}\n" for pin in pins(requirements)))
+        pip(python, "-c", str(folder / "constraints.txt"), "-r", str(requirements / "torch.txt"))
+        say(3, f"{len(pins(requirements))} pinned parts, each checked against its hash")
+        pinned_parts(python, requirements)
+        if can_compile():
+            say(4, "the parts in C that are compiled here")
+            compiled_parts(python, requirements)
+        else:
+            say(4, "no C compiler with Python's headers: a few puzzles of reasoning-gym are left out")
+        say(5, "upslope itself, from src/")
+        pip(python, "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+    except Failed as failure:
+        print(failure, file=sys.stderr)
+        sys.exit("== set-up failed: the reason is above; when it is mended, run the same command again, it goes on")
+    except KeyboardInterrupt:
+        sys.exit("\n== set-up stopped; the same command goes on")
+    say(6, f"ready after {time.monotonic() - begun:.0f} s")
+
+
+def say(step: int, what: str) -> None:
+    """One line of progress."""
+    print(f"== set-up {step}/6: {what}", flush=True)
+
+
+def environment(folder: Path) -> Path:
+    """The Python of the environment in `folder`, which is made where it is missing or broken."""
+    python = folder / "bin" / "python"
+    if python.exists() and subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode == 0:
+        return python
+    try:
+        venv.create(folder, clear=True, with_pip=True, symlinks=True)
+    except (subprocess.CalledProcessError, ImportError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        said = getattr(error, "output", None) or b""
+        remedy = "this Python cannot make environments; on Debian and Ubuntu: apt install python3-venv"
+        raise Failed(f"{said.decode(errors='replace')}{error}\n{remedy}") from error
+    except OSError as error:
+        raise Failed(f"{folder}: {error}") from error
+    return python
+
+
+def pinned_parts(python: Path, requirements: Path) -> None:
+    """Everything but torch: first what builds the parts that come as source, then all the rest."""
+    pip(python, *PINNED, "-r", str(requirements / "build.txt"))
+    pip(python, *PINNED, "-r", str(requirements / "locked.txt"))
+
+
+def compiled_parts(python: Path, requirements: Path) -> None:
+    """What has to be compiled and can be done without."""
+    pip(python, *PINNED, "-r", str(requirements / "compiled.txt"))
+
+
+def pip(python: Path, *arguments: str) -> None:
+    """`pip install` into that Python's environment; Failed with all that pip said where it fails."""
+    command = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    with (python.parent.parent / "set-up.log").open("a", encoding="utf-8") as log:
+        log.write(f"$ pip install {' '.join(arguments)}\n{done.stdout}")
+    if done.returncode:
+        raise Failed(done.stdout)
+
+
+def pins(requirements: Path) -> list[str]:
+    """The pins (`name==version`, with their markers) of build.txt and locked.txt, without hashes."""
+    text = "".join((requirements / name).read_text() for name in ("build.txt", "locked.txt"))
+    return re.findall(r"^([a-z0-9][^\\\n]*==[^\\\n]*?) \\$", text, re.MULTILINE)
+
+
+def can_compile() -> bool:
+    """Whether a C compiler is on the path and Python.h where this interpreter expects it."""
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()[0]
+    return shutil.which(compiler) is not None and (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file()
+
+
+if __name__ == "__main__":
+    main()
