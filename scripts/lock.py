@@ -28,6 +28,7 @@ import venv
 from pathlib import Path
 
 import set_up
+import stranger
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "requirements"
@@ -181,14 +182,12 @@ def check_wheels(tools: Path, work: Path, pins: Pins, sources: set[str]) -> None
 
 def install_from_nothing(work: Path, requirements: Path) -> None:
     """Stop unless the files install, in the set-up's own way, into an empty environment without any cache."""
-    for name in [name for name in os.environ if name.startswith("PIP_") and name not in ("PIP_CERT", "PIP_INDEX_URL")]:
-        del os.environ[name]
-    os.environ["PIP_NO_CACHE_DIR"] = "1"
+    python, variables = work / "empty" / "bin" / "python", stranger.environment(work)
     try:
-        python = set_up.environment(work / "empty")
-        set_up.pinned_parts(python, requirements)
+        set_up.environment(work / "empty")
+        set_up.pinned_parts(python, requirements, variables)
         if set_up.can_compile():
-            set_up.compiled_parts(python, requirements)
+            set_up.compiled_parts(python, requirements, variables)
     except set_up.Failed as failure:
         raise SystemExit(f"no lock was written; it does not install from nothing:\n{failure}") from None
 

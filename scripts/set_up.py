@@ -1,6 +1,6 @@
 """Fill an environment with the pinned parts of requirements/ and with upslope itself: what `make .venv` does.
 
-Six lines say where it is. What pip says goes to set-up.log in the environment, and is shown in full when a step fails.
+Six lines say where it is. What pip says goes to set-up.log in the environment, and is shown when a step fails.
 Standard library only, because it runs before anything is installed.
 """
 
@@ -13,9 +13,12 @@ import sys
 import sysconfig
 import time
 import venv
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+IDLE = re.compile(r"WARNING: Location .* is ignored")  # pip says it once for every part and every unused folder
+Variables = Mapping[str, str] | None
 PINNED = ("--require-hashes", "--no-deps", "--no-build-isolation", "--use-pep517")
 
 
@@ -73,25 +76,30 @@ def environment(folder: Path) -> Path:
     return python
 
 
-def pinned_parts(python: Path, requirements: Path) -> None:
+def pinned_parts(python: Path, requirements: Path, variables: Variables = None) -> None:
     """Everything but torch: first what builds the parts that come as source, then all the rest."""
-    pip(python, *PINNED, "-r", str(requirements / "build.txt"))
-    pip(python, *PINNED, "-r", str(requirements / "locked.txt"))
+    pip(python, *PINNED, "-r", str(requirements / "build.txt"), variables=variables)
+    pip(python, *PINNED, "-r", str(requirements / "locked.txt"), variables=variables)
 
 
-def compiled_parts(python: Path, requirements: Path) -> None:
+def compiled_parts(python: Path, requirements: Path, variables: Variables = None) -> None:
     """What has to be compiled and can be done without."""
-    pip(python, *PINNED, "-r", str(requirements / "compiled.txt"))
+    pip(python, *PINNED, "-r", str(requirements / "compiled.txt"), variables=variables)
 
 
-def pip(python: Path, *arguments: str) -> None:
-    """`pip install` into that Python's environment; Failed with all that pip said where it fails."""
+def pip(python: Path, *arguments: str, variables: Variables = None) -> None:
+    """`pip install` into that Python's environment; Failed with what pip said where it fails.
+
+    variables: the environment variables; None: this process's own.
+    """
     command = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace")
+    done = subprocess.run(
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
+    )
     with (python.parent.parent / "set-up.log").open("a", encoding="utf-8") as log:
         log.write(f"$ pip install {' '.join(arguments)}\n{done.stdout}")
     if done.returncode:
-        raise Failed(done.stdout)
+        raise Failed("\n".join(line for line in done.stdout.splitlines() if not IDLE.match(line)))
 
 
 def pins(requirements: Path) -> list[str]:

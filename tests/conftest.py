@@ -20,6 +20,9 @@ import numpy as np
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton, whose own helpers read it, too
+
 ROOT = Path(__file__).resolve().parent.parent
 NO_BROWSER = "neither chromium nor google-chrome is installed"
 

@@ -93,10 +93,8 @@ CALLS = {
 @pytest.mark.parametrize(("heads", "kv_heads", "d"), [(4, 4, 8), (6, 2, 24), (7, 1, 64), (9, 3, 128)])
 @pytest.mark.parametrize("call", CALLS)
 def test_cached_attention_against_the_definition(
-    call: str, heads: int, kv_heads: int, d: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    call: str, heads: int, kv_heads: int, d: int, dtype: torch.dtype
 ) -> None:
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the kernel's module is first imported
     starts, counts = CALLS[call]
     spec = ModelSpec(
         num_layers=1, num_heads=heads, num_kv_heads=kv_heads, head_dim=d, hidden_size=1, vocab_size=1, max_positions=1
