@@ -54,7 +54,7 @@ class Sentiment(Task):
         check_split("train", 0, eval_fraction)
         self.target: Literal["positive", "negative"] = target  # pyright: ignore[reportAttributeAccessIssue]
         self.openings, self.divided = openings, bool(openings)
-        self.chat = chat
+        self.chat, self.open_ended = chat, not chat
         self.eval_fraction = eval_fraction
         self._analyzer: Any = None
         require("tasks", "vaderSentiment")
