@@ -26,9 +26,10 @@ from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
 from upslope.rollout.in_process import Surroundings
-from upslope.rollout.judge import reward_metrics
+from upslope.rollout.judge import Scorer, reward_metrics
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
+from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.training.experience import Experience
 from upslope.training.optim import Group
@@ -43,6 +44,7 @@ __all__ = [
     "rollout_metrics",
     "room_for_activations",
     "samples_on_policy",
+    "scorer_of",
 ]
 
 _STORED = {"old_logp": "trainer_logprobs", "ref_logp": "ref_logprobs", "targets": "returns"}
@@ -62,13 +64,7 @@ class PolicyGradient:
         self.options, self.policy = options, policy
         self.run: Run | None = None
         self.task = load_task(options.task)
-        self.judge = make_scorer(
-            self.task,
-            options.reward,
-            processes=options.reward_workers,
-            timeout_s=options.reward_timeout,
-            surroundings=Surroundings(policy.tokenizer, policy.model.device, policy.folder),
-        )
+        self.judge = scorer_of(options, policy, self.task)
         self.train_prompts = self.task.prompts("train", options.num_train_prompts, seed=options.seed)
         self.eval_prompts = self.task.prompts("eval", options.eval_samples, seed=0) if options.eval_samples else []
         self.order = PromptStream(len(self.train_prompts), seed=options.seed)
@@ -274,6 +270,17 @@ class PolicyGradient:
     def close(self) -> None:
         """End the reward workers."""
         self.judge.__exit__(None, None, None)
+
+
+def scorer_of(options: RLOptions, policy: Policy, task: Task) -> Scorer:
+    """What judges the run's completions."""
+    return make_scorer(
+        task,
+        options.reward,
+        processes=options.reward_workers,
+        timeout_s=options.reward_timeout,
+        surroundings=Surroundings(policy.tokenizer, policy.model.device, policy.folder),
+    )
 
 
 def samples_on_policy(options: RLOptions, policy: Policy) -> bool:
