@@ -22,6 +22,7 @@ from upslope.functional.policy_losses import importance_weights
 from upslope.models.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
+from upslope.recipes.held_out import tell_task
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
@@ -67,6 +68,7 @@ class PolicyGradient:
         self.judge = scorer_of(options, policy, self.task)
         self.train_prompts = self.task.prompts("train", options.num_train_prompts, seed=options.seed)
         self.eval_prompts = self.task.prompts("eval", options.eval_samples, seed=0) if options.eval_samples else []
+        tell_task(self.task, options.eval_samples)
         self.order = PromptStream(len(self.train_prompts), seed=options.seed)
         self.queue = RolloutQueue(options.rollout_lag, self.train_prompts)
         self.optimizer = make_optimizer(policy, options, list(extra))
