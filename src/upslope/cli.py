@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import Any
+from typing import Any, get_origin
 
 from upslope.config import Setting, build, from_text, hints_of, read_toml
 from upslope.errors import ConfigError, RunError, UpslopeError
@@ -126,7 +126,7 @@ def overview() -> str:
 
 def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
     """The options of verb `name` from its arguments, or None when help was asked for (and printed)."""
-    words, files, flags = _scan(name, options_class, arguments)
+    words, files, flags, lists = _scan(name, options_class, arguments)
     settings: dict[str, Setting] = {}
     for file in [*_file_of_resumed_run(words), *files]:
         settings.update(read_toml(options_class, file))
@@ -134,7 +134,8 @@ def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
         _tyro(name, options_class, ["--help"], _defaults(options_class, settings))
         return None
     given = _tyro(name, options_class, words, _defaults(options_class, settings))
-    settings |= {key: Setting(getattr(given, key), f"--{_kebab(key)}") for key in flags}
+    values = {key: tuple(lists[key]) if key in lists else getattr(given, key) for key in flags}
+    settings |= {key: Setting(value, f"--{_kebab(key)}") for key, value in values.items()}
     return build(options_class, settings)
 
 
@@ -151,15 +152,19 @@ def _file_of_resumed_run(words: Sequence[str]) -> list[str]:
     return [path]
 
 
-def _scan(name: str, options_class: type[Any], arguments: Sequence[str]) -> tuple[list[str], list[str], list[str]]:
+def _scan(
+    name: str, options_class: type[Any], arguments: Sequence[str]
+) -> tuple[list[str], list[str], list[str], dict[str, list[Any]]]:
     """Split off --config, check every flag's name, and spell values as tyro wants them.
 
-    Returns the words for tyro, the files of --config, and the names of the options that were set.
+    Returns the words for tyro, the files of --config, the names of the options that were set, and the values of lists.
+    These tyro does not see: of a list given in parts (--reward a --reward b) it would take the last part.
     """
     hints = hints_of(options_class)
     words: list[str] = []
     files: list[str] = []
     flags: list[str] = []
+    lists: dict[str, list[Any]] = {}
     queue = list(arguments)
     while queue:
         word = queue.pop(0)
@@ -167,7 +172,10 @@ def _scan(name: str, options_class: type[Any], arguments: Sequence[str]) -> tupl
             words.append("--help")
             continue
         if not word.startswith("--") and word != "-c":
-            words.append(_checked(flags[-1], word, hints) if flags else word)
+            if flags and flags[-1] in lists:
+                lists[flags[-1]].append(from_text(flags[-1], word, hints[flags[-1]], f"--{_kebab(flags[-1])}"))
+            else:
+                words.append(_checked(flags[-1], word, hints) if flags else word)
             continue
         flag, equals, value = word.partition("=")
         key = flag.lstrip("-").replace("-", "_")
@@ -185,11 +193,16 @@ def _scan(name: str, options_class: type[Any], arguments: Sequence[str]) -> tupl
             known = [f"--{_kebab(other)}" for other in [*hints, "config", "help"]]
             raise ConfigError(f"unknown option {flag!r} for upslope {name}{_or_all(flag, known, all_of='')}")
         flags.append(key)
+        if get_origin(hints[key]) is tuple:
+            own = lists.setdefault(key, [])
+            if equals:
+                own.append(from_text(key, value, hints[key], f"--{_kebab(key)}"))
+            continue
         if hints[key] is bool and (equals or (queue and queue[0].lower() in {"true", "false"})):
             words.append(_boolean(key, value if equals else queue.pop(0)))
             continue
         words.append(f"--{_kebab(key)}" + (f"={_checked(key, value, hints)}" if equals else ""))
-    return words, files, flags
+    return words, files, flags, lists
 
 
 def _checked(key: str, word: str, hints: dict[str, Any]) -> str:

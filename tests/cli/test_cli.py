@@ -149,6 +149,12 @@ def test_a_flag_repairs_a_bad_value_of_the_file(tmp_path: Path) -> None:
         (["--whiten_advantages=true"], "whiten_advantages", True),
         (["--reward", "a", "b:n=1@0.5"], "reward", ("a", "b:n=1@0.5")),
         (["--reward"], "reward", ()),
+        (
+            ["--reward", "task", "--reward", "length:target=4@2", "--seed", "3", "--reward=x.py:f", "y"],
+            "reward",
+            ("task", "length:target=4@2", "x.py:f", "y"),
+        ),
+        (["--reward=--odd", "--reward", "b"], "reward", ("--odd", "b")),
         (["--patience", "None"], "patience", None),
         (["--epsilon-high", "none"], "epsilon_high", None),
         (["--target", "-0.5"], "target", -0.5),

@@ -394,7 +394,9 @@ def test_a_failed_greedy_reply_leaves_its_prompt_out(tiny: Path, task: str, tmp_
 
 
 def test_dry_run_and_plan(tiny: Path, task: str, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ReinforceOptions(model=str(tiny), task=task, baseline="learned", num_train_prompts=40, json=True)
+    options = ReinforceOptions(
+        model=str(tiny), task=task, baseline="learned", num_train_prompts=40, eval_samples=9, json=True
+    )
     assert show_policy_gradient("reinforce", options) == 0
     said = json.loads(capsys.readouterr().out)
     assert any("critic is a head" in line for line in said["plan"]["words"])

@@ -45,7 +45,7 @@ def test_one_file_is_divided_by_content(task) -> None:
     held_out = set().union(*(texts(task.prompts("eval", 20, seed=seed)) for seed in range(5)))
     assert not train & held_out
     assert task.prompts("train", 10, seed=1) == task.prompts("train", 20, seed=1)[:10]
-    with pytest.raises(DataError, match="distinct eval prompts"):
+    with pytest.raises(DataError, match="35 distinct eval rows exist where 150"):
         task.prompts("eval", 150, seed=0)
 
 
@@ -56,6 +56,28 @@ def test_two_files_and_rows_in_both_are_not_trained_on(tmp_path: Path) -> None:
     assert not texts(task.prompts("train", 25, seed=0)) & texts(task.prompts("eval", 10, seed=7))
     with pytest.raises(DataError, match="25 distinct train rows exist where 26"):
         task.prompts("train", 26, seed=0)
+
+
+def test_a_held_out_file_is_held_out_whole_and_never_trained_on(tmp_path: Path) -> None:
+    path = write(tmp_path / "test.jsonl", 40)
+    path.write_text(path.read_text() + path.read_text().splitlines()[0] + "\n")  # a row twice is one question
+    task = load_task("gsm8k", eval_path=str(path))
+    assert (task.size("eval"), task.size("train"), task.divided) == (40, 0, False)
+    assert texts(task.prompts("eval", 40, seed=3)) == {f"Ann has {i} eggs and buys 2. How many?" for i in range(40)}
+    assert task.prompts("eval", 40, seed=3) != task.prompts("eval", 40, seed=4)
+    with pytest.raises(DataError, match=r"test\.jsonl is held out and there is no path to train on; add path="):
+        task.prompts("train", 1, seed=0)
+    with pytest.raises(DataError, match=r"40 distinct eval rows exist where 41 were asked for; ask for fewer$"):
+        task.prompts("eval", 41, seed=0)
+
+
+def test_sizes_are_what_can_be_asked_for(task, tmp_path: Path) -> None:
+    assert task.divided
+    assert task.size("train") + task.size("eval") == 200
+    for split in ("train", "eval"):
+        assert len(task.prompts(split, task.size(split), seed=0)) == task.size(split)
+        with pytest.raises(DataError):
+            task.prompts(split, task.size(split) + 1, seed=0)
 
 
 def test_demonstrations_earn_the_reward(task) -> None:

@@ -139,3 +139,11 @@ def test_rubbish_is_judged() -> None:
     for text in ("", "\x00", "\ud800", "a " * 5000):
         (reward,) = task.rewards([prompt], [text])
         assert 0.0 <= (reward.value or 0.0) <= 1.0
+
+
+def test_a_held_out_file_may_stand_alone_and_is_measured_whole(tmp_path: Path) -> None:
+    task = load_task("pairs", eval_path=write(tmp_path / "test.jsonl", [pair(i) for i in range(30)]))
+    assert (task.size("eval"), task.size("train"), task.divided) == (30, 0, False)
+    assert {p.text for p in task.prompts("eval", 30, seed=0)} == {f"source {i}" for i in range(30)}
+    with pytest.raises(DataError, match=r"test.jsonl is held out and there is no path to train on"):
+        task.prompts("train", 1, seed=0)

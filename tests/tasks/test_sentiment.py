@@ -66,3 +66,16 @@ def test_own_openings_and_chat(tmp_path: Path) -> None:
         load_task(f"sentiment:openings={tmp_path / 'none.txt'}").prompts("train", 1, seed=0)
     with pytest.raises(DataError, match="no demonstrations"):
         task.demonstration(prompt)
+
+
+def test_the_size_is_what_can_be_asked_for(tmp_path: Path) -> None:
+    file = tmp_path / "openings.txt"
+    file.write_text("\n".join([*(f"Opening {i} was" for i in range(60)), "opening 3  was"]))
+    task = load_task("sentiment", openings=str(file))
+    assert task.divided
+    assert not POSITIVE.divided
+    assert (POSITIVE.size("train") + POSITIVE.size("eval"), task.size("train") + task.size("eval")) == (300, 60)
+    for split in ("train", "eval"):
+        assert len(task.prompts(split, task.size(split), seed=0)) == task.size(split)
+        with pytest.raises(DataError):
+            task.prompts(split, task.size(split) + 1, seed=0)

@@ -11,7 +11,7 @@ from upslope.data.labels import TaggedSentence, read_conll, read_labelled
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure
-from upslope.evaluation.measurement import Measurement
+from upslope.evaluation.measurement import Measurement, out_of
 from upslope.evaluation.metrics import Texts, measure
 from upslope.options import TagOptions
 from upslope.recipes.classify import load_classifier
@@ -37,7 +37,7 @@ def measure_encoder(kind: Kind, folder: Path, inputs: Inputs) -> list[Measuremen
             named = wrong[0] if wrong else "judge" if o.judge is not None else "samples"
             raise ConfigError(f"{folder.name} is a {kind}, which gives labels: {named} is about texts")
         texts = _labelled(folder, inputs) if kind == "classifier" else _tagged(folder, inputs)
-        found += measure(o.metrics, texts)
+        found += out_of(measure(o.metrics, texts), inputs.available[str(o.data)])
     if o.benchmark:
         classifier = load_classifier(str(folder), dtype=o.dtype)
         for spec in o.benchmark:
@@ -47,7 +47,7 @@ def measure_encoder(kind: Kind, folder: Path, inputs: Inputs) -> list[Measuremen
 
 def _labelled(folder: Path, inputs: Inputs) -> Texts:
     o = inputs.options
-    rows = read_labelled(str(o.data))[: o.limit]
+    rows = inputs.first(str(o.data), read_labelled(str(o.data)))
     classifier = load_classifier(str(folder), dtype=o.dtype)
     logits = classifier.logits(rows)
     said = [classifier.labels[max(range(len(row)), key=row.__getitem__)] for row in logits]
@@ -56,7 +56,7 @@ def _labelled(folder: Path, inputs: Inputs) -> Texts:
 
 def _tagged(folder: Path, inputs: Inputs) -> Texts:
     o = inputs.options
-    rows = read_conll(str(o.data))[: o.limit]
+    rows = inputs.first(str(o.data), read_conll(str(o.data)))
     said = _tags_of(folder, [row.words for row in rows], o.dtype)
     return Texts(str(o.data), said, [(" ".join(row.tags),) for row in rows], [row.where for row in rows])
 

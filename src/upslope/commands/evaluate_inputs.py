@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from upslope.data.kinds import Record
 from upslope.data.records import read_records
@@ -27,6 +27,7 @@ from upslope.types import Prompt
 __all__ = ["Inputs", "Kind", "check_kind", "kind_of", "progress"]
 
 TASK_PROBLEMS = 200
+Row = TypeVar("Row")
 Kind = Literal["language model", "classifier", "tagger", "reward model"]
 
 _MEASURED: dict[Kind, tuple[str, ...]] = {
@@ -38,10 +39,14 @@ _MEASURED: dict[Kind, tuple[str, ...]] = {
 
 
 class Inputs:
-    """The files that the options name; each is read when first asked for."""
+    """The files that the options name; each is read when first asked for.
+
+    `available` says how many rows each of them holds, of which --limit may take a part.
+    """
 
     def __init__(self, options: EvalOptions) -> None:
         self.options = options
+        self.available: dict[str, int] = {}
         self.language = re.split("[-_]", options.language.lower())[0]
         check_metrics(options.metrics, self.language)
         if options.rescore:
@@ -62,24 +67,36 @@ class Inputs:
     @cached_property
     def samples(self) -> list[Sample]:
         """Of --data."""
-        return read_samples(str(self.options.data), limit=self.options.limit)
+        return self.first(str(self.options.data), read_samples(str(self.options.data)))
 
     @cached_property
     def nbest(self) -> list[NBest]:
         """Of --rescore."""
-        return read_nbest(self.options.rescore, limit=self.options.limit) if self.options.rescore else []
+        path = self.options.rescore
+        return self.first(path, read_nbest(path)) if path else []
 
     @cached_property
     def tasks(self) -> list[tuple[str, Task, list[Prompt]]]:
-        """Of --task: its spec, the task, its held-out problems."""
-        loaded = [(spec, load_task(spec)) for spec in self.options.task]
-        n, seed = self.options.limit or TASK_PROBLEMS, self.options.seed
-        return [(spec, task, task.prompts("eval", n, seed=seed)) for spec, task in loaded]
+        """Of --task: its spec, the task, its held-out problems: all there are, where the task can say."""
+        limit, found = self.options.limit, []
+        for spec in self.options.task:
+            task = load_task(spec)
+            size = task.size("eval")
+            n = (limit or TASK_PROBLEMS) if size is None else max(1, min(limit or size, size))
+            prompts = task.prompts("eval", n, seed=self.options.seed)
+            self.available[spec] = len(prompts) if size is None else size
+            found.append((spec, task, prompts))
+        return found
 
     @cached_property
     def preferences(self) -> dict[str, list[Record]]:
         """Of --preferences, by file."""
-        return {path: read_records(path)[: self.options.limit] for path in self.options.preferences}
+        return {path: self.first(path, read_records(path)) for path in self.options.preferences}
+
+    def first(self, source: str, rows: Sequence[Row]) -> list[Row]:
+        """The rows that --limit lets through."""
+        self.available[source] = len(rows)
+        return list(rows[: self.options.limit])
 
     def texts(self, hypotheses: Sequence[str]) -> Texts:
         """Answers to --data, ready to be judged."""

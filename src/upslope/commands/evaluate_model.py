@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.judge import Comparison, Judge, win_rate
-from upslope.evaluation.measurement import Measurement
+from upslope.evaluation.measurement import Measurement, out_of
 from upslope.evaluation.metrics import measure
 from upslope.evaluation.perplexity import perplexity
 from upslope.evaluation.preferences import reward_accuracy
@@ -27,6 +28,7 @@ from upslope.rollout.collect import collect
 from upslope.rollout.reward_model import load_reward_model
 from upslope.rollout.workers import make_scorer
 from upslope.runs.atomic import write_atomic
+from upslope.tasks.base import SPLITS, Task
 from upslope.types import Completion, Message, SamplingParams
 
 __all__ = ["KEY_VARIABLE", "Measured", "judge_answers", "measure_language_model", "measure_reward_model"]
@@ -57,7 +59,11 @@ def measure_reward_model(folder: Path, inputs: Inputs) -> Measured:
         policy_folder=folder,
     )
     seed = inputs.options.seed
-    return [reward_accuracy(model, rows, dataset=path, seed=seed) for path, rows in inputs.preferences.items()]
+    return [
+        figure
+        for path, rows in inputs.preferences.items()
+        for figure in out_of([reward_accuracy(model, rows, dataset=path, seed=seed)], inputs.available[path])
+    ]
 
 
 def judge_answers(texts: Sequence[str], inputs: Inputs) -> Measured:
@@ -69,7 +75,7 @@ def judge_answers(texts: Sequence[str], inputs: Inputs) -> Measured:
         name, url = o.judge_at
         with Judge(url, name, api_key=os.environ.get(KEY_VARIABLE)) as judge:
             found.append(win_rate(judge, rows, dataset=str(o.data), seed=o.seed))
-    return found
+    return out_of(found, inputs.available[str(o.data)])
 
 
 def _comparison(sample: Sample, text: str) -> Comparison:
@@ -100,17 +106,16 @@ def _rescored(policy: Policy, inputs: Inputs) -> Measured:
     if o.rescore is None:
         return []
     with progress(f"rescore {o.rescore}", "hypothesis") as shown:
-        return [
-            *rescore(
-                Scorer(policy.model, policy.tokenizer, progress=shown),
-                inputs.nbest,
-                dataset=o.rescore,
-                language=inputs.language,
-                length_normalized=o.length_normalized,
-                weight=o.score_weight,
-                seed=o.seed,
-            )
-        ]
+        found = rescore(
+            Scorer(policy.model, policy.tokenizer, progress=shown),
+            inputs.nbest,
+            dataset=o.rescore,
+            language=inputs.language,
+            length_normalized=o.length_normalized,
+            weight=o.score_weight,
+            seed=o.seed,
+        )
+    return out_of(found, inputs.available[o.rescore])
 
 
 def _benchmarks(policy: Policy, inputs: Inputs) -> Measured:
@@ -145,8 +150,16 @@ def _tasks(policy: Policy, inputs: Inputs) -> Measured:
         )
         with make_scorer(task) as judge, progress(f"task {spec}", "completion") as shown:
             groups, _ = collect(_Reporting(engine, shown), policy.tokenizer, judge, prompts, params)
-        found += verdicts(groups, spec)
+        found += _held_out(task, out_of(verdicts(groups, spec), inputs.available[spec]))
     return found
+
+
+def _held_out(task: Task, found: Sequence[Measurement]) -> list[Measurement]:
+    """Of a file that is divided by content, the rows that are held out are a part, too."""
+    sizes = [task.size(split) for split in SPLITS]
+    if not task.divided or None in sizes:
+        return list(found)
+    return [replace(one, detail={**one.detail, "divided": sum(filter(None, sizes))}) for one in found]
 
 
 def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
@@ -158,11 +171,16 @@ def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
     engine = make_engine(policy, sequences=len(tokens), longest=longest, max_batch=64)
     params = SamplingParams(max_tokens=o.max_completion_length, temperature=o.temperature or 0.0, seed=o.seed)
     with progress(f"answers to {o.data}", "completion") as shown:
-        texts = [c.text for c in generate(engine, inputs.samples, tokens, params, on_progress=shown)]
+        completions = generate(engine, inputs.samples, tokens, params, on_progress=shown)
+    texts = [c.text for c in completions]
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, sample_rows(inputs.samples, texts))
-    return judge_answers(texts, inputs)
+    cut = sum(c.finish_reason == "length" for c in completions)
+    return [
+        replace(one, detail={**one.detail, "cut": cut, "completions": len(texts)})
+        for one in judge_answers(texts, inputs)
+    ]
 
 
 class _Reporting:

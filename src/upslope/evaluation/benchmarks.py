@@ -72,8 +72,10 @@ def benchmark_figures(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1")
-    items = _chosen(read_items(spec, split=split), limit, seed)
+    read = read_items(spec, split=split)
+    items = _chosen(read, limit, seed)
     said, detail = _by_likelihood(model, items) if isinstance(model, Scorer) else _by_label(model, items)
+    detail["of"] = len({x.group for x in read.items}) if read.items[0].group else len(read.items)
     if items.broken:
         detail["broken_rows"] = len(items.broken)
     return [

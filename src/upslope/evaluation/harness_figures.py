@@ -28,6 +28,7 @@ def task_figures(name: str, task: Any, results: Mapping[str, Any], seed: int) ->
         interval = _interval(rows, float(value), task.aggregation().get(metric), seed)
         better = results["higher_is_better"].get(name, {}).get(metric)
         detail = {"filter": kind, "num_fewshot": results["n-shot"].get(name, 0), "version": version}
+        detail["of"] = results["n-samples"][name]["original"]
         made.append(Figure(metric, float(value), interval.low, interval.high, len(rows), name, _better(better), detail))
     return made
 
@@ -59,7 +60,7 @@ def group_figures(results: Mapping[str, Any], figures: Sequence[Figure]) -> list
                 if math.isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12):
                     half = math.hypot(*(w * (f.high - f.low) / 2 for w, f in zip(weights, parts, strict=True)))
                     break
-            detail = {"filter": kind, "tasks": len(parts)}
+            detail = {"filter": kind, "tasks": len(parts), "of": sum(f.detail["of"] for f in parts)}
             made.append(Figure(metric, value, value - half, value + half, n, group, parts[0].better, detail))
     return made
 

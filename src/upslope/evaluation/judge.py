@@ -141,10 +141,11 @@ class Judge:
 def win_rate(judge: Judge, rows: Sequence[Comparison], *, dataset: str = "", seed: int = 0) -> Figure:
     """How often the candidates win, ties half, each pair judged in both orders.
 
-    n counts rows with two verdicts. detail: wins, ties, losses (of rows, by their mean), `inconsistent` (rows whose
-    verdict followed the position), `unparsable` and `failed` verdicts with `first_unparsable` and `first_failed`, and
-    `not_judged` rows that have one of these. Interval: Wilson's where every row is won or lost, else the bootstrap
-    over rows. RunError: the judge cannot be reached or refuses; DataError: no rows, or not one was judged.
+    n counts rows with two verdicts. detail: `of` rows in all; wins, ties, losses (of rows, by their mean),
+    `inconsistent` (rows whose verdict followed the position), `unparsable` and `failed` verdicts with
+    `first_unparsable` and `first_failed`, and `not_judged` rows that have one of these. Interval: Wilson's where every
+    row is won or lost, else the bootstrap over rows. RunError: the judge cannot be reached or refuses; DataError: no
+    rows, or not one was judged.
     """
     if not rows:
         raise DataError("there is nothing to compare: no rows")
@@ -173,6 +174,7 @@ def win_rate(judge: Judge, rows: Sequence[Comparison], *, dataset: str = "", see
         inconsistent += {straight.score, swapped.score} <= {0.0, 1.0} and straight.score == swapped.score
     detail: dict[str, Any] = {
         "judge": judge.model,
+        "of": len(rows),
         "wins": sum(s > 0.5 for s in scores),
         "ties": sum(s == 0.5 for s in scores),
         "losses": sum(s < 0.5 for s in scores),

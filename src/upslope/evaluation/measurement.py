@@ -7,8 +7,8 @@ BLEU is not a mean over sentences, but it is a function of sums over sentences, 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from upslope.evaluation.figures import Figure
 from upslope.evaluation.intervals import wilson
 from upslope.evaluation.resampling import bootstrap
 
-__all__ = ["RESAMPLES", "Measurement", "mean_of", "ratio"]
+__all__ = ["RESAMPLES", "Measurement", "mean_of", "out_of", "ratio"]
 
 RESAMPLES = 1000
 
@@ -69,6 +69,14 @@ class Measurement:
         """places in `chosen` -> the value over those items."""
         rows_NK = self.statistics_NK[np.asarray(chosen)]
         return lambda at: float(self.value(rows_NK[at].sum(axis=0)))
+
+
+Measured = TypeVar("Measured", bound=Measurement | Figure)
+
+
+def out_of(found: Sequence[Measured], total: int) -> list[Measured]:
+    """The same, with how many items what was named holds in detail["of"]: a smaller n is a part, and shown as such."""
+    return [replace(one, detail={**one.detail, "of": total}) for one in found]
 
 
 def ratio(sums_K: np.ndarray) -> float:

@@ -46,11 +46,12 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """The documents of one file and what made them: "rows", "file", "lines" or "WikiText articles"."""
+    """Documents of one file, what made them ("rows", "file", "lines", "WikiText articles"), how many the file has."""
 
     source: str
     form: str
     texts: tuple[Document, ...]
+    available: int
 
 
 def read_documents(spec: str, *, limit: int | None = None) -> Documents:
@@ -118,7 +119,7 @@ def _articles(path: str, lines: Sequence[str]) -> list[Document]:
 def _checked(path: str, form: str, documents: list[Document], limit: int | None) -> Documents:
     if not documents:
         raise DataError(f"{path}: holds no documents")
-    return Documents(path, form, tuple(documents[:limit]))
+    return Documents(path, form, tuple(documents[:limit]), len(documents))
 
 
 def count_words(text: str) -> int:
@@ -147,6 +148,8 @@ def perplexity(scorer: Scorer, documents: Documents, *, context: int, stride: in
     _, tokens, words, size = (int(x) for x in statistics_N4.sum(axis=0))
     detail = {
         "documents": len(encoded),
+        "available": documents.available,
+        **({"of": documents.available} if len(encoded) > 1 else {}),
         "form": documents.form,
         "tokens": tokens,
         "words": words,

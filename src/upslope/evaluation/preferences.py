@@ -52,7 +52,7 @@ def reward_accuracy(
             values.append(0.5 if chosen.value == rejected.value else float(chosen.value > rejected.value))
     if not values:
         raise DataError(f"no pair could be scored; the first: {errors[0]}")
-    detail: dict[str, Any] = {"ties": ties, "errors": len(errors)}
+    detail: dict[str, Any] = {"of": len(pairs), "ties": ties, "errors": len(errors)}
     if errors:
         detail["first_error"] = errors[0]
     return Figure("reward_accuracy", *share(values, seed), len(values), dataset, detail=detail)

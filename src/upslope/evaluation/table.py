@@ -71,7 +71,7 @@ def write(results: Sequence[Results], stream: TextIO) -> None:
 def _lines(results: Sequence[Results]) -> Iterator[str]:
     for r in results:
         for figure in r.figures:
-            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={figure.n}"
+            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={_counted(figure)}"
             difference = r.differences.get((figure.dataset, figure.name))
             yield (
                 line if difference is None else f"{line}  difference to {results[0].system} {_shown(difference, True)}"
@@ -87,7 +87,7 @@ def _write_table(results: Sequence[Results], stream: TextIO) -> None:
     for r in results:
         table.add_column(Text(r.system))
     cells: dict[tuple[str, str], dict[int, str]] = {}
-    counts: dict[tuple[str, str], set[int]] = {}
+    counts: dict[tuple[str, str], dict[str, None]] = {}
     arrows: dict[tuple[str, str], str] = {}
     for i, r in enumerate(results):
         for figure in r.figures:
@@ -95,10 +95,10 @@ def _write_table(results: Sequence[Results], stream: TextIO) -> None:
             difference = r.differences.get(key)
             delta = "" if difference is None else f"\n{_shown(difference, True)}"
             cells.setdefault(key, {})[i] = _shown(figure) + delta
-            counts.setdefault(key, set()).add(figure.n)
+            counts.setdefault(key, {})[_counted(figure)] = None
             arrows[key] = "↓" if figure.better == "lower" else "↑"
     for (dataset, name), row in cells.items():
-        n = "/".join(map(str, sorted(counts[dataset, name])))
+        n = "\n".join(counts[dataset, name])
         columns = (Text(row.get(i, "-")) for i in range(len(results)))
         table.add_row(Text(dataset), Text(f"{name} {arrows[dataset, name]}"), n, *columns)
     Console(file=stream).print(table)
@@ -117,19 +117,56 @@ def _shown(figure: Figure, signed: bool = False) -> str:
     return f"{number(figure.value)} [{number(figure.low)}, {number(figure.high)}]"
 
 
+def _counted(figure: Figure) -> str:
+    """n, and of how many where it is a part of what was named."""
+    return _part(figure.n, figure.detail.get("of", figure.n))
+
+
+def _part(n: int, of: int) -> str:
+    return str(n) if of == n else f"{n} of {of}"
+
+
 def _notes(figure: Figure) -> Iterator[str]:
     detail = figure.detail
     if "signature" in detail:
         yield f"{figure.name}: {detail['signature']}"
     if "form" in detail:
         yield (
-            f"{figure.dataset}: {detail['documents']} documents ({detail['form']}): {detail['tokens']} tokens, "
+            f"{figure.dataset}: {_part(detail['documents'], detail['available'])} documents ({detail['form']}): "
+            f"{detail['tokens']} tokens, "
             f"{detail['words']} words, {detail['bytes']} bytes, in windows of {detail['context']}, "
             f"stride {detail['stride']}"
         )
     if detail.get("errors"):
         yield f"{figure.dataset}: {detail['errors']} could not be judged, the first: {detail['first_error']}"
-    if detail.get("truncated"):
-        yield f"{figure.dataset}: {detail['truncated']} contexts were cut from the left to fit the model"
+    if detail.get("cut"):
+        yield f"{figure.dataset}: {detail['cut']} of {detail['completions']} completions were cut at the longest length"
+    for count in ("truncated", "cut_contexts"):
+        if detail.get(count):
+            yield f"{figure.dataset}: {detail[count]} contexts were cut from the left to fit the model"
+    if detail.get("broken_rows"):
+        yield f"{figure.dataset}: {detail['broken_rows']} rows are broken and left out"
+    if "divided" in detail:
+        yield (
+            f"{figure.dataset}: only the {detail['of']} of the file's {detail['divided']} different rows that are held "
+            "out by content (eval_fraction) are measured"
+        )
+    if figure.name == "reward_accuracy":
+        yield f"{figure.dataset}: {detail['ties']} ties, which count half"
+    if figure.name == "win_rate":
+        yield from _verdicts(figure)
     if detail.get("tuned_on"):
         yield f"{figure.dataset}: score_weight {detail['score_weight']} was chosen on {detail['tuned_on']} other lists"
+
+
+def _verdicts(figure: Figure) -> Iterator[str]:
+    """What a judge said of the rows, and which verdicts are missing: each row is asked about twice."""
+    d = figure.detail
+    yield (
+        f"{figure.dataset}: {d['wins']} wins, {d['ties']} ties, {d['losses']} losses by {d['judge']}; "
+        f"{d['inconsistent']} rows by position alone; {d['not_judged']} rows not judged: {d['unparsable']} verdicts "
+        f"unparsable, {d['failed']} lost"
+    )
+    for kind, word in (("unparsable", "unparsable"), ("failed", "lost")):
+        if d[kind]:
+            yield f"{figure.dataset}: the first {word} verdict: {d[f'first_{kind}']}"

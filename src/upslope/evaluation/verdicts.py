@@ -30,7 +30,8 @@ def verdicts(groups: Sequence[RolloutGroup], dataset: str) -> list[Measurement]:
 
     Without verdicts only `reward`, the mean over problems of the mean over their samples. What could not be judged is
     neither right nor wrong: it is left out, counted in detail["errors"], and a problem with fewer than k judged
-    samples has no pass@k. DataError: nothing was judged, or only some rewards carry a verdict.
+    samples has no pass@k. detail["cut"]: of its "completions", those that ended at the length limit. DataError: nothing
+    was judged, or only some rewards carry a verdict.
     """
     judged = [[r.reward for r in group.rollouts if r.reward.value is not None] for group in groups]
     rewards = [reward for group in judged for reward in group]
@@ -42,7 +43,9 @@ def verdicts(groups: Sequence[RolloutGroup], dataset: str) -> list[Measurement]:
         raise DataError(
             f"{dataset}: the judge gave a verdict on {known} of {len(rewards)} completions; give all or none"
         )
+    reasons = [r.finish_reason for group in groups for r in group.rollouts]
     detail = {"samples": max(len(g.rollouts) for g in groups), "errors": len(failed)}
+    detail |= {"cut": reasons.count("length"), "completions": len(reasons)}
     if failed:
         detail["first_error"] = failed[0] or "not judged"
     fields = {"dataset": dataset, "unit": "problems", "detail": detail}

@@ -33,7 +33,7 @@ class RunOptions:
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint, bit for bit."""
     dry_run: bool = False
-    """Check data, tokenizer and shapes, show one example with its mask, predict memory and time, then stop."""
+    """Check data, tokenizer, shapes and rewards, show one example, predict memory and time, then stop."""
     json: bool = False
     """Print the summary as one JSON object on standard output."""
     seed: int = 0

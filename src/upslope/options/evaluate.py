@@ -65,7 +65,7 @@ class EvalOptions:
     """Tasks of lm-evaluation-harness, by name or as a file.yaml."""
 
     limit: int | None = None
-    """At most so many documents, rows or problems of each; left out: all of a file, 200 problems of a task."""
+    """At most so many documents, rows or problems of each; left out: all, but 200 of a task that generates problems."""
     dtype: Dtype = "auto"
     """Compute dtype; auto is bfloat16 where this processor is faster in it."""
     seed: int = 0

@@ -40,6 +40,7 @@ from upslope.models.sources import resolve
 from upslope.options.encoder import ClassifyOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
 from upslope.recipes.encoder_report import finish, show
+from upslope.recipes.held_out import first_of
 from upslope.recipes.session import Evaluation, conclude, train
 
 __all__ = ["Classifier", "Classify", "classify", "load_classifier", "run"]
@@ -197,7 +198,10 @@ def read_splits(options: ClassifyOptions) -> tuple[list[LabelledText], list[Labe
         labels_of(train_rows, options.data)
         train_rows, dev_rows = split_by_content(train_rows, share=options.eval_share, seed=options.seed)
     test_rows = _read(options, options.test_data, "test") if options.test_data is not None else []
-    return train_rows, shuffled_by_content(dev_rows, seed=options.seed)[: options.eval_samples], test_rows
+    dev_rows = first_of(
+        shuffled_by_content(dev_rows, seed=options.seed), options.eval_samples, options.eval_data or options.data
+    )
+    return train_rows, dev_rows, test_rows
 
 
 def _read(options: ClassifyOptions, source: str, split: Split) -> list[LabelledText]:

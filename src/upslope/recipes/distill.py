@@ -230,7 +230,7 @@ class Distill:
             for batch in self._batches(examples, 1.0)[0]:
                 self._loss(batch, forward(self.policy.model, batch, logp=False, hidden=True), values)
         mean = float(torch.cat(values).double().mean())
-        return Evaluation(mean, {"eval_divergence": mean})
+        return Evaluation(mean, {"eval_divergence": mean, "eval_rows": len(examples)})
 
     def _record(self, step: int, groups: list[RolloutGroup], per_sequence: Sequence[Tensor]) -> None:
         """The student's samples in the store, each token's divergence beside it; the reward is minus their mean."""

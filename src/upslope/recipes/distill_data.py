@@ -10,6 +10,7 @@ from upslope.data.kinds import Content, Record
 from upslope.data.records import example_of, read_records
 from upslope.errors import ConfigError, DataError
 from upslope.options import DistillOptions
+from upslope.recipes.held_out import first_of, tell_task
 from upslope.recipes.sft import demonstrated
 from upslope.tasks.base import Task
 from upslope.types import Example, Prompt
@@ -34,11 +35,12 @@ def load_items(options: DistillOptions, tokenizer: Any, task: Task | None) -> tu
     o = options
     if task is not None:
         prompts = task.prompts("train", o.num_train_prompts, seed=o.seed)
+        tell_task(task, o.eval_samples)
         return [Item(p.key, p, _demonstration(o, tokenizer, task, p)) for p in prompts], []
     assert o.data is not None
     items = _items(o, tokenizer, o.data)
     if o.eval_data is not None:
-        held_out = _items(o, tokenizer, o.eval_data)[: o.eval_samples]
+        held_out = first_of(_items(o, tokenizer, o.eval_data), o.eval_samples, o.eval_data)
         _check(o, o.data, items)
         return items, held_out
     held = min(len(items) // 10, o.eval_samples)

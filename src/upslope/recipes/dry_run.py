@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +24,12 @@ from upslope.models.activations import bytes_per_token
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
+from upslope.recipes.dry_run_task import Asked, Judged, ask, check_held_out, judge_one
 from upslope.recipes.plan import Plan, plan_of
-from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy
+from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy, scorer_of
 from upslope.recipes.session import resident_memory_gb
 from upslope.training.step import forward
-from upslope.types import Example, SamplingParams
+from upslope.types import Completion, Example, SamplingParams
 
 __all__ = ["Prediction", "predict_policy_gradient", "predict_sft", "show_policy_gradient", "show_sft"]
 
@@ -117,8 +119,13 @@ def predict_sft(options: SFTOptions, policy: Policy, examples: Sequence[Example]
     return Prediction(memory, step, step * plan.optimizer_steps)
 
 
-def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequence[Sequence[int]]) -> Prediction:
-    """Memory and time of a ppo or grpo run, from a probe that samples a few completions and trains on them."""
+def predict_policy_gradient(
+    options: RLOptions, policy: Policy, prompts: Sequence[Sequence[int]]
+) -> tuple[Prediction, list[list[Completion]]]:
+    """Memory and time of a ppo or grpo run, from a probe that samples a few completions and trains on them.
+
+    Also these completions, of the first prompts.
+    """
     choice = _critic_choice(options)
     critic = load_critic(policy, choice, options) if choice is not None else None
     shared = critic.head if critic is not None and critic.model is None else None
@@ -170,7 +177,7 @@ def predict_policy_gradient(options: RLOptions, policy: Policy, prompts: Sequenc
     update = head_bytes(policy) + min(options.micro_batch_tokens, per_step) * max(0.0, activation_bytes)
     weights = weight_bytes(policy, options) * training + _reference_bytes(policy, options)
     memory = loaded + (weights + kept_bytes + max(sampling, update)) / 1e9
-    return Prediction(memory, step, step * options.max_steps)
+    return Prediction(memory, step, step * options.max_steps), sampled
 
 
 def _critic_choice(options: RLOptions) -> str | None:
@@ -216,38 +223,49 @@ def show_sft(options: SFTOptions) -> int:
     from upslope.tasks.loading import load_task
 
     policy = load_policy(options)
-    examples, held_out = load_examples(options, policy.tokenizer, load_task(options.task) if options.task else None)
+    task = load_task(options.task) if options.task else None
+    examples, rows = load_examples(options, policy.tokenizer, task)
+    held_out = check_held_out(options, policy, task) if task is not None else len(rows)
     prediction = predict_sft(options, policy, examples)
     print(statistics(examples), file=sys.stderr)
-    report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, len(held_out))
+    report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, held_out)
     return 0
 
 
 def show_policy_gradient(verb: str, options: RLOptions) -> int:
     """Print what a ppo or grpo run would do."""
-    from upslope.data.chat import encode_prompt
     from upslope.tasks.loading import load_task
 
     policy = load_policy(options)
     task = load_task(options.task)
-    prompts = task.prompts("train", min(options.num_prompts, options.num_train_prompts), seed=options.seed)
-    encoded = [encode_prompt(policy.tokenizer, p) for p in prompts]
-    prediction = predict_policy_gradient(options, policy, encoded)
-    example = Example(encoded[0], [False] * len(encoded[0]))
-    report(options, policy, example, plan_of(options), prediction, options.eval_samples)
+    with scorer_of(options, policy, task) as judge:
+        asked = ask(options, policy, task)
+        tokens = asked.tokens[: options.num_prompts]
+        prediction, sampled = predict_policy_gradient(options, policy, tokens)
+        judged = judge_one(judge, asked.prompts[0], tokens[0], sampled[0])
+    example = Example(tokens[0], [False] * len(tokens[0]))
+    report(options, policy, example, plan_of(options), prediction, asked.held_out, asked, judged)
     return 0
 
 
 def report(
-    options: RunOptions, policy: Policy, example: Example, plan: Plan, prediction: Prediction, held_out: int
+    options: RunOptions,
+    policy: Policy,
+    example: Example,
+    plan: Plan,
+    prediction: Prediction,
+    held_out: int,
+    asked: Asked | None = None,
+    judged: Judged | None = None,
 ) -> None:
+    """On standard output, in words or as JSON; `asked` and `judged` of a run that asks a task and judges replies."""
     spec = policy.model.spec
     if options.json:
-        print(
-            json.dumps(
-                {"prediction": asdict(prediction), "plan": asdict(plan), "model": asdict(spec), "held_out": held_out}
-            )
-        )
+        said: dict[str, Any] = {"prediction": asdict(prediction), "plan": asdict(plan), "model": asdict(spec)}
+        said |= {"held_out": held_out}
+        said |= {"train_prompts": len(asked.prompts)} if asked is not None else {}
+        said |= {"judged": judged.as_json()} if judged is not None else {}
+        print(json.dumps(said))
         return
     from rich.console import Console
 
@@ -259,6 +277,8 @@ def report(
     )
     for line in plan.words:
         console.print(f"- {line}")
+    for line in [*(asked.words if asked is not None else ()), *(judged.words if judged is not None else ())]:
+        console.print(f"- {line}", markup=False)
     console.print(
         f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.1f} s per step, "
         f"{prediction.run_seconds / 60:.1f} min without evaluation."

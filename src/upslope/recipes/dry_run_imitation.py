@@ -9,14 +9,16 @@ from dataclasses import replace
 import torch
 
 from upslope.build import Policy, load_policy, make_engine
-from upslope.data.chat import encode_prompt
 from upslope.options import DistillOptions, ExpertOptions
 from upslope.recipes import dry_run
 from upslope.recipes.dry_run import Prediction, probe
+from upslope.recipes.dry_run_task import ask, check_held_out, encode_all, judge_one
+from upslope.recipes.expert_data import groups_of_run
 from upslope.recipes.plan import plan_of
+from upslope.recipes.policy_gradient import scorer_of
 from upslope.recipes.session import resident_memory_gb
 from upslope.tasks.loading import load_task
-from upslope.types import Example, SamplingParams
+from upslope.types import Completion, Example, SamplingParams
 
 __all__ = ["predict_imitation", "show_imitation"]
 
@@ -26,40 +28,63 @@ def show_imitation(options: ExpertOptions | DistillOptions) -> int:
     if isinstance(options, ExpertOptions) and options.num_rounds is not None:
         options = replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
     policy = load_policy(options)
+    if isinstance(options, ExpertOptions):
+        return _show_expert(options, policy)
     prompts, given, held_out = _material(options, policy)
-    prediction = predict_imitation(options, policy, prompts, given)
+    prediction, _ = predict_imitation(options, policy, prompts, given)
     example = given[0] if given else Example(prompts[0], [False] * len(prompts[0]))
     dry_run.report(options, policy, example, plan_of(options), prediction, held_out)
     return 0
 
 
-def _material(options: ExpertOptions | DistillOptions, policy: Policy) -> tuple[list[list[int]], list[Example], int]:
+def _show_expert(options: ExpertOptions, policy: Policy) -> int:
+    from upslope.recipes.expert import corpus_rows
+
+    task = load_task(options.task)
+    with scorer_of(options, policy, task) as judge:
+        asked = ask(options, policy, task)
+        corpus_rows(options, policy.tokenizer)
+        if options.from_run is not None:
+            vocabulary = policy.model.spec.vocab_size
+            groups_of_run(options.from_run, vocabulary=vocabulary, tokenizer=policy.tokenizer)
+        prompts = asked.tokens[: options.num_prompts]
+        prediction, sampled = predict_imitation(options, policy, prompts, [])
+        judged = judge_one(judge, asked.prompts[0], prompts[0], sampled[0])
+    example = Example(prompts[0], [False] * len(prompts[0]))
+    dry_run.report(options, policy, example, plan_of(options), prediction, asked.held_out, asked, judged)
+    return 0
+
+
+def _material(options: DistillOptions, policy: Policy) -> tuple[list[list[int]], list[Example], int]:
     """Encoded prompts to answer, given training sequences, and the number of held-out problems or rows."""
-    if isinstance(options, ExpertOptions):
-        some = min(options.num_prompts, options.num_train_prompts)
-        prompts = load_task(options.task).prompts("train", some, seed=options.seed)
-        return [encode_prompt(policy.tokenizer, prompt) for prompt in prompts], [], options.eval_samples
     from upslope.recipes.distill_data import load_items
 
     task = load_task(options.task) if options.task is not None else None
     items, held_out = load_items(options, policy.tokenizer, task)
-    asked = [item.prompt for item in items[: options.num_prompts] if item.prompt is not None]
-    prompts = [encode_prompt(policy.tokenizer, prompt) for prompt in asked] if options.on_policy_fraction else []
+    asked = [item.prompt for item in items if item.prompt is not None] if options.on_policy_fraction else []
+    tokens, _ = encode_all(policy, asked, "train", options.max_completion_length)
+    prompts = tokens[: options.num_prompts]
     given = [item.example for item in items if item.example is not None]
-    return prompts, given, len(held_out) if task is None else options.eval_samples
+    return prompts, given, len(held_out) if task is None else check_held_out(options, policy, task)
 
 
 def predict_imitation(
     options: ExpertOptions | DistillOptions, policy: Policy, prompts: Sequence[list[int]], given: Sequence[Example]
-) -> Prediction:
-    """Memory and time per optimizer step, from a probe that samples a few completions and trains on them.
+) -> tuple[Prediction, list[list[Completion]]]:
+    """Memory and time per optimizer step, from a probe that samples a few completions and trains on them; these, too.
 
     Sampling of an expert's round is spread over its steps; a teacher's forward pass is taken to cost as much per
     parameter as the student's.
     """
     plan = plan_of(options)
     seconds, sampled = _sampling_seconds(options, policy, prompts) if prompts else (0.0, [])
-    examples = sampled or list(given[:64])
+    examples = list(given[:64])
+    if sampled:
+        examples = [
+            Example([*p, *c.tokens], [False] * len(p) + [True] * len(c.tokens))
+            for p, group in zip(prompts, sampled, strict=False)
+            for c in group
+        ]
     cost = probe(policy, examples, head=None, budget=options.micro_batch_tokens)
     per_step = plan.sequences_per_step * sum(len(e.tokens) for e in examples) / len(examples)
     step = per_step * cost.train_seconds + dry_run.update_seconds(policy)
@@ -85,13 +110,13 @@ def predict_imitation(
         )
         / 1e9
     )
-    return Prediction(memory, step, step * options.max_steps)
+    return Prediction(memory, step, step * options.max_steps), sampled
 
 
 def _sampling_seconds(
     options: ExpertOptions | DistillOptions, policy: Policy, prompts: Sequence[list[int]]
-) -> tuple[float, list[Example]]:
-    """Seconds to sample all of a step's (or an expert's round's) completions, and a few of them."""
+) -> tuple[float, list[list[Completion]]]:
+    """Seconds to sample all of a step's (or an expert's round's) completions, and some of the first prompts."""
     count, width = min(8, len(prompts)), min(options.num_generations, 4)
     longest = max(map(len, prompts)) + options.max_completion_length
     engine = make_engine(policy, sequences=count * width, longest=longest)
@@ -106,9 +131,4 @@ def _sampling_seconds(
     share = options.on_policy_fraction if isinstance(options, DistillOptions) else 1.0
     total = options.num_prompts * options.num_generations * share
     # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
-    seconds *= (total / (count * width)) ** 0.75
-    return seconds, [
-        Example([*p, *c.tokens], [False] * len(p) + [True] * len(c.tokens))
-        for p, group in zip(prompts, sampled, strict=False)
-        for c in group
-    ]
+    return seconds * (total / (count * width)) ** 0.75, sampled

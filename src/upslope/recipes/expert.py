@@ -75,7 +75,7 @@ class Expert(PolicyGradient):
         self.corpus: list[Row] = []
         self.acceptance = 1.0
         self.file: dict[str, str] = {}
-        self.mix = _corpus(options, policy.tokenizer)
+        self.mix = corpus_rows(options, policy.tokenizer)
         self.mix_order = PromptStream(len(self.mix), seed=options.seed) if self.mix else None
         self.start = {n: x.clone() for n, x in self.optimizer.weights().items()} if options.restart else {}
 
@@ -221,7 +221,8 @@ def _loss(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     return nll(out.logp_N), {}
 
 
-def _corpus(options: ExpertOptions, tokenizer: Any) -> list[Row]:
+def corpus_rows(options: ExpertOptions, tokenizer: Any) -> list[Row]:
+    """The rows of mix_data, encoded; none where there is no such file."""
     if options.mix_data is None:
         return []
     records = read_records(options.mix_data)

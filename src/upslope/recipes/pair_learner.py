@@ -23,6 +23,7 @@ from upslope.models.loading import save_model
 from upslope.models.seq2seq import Seq2Seq
 from upslope.models.seq2seq_config import Seq2SeqConfig
 from upslope.options.seq2seq import SCRATCH, Seq2SeqOptions
+from upslope.recipes.held_out import tell_task
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
@@ -59,12 +60,14 @@ class PairData:
             task = load_task(o.task)
             train = [(p, _target(task, p)) for p in task.prompts("train", o.num_examples, seed=o.seed)]
             held_out = task.prompts("eval", o.eval_samples, seed=0) if o.eval_samples else []
+            tell_task(task, o.eval_samples)
             return cls(task, train, held_out)
         files = {"path": o.data} | ({"eval_path": o.eval_data} if o.eval_data else {})
         pairs = load_task("pairs", **files)
         assert isinstance(pairs, Pairs)
         prompts = pairs.prompts("train", max(1, pairs.size("train")), seed=o.seed)
         held_out = pairs.prompts("eval", min(o.eval_samples, pairs.size("eval")), seed=0)
+        tell_task(pairs, len(held_out))
         return cls(pairs, [(p, target) for p in prompts for target in references_of(p)], held_out)
 
 

@@ -22,13 +22,15 @@ from upslope.functional.policy_losses import importance_weights
 from upslope.models.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
+from upslope.recipes.held_out import tell_task
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
 from upslope.rollout.in_process import Surroundings
-from upslope.rollout.judge import reward_metrics
+from upslope.rollout.judge import Scorer, reward_metrics
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
+from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.training.experience import Experience
 from upslope.training.optim import Group
@@ -43,6 +45,7 @@ __all__ = [
     "rollout_metrics",
     "room_for_activations",
     "samples_on_policy",
+    "scorer_of",
 ]
 
 _STORED = {"old_logp": "trainer_logprobs", "ref_logp": "ref_logprobs", "targets": "returns"}
@@ -62,15 +65,10 @@ class PolicyGradient:
         self.options, self.policy = options, policy
         self.run: Run | None = None
         self.task = load_task(options.task)
-        self.judge = make_scorer(
-            self.task,
-            options.reward,
-            processes=options.reward_workers,
-            timeout_s=options.reward_timeout,
-            surroundings=Surroundings(policy.tokenizer, policy.model.device, policy.folder),
-        )
+        self.judge = scorer_of(options, policy, self.task)
         self.train_prompts = self.task.prompts("train", options.num_train_prompts, seed=options.seed)
         self.eval_prompts = self.task.prompts("eval", options.eval_samples, seed=0) if options.eval_samples else []
+        tell_task(self.task, options.eval_samples)
         self.order = PromptStream(len(self.train_prompts), seed=options.seed)
         self.queue = RolloutQueue(options.rollout_lag, self.train_prompts)
         self.optimizer = make_optimizer(policy, options, list(extra))
@@ -274,6 +272,17 @@ class PolicyGradient:
     def close(self) -> None:
         """End the reward workers."""
         self.judge.__exit__(None, None, None)
+
+
+def scorer_of(options: RLOptions, policy: Policy, task: Task) -> Scorer:
+    """What judges the run's completions."""
+    return make_scorer(
+        task,
+        options.reward,
+        processes=options.reward_workers,
+        timeout_s=options.reward_timeout,
+        surroundings=Surroundings(policy.tokenizer, policy.model.device, policy.folder),
+    )
 
 
 def samples_on_policy(options: RLOptions, policy: Policy) -> bool:

@@ -24,6 +24,7 @@ from upslope.evaluation.intervals import wilson
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
 from upslope.recipes.dry_run import Prediction, head_bytes, probe, report, update_seconds, weight_bytes
+from upslope.recipes.held_out import first_of
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
 from upslope.runs.folder import Run
@@ -51,9 +52,9 @@ def read_rows(
         return rows, []
     if options.eval_data is not None:
         held_out = _told(options.eval_data, encode(read_records(options.eval_data)))
-        return rows, held_out[: options.eval_samples]
+        return rows, first_of(held_out, options.eval_samples, options.eval_data)
     kept = len(rows) - len(rows) // 10
-    return rows[:kept], rows[kept:][: options.eval_samples]
+    return rows[:kept], first_of(rows[kept:], options.eval_samples, options.data)
 
 
 def _told(source: str, encoded: Encoded[Row]) -> list[Row]:

@@ -23,6 +23,7 @@ from upslope.models.protocol import CausalModel
 from upslope.models.sources import resolve
 from upslope.models.weights import read_config
 from upslope.options.pretrain import PretrainOptions
+from upslope.recipes.held_out import tell_part
 
 __all__ = ["Texts", "load_texts", "objective_of", "start_encoder", "start_policy", "start_tokenizer"]
 
@@ -88,8 +89,12 @@ def load_texts(options: PretrainOptions, tokenizer: Any, *, max_eval_tokens: int
         held = corpus_files(options.eval_data)
         if twice := sorted({p.resolve() for p in files} & {p.resolve() for p in held}):
             raise DataError(f"{twice[0]}: is both in data and in eval_data; held-out text must not be trained on")
-        return Texts(corpus.head(), open_corpus(held, tokenizer, cache=cache).head(max_eval_tokens), corpus)
+        whole = open_corpus(held, tokenizer, cache=cache)
+        held_out = whole.head(max_eval_tokens)
+        tell_part(len(held_out.tokens), len(whole.head().tokens), f"held-out tokens of {', '.join(options.eval_data)}")
+        return Texts(corpus.head(), held_out, corpus)
     train, held_out = corpus.split(0.1, max_eval_tokens)
+    tell_part(len(held_out.tokens), len(corpus.split(0.1)[1].tokens), "held-out tokens")
     return Texts(train, held_out, corpus)
 
 

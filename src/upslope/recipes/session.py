@@ -20,6 +20,7 @@ from torch import Tensor
 from upslope.config import dump
 from upslope.errors import UpslopeError
 from upslope.options import RunOptions
+from upslope.recipes.last_words import last_words
 from upslope.runs.folder import Run
 from upslope.runs.progress import Progress
 from upslope.runs.resume import check_resume
@@ -115,8 +116,13 @@ def train(verb: str, options: RunOptions, learner: Learner, *, label: str = "") 
             "evaluation": dict(evaluated.metrics) if evaluated else None,
             "folder": str(run.folder),
             "model": str(run.checkpoints / "last" / "model"),
+            "remarks": last_words(
+                run.metric_lines(), options, open_ended=getattr(getattr(learner, "task", None), "open_ended", False)
+            ),
         }
         run.summary(summary)
+    for remark in summary["remarks"]:
+        print(f"{label or verb}: {remark}", file=sys.stderr)
     return summary
 
 
@@ -242,7 +248,8 @@ def _in_words(metrics: Mapping[str, Any]) -> str:
     parts = []
     for name, value in metrics.items():
         if isinstance(value, Mapping):
-            parts.append(f"{name} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}")
+            lost = f", {value['errors']} not judged" if value.get("errors") else ""
+            parts.append(f"{name} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}{lost}")
         else:
             parts.append(f"{name} {value:.4g}")
     return ", ".join(parts)
@@ -251,4 +258,5 @@ def _in_words(metrics: Mapping[str, Any]) -> str:
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:
     """The few numbers worth a place in the progress line."""
     names = ("reward", "loss", "objective/kl", "val/explained_variance", "tokens_per_second")
-    return {name.rpartition("/")[2]: metrics[name] for name in names if name in metrics}
+    shown = {name.rpartition("/")[2]: metrics[name] for name in names if name in metrics}
+    return shown | ({"errors": metrics["reward/errors"]} if metrics.get("reward/errors") else {})

@@ -28,6 +28,7 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
+from upslope.recipes.held_out import first_of, tell_task
 from upslope.recipes.session import Evaluation, StepResult, conclude, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
@@ -117,7 +118,7 @@ class SFT:
             trained = sum(sum(e.mask) for e in self.eval_examples)
             out = score(self.policy.model, self._batches(self.eval_examples, trained))
             assert out.logp_N is not None
-            metrics["eval_loss"] = float(-out.logp_N.double().mean())
+            metrics |= {"eval_loss": float(-out.logp_N.double().mean()), "eval_rows": len(self.eval_examples)}
         if self.task is not None and self.options.eval_samples:
             groups = held_out_groups(
                 self.policy, self.task, self.options.eval_samples, self.options.max_completion_length
@@ -150,13 +151,19 @@ def load_examples(options: SFTOptions, tokenizer: Any, task: Task | None) -> tup
     """Training and held-out examples, from a task's demonstrations or from files."""
     if task is not None:
         prompts = task.prompts("train", options.num_examples, seed=options.seed)
+        tell_task(task, options.eval_samples)
         return [demonstrated(tokenizer, task, p, max_length=options.max_length) for p in prompts], []
     assert options.data is not None
     train_set = _encoded(options.data, tokenizer, options.max_length)
     if options.eval_data is not None:
-        return train_set, _encoded(options.eval_data, tokenizer, options.max_length)[: options.eval_samples or None]
+        rows = _encoded(options.eval_data, tokenizer, options.max_length)
+        return train_set, first_of(rows, options.eval_samples or None, options.eval_data)
     held = len(train_set) // 10  # whatever eval_samples is: a resumed run may change that, not what it trains on
-    return (train_set[:-held], train_set[-held:][: options.eval_samples]) if held else (train_set, [])
+    return (
+        (train_set[:-held], first_of(train_set[-held:], options.eval_samples, options.data))
+        if held
+        else (train_set, [])
+    )
 
 
 def demonstrated(tokenizer: Any, task: Task, prompt: Prompt, *, max_length: int | None = None) -> Example:

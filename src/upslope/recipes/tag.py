@@ -34,6 +34,7 @@ from upslope.models.encoder import Encoder
 from upslope.options.encoder import TagOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
 from upslope.recipes.encoder_report import finish, show
+from upslope.recipes.held_out import first_of
 from upslope.recipes.session import Evaluation, conclude, train
 
 __all__ = ["Tag", "run", "tag"]
@@ -130,7 +131,10 @@ def read_splits(options: TagOptions) -> tuple[list[TaggedSentence], list[TaggedS
         labels_of(train_rows, options.data)
         train_rows, dev_rows = split_sentences(train_rows, share=options.eval_share, seed=options.seed)
     test_rows = _read(options, options.test_data) if options.test_data is not None else []
-    return train_rows, shuffled_by_content(dev_rows, seed=options.seed)[: options.eval_samples], test_rows
+    dev_rows = first_of(
+        shuffled_by_content(dev_rows, seed=options.seed), options.eval_samples, options.eval_data or options.data
+    )
+    return train_rows, dev_rows, test_rows
 
 
 def _read(options: TagOptions, source: str) -> list[TaggedSentence]:

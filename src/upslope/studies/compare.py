@@ -29,6 +29,7 @@ from upslope.evaluation.diversity import distinct_n, self_bleu
 from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap
 from upslope.observe.comparison import write_report
 from upslope.options import CompareOptions, RunOptions
+from upslope.recipes.held_out import tell_task
 from upslope.recipes.plan import CLASSES, plan_of
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
@@ -68,6 +69,7 @@ def compare(o: CompareOptions) -> dict[str, Any]:
     folder = _folder(o)
     task = load_task(_shared(entries, "task"))
     prompts = task.prompts("eval", o.eval_samples, seed=0)
+    tell_task(task, len(prompts))
     start_options = entries[0].options
     longest = max(_reply_length(e.options) for e in entries)
     result: dict[str, Any] = {

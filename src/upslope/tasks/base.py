@@ -30,13 +30,16 @@ class Task:
     `name` is what logs and error messages call it. `spec` is the text that rebuilds it in another process (set by
     `load_task`). `inline_safe` says that grading any text is quick and runs none of it, so no worker process is
     needed. `whole_group` says that a reward compares the completions of one group, so that they are never judged
-    one by one.
+    one by one. `divided` says that one named file is divided by content, so that its eval split is a part of it;
+    `open_ended` that replies have no end of their own, so that a reply cut at its longest length is a whole one.
     """
 
     name: str = "task"
     spec: str | None = None
     inline_safe: bool = False
     whole_group: ClassVar[bool] = False
+    divided: bool = False
+    open_ended: bool = False
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` distinct prompts; a pure function of (task parameters, split, n, seed).
@@ -44,6 +47,10 @@ class Task:
         No eval prompt is ever a train prompt, whatever the two seeds: `select_prompts` gives this by content.
         """
         raise NotImplementedError(f"{type(self).__name__}.prompts is not written")
+
+    def size(self, split: Split) -> int | None:
+        """How many distinct prompts the split has; None where that is not counted, as with generated problems."""
+        return None
 
     def rewards(self, prompts: list[Prompt], completions: list[str]) -> RewardResult | Awaitable[RewardResult]:
         """One judgement per completion: a number, a dict of named summands, a Reward, or None (no verdict).

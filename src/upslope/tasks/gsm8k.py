@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import random
 import re
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
@@ -21,8 +21,7 @@ from upslope.tasks.base import (
     check_split,
     content_key,
     derive_seed,
-    prompt_text,
-    select_prompts,
+    split_of,
 )
 from upslope.types import Message, Prompt, Reward
 
@@ -40,8 +39,9 @@ _LONG_POWER = re.compile(r"(\^|\*\*)\s*[{(]?\s*-?\d{3,}|!|(\^|\*\*)[^\^*]*(\^|\*
 class GSM8K(Task):
     """Word problems graded by their final number.
 
-    path: the training file; eval_path: the held-out file. With one of the two, its rows are divided by content
-    (eval_fraction of them are eval); with both, rows of `path` that are in `eval_path` too are never trained on.
+    path: the training file; eval_path: the held-out file, all of which is eval. Rows of `path` that are in `eval_path`
+    too are never trained on. With `path` alone its rows are divided by content (eval_fraction of them are eval); with
+    `eval_path` alone there is nothing to train on.
     strict: only `#### x` or a box counts as an answer; otherwise "the answer is x" and the last number do too.
     instruction, system: the wording around the question.
 
@@ -68,20 +68,34 @@ class GSM8K(Task):
         self.strict = strict
         self.instruction, self.system = instruction, system
         self.eval_fraction = eval_fraction
-        self._rows: dict[str, list[dict[str, str]]] = {}
+        self.divided = not eval_path
+        self._rows: dict[str, list[tuple[int, dict[str, str]]]] = {}
+
+    def size(self, split: Split) -> int:
+        """How many different questions the split has."""
+        return len({key for key, _ in self._candidates(split) if self._belongs(key, split)})
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
-        """The first `n` rows of the split in an order given by `seed`. DataError: it has fewer."""
+        """`n` different questions of the split in an order given by `seed`. DataError: it has fewer."""
         check_split(split, n)
-        rows = self._split(split) if self.path and self.eval_path else self._read(self.path or self.eval_path)
-        order = list(range(len(rows)))
-        random.Random(derive_seed("gsm8k", split, seed)).shuffle(order)
-        shuffled = (self._prompt(rows[index]) for index in order)
-        if not (self.path and self.eval_path):
-            return select_prompts(
-                shuffled, split, n, name=self.name, eval_fraction=self.eval_fraction, identity=_question, patience=10**9
+        if n and split == "train" and not self.path:
+            raise DataError(
+                f"gsm8k: eval_path={self.eval_path} is held out and there is no path to train on; add path=train.jsonl"
             )
-        return self._first(shuffled, split, n)
+        rows = self._candidates(split)
+        random.Random(derive_seed("gsm8k", split, seed)).shuffle(rows)
+        chosen: dict[int, Prompt] = {}
+        for key, row in rows:
+            if len(chosen) == n:
+                break
+            if key not in chosen and self._belongs(key, split):
+                chosen[key] = self._prompt(key, row)
+        if len(chosen) < n:
+            hint = f", or change eval_fraction (now {self.eval_fraction})" if self.divided else ""
+            raise DataError(
+                f"gsm8k: {len(chosen)} distinct {split} rows exist where {n} were asked for; ask for fewer{hint}"
+            )
+        return list(chosen.values())
 
     def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
         """1 and correct if the final number is right, else 0; `answered` says whether one was found."""
@@ -100,41 +114,30 @@ class GSM8K(Task):
             correct=correct,
         )
 
-    def _prompt(self, row: dict[str, str]) -> Prompt:
-        return chat_prompt(
+    def _prompt(self, key: int, row: dict[str, str]) -> Prompt:
+        made = chat_prompt(
             row["question"],
             system=self.system,
             instruction=self.instruction,
             answer=row["gold"],
             metadata={"question": row["question"], "solution": row["solution"]},
         )
+        return replace(made, key=key)
 
-    def _first(self, shuffled: Any, split: Split, n: int) -> list[Prompt]:
-        chosen: dict[int, Prompt] = {}
-        for prompt in shuffled:
-            if len(chosen) == n:
-                break
-            key = content_key(_question(prompt))
-            chosen.setdefault(key, Prompt(key, prompt.messages, None, prompt.answer, prompt.metadata))
-        if len(chosen) < n:
-            raise DataError(f"gsm8k: {len(chosen)} distinct {split} rows exist where {n} were asked for; ask for fewer")
-        return list(chosen.values())
+    def _candidates(self, split: Split) -> list[tuple[int, dict[str, str]]]:
+        """The rows that a split is taken from, by what they ask, in the order of their file."""
+        if self.eval_path and split == "eval":
+            return list(self._read(self.eval_path))
+        held_out = {key for key, _ in self._read(self.eval_path)} if self.eval_path else set()
+        return [(key, row) for key, row in self._read(self.path) if key not in held_out] if self.path else []
 
-    def _split(self, split: Split) -> list[dict[str, str]]:
-        held_out = self._read(self.eval_path)
-        if split == "eval":
-            return held_out
-        keys = {content_key(row["question"]) for row in held_out}
-        return [row for row in self._read(self.path) if content_key(row["question"]) not in keys]
+    def _belongs(self, key: int, split: Split) -> bool:
+        return not self.divided or split_of(key, self.eval_fraction) == split
 
-    def _read(self, path: str) -> list[dict[str, str]]:
+    def _read(self, path: str) -> list[tuple[int, dict[str, str]]]:
         if path not in self._rows:
-            self._rows[path] = read_rows(path)
+            self._rows[path] = [(content_key(row["question"]), row) for row in read_rows(path)]
         return self._rows[path]
-
-
-def _question(prompt: Prompt) -> str:
-    return prompt.metadata.get("question") or prompt_text(prompt)
 
 
 def read_rows(path: str) -> list[dict[str, str]]:

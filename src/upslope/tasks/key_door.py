@@ -44,6 +44,7 @@ class KeyDoor(Task):
 
     name = "key_door"
     inline_safe = True
+    open_ended = True
 
     def __init__(
         self,

@@ -31,10 +31,10 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float] | None] = {
 class Pairs(Task):
     """Source texts with their targets.
 
-    path: the rows. eval_path: held-out rows; without it eval_fraction of the sources, chosen by content, are held
-    out. Sources that differ in letter case or white space only are never on both sides. metric: what the reward
-    is: exact (1 or 0), edit (1 - the error rate), bleu or chrf (per sentence). unit: of the edit distance, words or
-    characters.
+    path: the rows. eval_path: held-out rows, which may stand alone; without it eval_fraction of the sources, chosen by
+    content, are held out. Sources that differ in letter case or white space only are never on both sides. metric: what
+    the reward is: exact (1 or 0), edit (1 - the error rate), bleu or chrf (per sentence). unit: of the edit distance,
+    words or characters.
 
     The judgement's parts are the edits to the nearest reference and its length; correct means no edit.
     """
@@ -51,7 +51,7 @@ class Pairs(Task):
         unit: str = "words",
         eval_fraction: float = 0.1,
     ) -> None:
-        if not path:
+        if not path and not eval_path:
             raise ConfigError("'pairs' needs its rows: pairs:path=train.jsonl, and eval_path=test.jsonl if you have it")
         if metric not in METRICS:
             raise ConfigError(f"'pairs': metric must be one of {', '.join(METRICS)}, not '{metric}'")
@@ -63,6 +63,7 @@ class Pairs(Task):
         self.path, self.eval_path = path, eval_path
         self.metric, self.unit = metric, unit
         self.eval_fraction = eval_fraction
+        self.divided = not eval_path
         self._splits: dict[Split, list[Prompt]] | None = None
 
     def size(self, split: Split) -> int:
@@ -72,6 +73,10 @@ class Pairs(Task):
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` sources in an order given by `seed`; `answer` is the first reference. DataError: there are fewer."""
         check_split(split, n)
+        if n and split == "train" and not self.path:
+            raise DataError(
+                f"pairs: eval_path={self.eval_path} is held out and there is no path to train on; add path="
+            )
         prompts = self._all(split)
         if n and not prompts and split == "train":
             held_out = self.eval_path or "the held-out part (lower eval_fraction)"
@@ -110,7 +115,7 @@ class Pairs(Task):
     def _all(self, split: Split) -> list[Prompt]:
         """Every source of a split, in the file's order."""
         if self._splits is None:
-            rows = read_pairs(self.path)
+            rows = read_pairs(self.path) if self.path else []
             if self.eval_path:
                 held_out = read_pairs(self.eval_path)
                 keys = {content_key(p.text or "") for p in held_out}

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
-from upslope.tasks.base import Split, Task, check_split, derive_seed, select_prompts
+from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, select_prompts, split_of
 from upslope.tasks.overlap import nearest, references_of, similarity
 from upslope.types import Message, Prompt, Reward
 
@@ -60,6 +60,11 @@ class Phonemes(Task):
                 words = words[: self.limit]
             self._words = {word: known[word] for word in sorted(words)}
         return self._words
+
+    def size(self, split: Split) -> int:
+        """How many words the split has."""
+        keys = (content_key(" ".join(word)) for word in self.words)
+        return sum(split_of(key, self.eval_fraction) == split for key in keys)
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different words in an order given by `seed`. DataError: there are fewer."""

@@ -54,6 +54,10 @@ class RandomWalks(Task):
         if not self.starts:
             raise ConfigError("'random_walks': the goal cannot be reached from any node; raise edge_probability")
 
+    def size(self, split: Split) -> int:
+        """How many start nodes there are, the same in both splits."""
+        return len(self.starts)
+
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different start nodes, in an order given by `seed`. DataError: there are fewer."""
         check_split(split, n)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
-from upslope.tasks.base import Split, Task, check_split, derive_seed, select_prompts
+from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, select_prompts, split_of
 from upslope.types import Message, Prompt, Reward
 
 THRESHOLD = 0.05
@@ -53,15 +53,20 @@ class Sentiment(Task):
             raise ConfigError(f"'sentiment': target must be 'positive' or 'negative', not '{target}'")
         check_split("train", 0, eval_fraction)
         self.target: Literal["positive", "negative"] = target  # pyright: ignore[reportAttributeAccessIssue]
-        self.openings = openings
-        self.chat = chat
+        self.openings, self.divided = openings, bool(openings)
+        self.chat, self.open_ended = chat, not chat
         self.eval_fraction = eval_fraction
         self._analyzer: Any = None
         require("tasks", "vaderSentiment")
 
+    def size(self, split: Split) -> int:
+        """How many different openings the split has."""
+        keys = {content_key(opening) for opening in self._all()}
+        return sum(split_of(key, self.eval_fraction) == split for key in keys)
+
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different openings, in an order given by `seed`. DataError: there are fewer."""
-        openings = built_in_openings() if not self.openings else _read_openings(self.openings)
+        openings = self._all()
         random.Random(derive_seed("sentiment", split, seed)).shuffle(openings)
         return select_prompts(
             (self._prompt(opening) for opening in openings),
@@ -78,6 +83,9 @@ class Sentiment(Task):
         sign = 1.0 if self.target == "positive" else -1.0
         scores = [sign * self._compound(text) for text in completions]
         return [Reward(value=score, correct=score >= THRESHOLD) for score in scores]
+
+    def _all(self) -> list[str]:
+        return _read_openings(self.openings) if self.openings else built_in_openings()
 
     def _compound(self, text: str) -> float:
         if self._analyzer is None:
