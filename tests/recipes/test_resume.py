@@ -31,6 +31,7 @@ def comparable(folder: Path) -> dict[str, Any]:
     }
     state = json.loads((last / "state.json").read_text())
     state["stop"].pop("seconds")
+    state.pop("clock")
     timed = ("time", "seconds/", "tokens_per_second")
     metrics = [
         {k: v for k, v in json.loads(line).items() if not k.startswith(timed)}

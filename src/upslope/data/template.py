@@ -9,8 +9,11 @@ history, and no mask over the whole text would describe what the model saw.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from upslope.data.pieces import closing_special
@@ -23,7 +26,18 @@ if TYPE_CHECKING:
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
+_CLOCK: ContextVar[datetime | None] = ContextVar("the clock of chat templates", default=None)
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@contextmanager
+def clock_at(moment: datetime) -> Iterator[None]:
+    """Within it `strftime_now` in a chat template says `moment`; elsewhere it is the time of day."""
+    token = _CLOCK.set(moment)
+    try:
+        yield
+    finally:
+        _CLOCK.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +188,17 @@ class ChatTemplate:
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.has_marks,
                 add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **self.variables},
+                **{**self.tokenizer.special_tokens_map, **_clock(), **self.variables},
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             roles = ", ".join(message.role for message in messages)
             raise DataError(f"the chat template refuses this conversation ({roles}): {_one_line(error)}") from error
         return texts[0], [(low, high) for low, high in marked[0]] if self.has_marks else []
+
+
+def _clock() -> dict[str, Any]:
+    moment = _CLOCK.get()
+    return {} if moment is None else {"strftime_now": moment.strftime}
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class RunOptions:
     """The run folder. Left out: a new folder under runs/."""
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint, bit for bit."""
+    allow_changed_data: bool = False
+    """With --resume, this once: go on although rows, template, tokenizer, task, rewards or models have changed."""
     dry_run: bool = False
     """Check data, tokenizer and shapes, show one example with its mask, predict memory and time, then stop."""
     json: bool = False
@@ -98,6 +100,8 @@ class RunOptions:
         )
         if self.resume and self.output_dir is None:
             raise ConfigError("resume needs output_dir: name the run folder to continue")
+        if self.allow_changed_data and not self.resume:
+            raise ConfigError("allow_changed_data goes with resume: a new run takes the data as they are")
 
 
 @dataclass(frozen=True, kw_only=True)
