@@ -66,7 +66,8 @@ def edit(path: Path) -> None:
 
 def reword(path: Path) -> None:
     text = path.read_text()
-    path.write_text(text.replace("}}\n", "}}:") if "}}\n" in text else text.replace("}}:", "}};"))
+    wide, close = "<|im_end|>\n", "<|im_end|>"
+    path.write_text(text.replace(wide, close) if wide in text else text.replace(close, wide))
 
 
 class Case(typing.NamedTuple):
@@ -104,12 +105,21 @@ def cases(folder: Path) -> dict[str, Callable[[], Case]]:
             csv.writer(file, lineterminator="\n").writerows(
                 [("text", "label"), *((f"the film {i}", ("up", "at")[i % 2]) for i in range(10, 34))]
             )
-        words = ["--model", str(folder / "bert"), "--data", str(folder / "rows.csv"), "--eval-share", "0.25"]
+        words = [
+            "--model",
+            str(folder / "bert"),
+            "--data",
+            str(folder / "rows.csv"),
+            "--eval-share",
+            "0.25",
+            "--max-length",
+            "32",
+        ]
         return Case("classify", words, "rows.csv", change, "rows.csv (--data)")
 
     def in_prompts(change: Callable[[Path], None], *words: str) -> Case:
         write(folder / "rows.jsonl", PAIRS)
-        task = f"pairs:path={folder / 'rows.jsonl'},eval_fraction=0.2"
+        task = f"pairs:path={folder / 'rows.jsonl'},eval_fraction=0.4"
         return Case("grpo", [*model, "--task", task, *SAMPLING, *words], "rows.jsonl", change, "rows.jsonl (--task)")
 
     def distill(change: Callable[[Path], None]) -> Case:
@@ -154,7 +164,7 @@ def cases(folder: Path) -> dict[str, Callable[[], Case]]:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("env.json", "lock") and "db" not in p.name]
+    files = [p for p in folder.rglob("*") if p.is_file() and p.name not in ("env.json", ".lock") and "db" not in p.name]
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -170,7 +180,7 @@ def test_what_has_changed_is_refused_by_name_unless_allowed(
     case.change(tmp_path / case.file)
     again = [case.verb, "--resume", "--output-dir", str(run), "--max-steps", "3", "--keep-last", "1"]
     capsys.readouterr()
-    assert main(again) == 2
+    assert main(again) == 5
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{case.said} has changed since {run / 'checkpoints/step-00000002'} was written" in said
     assert said.endswith("--allow-changed-data")
@@ -182,7 +192,7 @@ def test_what_has_changed_is_refused_by_name_unless_allowed(
     assert main([case.verb, "--resume", "--output-dir", str(run), "--max-steps", "4"]) == 0  # the yes was for once
     case.change(tmp_path / case.file)
     capsys.readouterr()
-    assert main([case.verb, "--resume", "--output-dir", str(run), "--max-steps", "5"]) == 2
+    assert main([case.verb, "--resume", "--output-dir", str(run), "--max-steps", "5"]) == 5
     assert f"{case.said} has changed" in capsys.readouterr().err
 
 
@@ -283,7 +293,7 @@ def test_an_older_checkpoint_resumes_with_one_warning(
     assert set(state["fingerprint"]) >= {f"{rows} (--data)", "the tokenizer", "the chat template", "the training rows"}
     aged(run)
     cut(Path(rows))
-    assert main(["sft", "--resume", "--output-dir", str(run), "--max-steps", "4"]) == 2
+    assert main(["sft", "--resume", "--output-dir", str(run), "--max-steps", "4"]) == 5
     assert "the training rows (22 -> 18) have changed" in capsys.readouterr().err.splitlines()[-1]
     resumed = ["sft", "--resume", "--output-dir", str(run), "--max-steps", "4", "--allow-changed-data"]
     assert main(resumed) == 0
@@ -315,7 +325,7 @@ def test_another_set_of_labels_cannot_go_on(tmp_path: Path, capsys: pytest.Captu
     assert main(["classify", *case.words, *COMMON, *run]) == 0
     path = tmp_path / "rows.csv"
     path.write_text(path.read_text().replace(",at", ",zz"))
-    assert main(["classify", "--resume", *run, "--max-steps", "3", "--allow-changed-data"]) == 2
+    assert main(["classify", "--resume", *run, "--max-steps", "3", "--allow-changed-data"]) == 5
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "rows.csv: the labels are others than in the run (at, zz)" in said
 

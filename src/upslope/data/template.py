@@ -179,16 +179,18 @@ class ChatTemplate:
 
     def _raw(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
         from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         try:
+            if "strftime_now" in self.source:  # a variable cannot be a function: only the compiled template takes one
+                _compile_jinja_template(self.source).globals["strftime_now"] = _strftime_now
             texts, marked = render_jinja_template(
                 conversations=[[_as_dict(message) for message in messages]],
                 tools=self.tools,
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.has_marks,
                 add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **_clock(), **self.variables},
+                **{**self.tokenizer.special_tokens_map, **self.variables},
             )
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
             roles = ", ".join(message.role for message in messages)
@@ -196,9 +198,8 @@ class ChatTemplate:
         return texts[0], [(low, high) for low, high in marked[0]] if self.has_marks else []
 
 
-def _clock() -> dict[str, Any]:
-    moment = _CLOCK.get()
-    return {} if moment is None else {"strftime_now": moment.strftime}
+def _strftime_now(format: str) -> str:
+    return (_CLOCK.get() or datetime.now()).strftime(format)
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
