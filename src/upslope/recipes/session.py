@@ -136,8 +136,8 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, lab
 
     A first Ctrl-C finishes the step, saves and ends with "interrupted" in the summary; the caller exits with 130.
     """
-    run = _open(verb, options)
     marks = begun.marks(learner)
+    run = _open(verb, options)
     mode = "max" if learner.higher_is_better else "min"
     stop = StopWhen(
         Budget(options.max_steps, options.max_tokens, options.max_seconds),
