@@ -43,7 +43,7 @@ WHOLE, BLOCK, BLOCKS = 256 << 20, 1 << 20, 64
 
 
 def of_files(options: Any) -> dict[str, str]:
-    """ "FILE (--OPTION)" -> digest, of every file that the options name and that is there.
+    """Digests by "FILE (--OPTION)", of every file that the options name and that is there.
 
     RunError where one cannot be read.
     """
