@@ -107,6 +107,16 @@ def test_resume_takes_the_configuration_of_the_run(tiny: Path, tmp_path: Path) -
     assert found["metrics"] == expected["metrics"]
 
 
+def test_a_run_resumed_at_its_end_evaluates_again_and_stores_it_once(tiny: Path, tmp_path: Path) -> None:
+    """As after a kill between the last checkpoint and the summary."""
+    folder = tmp_path / "run"
+    assert main(arguments(tiny, folder)) == 0
+    before = comparable(folder)
+    (folder / "summary.json").unlink()
+    assert main(["ppo", "--resume", "--output-dir", str(folder)]) == 0
+    assert_same(comparable(folder), before)
+
+
 @pytest.mark.parametrize("change", [("--learning-rate", "0.5"), ("--seed", "3"), ("--num-generations", "3")])
 def test_resume_refuses_what_would_be_another_run(
     change: tuple[str, str], tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
