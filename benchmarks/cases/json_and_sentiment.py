@@ -23,6 +23,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from upslope.build import load_policy
 from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import ppo
-from upslope.recipes.session import train
+from upslope.recipes.session import begin, train
 
 NAME = "json_and_sentiment"
 LEARNERS = ("grpo_json", "ppo_sentiment")
@@ -77,14 +78,11 @@ def strict_json(seed: int, folder: Path) -> Outcome:
     """Pass rate before and after."""
     options = GRPOOptions(**COMMON, **JSON, seed=seed, output_dir=str(folder / "json"))
     options.validate()
-    learner = GRPO(options, load_policy(options))
-    try:
+    with begin(options) as begun, closing(GRPO(options, load_policy(options))) as learner:
         before = learner.evaluate(0)
         started = time.perf_counter()
-        summary = train("grpo", options, learner)
+        summary = train("grpo", options, learner, begun)
         seconds = time.perf_counter() - started
-    finally:
-        learner.close()
     assert before is not None
     steps = steps_of(folder / "json")
     after = summary["evaluation"]["accuracy"]["value"]

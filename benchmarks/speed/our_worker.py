@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO
-from upslope.recipes.session import StepResult, train
+from upslope.recipes.session import StepResult, begin, train
 from upslope.types import RolloutGroup, SamplingParams
 
 TASK = f"{Path(__file__).with_name('task.py')}:Stories"
@@ -99,11 +100,9 @@ def train_steps(asked: dict[str, Any], steps: protocol.Steps) -> None:
         )
         learner = WatchedPPO(options, load_policy(options))
     learner.watch(steps, fixed=asked["fixed"])
-    try:
+    with begin(options) as begun, closing(learner):
         steps.begin()
-        train(asked["kind"], options, learner)
-    finally:
-        learner.close()
+        train(asked["kind"], options, learner, begun)
 
 
 def roll_out(asked: dict[str, Any], steps: protocol.Steps) -> None:

@@ -244,7 +244,8 @@ def watched(o: ExpertOptions) -> list[list[tuple[list[int], bool]]]:
 
     learner = Watched(o, load_policy(o))
     try:
-        expert_module.train("expert", learner.options, learner)
+        with expert_module.begin(learner.options) as begun:
+            expert_module.train("expert", learner.options, learner, begun)
     finally:
         learner.close()
     return seen

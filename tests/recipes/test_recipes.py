@@ -303,10 +303,10 @@ def test_non_finite_training_stops_and_keeps_the_last_checkpoint(tiny: Path, tas
         return original(step)
 
     learner.step = poisoned  # type: ignore[method-assign]
-    from upslope.recipes.session import train
+    from upslope.recipes.session import begin, train
 
-    with pytest.raises(UpslopeError):
-        train("ppo", options, learner)
+    with begin(options) as begun, pytest.raises(UpslopeError):
+        train("ppo", options, learner, begun)
     weights = load_weights(tmp_path / "run/checkpoints/last/model", torch.float32)
     assert all(bool(torch.isfinite(w).all()) for w in weights.values())
     assert (tmp_path / "run/checkpoints/last").resolve().name == "step-00000002"
@@ -320,10 +320,10 @@ def test_a_failing_evaluation_still_saves_the_last_step(tiny: Path, task: str, t
         raise DataError("the judge is ill")
 
     learner.evaluate = broken  # type: ignore[method-assign]
-    from upslope.recipes.session import train
+    from upslope.recipes.session import begin, train
 
-    with pytest.raises(DataError, match="ill"):
-        train("ppo", options, learner)
+    with begin(options) as begun, pytest.raises(DataError, match="ill"):
+        train("ppo", options, learner, begun)
     assert (tmp_path / "run/checkpoints/last").resolve().name == "step-00000002"
 
 

@@ -31,6 +31,7 @@ def comparable(folder: Path) -> dict[str, Any]:
     }
     state = json.loads((last / "state.json").read_text())
     state["stop"].pop("seconds")
+    state.pop("clock")
     timed = ("time", "seconds/", "tokens_per_second")
     metrics = [
         {k: v for k, v in json.loads(line).items() if not k.startswith(timed)}
@@ -104,6 +105,16 @@ def test_resume_takes_the_configuration_of_the_run(tiny: Path, tmp_path: Path) -
     for name, tensor in expected["tensors"].items():
         assert torch.equal(found["tensors"][name], tensor), name
     assert found["metrics"] == expected["metrics"]
+
+
+def test_a_run_resumed_at_its_end_evaluates_again_and_stores_it_once(tiny: Path, tmp_path: Path) -> None:
+    """As after a kill between the last checkpoint and the summary."""
+    folder = tmp_path / "run"
+    assert main(arguments(tiny, folder)) == 0
+    before = comparable(folder)
+    (folder / "summary.json").unlink()
+    assert main(["ppo", "--resume", "--output-dir", str(folder)]) == 0
+    assert_same(comparable(folder), before)
 
 
 @pytest.mark.parametrize("change", [("--learning-rate", "0.5"), ("--seed", "3"), ("--num-generations", "3")])

@@ -206,9 +206,10 @@ def test_a_padding_token_of_its_own_is_kept_and_batches_agree(tmp_path: Path) ->
 def test_adapters_are_merged_into_the_folder(tiny: Path, tmp_path: Path) -> None:
     o = options(tiny, write(tmp_path / "rows.jsonl", pair_rows(40)), tmp_path / "run", lora_rank=4, max_steps=10)
     learner = RewardLearner(o, load_policy(o))
-    from upslope.recipes.session import train
+    from upslope.recipes.session import begin, train
 
-    summary = train("reward", o, learner)
+    with begin(o) as begun:
+        summary = train("reward", o, learner, begun)
     _, means = learner.measured()
     weights, start = (load_weights(Path(f), torch.float32) for f in (summary["model"], str(tiny)))
     assert not any("lora" in name for name in weights)

@@ -190,6 +190,28 @@ def test_resuming_in_one_call(tmp_path: Path) -> None:
         checkpoint.resume(tmp_path, keep_last=1)
 
 
+def test_what_is_not_accepted_changes_no_file(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        store(tmp_path, step, keep_last=None)
+    before = names(tmp_path)
+
+    def refuse(found: checkpoint.Resolved, state: dict[str, Any]) -> None:
+        raise RunError(f"step {found.step} holds {state}")
+
+    with pytest.raises(RunError, match="step 3 holds"):
+        checkpoint.resume(tmp_path, keep_last=1, accept=refuse)
+    assert names(tmp_path) == before
+
+
+def test_peeking_reads_the_newest_state_that_can_be_read(tmp_path: Path) -> None:
+    assert checkpoint.peek(tmp_path) is None
+    for step in (1, 2, 3):
+        store(tmp_path, step, keep_last=None)
+    (tmp_path / "step-00000003/state.json").write_text("x" * len('{"step": 3}'))
+    found = checkpoint.peek(tmp_path)
+    assert found == (tmp_path / "step-00000002", {"step": 2})
+
+
 def test_a_future_format_is_refused(tmp_path: Path) -> None:
     path = store(tmp_path, 1)
     manifest = path / "manifest.json"

@@ -9,8 +9,11 @@ history, and no mask over the whole text would describe what the model saw.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from upslope.data.pieces import closing_special
@@ -23,7 +26,18 @@ if TYPE_CHECKING:
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
+_CLOCK: ContextVar[datetime | None] = ContextVar("the clock of chat templates", default=None)
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+
+@contextmanager
+def clock_at(moment: datetime) -> Iterator[None]:
+    """Within it `strftime_now` in a chat template says `moment`; elsewhere it is the time of day."""
+    token = _CLOCK.set(moment)
+    try:
+        yield
+    finally:
+        _CLOCK.reset(token)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +179,11 @@ class ChatTemplate:
 
     def _raw(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
         from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
         try:
+            if "strftime_now" in self.source:  # a variable cannot be a function: only the compiled template takes one
+                _compile_jinja_template(self.source).globals["strftime_now"] = _strftime_now
             texts, marked = render_jinja_template(
                 conversations=[[_as_dict(message) for message in messages]],
                 tools=self.tools,
@@ -180,6 +196,10 @@ class ChatTemplate:
             roles = ", ".join(message.role for message in messages)
             raise DataError(f"the chat template refuses this conversation ({roles}): {_one_line(error)}") from error
         return texts[0], [(low, high) for low, high in marked[0]] if self.has_marks else []
+
+
+def _strftime_now(format: str) -> str:
+    return (_CLOCK.get() or datetime.now()).strftime(format)
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

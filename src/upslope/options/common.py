@@ -23,8 +23,8 @@ def check(options: Any, **bounds: tuple[float | None, float | None]) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """What every training verb shares: the model, the run folder, the optimizer, the budget."""
+class LaunchOptions:
+    """What every launch of a training verb is told: the model, the run folder, how it is taken up."""
 
     model: str = "smollm2-135m"
     """Where training starts: a folder, a hub id, a .gguf file, or the alias smollm2-135m."""
@@ -32,10 +32,25 @@ class RunOptions:
     """The run folder. Left out: a new folder under runs/."""
     resume: bool = False
     """Continue the run in --output-dir from its last checkpoint, bit for bit."""
+    allow_changed_data: bool = False
+    """With --resume, this once: go on although rows, template, tokenizer, task, rewards or models have changed."""
     dry_run: bool = False
     """Check data, tokenizer, shapes and rewards, show one example, predict memory and time, then stop."""
     json: bool = False
     """Print the summary as one JSON object on standard output."""
+
+    def validate(self) -> None:
+        """Raise ConfigError for a run that is to be taken up and is not named."""
+        if self.resume and self.output_dir is None:
+            raise ConfigError("resume needs output_dir: name the run folder to continue")
+        if self.allow_changed_data and not self.resume:
+            raise ConfigError("allow_changed_data goes with resume: a new run takes the data as they are")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(LaunchOptions):
+    """What every training verb shares: the optimizer, the budget, when it looks and saves."""
+
     seed: int = 0
     """Of data order, sampling and initial values; the same seed repeats the run bit for bit."""
     dtype: Dtype = "auto"
@@ -96,8 +111,7 @@ class RunOptions:
             save_every=(1, None),
             keep_last=(1, None),
         )
-        if self.resume and self.output_dir is None:
-            raise ConfigError("resume needs output_dir: name the run folder to continue")
+        LaunchOptions.validate(self)
 
 
 @dataclass(frozen=True, kw_only=True)

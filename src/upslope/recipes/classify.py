@@ -41,7 +41,7 @@ from upslope.options.encoder import ClassifyOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
 from upslope.recipes.encoder_report import finish, show
 from upslope.recipes.held_out import first_of
-from upslope.recipes.session import Evaluation, conclude, train
+from upslope.recipes.session import Evaluation, begin, conclude, train
 
 __all__ = ["Classifier", "Classify", "classify", "load_classifier", "run"]
 
@@ -60,8 +60,9 @@ def run(options: ClassifyOptions) -> int:
 
 def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[str, Any]:
     """Train and return the summary, dev and test figures in it; a `start` already loaded is trained in place."""
-    learner, data = _prepare(options, start)
-    summary = train("classify", learner.options, learner)
+    with begin(options) as begun:
+        learner, data = _prepare(options, start)
+        summary = train("classify", learner.options, learner, begun)
     splits = {"dev": data.dev} | ({"test": data.test} if data.test else {})
     return finish(learner, summary | {"data": data.facts}, splits)
 

@@ -17,7 +17,7 @@ later ones: reverse KL per token is not MiniLLM's gradient of the KL between seq
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ from upslope.models.sources import resolve
 from upslope.options import DistillOptions
 from upslope.recipes.distill_data import Item, load_items
 from upslope.recipes.dry_run_imitation import show_imitation
-from upslope.recipes.session import Evaluation, StepResult, conclude, train
+from upslope.recipes.fingerprint import prompt_row
+from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.recipes.sft import held_out_groups
 from upslope.runs.folder import Run
 from upslope.tasks.loading import load_task
@@ -58,8 +59,9 @@ def run(options: DistillOptions) -> int:
 
 def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    learner = Distill(options, policy or load_policy(options))
-    return train("distill", options, learner)
+    with begin(options) as begun:
+        learner = Distill(options, policy or load_policy(options))
+        return train("distill", options, learner, begun)
 
 
 def load_teacher(source: str, policy: Policy) -> CausalModel:
@@ -240,6 +242,12 @@ class Distill:
         if self.run is not None and groups:
             own = [value.tolist() for value in per_sequence[: len(rollouts)]]
             self.run.record_rollouts(step + 1, groups, arrays={"divergence": own})
+
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer and the training rows, for the fingerprint."""
+        prompts = (item.prompt and prompt_row(item.prompt) for item in self.items)
+        answers = (item.example and (item.example.tokens, item.example.mask) for item in self.items)
+        return self.policy.tokenizer, zip(prompts, answers, strict=True)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments; the weights are in the model folder."""

@@ -43,10 +43,10 @@ def load_items(options: DistillOptions, tokenizer: Any, task: Task | None) -> tu
         held_out = first_of(_items(o, tokenizer, o.eval_data), o.eval_samples, o.eval_data)
         _check(o, o.data, items)
         return items, held_out
-    held = min(len(items) // 10, o.eval_samples)
+    held = len(items) // 10  # whatever eval_samples is: a resumed run may change that, not what it trains on
     kept, held_out = (items[:-held], items[-held:]) if held else (items, [])
     _check(o, o.data, kept)
-    return kept, held_out
+    return kept, held_out[: o.eval_samples]
 
 
 def _demonstration(options: DistillOptions, tokenizer: Any, task: Task, prompt: Prompt) -> Example | None:

@@ -36,7 +36,7 @@ from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
-from upslope.recipes.session import conclude, train
+from upslope.recipes.session import begin, conclude, train
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches
@@ -56,8 +56,9 @@ def run(options: DPOOptions) -> int:
 
 def dpo(options: DPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place, and is its own reference."""
-    learner = DPO(options, policy or load_policy(options))
-    return train("dpo", learner.options, learner)
+    with begin(options) as begun:
+        learner = DPO(options, policy or load_policy(options))
+        return train("dpo", learner.options, learner, begun)
 
 
 class DPO(PreferenceLearner):

@@ -13,7 +13,7 @@ at the end, the checkpoint that was best on dev is scored once on test
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -325,17 +325,28 @@ class EncoderLearner:
         values = [float(self.objective.rewards_CC[t, s]) for t, s in zip(truth, said, strict=True)]
         return sum(values) / len(values)
 
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer and the training rows, for the fingerprint."""
+        return self.tokenizer, ([(x.tokens, x.targets, x.places, x.types) for x in row] for row in self.rows)
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments; with adapters also what is trained, because the model folder holds them merged."""
         trained = {"weights": self.optimizer.weights()} if self.options.lora_rank else {}
         return {"optimizer": self.optimizer.state(), **trained}
 
     def state(self) -> dict[str, Any]:
-        """The data position."""
-        return {"order": self.order.state_dict()}
+        """The data position, and what the head's outputs stand for."""
+        return {"order": self.order.state_dict(), "labels": list(self.encoder.labels)}
 
     def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint. RunError: the data have other labels now."""
+        was, are = state.get("labels", self.encoder.labels), self.encoder.labels
+        if list(was) != list(are):
+            differ = sorted(set(was) ^ set(are)) or list(are)
+            raise RunError(
+                f"{self.options.data}: the labels are others than in the run ({', '.join(differ[:5])}), and its head "
+                "has one output for each; bring the labels back, or start a new run"
+            )
         weights = tensors["weights"] if self.options.lora_rank else self.encoder.read(model)
         self.optimizer.load(weights, tensors["optimizer"])
         self.order.load_state_dict(state["order"])

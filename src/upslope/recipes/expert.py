@@ -18,8 +18,10 @@ Every training row and where it came from is in samples_round_K.jsonl of the run
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from upslope.options import ExpertOptions
 from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, read_rows, row_of, select, write_rows
 from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.recipes.session import StepResult, conclude, train
+from upslope.recipes.session import StepResult, begin, conclude, train
 from upslope.rollout.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.schedule import learning_rate
@@ -55,11 +57,8 @@ def run(options: ExpertOptions) -> int:
 
 def expert(options: ExpertOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    learner = Expert(options, policy or load_policy(options))
-    try:
-        return train("expert", learner.options, learner)
-    finally:
-        learner.close()
+    with begin(options) as begun, closing(Expert(options, policy or load_policy(options))) as learner:
+        return train("expert", learner.options, learner, begun)
 
 
 class Expert(PolicyGradient):
@@ -197,6 +196,11 @@ class Expert(PolicyGradient):
             return
         name = f"samples_round_{round_ + 1}.jsonl"
         self.file = {"name": name, "sha256": write_rows(self.run.folder / name, [*self.kept, *self.corpus])}
+
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer, the prompts and the rows of mix_data, for the fingerprint."""
+        tokenizer, prompts = super().trained_on()
+        return tokenizer, chain(prompts, ((row.example.tokens, row.example.mask) for row in self.mix))
 
     def state(self) -> dict[str, Any]:
         """Data positions, weight version, and the file with the round's rows."""

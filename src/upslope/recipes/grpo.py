@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ from upslope.options import GRPOOptions
 from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics, rollout_metrics
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import StepResult, conclude, train
+from upslope.recipes.session import StepResult, begin, conclude, train
 from upslope.training.experience import Experience, Normalizer, group_rewards, shaped_rewards
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch, RolloutGroup
@@ -59,11 +60,8 @@ def run(options: GRPOOptions) -> int:
 
 def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    learner = GRPO(options, policy or load_policy(options))
-    try:
-        return train("grpo", options, learner)
-    finally:
-        learner.close()
+    with begin(options) as begun, closing(GRPO(options, policy or load_policy(options))) as learner:
+        return train("grpo", options, learner, begun)
 
 
 class GRPO(PolicyGradient):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from upslope.models.loading import save_model
 from upslope.models.seq2seq import Seq2Seq
 from upslope.models.seq2seq_config import Seq2SeqConfig
 from upslope.options.seq2seq import SCRATCH, Seq2SeqOptions
+from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.held_out import tell_task
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
@@ -262,6 +263,12 @@ class PairLearner:
             for rollout in group.rollouts:
                 rollout.reward = _with_edits(rollout.reward, rollout.text, references)
         return groups
+
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer and the training rows, for the fingerprint."""
+        if self.options.objective == "mle":
+            return self.policy.tokenizer, ((e.tokens, e.mask) for e in self.examples)
+        return self.policy.tokenizer, ((prompt_row(prompt), tokens) for prompt, tokens in self.prompts)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments; the weights are in the model folder."""

@@ -6,7 +6,7 @@ The algorithm itself is in the recipe's own file.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from upslope.functional.policy_losses import importance_weights
 from upslope.models.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
+from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.held_out import tell_task
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
@@ -246,6 +247,10 @@ class PolicyGradient:
             for name, parts in split.items()
         }
         self.run.record_rollouts(step + 1, groups, arrays=arrays)
+
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer and the training rows, for the fingerprint."""
+        return self.policy.tokenizer, (prompt_row(prompt) for prompt in self.train_prompts)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments and the rollouts that wait; the policy's weights are in the model folder."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ from upslope.options import PPOOptions
 from upslope.recipes.actor_critic import ActorCritic
 from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.policy_gradient import means_of, ratio_metrics, rollout_metrics
-from upslope.recipes.session import StepResult, conclude, train
+from upslope.recipes.session import StepResult, begin, conclude, train
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
 from upslope.types import Batch
@@ -52,11 +53,8 @@ def run(options: PPOOptions) -> int:
 
 def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    learner = PPO(options, policy or load_policy(options))
-    try:
-        return train("ppo", options, learner)
-    finally:
-        learner.close()
+    with begin(options) as begun, closing(PPO(options, policy or load_policy(options))) as learner:
+        return train("ppo", options, learner, begun)
 
 
 class PPO(ActorCritic):

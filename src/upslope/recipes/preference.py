@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,6 @@ from upslope.data.batching import PromptStream
 from upslope.data.kinds import Record
 from upslope.data.preferences import Encoded
 from upslope.data.records import read_records
-from upslope.errors import RunError
 from upslope.evaluation.intervals import wilson
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
@@ -145,6 +144,11 @@ class PreferenceLearner:
         """Further held-out numbers of the recipe."""
         return {}
 
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer and the training rows, for the fingerprint."""
+        rows = ([(e.tokens, e.mask, e.fields.get("label")) for e in unit.examples] for unit in self.units)
+        return self.policy.tokenizer, zip(rows, (unit.values for unit in self.units), strict=True)
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments; the weights are in the model folder."""
         return {"optimizer": self.optimizer.state()}
@@ -154,13 +158,8 @@ class PreferenceLearner:
         return {"order": self.order.state_dict()}
 
     def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint. RunError: the data is not what the run began with."""
+        """Continue from a checkpoint."""
         self.optimizer.load(self.trained_weights(model, tensors), tensors["optimizer"])
-        if state["order"]["n"] != len(self.units):
-            raise RunError(
-                f"{self.options.data} now gives {len(self.units)} training rows, the run had {state['order']['n']}: "
-                "resume with the same rows (and eval_samples = 0 only if it was 0)"
-            )
         self.order.load_state_dict(state["order"])
 
     def trained_weights(self, model: Path, tensors: Mapping[str, dict[str, Tensor]]) -> Mapping[str, Tensor]:

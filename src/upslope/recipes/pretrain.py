@@ -17,7 +17,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from upslope.recipes.pretrain_start import (
     start_policy,
     start_tokenizer,
 )
-from upslope.recipes.session import Evaluation, StepResult, conclude, train
+from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.runs.folder import Run
 from upslope.training.schedule import learning_rate
 from upslope.training.step import Outputs, score, update
@@ -60,15 +60,15 @@ def run(options: PretrainOptions) -> int:
 
 def pretrain(options: PretrainOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a causal `policy` already loaded is trained in place, with its tokenizer."""
-    objective = "causal" if policy is not None else objective_of(options)
-    tokenizer = policy.tokenizer if policy is not None else start_tokenizer(options, objective)
-    if objective == "masked":
-        learner = MaskedPretrain(options, start_encoder(options, tokenizer), tokenizer)
-        return train("pretrain", learner.options, learner)
-    texts = causal_texts(options, tokenizer)
-    with tempfile.TemporaryDirectory(prefix="upslope-pretrain-") as folder:
+    with begin(options) as begun, tempfile.TemporaryDirectory(prefix="upslope-pretrain-") as folder:
+        objective = "causal" if policy is not None else objective_of(options)
+        tokenizer = policy.tokenizer if policy is not None else start_tokenizer(options, objective)
+        if objective == "masked":
+            learner = MaskedPretrain(options, start_encoder(options, tokenizer), tokenizer)
+            return train("pretrain", learner.options, learner, begun)
+        texts = causal_texts(options, tokenizer)
         causal = Pretrain(options, policy or start_policy(options, tokenizer, Path(folder)), texts)
-        return train("pretrain", causal.options, causal)
+        return train("pretrain", causal.options, causal, begun)
 
 
 def causal_texts(options: PretrainOptions, tokenizer: Any) -> Texts:
@@ -160,17 +160,20 @@ class Pretrain:
             return {}
         return {"unknown_share": float((self.texts.held_out.tokens == unknown).mean())}
 
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer, unless it is the run's own, and the text, for the fingerprint."""
+        return None if self.options.new else self.policy.tokenizer, iter([self.texts.corpus.sha256])
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments; the weights are in the model folder."""
         return {"optimizer": self.optimizer.state()}
 
     def state(self) -> dict[str, Any]:
-        """The data position, and which text it is a position in."""
-        return {"order": self.order.state_dict(), "corpus": self.texts.corpus.sha256}
+        """The data position."""
+        return {"order": self.order.state_dict()}
 
     def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; the text must be what it was."""
-        self.texts.check(state["corpus"])
+        """Continue from a checkpoint."""
         self.optimizer.load(self.policy.read(model), tensors["optimizer"])
         self.order.load_state_dict(state["order"])
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -156,17 +156,20 @@ class MaskedPretrain:
         }
         return Evaluation(metrics["masked_perplexity"], metrics)
 
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer, unless it is the run's own, and the text, for the fingerprint."""
+        return None if self.options.new else self.tokenizer, iter([self.texts.corpus.sha256])
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments; the weights are in the model folder."""
         return {"optimizer": self.optimizer.state()}
 
     def state(self) -> dict[str, Any]:
-        """The data position, and which text it is a position in."""
-        return {"order": self.order.state_dict(), "corpus": self.texts.corpus.sha256}
+        """The data position."""
+        return {"order": self.order.state_dict()}
 
     def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; the text must be what it was."""
-        self.texts.check(state["corpus"])
+        """Continue from a checkpoint."""
         self.optimizer.load(self.encoder.read(model), tensors["optimizer"])
         self.order.load_state_dict(state["order"])
 

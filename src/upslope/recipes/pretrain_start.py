@@ -15,7 +15,7 @@ from upslope.cache import cache_root
 from upslope.data.chat import load_tokenizer
 from upslope.data.corpus import Corpus, TokenStream, corpus_files, open_corpus, texts_of
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, KINDS, MASKED_SPECIALS, train_tokenizer
-from upslope.errors import ConfigError, DataError, ModelError, RunError
+from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.encoder import Encoder, load_encoder, new_encoder
 from upslope.models.lstm import LSTM, LSTMConfig
@@ -37,11 +37,6 @@ class Texts:
     train: TokenStream
     held_out: TokenStream
     corpus: Corpus
-
-    def check(self, sha256: str) -> None:
-        """RunError when a run that is resumed was trained on other text."""
-        if sha256 != self.corpus.sha256:
-            raise RunError("the text in data is not what this run began with; bring it back, or start a new run")
 
 
 def objective_of(options: PretrainOptions) -> Objective:

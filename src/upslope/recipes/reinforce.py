@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from upslope.recipes.actor_critic import ActorCritic
 from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.policy_gradient import rollout_metrics
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import StepResult, conclude, train
+from upslope.recipes.session import StepResult, begin, conclude, train
 from upslope.rollout.collect import collect
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
@@ -51,11 +52,8 @@ def run(options: ReinforceOptions) -> int:
 
 def reinforce(options: ReinforceOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    learner = Reinforce(options, policy or load_policy(options))
-    try:
-        return train("reinforce", options, learner)
-    finally:
-        learner.close()
+    with begin(options) as begun, closing(Reinforce(options, policy or load_policy(options))) as learner:
+        return train("reinforce", options, learner, begun)
 
 
 class MovingBaseline:

@@ -39,7 +39,7 @@ from upslope.models.reward_folder import (
 from upslope.models.weights import load as load_weights
 from upslope.options import RewardOptions
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
-from upslope.recipes.session import conclude, train
+from upslope.recipes.session import begin, conclude, train
 from upslope.training.optim import Group
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, after_tokens
@@ -57,8 +57,9 @@ def run(options: RewardOptions) -> int:
 
 def reward(options: RewardOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place, and becomes a reward model."""
-    learner = RewardLearner(options, policy or load_policy(options))
-    return train("reward", learner.options, learner)
+    with begin(options) as begun:
+        learner = RewardLearner(options, policy or load_policy(options))
+        return train("reward", learner.options, learner, begun)
 
 
 class RewardLearner(PreferenceLearner):

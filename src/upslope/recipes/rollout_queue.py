@@ -6,6 +6,7 @@ batches all by the start weights). What waits is part of a checkpoint, so that a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -76,7 +77,11 @@ class RolloutQueue:
         ]
 
     def load(self, tensors: Mapping[str, Tensor], state: Sequence[Mapping[str, Any]]) -> None:
-        """Put back what `tensors` and `state` described."""
+        """Put back what `tensors` and `state` described; nothing, and says so, where prompts are others now."""
+        groups = [g for batch in state for g in (*batch["groups"], *batch["greedy"])]
+        if not all(self._is_known(g) for g in groups):
+            print("the rollouts that waited answered other prompts: they are sampled anew", file=sys.stderr)
+            return
         columns = {name: x.tolist() for name, x in tensors.items()}
         used = dict.fromkeys(columns, 0)
 
@@ -94,12 +99,18 @@ class RolloutQueue:
             for batch in state
         ]
 
+    def _is_known(self, item: Mapping[str, Any]) -> bool:
+        """Whether the prompt is where it was; a checkpoint of an older version does not say which one it was."""
+        keys = [prompt.key for prompt in self.prompts[item["prompt"] : item["prompt"] + 1]]
+        return bool(keys) and item.get("key", keys[0]) == keys[0]
+
     def _rollouts(self) -> list[Rollout]:
         return [r for batch in self.waiting for g in (*batch.groups, *batch.greedy) for r in g.rollouts]
 
 
 def _group_state(group: RolloutGroup, place: Mapping[int, int]) -> dict[str, Any]:
-    return {"prompt": place[id(group.prompt)], "rollouts": [_rollout_state(r) for r in group.rollouts]}
+    prompt = group.prompt
+    return {"prompt": place[id(prompt)], "key": prompt.key, "rollouts": [_rollout_state(r) for r in group.rollouts]}
 
 
 def _rollout_state(rollout: Rollout) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 from upslope.recipes.seq2seq_dry_run import show_seq2seq
-from upslope.recipes.session import StepResult, conclude, train
+from upslope.recipes.session import StepResult, begin, conclude, train
 from upslope.training.step import Outputs, update
 from upslope.types import Batch
 
@@ -41,15 +42,12 @@ def run(options: Seq2SeqOptions) -> int:
 
 def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    data = PairData.of(options)
-    with tempfile.TemporaryDirectory(prefix="upslope-seq2seq-") as folder:
+    with begin(options) as begun, tempfile.TemporaryDirectory(prefix="upslope-seq2seq-") as folder:
+        data = PairData.of(options)
         policy = policy or start_policy(options, data, Path(folder))
         kind = MinimumRisk if options.objective == "minimum_risk" else MaximumLikelihood
-        learner = kind(options, policy, data)
-        try:
-            return train("seq2seq", learner.options, learner)
-        finally:
-            learner.close()
+        with closing(kind(options, policy, data)) as learner:
+            return train("seq2seq", learner.options, learner, begun)
 
 
 class MaximumLikelihood(PairLearner):

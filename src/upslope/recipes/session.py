@@ -9,8 +9,10 @@ import json
 import os
 import sys
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,8 +20,10 @@ import torch
 from torch import Tensor
 
 from upslope.config import dump
+from upslope.data.template import clock_at
 from upslope.errors import UpslopeError
 from upslope.options import RunOptions
+from upslope.recipes import fingerprint
 from upslope.recipes.last_words import last_words
 from upslope.runs.folder import Run
 from upslope.runs.progress import Progress
@@ -28,11 +32,12 @@ from upslope.training import checkpoint
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
-__all__ = ["MAY_CHANGE", "Evaluation", "Learner", "StepResult", "conclude", "train"]
+__all__ = ["MAY_CHANGE", "Begun", "Evaluation", "Learner", "StepResult", "begin", "conclude", "train"]
 
 MAY_CHANGE = frozenset(
-    {"output_dir", "resume", "dry_run", "json", "max_steps", "max_tokens", "max_seconds", "target", "patience"}
-    | {"eval_every", "eval_samples", "save_every", "keep_last", "reward_workers", "activations_gb"}
+    {"output_dir", "resume", "allow_changed_data", "dry_run", "json", "max_steps", "max_tokens", "max_seconds"}
+    | {"target", "patience", "eval_every", "eval_samples", "save_every", "keep_last", "reward_workers"}
+    | {"activations_gb"}
 )
 """Options that may differ from the run that is resumed: when it stops, looks and saves, not what a step computes.
 
@@ -56,11 +61,27 @@ class Evaluation:
     metrics: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """What is known of a run before its learner is made: its templates' clock, and digests of its files."""
+
+    clock: datetime
+    files: Mapping[str, str]
+
+    def marks(self, learner: Learner) -> dict[str, Any]:
+        """What a checkpoint says about what its run is made of."""
+        return {"clock": self.clock.isoformat(), "fingerprint": {**self.files, **fingerprint.of_learner(learner)}}
+
+
 class Learner(Protocol):
     """What a recipe gives the loop."""
 
     higher_is_better: bool
     run: Run | None
+
+    def trained_on(self) -> tuple[Any, Iterable[Any]]:
+        """The tokenizer (None: a checkpoint brings it), and the training rows as plain values, in their order."""
+        ...
 
     def step(self, step: int) -> StepResult:
         """One training step; `step` counts from 0."""
@@ -87,11 +108,36 @@ class Learner(Protocol):
         ...
 
 
-def train(verb: str, options: RunOptions, learner: Learner, *, label: str = "") -> dict[str, Any]:
+@contextmanager
+def begin(options: RunOptions) -> Iterator[Begun]:
+    """Around a whole recipe: in it the learner is made and trained.
+
+    Within it chat templates read the run's clock: the local time at which the run began, also in a resumed one.
+    RunError: a run that is resumed has other files than its last checkpoint, and --allow-changed-data is not given.
+    """
+    files, clock = fingerprint.of_files(options), now()
+    found = checkpoint.peek(Path(options.output_dir or "") / "checkpoints") if options.resume else None
+    if found is not None:
+        path, state = found
+        clock = datetime.fromisoformat(state["clock"]) if "clock" in state else clock
+        known = {name: digest for name, digest in state.get("fingerprint", {}).items() if name in files}
+        if not options.allow_changed_data:
+            fingerprint.refuse(fingerprint.changed(known, {name: files[name] for name in known}), path)
+    with clock_at(clock):
+        yield Begun(clock, files)
+
+
+def now() -> datetime:
+    """The local time, without its zone: what `strftime_now` in a template has always said."""
+    return datetime.now()
+
+
+def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, label: str = "") -> dict[str, Any]:
     """Run `learner` until it stops; returns the summary, which is also in the run folder.
 
     A first Ctrl-C finishes the step, saves and ends with "interrupted" in the summary; the caller exits with 130.
     """
+    marks = begun.marks(learner)
     run = _open(verb, options)
     mode = "max" if learner.higher_is_better else "min"
     stop = StopWhen(
@@ -103,9 +149,9 @@ def train(verb: str, options: RunOptions, learner: Learner, *, label: str = "") 
         learner.run = run
         seed_everything(options.seed)
         if options.resume:
-            _restore(run, learner, stop, options.keep_last)
+            _restore(run, learner, stop, options, marks)
         with Progress(options.max_steps, label or verb, done=stop.steps) as progress:
-            evaluated = _loop(run, learner, stop, interrupt, options, progress)
+            evaluated = _loop(run, learner, stop, interrupt, options, progress, marks)
         summary = {
             "verb": verb,
             "stopped": "interrupted" if interrupt.requested else stop.reason,
@@ -133,6 +179,7 @@ def _loop(
     interrupt: GracefulInterrupt,
     options: RunOptions,
     progress: Progress,
+    marks: Mapping[str, Any],
 ) -> Evaluation | None:
     """Steps, each followed by what is due; at the end an evaluation and a checkpoint of the last step."""
     saved = stop.steps or -1
@@ -145,7 +192,7 @@ def _loop(
             with stop.paused():
                 evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
         except UpslopeError:
-            _save(run, learner, stop, options, best=False)
+            _save(run, learner, stop, options, marks, best=False)
             raise
         if evaluation is None:
             return False
@@ -161,11 +208,11 @@ def _loop(
         progress.advance(1, _headline(result.metrics))
         best = look() if options.eval_every and stop.steps % options.eval_every == 0 else False
         if best or stop.steps % options.save_every == 0:
-            _save(run, learner, stop, options, best=best)
+            _save(run, learner, stop, options, marks, best=best)
             saved = stop.steps
     best = look() if evaluated_at != stop.steps and not interrupt.requested else False
     if best or saved != stop.steps:
-        _save(run, learner, stop, options, best=best)
+        _save(run, learner, stop, options, marks, best=best)
     return evaluation
 
 
@@ -199,7 +246,7 @@ def resident_memory_gb() -> float:
 
 
 def _open(verb: str, options: RunOptions) -> Run:
-    config = dump(options)
+    config = dump(_of_run(options))
     environment = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
     if not options.resume:
         return Run.create(verb=verb, config_toml=config, output_dir=options.output_dir, environment=environment)
@@ -207,36 +254,52 @@ def _open(verb: str, options: RunOptions) -> Run:
     run = Run.open(options.output_dir, environment=environment)
     try:
         check_resume(run.config, tomllib.loads(config), MAY_CHANGE)
-        run.replace_config(config)
     except BaseException:
         run.close()
         raise
     return run
 
 
-def _restore(run: Run, learner: Learner, stop: StopWhen, keep_last: int) -> None:
-    """Go back to the last checkpoint; a run that was stopped before its first one begins anew."""
-    found = checkpoint.resume(run.checkpoints, keep_last=keep_last)
+def _of_run(options: RunOptions) -> RunOptions:
+    """The options as the run folder keeps them: how one launch takes the run up is not the run's."""
+    return replace(options, resume=False, allow_changed_data=False)
+
+
+def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, marks: Mapping[str, Any]) -> None:
+    """Go back to the last checkpoint; a run that was stopped before its first one begins anew.
+
+    RunError: it is made of other things now. Then the run folder is as it was.
+    """
+    notes: list[str] = []
+
+    def accept(found: checkpoint.Resolved, state: dict[str, Any]) -> None:
+        state["learner"], said = fingerprint.accepted(state, learner.state(), found.path, options, run.config, marks)
+        notes.extend(said)
+
+    found = checkpoint.resume(run.checkpoints, keep_last=options.keep_last, accept=accept)
+    run.replace_config(dump(_of_run(options)))
     if found is None:
         run.rewind(0)
         return
     resolved, tensors, state = found
     stop.load_state_dict(state["stop"])
     learner.load(resolved.path / "model", tensors, state["learner"])
-    for note in [resolved.note, *restore_random_state(tensors.get("random", {}), state["random"])]:
+    for note in [*notes, resolved.note, *restore_random_state(tensors.get("random", {}), state["random"])]:
         if note:
             print(note, file=sys.stderr)
     run.rewind(resolved.step)
 
 
-def _save(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, *, best: bool) -> None:
+def _save(
+    run: Run, learner: Learner, stop: StopWhen, options: RunOptions, marks: Mapping[str, Any], *, best: bool
+) -> None:
     run.flush()
     random_tensors, random = capture_random_state()
     checkpoint.save(
         run.checkpoints,
         stop.steps,
         tensors={**learner.tensors(), "random": random_tensors},
-        state={"learner": learner.state(), "stop": stop.state_dict(), "random": random},
+        state={"learner": learner.state(), "stop": stop.state_dict(), "random": random, **marks},
         write_model=learner.write_model,
         keep_last=options.keep_last,
         best=best,

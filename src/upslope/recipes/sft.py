@@ -11,7 +11,7 @@ for each batch of sequences:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
 from upslope.recipes.held_out import first_of, tell_task
-from upslope.recipes.session import Evaluation, StepResult, conclude, train
+from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
@@ -51,8 +51,9 @@ def run(options: SFTOptions) -> int:
 
 def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    learner = SFT(options, policy or load_policy(options))
-    return train("sft", learner.options, learner)
+    with begin(options) as begun:
+        learner = SFT(options, policy or load_policy(options))
+        return train("sft", learner.options, learner, begun)
 
 
 class SFT:
@@ -128,6 +129,10 @@ class SFT:
             metrics["accuracy"] = evaluate(groups)
             return Evaluation(metrics["accuracy"]["value"], metrics)
         return Evaluation(metrics["eval_loss"], metrics) if metrics else None
+
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer and the training rows, for the fingerprint."""
+        return self.policy.tokenizer, ((e.tokens, e.mask) for e in self.train_examples)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments; the weights are in the model folder."""

@@ -35,7 +35,7 @@ from upslope.options.encoder import TagOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
 from upslope.recipes.encoder_report import finish, show
 from upslope.recipes.held_out import first_of
-from upslope.recipes.session import Evaluation, conclude, train
+from upslope.recipes.session import Evaluation, begin, conclude, train
 
 __all__ = ["Tag", "run", "tag"]
 
@@ -50,8 +50,9 @@ def run(options: TagOptions) -> int:
 
 def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
     """Train and return the summary, dev and test figures in it; a `start` already loaded is trained in place."""
-    learner, data = _prepare(options, start)
-    summary = train("tag", learner.options, learner)
+    with begin(options) as begun:
+        learner, data = _prepare(options, start)
+        summary = train("tag", learner.options, learner, begun)
     splits = {"dev": data.dev} | ({"test": data.test} if data.test else {})
     return finish(learner, summary | {"data": data.facts}, splits)
 

@@ -65,7 +65,7 @@ class Store:
         arrays: Mapping[str, Sequence[Any]] | None = None,
         advantages: Sequence[float | None] | None = None,
     ) -> None:
-        """Stores every rollout of `groups`.
+        """Stores every rollout of `groups`; an evaluation repeated at a step takes the place of the one before.
 
         Args:
             step: the update they are used in.
@@ -82,6 +82,8 @@ class Store:
         names = ", ".join(_COLUMNS[1:])
         marks = ", ".join("?" * (len(_COLUMNS) - 1))
         with self._transaction() as connection:
+            if split != "train":
+                connection.execute("DELETE FROM rollouts WHERE step = ? AND split = ?", (step, split))
             for values, blobs in records:
                 rollout = connection.execute(f"INSERT INTO rollouts ({names}) VALUES ({marks})", values).lastrowid
                 rows = [(rollout, name, blob) for name, blob in blobs.items()]

@@ -12,6 +12,7 @@ then is an older one deleted. So a kill at any moment leaves the checkpoint befo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import re
@@ -45,7 +46,18 @@ from upslope.training.manifest import (
     write_manifest,
 )
 
-__all__ = ["Checkpoint", "Resolved", "damage", "list_checkpoints", "load", "resolve", "resume", "save", "settle"]
+__all__ = [
+    "Checkpoint",
+    "Resolved",
+    "damage",
+    "list_checkpoints",
+    "load",
+    "peek",
+    "resolve",
+    "resume",
+    "save",
+    "settle",
+]
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -126,9 +138,15 @@ def settle(folder: Path | str, *, keep_last: int | None) -> None:
 
 
 def resume(
-    folder: Path | str, which: str | int = "last", *, keep_last: int | None
+    folder: Path | str,
+    which: str | int = "last",
+    *,
+    keep_last: int | None,
+    accept: Callable[[Resolved, dict[str, Any]], None] = lambda found, state: None,
 ) -> tuple[Resolved, Tensors, dict[str, Any]] | None:
-    """`resolve`, `settle` and `load` in one: what a run continues from; None when there is no checkpoint at all.
+    """`resolve`, `load` and `settle` in one: what a run continues from; None when there is no checkpoint at all.
+
+    `accept` is given the checkpoint and its state, and may raise: then no file has changed.
 
     Raises:
         RunError: as `resolve`.
@@ -136,8 +154,19 @@ def resume(
     if not step_folders(Path(folder)):
         return None
     found = resolve(folder, which)
+    tensors, state = load(found.path, verify=False)
+    accept(found, state)
     settle(folder, keep_last=keep_last)
-    return found, *load(found.path, verify=False)
+    return found, tensors, state
+
+
+def peek(folder: Path | str) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint and its state, before its bytes are verified (`resume` does that); None: there is none."""
+    for each in reversed(list_checkpoints(folder)):
+        if damage(each.path, deep=False) is None:
+            with contextlib.suppress(ValueError):  # not JSON: a damaged one
+                return each.path, json.loads((each.path / "state.json").read_text())
+    return None
 
 
 def load(path: Path | str, *, verify: bool = True) -> tuple[Tensors, dict[str, Any]]:
