@@ -237,7 +237,7 @@ def _kernels() -> Check:
     if why is None:
         return Check("kernels", "ok", "compiled for this processor")
     fix = "install a C++ compiler (Debian, Ubuntu: apt install g++), or live with the slower torch code"
-    return Check("kernels", "warn", f"not used: {why}", fix)
+    return Check("kernels", "warn", f"not used: {why}", fix if "compile" in why else "")
 
 
 def _gpu_attention() -> list[Check]:
