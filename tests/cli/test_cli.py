@@ -264,4 +264,6 @@ def test_doctor_says_why_the_kernels_are_not_used(
     assert "-> install a C++ compiler" in out
 
     monkeypatch.setattr(kernels, "problem", lambda: "written for AVX-512, which this processor does not have")
-    assert doctor._kernels().fix == ""
+    assert (doctor._kernels().status, doctor._kernels().fix) == ("ok", "")
+    monkeypatch.setattr(kernels, "problem", lambda: "switched off by UPSLOPE_KERNELS")
+    assert (doctor._kernels().status, doctor._kernels().fix) == ("warn", "unset it")
