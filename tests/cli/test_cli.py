@@ -261,9 +261,15 @@ def test_doctor_says_why_the_kernels_are_not_used(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from upslope import kernels
+    from upslope.commands import doctor
 
     monkeypatch.setattr(kernels, "problem", lambda: "no C++ compiler (c++, g++, clang++) on the PATH")
     cli.main(["doctor"])
     out = capsys.readouterr().out
     assert "warn kernels           not used: no C++ compiler (c++, g++, clang++) on the PATH" in out
     assert "-> install a C++ compiler" in out
+
+    monkeypatch.setattr(kernels, "problem", lambda: "written for AVX-512, which this processor does not have")
+    assert (doctor._kernels().status, doctor._kernels().fix) == ("ok", "")
+    monkeypatch.setattr(kernels, "problem", lambda: "switched off by UPSLOPE_KERNELS")
+    assert (doctor._kernels().status, doctor._kernels().fix) == ("warn", "unset it")

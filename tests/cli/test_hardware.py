@@ -17,20 +17,41 @@ def test_named_dtypes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("features", "expected"),
+    ("features", "onednn", "expected"),
     [
-        ({"avx2", "avx512f"}, torch.float32),
-        ({"avx512f", "avx512_bf16"}, torch.bfloat16),
-        ({"amx_bf16", "amx_tile"}, torch.bfloat16),
-        ({"asimd", "bf16"}, torch.bfloat16),
-        (set(), torch.float32),
+        ({"avx2", "avx512f"}, True, torch.float32),
+        ({"avx2", "avx_ne_convert"}, True, torch.float32),
+        ({"avx512f", "avx512_bf16"}, True, torch.bfloat16),
+        ({"amx_bf16", "amx_tile"}, True, torch.bfloat16),
+        ({"asimd", "bf16"}, True, torch.bfloat16),
+        ({"avx512f", "avx512_bf16"}, False, torch.float32),
+        ({"amx_bf16"}, False, torch.float32),
+        (set(), True, torch.float32),
+        (set(), False, torch.float32),
     ],
 )
-def test_auto_follows_the_processor(features: set[str], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_follows_the_processor_and_what_torch_uses_of_it(
+    features: set[str], onednn: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(hardware, "cpu_features", lambda: frozenset(features))
+    monkeypatch.setattr(hardware, "onednn_bfloat16", lambda: onednn)
     dtype, reason = hardware.choose_dtype("auto")
     assert dtype is expected
     assert all(feature in reason for feature in features if "bf16" in feature)
+
+
+def test_bfloat16_without_products_is_called_slow_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hardware._say_slow.cache_clear()
+    monkeypatch.setattr(hardware, "onednn_bfloat16", lambda: True)
+    hardware.choose_dtype("bfloat16")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(hardware, "onednn_bfloat16", lambda: False)
+    for _ in range(2):
+        assert hardware.choose_dtype("bfloat16") == (torch.bfloat16, "as asked")
+    assert capsys.readouterr().err.count("many times slower than in float32") == 1
+    hardware._say_slow.cache_clear()
 
 
 def test_rate_is_plausible() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from upslope.backends.hardware import choose_dtype
 from upslope.cli import main
 from upslope.runs import Run
 
@@ -153,3 +154,26 @@ def test_ctrl_c_saves_and_ends_with_130(tiny: Path, tmp_path: Path) -> None:
     steps = len(metrics.read_text().splitlines())
     assert summary["steps"] == steps
     assert main(["ppo", "--resume", "--output-dir", str(folder), "--max-steps", str(steps + 1)]) == 0
+
+
+def test_auto_is_in_a_resumed_run_what_it_was_in_its_first_launch(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    assert main(arguments(tiny, folder, "--max-steps", "1")) == 0
+    environment = json.loads((folder / "env.json").read_text())
+    here = environment["dtype"]
+    elsewhere = {"float32": "bfloat16", "bfloat16": "float32"}[here]
+    assert here == str(choose_dtype("auto")[0]).removeprefix("torch.")
+    (folder / "env.json").write_text(json.dumps({**environment, "dtype": elsewhere}))
+    again = ["ppo", "--resume", "--output-dir", str(folder), "--max-steps", "2"]
+    for _ in range(2):
+        capsys.readouterr()
+        assert main(again) == 2
+        error = capsys.readouterr().err
+        assert f"the run computes in {elsewhere}, and here auto is {here}" in error
+        assert f"--dtype {elsewhere}" in error
+    assert main([*again, "--dtype", here]) == 2
+    assert "--resume cannot change dtype" in capsys.readouterr().err
+    assert main([*again, "--dtype", elsewhere]) == 0
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) >= 2

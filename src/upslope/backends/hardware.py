@@ -5,12 +5,13 @@ from __future__ import annotations
 import ctypes
 import sys
 import time
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
 
 from upslope.errors import ConfigError
+from upslope.kernels.products import onednn_bfloat16
 
 __all__ = ["choose_dtype", "cpu_features", "keep_freed_memory", "matmul_gflops"]
 
@@ -31,23 +32,35 @@ def cpu_features() -> frozenset[str]:
 def choose_dtype(wanted: str = "auto", device: torch.device | str = "cpu") -> tuple[torch.dtype, str]:
     """The compute dtype for `--dtype`, and the reason in words.
 
-    "auto" depends on what the hardware says it can do and never on a measurement: the same machine kind always
-    computes in the same dtype, which exact repeats and resumes stand on. `upslope doctor` measures beside it.
+    "auto" depends on what the hardware says it can do and what torch makes of it, never on a measurement: the same
+    machine kind always computes in the same dtype, which exact repeats and resumes stand on. `upslope doctor` measures
+    beside it. bfloat16 that is asked for is given everywhere, exact and, with neither, slow; that is said once.
     Errors: ConfigError for an unknown name.
     """
     named = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    on_gpu = torch.device(device).type == "cuda"
     if wanted in named:
+        if wanted == "bfloat16" and not on_gpu and not onednn_bfloat16():
+            _say_slow()
         return named[wanted], "as asked"
     if wanted != "auto":
         raise ConfigError(f"dtype is {wanted!r}; it must be auto, float32 or bfloat16")
-    if torch.device(device).type == "cuda":
+    if on_gpu:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "the accelerator multiplies bfloat16 in hardware"
         return torch.float32, "the accelerator has no bfloat16 products"
-    found = sorted(BF16_FEATURES & cpu_features())
-    if found:
-        return torch.bfloat16, f"the processor has {', '.join(found)}"
-    return torch.float32, "the processor names no bfloat16 products (avx512_bf16, amx_bf16, bf16)"
+    found = ", ".join(sorted(BF16_FEATURES & cpu_features()))
+    if not found:
+        return torch.float32, "the processor names no bfloat16 products (avx512_bf16, amx_bf16, bf16)"
+    if not onednn_bfloat16():
+        return torch.float32, f"the processor has {found}, but torch does not use it (no oneDNN, or ONEDNN_MAX_CPU_ISA)"
+    return torch.bfloat16, f"the processor has {found}"
+
+
+@cache
+def _say_slow() -> None:
+    line = "bfloat16 as asked, but without products for it here all but decoding is many times slower than in float32"
+    print(f"upslope: {line}", file=sys.stderr, flush=True)
 
 
 @lru_cache(maxsize=1)

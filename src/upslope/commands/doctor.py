@@ -236,8 +236,10 @@ def _kernels() -> Check:
     why = kernels.problem()
     if why is None:
         return Check("kernels", "ok", "compiled for this processor")
+    if "AVX-512" in why:
+        return Check("kernels", "ok", f"not used: {why}")
     fix = "install a C++ compiler (Debian, Ubuntu: apt install g++), or live with the slower torch code"
-    return Check("kernels", "warn", f"not used: {why}", fix)
+    return Check("kernels", "warn", f"not used: {why}", "unset it" if "UPSLOPE_KERNELS" in why else fix)
 
 
 def _gpu_attention() -> list[Check]:

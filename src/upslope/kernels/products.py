@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from upslope.kernels import functions, usable
 
-__all__ = ["Reordered"]
+__all__ = ["Reordered", "onednn_bfloat16"]
 
 _COLUMNS = 32  # of a group, as in products.cpp
 _STRIDE = 64  # boundaries of blocks are multiples of it
@@ -26,6 +26,15 @@ _SIGNATURES = {
     "product_reorder": [c_void_p, c_void_p, c_int64, c_int64],
     "product": [*[c_void_p] * 4, *[c_int64] * 4],
 }
+
+
+@cache
+def onednn_bfloat16() -> bool:
+    """Whether oneDNN makes torch's bfloat16 products here; elsewhere loops of torch's own do, the same bits row by row.
+
+    torch is asked, not the processor (AVX-512, AVX-NE-CONVERT, Arm's BF16): ONEDNN_MAX_CPU_ISA takes instructions away.
+    """
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache

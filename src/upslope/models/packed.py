@@ -2,7 +2,8 @@
 
 oneDNN reorders a weight in every product; with eight rows that takes longer than the product. Here a reordered copy is
 kept, for the kernels' own product where they can make it (kernels.products), else for oneDNN's. Only bfloat16 on a CPU:
-there a row's bits are those of `F.linear`, while float32 products would go through another library.
+there a row's bits are those of `F.linear`, while float32 products would go through another library. Where `F.linear` is
+not oneDNN's either, no copy is kept.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from upslope.kernels.products import Reordered
+from upslope.kernels.products import Reordered, onednn_bfloat16
 
 __all__ = ["PackedWeights"]
 
@@ -57,8 +58,7 @@ class PackedWeights:
 
     def copy(self, weight_CD: Tensor) -> Reordered | Tensor | None:
         """The weight reordered for the kernels' product or for oneDNN's; None where neither takes it."""
-        usable = weight_CD.dtype == torch.bfloat16 and weight_CD.device.type == "cpu"
-        if not usable or not torch.backends.mkldnn.is_available():
+        if weight_CD.dtype != torch.bfloat16 or weight_CD.device.type != "cpu" or not onednn_bfloat16():
             return None
         found = self._copies.get(weight_CD.data_ptr())
         if found is None:

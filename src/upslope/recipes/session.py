@@ -19,9 +19,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from upslope.backends.hardware import choose_dtype
+from upslope.build import device_of_machine
 from upslope.config import dump
 from upslope.data.template import clock_at
-from upslope.errors import UpslopeError
+from upslope.errors import ConfigError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
 from upslope.recipes.last_words import last_words
@@ -247,17 +249,30 @@ def resident_memory_gb() -> float:
 
 def _open(verb: str, options: RunOptions) -> Run:
     config = dump(_of_run(options))
-    environment = {"threads": torch.get_num_threads(), "torch": str(torch.__version__)}
+    dtype, reason = choose_dtype(options.dtype, device_of_machine())
+    name = str(dtype).removeprefix("torch.")
+    environment = {"threads": torch.get_num_threads(), "torch": str(torch.__version__), "dtype": name}
     if not options.resume:
         return Run.create(verb=verb, config_toml=config, output_dir=options.output_dir, environment=environment)
     assert options.output_dir is not None
     run = Run.open(options.output_dir, environment=environment)
     try:
-        check_resume(run.config, tomllib.loads(config), MAY_CHANGE)
+        began = _began_in(run)
+        check_resume(run.config, tomllib.loads(config), MAY_CHANGE | ({"dtype"} if name == began else set()))
+        if began not in (None, name):
+            raise ConfigError(
+                f"--resume: the run computes in {began}, and here auto is {name} ({reason}); --dtype {began}"
+            )
     except BaseException:
         run.close()
         raise
     return run
+
+
+def _began_in(run: Run) -> str | None:
+    """The compute dtype of the run's first launch: what auto was on that machine. None where it was not noted."""
+    launches = run.environment["earlier"]
+    return launches[0].get("dtype") if launches else None
 
 
 def _of_run(options: RunOptions) -> RunOptions:
