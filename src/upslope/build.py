@@ -110,6 +110,7 @@ def load_policy(options: RunOptions) -> Policy:
     folder = resolve(options.model)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)
+    turn_ends(folder, tokenizer, vocab_size=model.spec.vocab_size)  # what is wrong is said now, not at a checkpoint
     lora = _add_adapters(model, options) if options.lora_rank else None
     masters = _to_compute(model, dtype, device)
     return Policy(model=model, tokenizer=tokenizer, folder=folder, masters=masters, lora=lora)

@@ -67,7 +67,8 @@ def test_the_checkpoint_says_both_ends(trained: Path) -> None:
 
 
 def test_generate_stops_where_training_taught_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["generate", "hi", "--model", str(trained), "--max-tokens", "12", "--temperature", "0", "--json"]) == 0
+    asked = ["--prompt", "hi", "--max-tokens", "12", "--temperature", "0", "--json"]
+    assert main(["generate", str(trained), *asked]) == 0
     row = json.loads(capsys.readouterr().out)
     assert (row["completion"], row["finish_reason"]) == ("ba", "stop")
 

@@ -13,7 +13,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upslope.data.pieces import closing_special
+from upslope.data.pieces import closing_special, encode_pieces
 from upslope.data.template import ChatTemplate
 from upslope.errors import DataError, ModelError
 from upslope.types import Message
@@ -95,8 +95,7 @@ def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
             followed = _since(mark, template.closed([_ASKED, turn, _ASKED])[0])
         except DataError:  # a template may refuse such a conversation, which then nobody trains on
             continue
-        same = takewhile(lambda pair: pair[0] == pair[1], zip(last, followed, strict=False))
-        turns.append("".join(letter for letter, _ in same).rstrip())
+        turns.append(_common(tokenizer, last, followed).rstrip())
     found = [(closing_special(tokenizer, text), text) for text in turns]
     return list(dict.fromkeys(token for token, text in found if token is not None and text.count(token) == 1))
 
@@ -104,6 +103,13 @@ def closing_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def _since(mark: str, text: str) -> str:
     """`text` from the last `mark` on; nothing where it is not there."""
     return text[text.rindex(mark) :] if mark in text else ""
+
+
+def _common(tokenizer: PreTrainedTokenizerBase, text: str, other: str) -> str:
+    """The beginning of `text` whose tokens are also those of `other`."""
+    ids, starts = encode_pieces(tokenizer, text, ())
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, encode_pieces(tokenizer, other, ())[0], strict=False))
+    return text[: [*starts, len(text)][len(list(same))]]
 
 
 def _named(folder: Path) -> tuple[str, list[int]]:
