@@ -173,7 +173,7 @@ def _add_vocab(writer: Any, vocab: Vocab, tokenizer: Any, eos_token_ids: Sequenc
     ends = list(dict.fromkeys([*([own] if own in eos_token_ids else []), *eos_token_ids]))
     if len(ends) > 3:
         raise ModelError(
-            f"a turn ends at any of {len(ends)} tokens ({', '.join(map(str, ends))}), of which a GGUF file can name three; "
+            f"a turn ends at any of {len(ends)} tokens ({', '.join(map(str, ends))}), a GGUF file can name three; "
             "shorten eos_token_id in generation_config.json"
         )
     roles = {
