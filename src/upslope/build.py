@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from upslope.backends.hardware import choose_dtype
 from upslope.data.chat import load_tokenizer
+from upslope.data.ends import turn_ends, write_ends
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError
 from upslope.models.adapters import base_source, merge_adapters
@@ -51,13 +51,17 @@ class Policy:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a completion: the generation config's, else the tokenizer's."""
-        return eos_token_ids(self.folder, self.tokenizer)
+        """The ids that end a completion (data.ends.turn_ends)."""
+        return turn_ends(self.folder, self.tokenizer, vocab_size=self.model.spec.vocab_size)
 
     def write(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
-        """Save as a Hugging Face folder (adapters: a PEFT folder) with the float32 masters `trained`."""
+        """Save as a Hugging Face folder (adapters: a PEFT folder) with the float32 masters `trained`.
+
+        What ends a turn is written into a Hugging Face folder; adapters have it from the model they belong to.
+        """
         if self.lora is None:
             save_model(self.model, folder, tensors=dict(trained), source_folder=self.folder, overwrite=True)
+            write_ends(folder, self.eos_token_ids)
             return
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
@@ -99,19 +103,6 @@ class Policy:
                 layer.enable_adapters(True)
 
 
-def eos_token_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
-    """The end-of-sequence ids of a model folder."""
-    path = folder / "generation_config.json"
-    ids = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-    if ids is None:
-        ids = tokenizer.eos_token_id
-    if ids is None:
-        raise ModelError(f"{folder}: neither generation_config.json nor the tokenizer names an end-of-sequence token")
-    found = [ids] if isinstance(ids, int) else list(ids)
-    own = tokenizer.eos_token_id
-    return tuple(dict.fromkeys([*found, *([own] if own is not None else [])]))
-
-
 def load_policy(options: RunOptions) -> Policy:
     """Load `--model` with float32 masters and a compute copy, or with fresh adapters on frozen weights."""
     device = device_of_machine()
@@ -119,6 +110,7 @@ def load_policy(options: RunOptions) -> Policy:
     folder = resolve(options.model)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)
+    turn_ends(folder, tokenizer, vocab_size=model.spec.vocab_size)  # what is wrong is said now, not at a checkpoint
     lora = _add_adapters(model, options) if options.lora_rank else None
     masters = _to_compute(model, dtype, device)
     return Policy(model=model, tokenizer=tokenizer, folder=folder, masters=masters, lora=lora)

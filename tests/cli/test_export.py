@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from encoder_kit import encoder_folder, tiny_encoder, tokenizer_for
+from ends_kit import END, EOS, PLAIN, folder_ending
 from gguf_kit import SPLITS, byte_level, decoder_folder, sentencepiece
 from safetensors.torch import load_file, save_file
 from tiny_seq2seq import tiny as tiny_seq2seq
@@ -23,6 +24,7 @@ from transformers import (
 
 from upslope.cli import main
 from upslope.commands import export_verify
+from upslope.data.chat import load_tokenizer
 from upslope.models import gguf_writer
 from upslope.models.loading import load_model, save_model
 from upslope.models.lstm import LSTM, LSTMConfig
@@ -210,12 +212,19 @@ def _wrong_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("upslope.commands.export.write_gguf", lambda *a, **k: write(*a, **{**k, "eos_token_ids": (1,)}))
 
 
+def _wrong_end_of_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A letter takes the place of the end of a turn, which llama.cpp knows by its name all the same."""
+    write = gguf_writer.write_gguf
+    monkeypatch.setattr("upslope.commands.export.write_gguf", lambda *a, **k: write(*a, **{**k, "eos_token_ids": (5,)}))
+
+
 MISTAKES = {
     "rows": (_wrong_rows, "the export differs from the model"),
     "split": (_wrong_split, "differently from token"),
     "frame": (_wrong_frame, "differently from token 0"),
     "template": (_wrong_template, "llama.cpp renders a chat as"),
     "ends": (_wrong_ends, "does not stop at token 5"),
+    "end of turn": (_wrong_end_of_turn, "llama.cpp would stop at token 5, which ends no turn of this model"),
 }
 
 
@@ -248,6 +257,49 @@ def test_a_wrong_folder_is_found_and_the_old_one_stays(
     code = export(tiny, tmp_path / "out", "--verify", "--overwrite")
     assert "the export differs from the model" in failed(capsys, 5, code)
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["config.json"]
+
+
+def test_the_ends_of_a_turn_are_carried(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """EOS, what closes the template's turns, and a third: all in generation_config.json and in the file's keys."""
+    from gguf import GGUFReader
+
+    folder = folder_ending(tmp_path / "m", PLAIN.replace(END, "<|over|>"), "<|over|>")
+    eos, over, third = load_tokenizer(folder).convert_tokens_to_ids([EOS, "<|over|>", END])
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, third]}))
+    assert export(folder, tmp_path / "out", "--verify") == 0
+    ends = [eos, third, over]
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == ends
+    assert export(folder, tmp_path / "m.gguf", "--format", "gguf", "--dtype", "float32") == 0
+    fields = GGUFReader(tmp_path / "m.gguf").fields
+    assert [fields[f"tokenizer.ggml.{kind}_token_id"].contents() for kind in ("eos", "eot", "eom")] == ends
+    pytest.importorskip("xllamacpp")
+    capsys.readouterr()
+    assert export(folder, tmp_path / "n.gguf", "--format", "gguf", "--dtype", "float32", "--verify") == 0
+    assert (
+        "3 end tokens the same; llama.cpp also stops at <|im_end|>, which it knows by name" in capsys.readouterr().out
+    )
+
+
+def test_adapters_end_where_their_base_does(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    folder = folder_ending(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    assert export(tmp_path / "adapter", tmp_path / "out", "--base", str(folder)) == 0
+    ends = load_tokenizer(folder).convert_tokens_to_ids([EOS, END])
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == ends
+
+
+def test_a_folder_with_other_ends_is_not_published(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("upslope.commands.export.write_ends", lambda folder, ends: None)
+    folder = folder_ending(tmp_path / "m")
+    assert "transformers would stop at tokens [" in failed(capsys, 5, export(folder, tmp_path / "out", "--verify"))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(export_verify, "_same_ends", lambda policy, written: None)
+    assert "transformers does not stop at token" in failed(capsys, 5, export(folder, tmp_path / "out", "--verify"))
 
 
 def test_an_lstm_is_a_folder_for_upslope_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from gguf_kit import byte_level, decoder_folder
 from tiny_model import tiny_folder
 from transformers import AutoModelForCausalLM
 
@@ -64,6 +66,17 @@ def test_perplexity_is_the_definition(folder: Path, scorer: Scorer, tmp_path: Pa
     assert found["word_perplexity"] == pytest.approx(math.exp(-total / words), rel=1e-4)
     assert found["byte_perplexity"] == pytest.approx(math.exp(-total / size), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(-total / size / math.log(2), rel=1e-5)
+
+
+def test_a_text_with_its_own_bos_is_not_read_behind_two(tmp_path: Path) -> None:
+    policy = load_inference(decoder_folder(tmp_path / "m", byte_level(bos=True)), dtype="float32")
+    found = []
+    for text in ("the end", f"{policy.tokenizer.bos_token}the end"):
+        (tmp_path / "t.jsonl").write_text(json.dumps({"text": text}) + "\n")
+        documents = read_documents(str(tmp_path / "t.jsonl"))
+        measured = perplexity(Scorer(policy.model, policy.tokenizer), documents, context=16, stride=16)
+        found.append((values(measured)["token_perplexity"], measured[0].detail["tokens"]))
+    assert found[0] == found[1]
 
 
 def test_counts_and_intervals_are_of_documents(scorer: Scorer, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from tiny_models import TEMPLATE, rotary_order, tiny_network, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from upslope.data.chat import load_tokenizer
+from upslope.data.ends import turn_ends
 from upslope.errors import DataError, ModelError
 from upslope.models.gguf import convert, hf_config, hf_name, undo_rope_order
 from upslope.models.sources import ALIASES
@@ -94,7 +96,8 @@ def test_an_end_of_turn_beside_the_end_of_text_is_kept(tmp_path: Path) -> None:
     assert text.count(key) == 1
     path.write_bytes(text.replace(key + (2).to_bytes(4, "little"), key + (0).to_bytes(4, "little")))
     folder = convert(path, tmp_path / "out")
-    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 0
+    assert turn_ends(folder, load_tokenizer(folder)) == (0, 2)  # the second closes the template's turns
 
 
 def test_llama3_rotary_factors_become_the_rule_they_came_from(tmp_path: Path) -> None:

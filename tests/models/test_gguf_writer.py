@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upslope.data.chat import load_tokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.decoder import DecoderConfig
-from upslope.models.gguf import convert, undo_rope_order
+from upslope.models.gguf import convert, read_ends, undo_rope_order
 from upslope.models.gguf_vocab import read_vocab
 from upslope.models.gguf_writer import as_stored, new_file, rope_order, write_gguf
 from upslope.models.loading import decoder_config
@@ -74,6 +74,16 @@ def test_it_comes_back_bit_for_bit(tmp_path: Path, network: str) -> None:
     assert [one(t).input_ids for t in TEXTS] == [other(t).input_ids for t in TEXTS]
     assert one.chat_template == other.chat_template
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_a_file_names_three_ends_and_no_end_is_lost(tmp_path: Path) -> None:
+    folder = decoder_folder(tmp_path / "m")
+    written(folder, tmp_path / "m.gguf", eos_token_ids=(7, 1, 8))
+    assert read_ends(tmp_path / "m.gguf") == [1, 7, 8]
+    back = convert(tmp_path / "m.gguf", tmp_path / "back")
+    assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [1, 7, 8]
+    with pytest.raises(ModelError, match=r"ends at any of 4 tokens \(1, 7, 8, 9\), a GGUF file can name three"):
+        written(folder, tmp_path / "n.gguf", eos_token_ids=(7, 1, 8, 9))
 
 
 @pytest.mark.parametrize("network", ["llama", "mistral", "qwen2", "qwen3"])

@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
+from gguf_kit import byte_level, decoder_folder, sentencepiece
 from tiny_model import tiny_tokenizer
+from tokenizers.processors import TemplateProcessing
 
-from upslope.data.chat import load_tokenizer
+from upslope.data.chat import encode_prompt, load_tokenizer
+from upslope.options import ServeOptions
+from upslope.serving.app import create_app
 from upslope.serving.pieces import Offsets, Pieces
+from upslope.types import Message, Prompt
 
-from .conftest import NAME
+from .conftest import NAME, make_service
 
 TEXTS = ["abc", "é 你好 \U0001f600!", "<|im_start|>user\nhi<|im_end|>", " a  b\n\n"]
 
@@ -46,6 +51,37 @@ def test_a_conversation(client: TestClient) -> None:
 def test_nothing_is_text_too(client: TestClient) -> None:
     assert client.post("/tokenize", json={"prompt": ""}).json()["tokens"] == []
     assert client.post("/detokenize", json={"tokens": []}).json()["prompt"] == ""
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "with EOS behind a text"])
+def test_a_text_has_the_tokens_that_training_gives_it(tmp_path: Path, kind: str) -> None:
+    """One BOS where the tokenizer adds one, whether the text has it or not; never the EOS that it adds too."""
+    tokenizer = sentencepiece() if kind == "sentencepiece" else byte_level(bos=True)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    if kind == "with EOS behind a text":
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A {eos}", special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in (bos, eos)]
+        )
+    app = create_app({NAME: make_service(decoder_folder(tmp_path / "m", tokenizer))}, ServeOptions())
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        for text in ("the 12", f"{bos}the 12", "", " a", f"{bos}"):
+            trained = encode_prompt(tokenizer, Prompt(0, text=text))
+            assert trained.count(tokenizer.bos_token_id) == 1
+            assert client.post("/tokenize", json={"prompt": text}).json()["tokens"] == trained
+            asked = {"prompt": text, "max_tokens": 1, "return_token_ids": True}
+            answer = client.post("/v1/completions", json=asked).json()
+            assert answer["choices"][0]["prompt_token_ids"] == trained
+            assert answer["usage"]["prompt_tokens"] == len(trained)
+            vector, wanted = (
+                client.post("/v1/embeddings", json={"input": given}).json()["data"][0]["embedding"]
+                for given in (text, trained)
+            )
+            assert vector == wanted
+            bare = client.post("/tokenize", json={"prompt": text, "add_special_tokens": False}).json()["tokens"]
+            assert bare == tokenizer(text, add_special_tokens=False).input_ids
+        turns = [{"role": "user", "content": "hi"}]
+        trained = encode_prompt(tokenizer, Prompt(0, messages=(Message("user", "hi"),)))
+        assert client.post("/tokenize", json={"messages": turns}).json()["tokens"] == trained
 
 
 def test_what_is_refused(client: TestClient) -> None:

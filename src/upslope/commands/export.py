@@ -17,7 +17,8 @@ from torch import Tensor
 
 from upslope.build import Policy, load_inference
 from upslope.commands.export_card import Origin, card, origin_of
-from upslope.commands.export_verify import Gap, verify_folder, verify_gguf
+from upslope.commands.export_verify import Gap, is_classifier, verify_folder, verify_gguf
+from upslope.data.ends import write_ends
 from upslope.errors import ModelError, RunError
 from upslope.extras import require
 from upslope.models.decoder import Decoder
@@ -139,6 +140,8 @@ def _write_folder(source: Source, output: Path, options: ExportOptions, origin: 
             tensors = load(source.folder)
             _check_range(tensors, dtype)
             save_folder(temp, source.config, tensors, source_folder=source.folder, **sizes)
+        if source.policy is not None and not is_classifier(source.config):
+            write_ends(temp, source.policy.eos_token_ids)
         gaps = verify_folder(temp, source.folder, source.policy, options.dtype) if options.verify else []
         name = options.name or output.name
         readme, files = card(origin, temp, name=name, dtype=options.dtype, gaps=gaps)
@@ -166,7 +169,7 @@ def _check_range(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
 def _write_file(source: Source, output: Path, options: ExportOptions, origin: Origin) -> list[Gap]:
     policy, config = source.policy, source.config
     architecture = str((config.get("architectures") or [config.get("model_type")])[0])
-    causal = policy is not None and isinstance(policy.model, Decoder) and not architecture.endswith("Classification")
+    causal = policy is not None and isinstance(policy.model, Decoder) and not is_classifier(config)
     if policy is None or not causal or decoder_config(source.folder) is None:
         raise ModelError(
             f"{source.found}: {architecture} cannot be written as GGUF; language models of the llama, mistral, qwen2 "

@@ -7,7 +7,7 @@ order of rows, a wrong tokenizer. The bounds lie several times above what correc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,13 +22,14 @@ from upslope.data.chat import load_tokenizer
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.attention import PackedContext
+from upslope.models.gguf import read_ends
 from upslope.models.gguf_writer import GGUFType, as_stored
 from upslope.models.loading import load_model
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
 from upslope.models.seq2seq_files import is_seq2seq
 from upslope.models.weights import read_config
 
-__all__ = ["Gap", "verify_folder", "verify_gguf"]
+__all__ = ["Gap", "is_classifier", "verify_folder", "verify_gguf"]
 
 PROMPTS = (
     "The capital of France is Paris, and 12345 + 678 = 13023.",
@@ -87,18 +88,26 @@ class Gap:
         raise RunError(f"the export differs from the model, so nothing was written: {self.in_words()}")
 
 
+def is_classifier(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is that of a network with a head of its own (a reward model), which ends no turn."""
+    return str((config.get("architectures") or [""])[0]).endswith("Classification")
+
+
 def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str) -> list[Gap]:
     """Load a written folder with transformers, its weights in float32 and as they are, and compare.
 
     policy: the model it came from, whose weights are rounded in place; None for an encoder, which transformers runs.
-    Tokens of texts and the rendering of a chat are compared too. RunError for any difference beyond rounding.
+    Tokens of texts, the rendering of a chat and the ends of a turn are compared too. RunError for any difference beyond
+    rounding.
     """
     tokenizer = policy.tokenizer if policy is not None else load_tokenizer(source)
     _same_tokenizer(tokenizer, load_tokenizer(written))
     config = read_config(written)
     if policy is not None:
         _round(policy.model, lambda p: p.to(getattr(torch, dtype)))
-    if policy is None or is_seq2seq(config) or str(config["architectures"][0]).endswith("Classification"):
+        if not is_classifier(config):
+            _same_ends(policy, written)
+    if policy is None or is_seq2seq(config) or is_classifier(config):
         return [_same_network(written, source, dtype)]
     tokens = _token_lists(policy)
     ours = [_logprobs(policy.model, ids) for ids in tokens]
@@ -110,6 +119,9 @@ def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str
         network = _transformers(written, getattr(torch, kind))
         with torch.no_grad():
             theirs = [network(torch.tensor([ids])).logits[0].float().log_softmax(-1) for ids in tokens]
+        for token in policy.eos_token_ids if not gaps else ():
+            if not _stops(network, tokens[0], token):
+                raise RunError(f"transformers does not stop at token {token}, which ends a turn of this model")
         name = f"transformers, {kind}"
         likely = [x.topk(min(_TOP, x.shape[-1])).indices for x in ours]
         pairs = [(a.gather(1, i), b.gather(1, i)) for a, b, i in zip(ours, theirs, likely, strict=True)]
@@ -128,9 +140,7 @@ def verify_gguf(written: Path, policy: Policy, kind: GGUFType) -> list[Gap]:
     with LlamaCpp(written, context=context, threads=torch.get_num_threads()) as program:
         _same_tokens(policy, program)
         chat = _same_chat(policy, program)
-        for token in policy.eos_token_ids:
-            if not program.ends_with(token):
-                raise RunError(f"llama.cpp does not stop at token {token}, which ends a turn of this model")
+        by_name = _llama_cpp_ends(policy, program, written)
         differences, agreed, total = [], 0, 0
         for ids in _token_lists(policy):
             found = list(program.predictions(ids, top=_TOP, then=_GENERATED))
@@ -150,7 +160,7 @@ def verify_gguf(written: Path, policy: Policy, kind: GGUFType) -> list[Gap]:
             largest_allowed=largest_allowed,
             mean_allowed=mean_allowed,
             also=f"the same greedy token at {agreed} of {total} positions; tokens of {len(PROMPTS)} texts, "
-            f"{'chat template, ' if chat else ''}{len(policy.eos_token_ids)} end tokens the same",
+            f"{'chat template, ' if chat else ''}{len(policy.eos_token_ids)} end tokens the same{by_name}",
         ).check()
     ]
 
@@ -219,6 +229,45 @@ def _same_chat(policy: Policy, program: LlamaCpp) -> bool:
     if ours != theirs and ours.removeprefix(bos or "") != theirs:  # llama.cpp leaves a BOS to its tokenizer
         raise RunError(f"llama.cpp renders a chat as {theirs!r} instead of {ours!r}, so nothing was written")
     return True
+
+
+def _same_ends(policy: Policy, written: Path) -> None:
+    """Refuse a folder that transformers reads as ending a turn at other tokens."""
+    from transformers import GenerationConfig
+
+    said = GenerationConfig.from_pretrained(written).eos_token_id
+    theirs = set() if said is None else {said} if isinstance(said, int) else set(said)
+    if theirs != set(policy.eos_token_ids):
+        raise RunError(
+            f"transformers would stop at tokens {sorted(theirs)}, but a turn of this model ends at "
+            f"{sorted(policy.eos_token_ids)}, so nothing was written"
+        )
+
+
+def _stops(network: Any, prompt: Sequence[int], token: int) -> bool:
+    """Whether transformers' generation stops after `token`, which is forced."""
+
+    def force(_: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor(token), 0.0)
+
+    ids = torch.tensor([list(prompt)])
+    made = network.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False, pad_token_id=0,
+        logits_processor=[force],
+    )  # fmt: skip
+    return made.shape[1] == len(prompt) + 1
+
+
+def _llama_cpp_ends(policy: Policy, program: LlamaCpp, written: Path) -> str:
+    """Refuse a file whose ends are not the model's; words about what llama.cpp takes for an end by its name alone."""
+    ours, theirs = set(policy.eos_token_ids), program.ends()
+    for token in sorted(ours):
+        if token not in theirs or not program.ends_with(token):
+            raise RunError(f"llama.cpp does not stop at token {token}, which ends a turn of this model")
+    if wrong := sorted(set(read_ends(written)) - ours):
+        raise RunError(f"llama.cpp would stop at token {wrong[0]}, which ends no turn of this model")
+    names = [policy.tokenizer.convert_ids_to_tokens(token) for token in sorted(theirs - ours)]
+    return f"; llama.cpp also stops at {', '.join(names)}, which it knows by name" if names else ""
 
 
 def _transformers(folder: Path, dtype: torch.dtype) -> Any:

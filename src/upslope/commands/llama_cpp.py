@@ -63,6 +63,11 @@ class LlamaCpp:
         """The chat template's text, with the opening of an answer."""
         return self._post("/apply-template", {"messages": list(messages)})["prompt"]
 
+    def ends(self) -> set[int]:
+        """The tokens after which generation stops: those that `ignore_eos` would exclude."""
+        answer = self._complete([self._plain], n_predict=0, ignore_eos=True)
+        return {entry["token"] for entry in answer["generation_settings"]["logit_bias"]}
+
     def ends_with(self, token: int) -> bool:
         """Whether generation stops after `token`."""
         answer = self._complete([self._plain], n_predict=2, logit_bias=[[token, _CERTAIN]])

@@ -86,6 +86,19 @@ class ChatTemplate:
         starts = {k: self._start(text, messages[:k]) for k, turn in enumerate(messages) if turn.role == "assistant"}
         return Rendered(text, starts, marked if self.has_marks else None)
 
+    def closed(self, messages: Sequence[Message]) -> tuple[str, str | None]:
+        """The text of a conversation up to the end of its last turn, and the special token there, if one closes it.
+
+        The turn ends before the white space at the text's end; where a {% generation %} block ends with a special
+        token, with that. Raises DataError if the template refuses.
+        """
+        text, marked = self._raw(messages, False)
+        for end in [high for _, high in marked[-1:]] + [len(text)]:
+            closed = text[:end].rstrip()
+            if (closing := closing_special(self.tokenizer, closed)) is not None:
+                return closed, closing
+        return text.rstrip(), None
+
     def trained_spans(self, rendered: Rendered, messages: Sequence[Message]) -> list[Span]:
         """Character spans that are trained on, end-of-turn tokens included, ascending.
 
@@ -114,8 +127,7 @@ class ChatTemplate:
                 "into one conversation per reply, or use a template that leaves earlier turns as they were"
             )
         self._check_generation_prompt(rendered.text, start, messages, k)
-        closed = self._raw(messages[: k + 1], False)[0].rstrip()
-        closing = closing_special(self.tokenizer, closed)
+        closed, closing = self.closed(messages[: k + 1])
         if closing is None:
             raise DataError(
                 f"{_name(messages, k)}: the chat template closes the assistant's turn with no special token "

@@ -133,7 +133,7 @@ def perplexity(scorer: Scorer, documents: Documents, *, context: int, stride: in
     context, stride: of the windows (`Scorer.rolling`). n counts documents, and the interval resamples them; where
     there is one document only, both are over blocks of up to 512 consecutive tokens of it.
     """
-    encoded = [encode_pieces(scorer.tokenizer, d.text, ()) for d in _for_decoder(scorer, documents).texts]
+    encoded = [_tokens(scorer.tokenizer, d.text) for d in _for_decoder(scorer, documents).texts]
     for document, (ids, _) in zip(documents.texts, encoded, strict=True):
         if not ids:
             raise DataError(f"{document.where}: the text has no tokens; remove it")
@@ -167,6 +167,13 @@ def perplexity(scorer: Scorer, documents: Documents, *, context: int, stride: in
         Measurement(name, statistics_N4, value, documents.source, "lower", unit, None, detail)
         for name, value in values.items()
     ]
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
+    """A text's tokens and where they begin, without a BOS of its own: the scorer puts one before every text."""
+    ids, starts = encode_pieces(tokenizer, text, ())
+    own = int(ids[:1] == [tokenizer.bos_token_id])
+    return ids[own:], starts[own:]
 
 
 def _for_decoder(scorer: Scorer, documents: Documents) -> Documents:

@@ -24,7 +24,7 @@ from upslope.errors import ModelError
 from upslope.models.decoder import Decoder, DecoderConfig
 from upslope.models.weights import check_shapes, save_folder
 
-__all__ = ["convert", "hf_config", "hf_name", "undo_rope_order"]
+__all__ = ["convert", "hf_config", "hf_name", "read_ends", "undo_rope_order"]
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -43,7 +43,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
-_TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<|endofturn|>", "<end_of_turn>")
+_ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))  # of a text, a turn, a message
 
 # How a byte-level vocabulary cuts text before merging (llama.cpp's names). The first group cuts every digit off
 # first, as its tokenizers were trained; transformers' conversion omits that. The second group it converts itself.
@@ -168,6 +168,15 @@ def _shortest_float32(value: float) -> float:
         if torch.tensor(short) == torch.tensor(value):
             return short
     return value
+
+
+def read_ends(gguf_file: Path | str) -> list[int]:
+    """The tokens at which a GGUF file's own entries end generation, each once."""
+    return _ends(_metadata(_open(Path(gguf_file))))
+
+
+def _ends(metadata: Mapping[str, Any]) -> list[int]:
+    return list(dict.fromkeys(metadata[key] for key in _ENDS if metadata.get(key) is not None))
 
 
 def _open(path: Path) -> Any:
@@ -296,12 +305,8 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _generation_config(metadata: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """End-of-sequence ids: the file's own, its end of turn, and the marker that closes the chat template's turns."""
-    ends = [metadata.get("tokenizer.ggml.eos_token_id"), metadata.get("tokenizer.ggml.eot_token_id")]
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    vocab = tokenizer.get_vocab()
-    ends += [vocab.get(mark) for mark in _TURN_ENDS if mark in template]
-    ids = list(dict.fromkeys(i for i in ends if i is not None))
+    """The ends that the file names, BOS and padding. What closes the chat template's turns data.ends finds in it."""
+    ids = _ends(metadata)
     config: dict[str, Any] = {"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {}
     for name, token in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", tokenizer.pad_token_id)):
         if token is not None:

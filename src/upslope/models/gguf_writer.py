@@ -50,8 +50,8 @@ def write_gguf(
     """Write `path` for llama.cpp: weights, tokenizer, chat template, and the tokens that end a turn.
 
     tensors: by Hugging Face's names, any floating dtype. split: see gguf_vocab.read_vocab. about: `general.*` entries
-    ("name", "license", "description"). Of `eos_token_ids` the format holds two; llama.cpp knows common others by name.
-    Raises ModelError for networks, tokenizers and values that would not survive.
+    ("name", "license", "description"). The format holds three `eos_token_ids`. Raises ModelError for
+    networks, tokenizers, ends and values that would not survive.
     """
     gguf = _library()
     arch = _architecture(config)
@@ -171,10 +171,16 @@ def _add_vocab(writer: Any, vocab: Vocab, tokenizer: Any, eos_token_ids: Sequenc
     writer.add_add_eos_token(vocab.add_eos)
     own = tokenizer.eos_token_id
     ends = list(dict.fromkeys([*([own] if own in eos_token_ids else []), *eos_token_ids]))
+    if len(ends) > 3:
+        raise ModelError(
+            f"a turn ends at any of {len(ends)} tokens ({', '.join(map(str, ends))}), a GGUF file can name three; "
+            "shorten eos_token_id in generation_config.json"
+        )
     roles = {
         "bos": tokenizer.bos_token_id,
         "eos": ends[0] if ends else own,
         "eot": ends[1] if len(ends) > 1 else None,
+        "eom": ends[2] if len(ends) > 2 else None,
         "unk": tokenizer.unk_token_id,
         "pad": tokenizer.pad_token_id,
     }

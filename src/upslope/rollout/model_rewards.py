@@ -26,6 +26,7 @@ import torch
 from upslope.backends.hardware import choose_dtype
 from upslope.data.batching import collate, split_by_tokens
 from upslope.data.chat import encode_completion, load_tokenizer
+from upslope.data.ends import turn_ends
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.encoder import Encoder, load_encoder
 from upslope.models.loading import load_model
@@ -60,7 +61,7 @@ def load_likelihood(
     policy_folder: Path,
 ) -> LikelihoodReward:
     """The reward `likelihood:path=FOLDER`: scale log gives nats per token, prob their exponential in [0, 1]."""
-    return _load("likelihood", path, scale, per, floor, 0, dtype, tokenizer, device)
+    return _load("likelihood", path, scale, per, floor, 0, dtype, tokenizer, device, policy_folder)
 
 
 def load_fluency(
@@ -76,14 +77,14 @@ def load_fluency(
     policy_folder: Path,
 ) -> LikelihoodReward:
     """The reward `fluency:path=FOLDER`; ngram=0 switches the count of repetitions off."""
-    return _load("fluency", path, scale, per, floor, ngram, dtype, tokenizer, device)
+    return _load("fluency", path, scale, per, floor, ngram, dtype, tokenizer, device, policy_folder)
 
 
 def load_coherence(
     path: str, per: str = "token", dtype: str = "auto", *, tokenizer: Any, device: Any, policy_folder: Path
 ) -> LikelihoodReward:
     """The reward `coherence:path=FOLDER`: pointwise mutual information of prompt and completion, nats per token."""
-    return _load("coherence", path, "log", per, -math.inf, 0, dtype, tokenizer, device)
+    return _load("coherence", path, "log", per, -math.inf, 0, dtype, tokenizer, device, policy_folder)
 
 
 def _load(
@@ -96,6 +97,7 @@ def _load(
     dtype: str,
     tokenizer: Any,
     device: Any,
+    policy_folder: Path,
 ) -> LikelihoodReward:
     for name, value, known in (("scale", scale, ("log", "prob")), ("per", per, ("token", "character"))):
         if value not in known:
@@ -112,6 +114,7 @@ def _load(
         model,
         own,
         same_tokenizer=same,
+        ends=turn_ends(policy_folder, tokenizer) if same else (),
         scale=scale,
         per=per,
         floor=floor,
@@ -122,7 +125,8 @@ def _load(
 class LikelihoodReward:
     """Judges rollouts by a frozen language model.
 
-    floor: nats per unit below which no value falls; an empty completion has it (coherence of nothing is 0).
+    floor: nats per unit below which no value falls; an empty completion has it (coherence of nothing is 0). ends: the
+    tokens that end the policy's turns, where its tokens are read as they are.
     """
 
     def __init__(
@@ -132,6 +136,7 @@ class LikelihoodReward:
         tokenizer: Any,
         *,
         same_tokenizer: bool,
+        ends: Sequence[int] = (),
         scale: str = "log",
         per: str = "token",
         floor: float = -20.0,
@@ -139,6 +144,7 @@ class LikelihoodReward:
         batch_tokens: int = 8192,
     ) -> None:
         self.kind, self.model, self.tokenizer, self.same_tokenizer = kind, model, tokenizer, same_tokenizer
+        self.ends = frozenset(ends)
         self.scale, self.per, self.floor, self.ngram, self.batch_tokens = scale, per, floor, ngram, batch_tokens
         self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if self.start is None and kind != "likelihood":
@@ -187,7 +193,7 @@ class LikelihoodReward:
         if not self.same_tokenizer:
             return True
         last = max(t for t, real in enumerate(example.mask) if real)
-        return rollout.finish_reason == "stop" and example.tokens[last] in set(self.tokenizer.all_special_ids)
+        return rollout.finish_reason == "stop" and example.tokens[last] in self.ends
 
     def _to_score(self, example: Example) -> list[Example]:
         """What has to be scored: with the prompt, without it, or both; nothing where nothing is left."""

@@ -34,7 +34,7 @@ def service_of(request: Request, name: str | None) -> Service:
 
 
 async def encode(service: Service, text: str, *, special: bool = True) -> list[int]:
-    """The tokens of a text, with those that the tokenizer puts around one where `special`."""
+    """The tokens of a text (Service.tokens_of); a long one's are made on another thread."""
     if len(text) < _LONG_TEXT:
         return service.tokens_of(text, special=special)
     return await asyncio.to_thread(service.tokens_of, text, special=special)

@@ -98,7 +98,7 @@ class CompletionBody(SamplingBody):
         description="Alternatives listed per token. Log-probs are the policy's at this temperature "
         "(at 1 where it is 0), before penalties, bias and filters.",
     )
-    add_special_tokens: bool = Field(True, description="Whether the tokenizer may put its marks around a text.")
+    add_special_tokens: bool = Field(True, description="Whether a text gets the BOS that the tokenizer puts there.")
 
     @model_validator(mode="after")
     def _says_something(self) -> CompletionBody:

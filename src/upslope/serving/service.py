@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from upslope.backends.threads import apart
+from upslope.data.chat import encode_text
 from upslope.data.pairs import PairTokenizer
+from upslope.data.pieces import encode_pieces
 from upslope.engine import Engine, Event, TokenMask
 from upslope.errors import ModelError, RunError
 from upslope.serving.pieces import Pieces
@@ -100,13 +102,13 @@ class Service:
         return min(self.engine.model.spec.max_positions, pool.num_blocks * pool.block_size)
 
     def tokens_of(self, text: str, *, special: bool = True) -> list[int]:
-        """The tokens of a prompt, with those that the tokenizer puts around a text where `special`.
+        """The tokens of a prompt as training has them; without the tokenizer's BOS unless `special`. Never two of it.
 
         An encoder-decoder's prompt is always whole: its source, the source's end, and the target's beginning.
         """
         if isinstance(self.tokenizer, PairTokenizer):
             return self.tokenizer.source_ids(text)
-        return self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return encode_text(self.tokenizer, text) if special else encode_pieces(self.tokenizer, text, ())[0]
 
     def room(self, prompt_tokens: int) -> int:
         """Tokens that may follow a prompt of so many."""
@@ -212,7 +214,7 @@ class Service:
 
         def read() -> Loaded:
             loaded = load(source)
-            check_fits(loaded, self.engine.model, self.tokenizer, source)
+            check_fits(loaded, self.engine, self.tokenizer, source)
             return loaded
 
         async with self._swapping:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from upslope.data.pairs import PairTokenizer
+from upslope.engine import Engine
 from upslope.errors import ModelError
 from upslope.models.protocol import CausalModel
 from upslope.models.weights import check_shapes
@@ -25,9 +26,15 @@ class Loaded(Protocol):
     model: CausalModel
     tokenizer: Any
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion."""
+        ...
 
-def check_fits(loaded: Loaded, model: CausalModel, tokenizer: Any, source: str) -> None:
-    """Raise ModelError where the loaded weights are not of the same network over the same vocabulary."""
+
+def check_fits(loaded: Loaded, engine: Engine, tokenizer: Any, source: str) -> None:
+    """Raise ModelError where the loaded weights are not of the same network, vocabulary and ends of a turn."""
+    model = engine.model
     if type(loaded.model) is not type(model):
         raise ModelError(f"{source}: a {type(loaded.model).__name__}, but a {type(model).__name__} is being served")
     shapes = [{name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, loaded.model)]
@@ -38,6 +45,11 @@ def check_fits(loaded: Loaded, model: CausalModel, tokenizer: Any, source: str) 
         raise ModelError(f"{source}: its config.json differs from the served model's in {', '.join(changed)}")
     if _vocabularies(loaded.tokenizer) != _vocabularies(tokenizer):
         raise ModelError(f"{source}: its tokenizer has another vocabulary than the served model's")
+    if set(loaded.eos_token_ids) != engine.eos_token_ids:
+        raise ModelError(
+            f"{source}: its turns end at tokens {sorted(loaded.eos_token_ids)}, the served model's at "
+            f"{sorted(engine.eos_token_ids)}; start a server with it"
+        )
 
 
 @torch.no_grad()
