@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -198,6 +201,30 @@ def test_a_server_that_is_not_there() -> None:
         pytest.raises(RunError, match="were lost; first: no answer after 2 tries, ConnectError"),
     ):
         win_rate(judge, ROWS)
+
+
+def test_an_answer_that_trickles_is_waited_for_no_longer_than_said() -> None:
+    """Each byte comes in time; the whole would take a minute."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def trickle() -> None:
+        connection, _ = listening.accept()
+        with connection, contextlib.suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 600\r\n\r\n")
+            for _ in range(600):
+                connection.sendall(b" ")
+                time.sleep(0.1)
+
+    thread = threading.Thread(target=trickle, daemon=True)
+    thread.start()
+    started = time.monotonic()
+    with listening, Judge(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "gpt", retries=0, timeout=0.5) as judge:
+        verdict = judge.verdict("q", "a", "b")
+    assert (verdict.score, verdict.kind) == (None, "failed")
+    assert "not complete after 0.5 s" in verdict.error
+    assert time.monotonic() - started < 20
+    thread.join(20)
 
 
 def test_options_and_rows_that_make_no_sense(tmp_path: Path) -> None:

@@ -46,6 +46,18 @@ def test_a_compiler_that_fails_is_quoted(tmp_path: Path) -> None:
     assert not list((tmp_path / "kernels").glob("*"))
 
 
+def test_a_compiler_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = tmp_path / "slow-c++"
+    fake.write_text("#!/bin/sh\nexec sleep 60\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("UPSLOPE_KERNELS", "on")
+    monkeypatch.setattr(build, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(build, "_processor", lambda: "avx512f")
+    with pytest.raises(build.Unavailable, match=r"slow-c\+\+ took longer than 0\.2 s"):
+        build.library.__wrapped__()
+
+
 @built
 def test_a_second_process_finds_the_library_made(tmp_path: Path) -> None:
     assert problem(tmp_path) == "None"

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from reward_kit import alive, errors, gone, group, values
 
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.rollout.judge import InlineScorer
 from upslope.rollout.workers import RewardPool, make_scorer
 from upslope.tasks import load_task
-from upslope.types import Prompt, Rollout, RolloutGroup
 
 SOURCE = """
 import asyncio, os, signal, subprocess, sys, time
@@ -68,35 +68,6 @@ def keyed(prompts, completions):
 def file(tmp_path: Path) -> str:
     (tmp_path / "rewards.py").write_text(SOURCE)
     return str(tmp_path / "rewards.py")
-
-
-def group(texts: list[str], key: int = 0, **metadata: object) -> RolloutGroup:
-    rollouts = [Rollout([1], [2], [True], [0.0], [0.0], "stop", text, i) for i, text in enumerate(texts)]
-    return RolloutGroup(Prompt(key, text="q", metadata=metadata), rollouts)
-
-
-def values(one: RolloutGroup) -> list[float | None]:
-    return [rollout.reward.value for rollout in one.rollouts]
-
-
-def errors(one: RolloutGroup) -> list[str]:
-    return [rollout.reward.error or "" for rollout in one.rollouts]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def gone(*pids: int, within: float = 10.0) -> bool:
-    deadline = time.monotonic() + within
-    while time.monotonic() < deadline:
-        if not any(alive(pid) for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 def test_only_the_guilty_samples_are_errors(file: str) -> None:

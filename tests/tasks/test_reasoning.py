@@ -18,7 +18,7 @@ pytest.importorskip("reasoning_gym", reason="the extra `tasks` brings it")
 from upslope.errors import DataError
 from upslope.tasks import graders, load_task
 from upslope.tasks.base import Task, content_key, split_of
-from upslope.tasks.reasoning import HASH_DEPENDENT, dataset_names
+from upslope.tasks.reasoning import HASH_DEPENDENT, _entries_apart, dataset_names
 from upslope.types import Prompt
 
 SUMS = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
@@ -232,6 +232,15 @@ def test_prompts_are_the_same_in_every_process(root: Path) -> None:
     elsewhere = subprocess.run(call, env={**os.environ, "PYTHONHASHSEED": "1"}, capture_output=True, check=True)
     here = [prompt.metadata["question"] for prompt in load_task("ransom_note").prompts("train", 3, seed=0)]
     assert json.loads(elsewhere.stdout) == here
+
+
+def test_what_a_library_prints_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Problems are written by another interpreter, which answers on its standard output."""
+    (tmp_path / "reasoning_gym.py").write_text(
+        "print('[1, 2]')\ndef create_dataset(name, seed, size):\n    print('loading')\n    return [name] * size\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert _entries_apart("ransom_note", {}, 0, 2) == ["ransom_note"] * 2
 
 
 @pytest.mark.slow

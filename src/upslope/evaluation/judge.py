@@ -56,10 +56,11 @@ class Verdict:
 class Judge:
     """A chat model behind an OpenAI-compatible URL. A context manager that closes its connections.
 
-    base_url: up to and with /v1. api_key: sent as a bearer token. max_tokens: of a reply. retries: after a request
-    that failed for a passing reason (connection, 408, 429, 5xx), with waits of 1, 2, 4, ... s or what Retry-After says,
-    60 s at most. concurrency: requests under way at once. max_failures: requests lost in spite of their retries
-    before the whole comparison stops. sleep: replaced in tests.
+    base_url: up to and with /v1. api_key: sent as a bearer token. max_tokens: of a reply. timeout: seconds within which
+    an answer is complete, however slowly. retries: after a request that failed for a passing reason (connection,
+    408, 429, 5xx), with waits of 1, 2, 4, ... s or what Retry-After says, 60 s at most. concurrency: requests under way
+    at once. max_failures: requests lost in spite of their retries before the whole comparison stops. sleep: replaced in
+    tests.
     """
 
     def __init__(
@@ -92,7 +93,7 @@ class Judge:
         if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(f"judge URL {base_url!r}: must be http:// or https://, a host, and end with /v1")
         self.base_url, self.model, self.instructions = base_url.rstrip("/"), model, instructions
-        self.temperature, self.max_tokens, self.retries = temperature, max_tokens, retries
+        self.temperature, self.max_tokens, self.retries, self.timeout = temperature, max_tokens, retries, timeout
         self.concurrency, self.max_failures, self._sleep = concurrency, max_failures, sleep
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = self._httpx.Client(headers=headers, timeout=timeout)
@@ -121,21 +122,32 @@ class Judge:
                 self._sleep(wait)
             wait = min(2.0**attempt, _LONGEST_WAIT)
             try:
-                response = self._client.post(f"{self.base_url}/chat/completions", json=body)
+                response, text = self._ask(body)
             except self._httpx.RequestError as problem:
                 error = f"{type(problem).__name__}: {_short(problem)}"
                 continue
             if response.status_code in _RETRIED:
-                error = f"status {response.status_code}: {_short(response.text)}"
+                error = f"status {response.status_code}: {_short(text)}"
                 wait = _retry_after(response.headers.get("retry-after"), wait)
                 continue
             if response.status_code != 200:
                 raise RunError(
-                    f"the judge at {self.base_url} answers {response.status_code}: {_short(response.text)}; check the "
+                    f"the judge at {self.base_url} answers {response.status_code}: {_short(text)}; check the "
                     "URL, the model's name and the key"
                 )
-            return _parsed(response.text)
+            return _parsed(text)
         return Verdict(None, f"no answer after {self.retries + 1} tries, {error}", "failed")
+
+    def _ask(self, body: dict[str, Any]) -> tuple[Any, str]:
+        """The response and its text. The client's own limit is on each read, which a trickle never reaches."""
+        deadline = time.monotonic() + self.timeout
+        data = b""
+        with self._client.stream("POST", f"{self.base_url}/chat/completions", json=body) as response:
+            for chunk in response.iter_bytes():
+                data += chunk
+                if time.monotonic() > deadline:
+                    raise self._httpx.ReadTimeout(f"the answer is not complete after {self.timeout:g} s")
+        return response, data.decode(errors="replace")
 
 
 def win_rate(judge: Judge, rows: Sequence[Comparison], *, dataset: str = "", seed: int = 0) -> Figure:

@@ -51,6 +51,8 @@ def library() -> ctypes.CDLL:
         if not target.is_file():
             _compile(compiler, target)
         return ctypes.CDLL(str(target))
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"{compiler} took longer than {_TIMEOUT_S} s") from None
     except OSError as error:
         raise Unavailable(f"{error.strerror or error}") from error
 
@@ -83,10 +85,7 @@ def _compile(compiler: str, target: Path) -> None:
         problem = ""
         for threads in (["-fopenmp"], []):  # Apple's compiler has no OpenMP: one thread there
             command = [compiler, *_FLAGS, *threads, *sources, "-o", str(made)]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
-            except subprocess.TimeoutExpired:
-                raise Unavailable(f"{compiler} took longer than {_TIMEOUT_S} s") from None
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
             if done.returncode == 0:
                 os.replace(made, target)
                 return

@@ -19,6 +19,7 @@ from typing import Any
 
 from upslope.errors import ConfigError, UpslopeError
 from upslope.tasks.base import Task
+from upslope.tasks.forks import ending_forks
 from upslope.tasks.specs import Spec, check_params, format_spec, parse_spec, suggest
 
 TASKS: dict[str, tuple[str, str]] = {
@@ -153,7 +154,8 @@ def load_file(path: str) -> ModuleType:
     if str(file.parent) not in sys.path:
         sys.path.append(str(file.parent))
     try:
-        module_spec.loader.exec_module(module)
+        with ending_forks():
+            module_spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
         if isinstance(error, KeyboardInterrupt):
@@ -191,7 +193,8 @@ def _task_class(parsed: Spec) -> type[Task]:
 def _construct(cls: type[Task], parsed: Spec) -> Task:
     check_params(cls, parsed.params, parsed.label)
     try:
-        task = cls(**parsed.params)
+        with ending_forks():
+            task = cls(**parsed.params)
     except UpslopeError:
         raise
     except Exception as error:

@@ -179,11 +179,12 @@ def _as_field(field: dataclasses.Field[Any], value: Any) -> Any:
 _APART = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
+answer, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no problem of the task
 path, name, config, seed, size = json.loads(sys.argv[1])
 sys.path[:] = path
 from upslope.extras import require
 dataset = require("tasks", "reasoning_gym").create_dataset(name, seed=seed, size=size, **config)
-json.dump([dataset[index] for index in range(size)], sys.stdout)
+json.dump([dataset[index] for index in range(size)], answer)
 """
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from upslope.errors import ConfigError, DataError
 from upslope.tasks.base import Task
+from upslope.tasks.forks import ending_forks
 from upslope.tasks.loading import FILLED, TASK_REWARD, first_line, load_reward, load_task, parse_rewards
 from upslope.types import Prompt, Reward
 
@@ -53,7 +54,8 @@ class Component:
             given["num_tokens"] = [sample.num_tokens for sample in samples]
         if "finish_reasons" in self.extras:
             given["finish_reasons"] = [sample.finish_reason for sample in samples]
-        return self.function([prompt] * len(samples), [sample.text for sample in samples], **given)
+        with ending_forks():
+            return self.function([prompt] * len(samples), [sample.text for sample in samples], **given)
 
 
 @dataclass(slots=True)
@@ -181,7 +183,9 @@ async def _await_one(
     clock = asyncio.timeout(limit)
     try:
         async with clock:
-            return _checked(component, await component.call(prompt, samples), len(samples))
+            with ending_forks():
+                returned = await component.call(prompt, samples)
+            return _checked(component, returned, len(samples))
     except (_WrongReturn, ConfigError):
         raise
     except (Exception, SystemExit) as error:

@@ -1,0 +1,151 @@
+"""The keeper of a reward worker: a small process that starts it and ends everything it started.
+
+What a reward daemonises leaves its session and its parent, so neither a process group nor the worker can find it
+again. On Linux an orphan goes to its nearest subreaper; the keeper is that, and outlives the worker. Not the worker
+itself, which is what gets killed, and not the trainer, whose other libraries have children of their own.
+
+The trainer holds the keeper's lifeline, a pipe: a byte in it, or its end when the trainer dies, ends all. Elsewhere
+than on Linux there are neither subreapers nor /proc: there, only the worker's process group is found.
+
+Imported by a fresh interpreter before anything else; standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import select
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["END_LIMIT_S", "children", "end_descendants", "keep"]
+
+END_LIMIT_S = 5.0
+# How often the keeper looks whether its parent still is the trainer: a fork of the trainer may hold the lifeline too.
+_LOOK_S = 0.5
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+_SEES_PROCESSES = sys.platform == "linux" and Path("/proc/self/stat").exists()
+
+
+def keep(setup: dict[str, Any]) -> None:
+    """The keeper's whole life; in its child, the worker's (`upslope.rollout.workers.serve`).
+
+    setup: lifeline and connection (file descriptors), trainer (a pid), and what the worker needs. The keeper ends as
+    its worker has ended: with its exit code or by its signal.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    keeper = os.getpid()
+    worker = os.fork()
+    if worker == 0:
+        os.close(setup["lifeline"])
+        os.setsid()
+        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == keeper:
+            from upslope.rollout.workers import serve
+
+            serve(setup)
+        return
+    os.close(setup["connection"])
+    status = _watch(worker, setup["lifeline"], setup["trainer"])
+    if _SEES_PROCESSES:
+        end_descendants(keeper)
+    else:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(worker, signal.SIGKILL)
+    _leave_as(status)
+
+
+def children(process: int) -> set[int]:
+    """The processes whose parent it is; none where that cannot be seen."""
+    found: set[int] = set()
+    try:
+        for thread in os.listdir(f"/proc/{process}/task"):
+            found.update(map(int, Path(f"/proc/{process}/task/{thread}/children").read_text().split()))
+    except OSError:  # an older kernel, or it has just ended
+        return {pid for pid, parent in _parents().items() if parent == process}
+    return found
+
+
+def end_descendants(process: int, spared: frozenset[int] = frozenset()) -> None:
+    """Kill what descends from a process, but for its children `spared` and theirs, until nothing is left of it.
+
+    Gives up after END_LIMIT_S on what cannot be killed (in the kernel, or of another user).
+    """
+    deadline = time.monotonic() + END_LIMIT_S
+    while (found := _descendants(process, spared)) and time.monotonic() < deadline:
+        for pid in found:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def _descendants(process: int, spared: frozenset[int]) -> list[int]:
+    parents = _parents()
+    below: dict[int, list[int]] = {}
+    for pid, parent in parents.items():
+        below.setdefault(parent, []).append(pid)
+    found = [pid for pid in below.get(process, ()) if pid not in spared]
+    for pid in found:
+        found += below.get(pid, ())
+    return found
+
+
+def _parents() -> dict[int, int]:
+    """The parent of every living process (a zombie is not one)."""
+    parents = {}
+    for name in os.listdir("/proc") if _SEES_PROCESSES else ():
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                state, parent = Path(f"/proc/{name}/stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
+                if state not in "ZX":
+                    parents[int(name)] = int(parent)
+    return parents
+
+
+def _watch(worker: int, lifeline: int, trainer: int) -> int | None:
+    """Wait for an end: the worker's (its status), the trainer's, or the one that is ordered (None)."""
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    poll = select.poll()
+    poll.register(lifeline, select.POLLIN)
+    poll.register(woken, select.POLLIN)
+    while os.getppid() == trainer:
+        if (status := _reap(worker)) is not None:
+            return status
+        ready = [file for file, _ in poll.poll(_LOOK_S * 1000)]
+        if lifeline in ready or (woken in ready and set(os.read(woken, 512)) - {signal.SIGCHLD}):
+            return _reap(worker)
+    return None
+
+
+def _reap(worker: int) -> int | None:
+    """Bury what has ended; the worker's status if it is among them."""
+    status = None
+    with contextlib.suppress(ChildProcessError):
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            status = ended[1] if ended[0] == worker else status
+    return status
+
+
+def _leave_as(status: int | None) -> None:
+    code = os.waitstatus_to_exitcode(status or 0)
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        with contextlib.suppress(OSError):  # SIGKILL needs no default
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(option, value, 0, 0, 0):
+        print(f"prctl({option}) is refused here: what a reward daemonises may outlive the run", file=sys.stderr)
