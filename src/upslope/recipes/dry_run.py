@@ -23,6 +23,7 @@ from upslope.models.activations import bytes_per_token
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
+from upslope.recipes.kept import NO_DATA, DataAccount
 from upslope.recipes.plan import Plan, plan_of
 from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy
 from upslope.recipes.session import resident_memory_gb
@@ -216,10 +217,12 @@ def show_sft(options: SFTOptions) -> int:
     from upslope.tasks.loading import load_task
 
     policy = load_policy(options)
-    examples, held_out = load_examples(options, policy.tokenizer, load_task(options.task) if options.task else None)
+    task = load_task(options.task) if options.task else None
+    examples, held_out, account = load_examples(options, policy.tokenizer, task)
     prediction = predict_sft(options, policy, examples)
     print(statistics(examples), file=sys.stderr)
-    report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, len(held_out))
+    plan = plan_of(options, examples=len(examples))
+    report(options, policy, examples[0], plan, prediction, len(held_out), account)
     return 0
 
 
@@ -239,13 +242,21 @@ def show_policy_gradient(verb: str, options: RLOptions) -> int:
 
 
 def report(
-    options: RunOptions, policy: Policy, example: Example, plan: Plan, prediction: Prediction, held_out: int
+    options: RunOptions,
+    policy: Policy,
+    example: Example,
+    plan: Plan,
+    prediction: Prediction,
+    held_out: int,
+    account: DataAccount = NO_DATA,
 ) -> None:
+    """Print it all, as JSON where that is asked for."""
     spec = policy.model.spec
     if options.json:
         print(
             json.dumps(
                 {"prediction": asdict(prediction), "plan": asdict(plan), "model": asdict(spec), "held_out": held_out}
+                | {"data": account.facts()}
             )
         )
         return
@@ -259,6 +270,8 @@ def report(
     )
     for line in plan.words:
         console.print(f"- {line}")
+    for line in account.lines():
+        console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(
         f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.1f} s per step, "
         f"{prediction.run_seconds / 60:.1f} min without evaluation."

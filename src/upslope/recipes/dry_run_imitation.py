@@ -13,6 +13,8 @@ from upslope.data.chat import encode_prompt
 from upslope.options import DistillOptions, ExpertOptions
 from upslope.recipes import dry_run
 from upslope.recipes.dry_run import Prediction, probe
+from upslope.recipes.expert_data import load_mix
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import resident_memory_gb
 from upslope.tasks.loading import load_task
@@ -26,27 +28,30 @@ def show_imitation(options: ExpertOptions | DistillOptions) -> int:
     if isinstance(options, ExpertOptions) and options.num_rounds is not None:
         options = replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
     policy = load_policy(options)
-    prompts, given, held_out = _material(options, policy)
+    prompts, given, held_out, account = _material(options, policy)
     prediction = predict_imitation(options, policy, prompts, given)
     example = given[0] if given else Example(prompts[0], [False] * len(prompts[0]))
-    dry_run.report(options, policy, example, plan_of(options), prediction, held_out)
+    dry_run.report(options, policy, example, plan_of(options), prediction, held_out, account)
     return 0
 
 
-def _material(options: ExpertOptions | DistillOptions, policy: Policy) -> tuple[list[list[int]], list[Example], int]:
-    """Encoded prompts to answer, given training sequences, and the number of held-out problems or rows."""
+def _material(
+    options: ExpertOptions | DistillOptions, policy: Policy
+) -> tuple[list[list[int]], list[Example], int, DataAccount]:
+    """Encoded prompts to answer, given training sequences, the number of held-out problems or rows, the account."""
     if isinstance(options, ExpertOptions):
         some = min(options.num_prompts, options.num_train_prompts)
         prompts = load_task(options.task).prompts("train", some, seed=options.seed)
-        return [encode_prompt(policy.tokenizer, prompt) for prompt in prompts], [], options.eval_samples
+        encoded = [encode_prompt(policy.tokenizer, prompt) for prompt in prompts]
+        return encoded, [], options.eval_samples, load_mix(options, policy.tokenizer)[1]
     from upslope.recipes.distill_data import load_items
 
     task = load_task(options.task) if options.task is not None else None
-    items, held_out = load_items(options, policy.tokenizer, task)
-    asked = [item.prompt for item in items[: options.num_prompts] if item.prompt is not None]
-    prompts = [encode_prompt(policy.tokenizer, prompt) for prompt in asked] if options.on_policy_fraction else []
+    items, held_out, account = load_items(options, policy.tokenizer, task)
+    asked = [i for i in items[: options.num_prompts] if i.prompt is not None and options.on_policy_fraction]
+    prompts = [encode_prompt(policy.tokenizer, i.prompt, tools=i.tools) for i in asked if i.prompt is not None]
     given = [item.example for item in items if item.example is not None]
-    return prompts, given, len(held_out) if task is None else options.eval_samples
+    return prompts, given, len(held_out) if task is None else options.eval_samples, account
 
 
 def predict_imitation(

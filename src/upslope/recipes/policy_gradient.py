@@ -22,6 +22,7 @@ from upslope.functional.policy_losses import importance_weights
 from upslope.models.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
+from upslope.recipes.kept import NO_DATA
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
@@ -57,6 +58,7 @@ class PolicyGradient:
     """
 
     higher_is_better = True
+    account = NO_DATA
 
     def __init__(self, options: RLOptions, policy: Policy, *, extra: Sequence[Group] = ()) -> None:
         self.options, self.policy = options, policy

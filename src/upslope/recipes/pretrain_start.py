@@ -23,6 +23,7 @@ from upslope.models.protocol import CausalModel
 from upslope.models.sources import resolve
 from upslope.models.weights import read_config
 from upslope.options.pretrain import PretrainOptions
+from upslope.recipes.kept import DataAccount, Split
 
 __all__ = ["Texts", "load_texts", "objective_of", "start_encoder", "start_policy", "start_tokenizer"]
 
@@ -36,6 +37,10 @@ class Texts:
     train: TokenStream
     held_out: TokenStream
     corpus: Corpus
+
+    def account(self, windows: int, held_out: int) -> DataAccount:
+        """Rows are windows of tokens; no text is left out of them."""
+        return DataAccount({"train": Split("data", windows), "eval": Split("the held-out text", held_out)})
 
     def check(self, sha256: str) -> None:
         """RunError when a run that is resumed was trained on other text."""

@@ -20,6 +20,7 @@ from torch import Tensor
 from upslope.config import dump
 from upslope.errors import UpslopeError
 from upslope.options import RunOptions
+from upslope.recipes.kept import DataAccount
 from upslope.runs.folder import Run
 from upslope.runs.progress import Progress
 from upslope.runs.resume import check_resume
@@ -60,6 +61,8 @@ class Learner(Protocol):
 
     higher_is_better: bool
     run: Run | None
+    account: DataAccount
+    """What became of the rows of its data; empty where it has none."""
 
     def step(self, step: int) -> StepResult:
         """One training step; `step` counts from 0."""
@@ -100,6 +103,8 @@ def train(verb: str, options: RunOptions, learner: Learner, *, label: str = "") 
     )
     with run, GracefulInterrupt() as interrupt:
         learner.run = run
+        for line in learner.account.lines():
+            print(f"upslope: {line}", file=sys.stderr)
         seed_everything(options.seed)
         if options.resume:
             _restore(run, learner, stop, options.keep_last)
@@ -113,6 +118,7 @@ def train(verb: str, options: RunOptions, learner: Learner, *, label: str = "") 
             "seconds": round(stop.seconds, 3),
             "peak_memory_gb": round(peak_memory_gb(), 3),
             "evaluation": dict(evaluated.metrics) if evaluated else None,
+            "data": learner.account.facts(),
             "folder": str(run.folder),
             "model": str(run.checkpoints / "last" / "model"),
         }
