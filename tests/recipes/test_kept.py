@@ -234,7 +234,7 @@ def test_torn_rows(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     whole = "".join(f"{i}\t2\t3\tthe film {i}?\tthe visit {i}?\t{i % 2}\n" for i in range(20))
     (tmp_path / "train.tsv").write_text(head + whole + "90\t2\t3\ttorn\nhalf?\tb\t0\n")
     o = ClassifyOptions(
-        model=str(bert), data=f"qqp:{tmp_path / 'train.tsv'}", output_dir=str(tmp_path / "run"), **QUICK
+        model=str(bert), data=f"qqp:{tmp_path / 'train.tsv'}", max_length=32, output_dir=str(tmp_path / "run"), **QUICK
     )
     facts, lines = told(classify.run, classify.classify, o, capsys)
     assert facts["dropped"]["train"] == {"torn": 2}

@@ -77,7 +77,7 @@ class ChatTemplate:
         """
         if not messages:
             raise DataError("the conversation has no messages")
-        messages = [_in_form(k, message) for k, message in enumerate(messages)]
+        messages = _in_form(messages)
         text, marked = self._raw(messages, add_generation_prompt)
         check_nothing_lost(
             messages, self.tools or [], text, lambda m, tools: self._raw(m, add_generation_prompt, tools)[0]
@@ -92,6 +92,7 @@ class ChatTemplate:
         when nothing is trained at all.
         """
         spans: list[Span] = []
+        messages = _in_form(messages)
         for k, turn in enumerate(messages):
             if turn.train and turn.role != "assistant":
                 raise DataError(f"{_name(messages, k)}: only assistant turns can be trained on; drop its 'train'")
@@ -203,7 +204,7 @@ class ChatTemplate:
 
 def _check_calls_trained(reply: str, messages: Sequence[Message], k: int) -> None:
     """DataError where the template writes a turn's calls elsewhere than in the reply that is trained on."""
-    names = [str(call.get("function", call)["name"]) for call in messages[k].tool_calls]
+    names = [str(call["function"]["name"]) for call in messages[k].tool_calls]
     if missing := next((name for name in names if name.lower() not in reply.lower()), None):
         raise DataError(
             f"{_name(messages, k)}: its call of {missing!r} does not stand in the part that the chat template says is "
@@ -211,9 +212,12 @@ def _check_calls_trained(reply: str, messages: Sequence[Message], k: int) -> Non
         )
 
 
-def _in_form(k: int, message: Message) -> Message:
-    """The message with its calls as templates want them, whoever made it."""
-    return message_of(message.as_mapping(), f"messages[{k}]", _HERE) if message.tool_calls else message
+def _in_form(messages: Sequence[Message]) -> list[Message]:
+    """The messages with their calls as templates want them, whoever made them."""
+    return [
+        message_of(message.as_mapping(), f"messages[{k}]", _HERE) if message.tool_calls else message
+        for k, message in enumerate(messages)
+    ]
 
 
 def _shown(message: Message) -> dict[str, Any]:
