@@ -25,6 +25,7 @@ from upslope.evaluation.classification import classification_report
 from upslope.options import ClassifyOptions
 from upslope.recipes.classify import Classify, Data, inputs_of
 from upslope.recipes.encoder import Input, load_start
+from upslope.recipes.kept import NO_DATA
 
 NAME = "banking77"
 TEST_ROWS = 3080
@@ -86,7 +87,7 @@ def _trained(objective: str, lora: bool, per_label: int | None, seed: int) -> tu
     start = load_start(options, "classify", labels)
     train = [_inputs("train")[row.where] for row in chosen]
     zero_one = [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
-    learner = Classify(options, start, Data(train, [], [], zero_one, {}))
+    learner = Classify(options, start, Data(train, [], [], zero_one, NO_DATA))
     began = time.perf_counter()
     for step in range(options.max_steps):
         learner.step(step)

@@ -20,7 +20,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class Message:
     """One turn of a conversation.
 
-    `train` overrides whether an assistant turn is trained on; None means: assistant turns are, others are not.
+    `tool_calls` are in transformers' form, arguments an object; `tool_call_id` names the call that a tool's turn
+    answers. `train` overrides whether an assistant turn is trained on; None means: assistant turns are, others not.
     """
 
     role: str
@@ -28,6 +29,20 @@ class Message:
     name: str | None = None
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     train: bool | None = None
+    tool_call_id: str | None = None
+
+    def as_mapping(self) -> dict[str, Any]:
+        """The turn as data files and chat templates write it, what it does not have left out."""
+        given = {"name": self.name, "tool_calls": _plain(self.tool_calls) or None, "tool_call_id": self.tool_call_id}
+        more = {key: value for key, value in {**given, "train": self.train}.items() if value is not None}
+        return {"role": self.role, "content": self.content, **more}
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences inside a value as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,7 +128,7 @@ def test_messages_in_full() -> None:
     assert record.messages == (
         Message("user", "Hello"),
         Message("assistant", "", tool_calls=(call,), train=False),
-        Message("tool", "19", name="add"),
+        Message("tool", "19", name="add", tool_call_id="x1"),
         Message("assistant", "19", train=True),
     )
     assert record.tools == (call,)
@@ -198,7 +198,7 @@ BAD_ROWS: list[tuple[Any, str]] = [
     ({"messages": [dict(REPLY, train="yes")]}, r"'messages\[0\].train' must be true or false"),
     ({"messages": [dict(REPLY, tool_calls="add")]}, "tool_calls' must be a list of objects"),
     ({"messages": [USER], "tools": "{"}, "'tools' is not valid JSON"),
-    ({"messages": [USER], "tools": [1]}, "'tools' must be a list of objects"),
+    ({"messages": [USER], "tools": [1]}, r"'tools\[0\]' must be an object with type and function, is int 1"),
     ({"prompt": "a", "completion": "b", "label": "good"}, "'label' must be true or false, is str 'good'"),
     ({"prompt": "a", "completion": "b", "label": 2}, "'label' must be true or false, is int 2"),
     ({"conversations": [{"from": "bot", "value": "a"}]}, r"'conversations\[0\].from' is str 'bot'; accepted: system"),

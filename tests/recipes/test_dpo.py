@@ -254,17 +254,15 @@ def test_epochs_set_the_steps_and_rows_may_be_held_out_elsewhere(tiny: Path, tmp
     assert summary["evaluation"]["accuracy"]["n"] == 5
 
 
-def test_what_is_too_long_is_dropped_pair_by_pair_and_counted(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_too_long_is_dropped_pair_by_pair_and_counted(tiny: Path, tmp_path: Path) -> None:
     rows = pair_rows(10)
     rows[3]["rejected"] = "b" * 300
     o = options(tiny, write(tmp_path / "rows.jsonl", rows), tmp_path / "run", max_length=100, max_steps=1)
     learner = DPO(o, load_policy(o))
     assert len(learner.units) + len(learner.held_out) == 9
-    said = capsys.readouterr().err
+    (said,) = learner.account.lines()
     assert "9 of 10 rows" in said
-    assert "max_length" in said
+    assert "1 longer than max_length (100; the longest has 3" in said
 
 
 SAME = [{"prompt": "x", "chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen": "c", "rejected": "c"}]

@@ -343,10 +343,11 @@ def test_bad_rows_are_one_clear_line(rows: list[dict[str, str]], needle: str, tm
 
 def test_too_long_pairs_are_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_pairs(tmp_path / "rows.jsonl", 100, longest=20)
-    seq2seq(Seq2SeqOptions(**settings(file, tmp_path / "run", max_steps=1)))
+    lost = seq2seq(Seq2SeqOptions(**settings(file, tmp_path / "run", max_steps=1)))["data"]["dropped"]
     said = capsys.readouterr().err
-    assert "pairs are longer than max_length 12" in said
-    assert "held-out pairs are longer" in said
+    assert lost["train"]["longer than max_length"] > lost["eval"]["longer than max_length"] > 0
+    for split in ("train", "eval"):
+        assert f"{lost[split]['longer than max_length']} longer than max_length (12; the longest has 2" in said
 
 
 def test_a_decoder_or_a_task_of_conversations_is_refused(tiny: Path, pairs: str, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_split_sentences_are_measured_whole(
     assert summary["data"]["split"]["train"] > 0
     assert "sentences split at max_length 8" in capsys.readouterr().err
     held = {"train": 24, "dev": 8, "test": 0}
-    assert summary["data"]["sentences"] == held
+    assert summary["data"]["rows"] == held
     words_in_all = sum(len(s.words) for s in read_conll(data))
     assert sum(summary["data"]["words"].values()) == words_in_all
     assert summary["dev"]["token_accuracy"]["n"] == summary["data"]["words"]["dev"]

@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from upslope.data.chat import encode_conversation, encode_prompt
+from upslope.data.records import record_of
 from upslope.options import ServeOptions
 from upslope.serving.app import create_app
+from upslope.types import Message, Prompt
 
 from .conftest import NAME, make_service
 from .scripted import script
-from .test_chat import ASK, CALL, NOW, WEATHER, ask, hermes, hermes_folder, refused
+from .test_chat import ASK, CALL, HERMES, NOW, WEATHER, ask, hermes, hermes_folder, refused
 
 __all__ = ["hermes", "hermes_folder"]
 
@@ -150,3 +153,54 @@ def test_tools_that_cannot_be_enforced(hermes: TestClient) -> None:
     bad = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "not": {}}}}
     error = refused(hermes, tools=[bad], tool_choice="required")
     assert (error["param"], error["code"]) == ("tools", "unsupported_schema")
+
+
+@pytest.mark.parametrize("arguments", ['{"city": "Rome"}', '{"city":"Rome"}'])
+def test_the_prompt_is_the_one_that_training_writes(
+    hermes: TestClient, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    """The server's tokens, and those of a row of data with the same turns, calls as text or as objects: all equal."""
+    service = hermes.app.state.services[NAME]
+    service.tokenizer.chat_template = HERMES.replace("{{ m.content }}", "{{ m.tool_call_id or '' }}{{ m.content }}")
+    asked = script(monkeypatch, service, "Sunny.")
+    turns = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+        *ASK,
+        {"role": "assistant", "content": "I look.", "tool_calls": [call_of(arguments)]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "call_7"},
+    ]
+    strict = {"function": {**WEATHER["function"], "strict": True}, "type": "function"}
+    ask(hermes, messages=turns, tools=[strict, NOW], tool_choice="auto")
+    as_objects = [{**t, "tool_calls": [call_of({"city": "Rome"})]} if "tool_calls" in t else t for t in turns]
+    for messages in (turns, as_objects):
+        row = record_of({"messages": messages, "tools": [strict, NOW]}, "chats.jsonl:1")
+        prompt = encode_prompt(service.tokenizer, Prompt(0, row.messages), tools=row.tools)
+        assert prompt == asked[0]["prompt"]
+        whole = (*row.messages, Message("assistant", "Sunny."))
+        trained = encode_conversation(service.tokenizer, whole, tools=row.tools)
+        assert trained.tokens[: len(prompt)] == prompt
+    text = service.tokenizer.decode(asked[0]["prompt"])
+    assert '"arguments": {"city": "Rome"}}' in text
+    assert "tool\ncall_7sunny<|im_end|>" in text
+    assert "system\nBe brief.<|im_end|>" in text
+
+
+def call_of(arguments: Any) -> dict[str, Any]:
+    return {"id": "call_7", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
+def test_turns_that_the_template_has_no_place_for(hermes: TestClient) -> None:
+    """A tool's answer, or what was said beside a call, that the model would never see is a 400 and not left out."""
+    service = hermes.app.state.services[NAME]
+    service.tokenizer.chat_template = HERMES.replace("{{ m.content }}", "{{ '' if m.role == 'tool' else m.content }}")
+    history = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [call_of("{}")]},
+        {"role": "tool", "content": "sunny", "tool_call_id": "call_7"},
+    ]
+    error = refused(hermes, messages=history)
+    assert error["param"] == "messages"
+    assert "message 3 of 3 (tool): the chat template has no place for its content" in error["message"]
+    service.tokenizer.chat_template = HERMES.replace("{{ m.content }}", "{{ '' if m.tool_calls else m.content }}")
+    history[1]["content"] = "I look."
+    assert "no place for its content beside tool_calls" in refused(hermes, messages=history)["message"]

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from upslope.commands.chat_session import SETTINGS, ChatSession, Reply
-from upslope.commands.decoding import message_row
 from upslope.data.records import read_records
 from upslope.errors import ConfigError, DataError
 from upslope.runs.lines import MetricLines
@@ -54,7 +53,7 @@ def row_of_conversation(session: ChatSession) -> dict[str, Any]:
     """The conversation as a row that `upslope sft` takes. Raises DataError when it does not end with a reply."""
     if not session.turns or session.waiting:
         raise DataError("there is no reply to save yet")
-    row: dict[str, Any] = {"messages": [message_row(m) for m in session.messages]}
+    row: dict[str, Any] = {"messages": [m.as_mapping() for m in session.messages]}
     return row | ({"tools": list(session.tools)} if session.tools else {})
 
 

@@ -1,16 +1,14 @@
-"""What `generate` and `chat` share: an engine for their options, messages as rows, text that is safe to show."""
+"""What `generate` and `chat` share: an engine for their options, text that is safe to show."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TextIO
 
 from upslope.build import Policy
 from upslope.engine import Engine
 from upslope.models.attention import BLOCK, KVCache
-from upslope.types import Message
 
-__all__ = ["has_template", "message_row", "open_engine", "shown"]
+__all__ = ["has_template", "open_engine", "shown"]
 
 # A model's text may hold escape sequences, which a terminal would obey: retitle, recolour, overwrite what was said.
 _HARMLESS = {ord("\n"), ord("\t")}
@@ -36,22 +34,6 @@ def has_template(tokenizer: Any) -> bool:
     return getattr(tokenizer, "chat_template", None) is not None
 
 
-def message_row(message: Message) -> dict[str, Any]:
-    """A turn as data files and chat templates write it."""
-    row: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.name is not None:
-        row["name"] = message.name
-    if message.tool_calls:
-        row["tool_calls"] = [_plain(call) for call in message.tool_calls]
-    if message.train is not None:
-        row["train"] = message.train
-    return row
-
-
 def shown(text: str, stream: TextIO) -> str:
     """`text` as it may be written to `stream`: for a terminal, control characters become their pictures."""
     return text.translate(_SHOWN) if stream.isatty() else text
-
-
-def _plain(value: Any) -> Any:
-    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from upslope.commands.decoding import message_row
 from upslope.config import dump, load
 from upslope.data.records import Record, read_records
 from upslope.data.template import Tools
@@ -38,7 +37,7 @@ class Asked:
     @property
     def content(self) -> str | list[dict[str, Any]]:
         """As the model was asked: a text as it stands, or the messages that went through its chat template."""
-        return self.prompt.text if self.prompt.text is not None else [message_row(m) for m in self.prompt.messages]
+        return self.prompt.text if self.prompt.text is not None else [m.as_mapping() for m in self.prompt.messages]
 
 
 def ask(text: str, *, where: str, templated: bool, system: str | None, key: int = 0) -> Asked:
@@ -64,7 +63,7 @@ def _ask_record(record: Record, templated: bool, system: str | None, key: int) -
     columns = dict(record.extra)
     if record.completion is not None:
         given = record.completion
-        columns["reference"] = given if isinstance(given, str) else [message_row(m) for m in given]
+        columns["reference"] = given if isinstance(given, str) else [m.as_mapping() for m in given]
     if record.tools:
         columns["tools"] = list(record.tools)
     prompt = _prompt(content, where=where, templated=templated, system=system, key=key)

@@ -83,8 +83,8 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: 
 
     Messages go through the chat template with a generation prompt; text is taken as it stands, behind a BOS token only
     if the tokenizer puts one there itself; an encoder-decoder's pair makes the text a source and takes no messages.
-    Raises DataError for an empty prompt, a prompt with both or neither of messages and text, or a template that is
-    missing or refuses.
+    Raises DataError for an empty prompt, a prompt with both or neither of messages and text, tools beside a text, or a
+    template that is missing, refuses, or has no place for something given.
     """
     if bool(prompt.messages) == (prompt.text is not None):
         raise DataError(f"prompt {prompt.key}: give exactly one of messages and text")
@@ -96,6 +96,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: 
         except DataError as error:
             raise DataError(f"prompt {prompt.key}: {error}") from error
     if prompt.text is not None:
+        _check_no_tools(tools)
         ids = encode_text(tokenizer, prompt.text)
     else:
         rendered = ChatTemplate(tokenizer, tools).render(prompt.messages, add_generation_prompt=True)
@@ -126,8 +127,9 @@ def encode_conversation(
     not the header before it and not the white space after it. `Message.train` overrides per assistant turn; system,
     user and tool messages are never trained on.
 
-    Raises DataError when the template is missing, refuses the conversation, rewrites earlier turns, never closes a
-    turn, or leaves nothing to train on; TooLongError beyond `max_length` tokens (nothing is ever cut).
+    Raises DataError when the template is missing, refuses the conversation, has no place for a part of it, rewrites
+    earlier turns, never closes a turn, or leaves nothing to train on; TooLongError beyond `max_length` tokens (nothing
+    is ever cut).
     """
     if isinstance(tokenizer, PairTokenizer):
         raise DataError(_NO_CHAT)
@@ -162,11 +164,13 @@ def encode_completion(
     if isinstance(tokenizer, PairTokenizer):
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise DataError(_NO_CHAT)
+        _check_no_tools(tools)
         head, tail = tokenizer.source_ids(prompt), tokenizer.target_ids(completion)
         return _checked(Example(head + tail, [False] * len(head) + [True] * len(tail)), max_length)
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise DataError("'prompt' is text but 'completion' is a list of messages: make both the same")
+        _check_no_tools(tools)
         head = encode_text(tokenizer, prompt)
         if not head:
             raise DataError("'prompt' has no tokens")
@@ -177,7 +181,9 @@ def encode_completion(
     return encode_conversation(tokenizer, [*given, *reply], max_length=max_length, tools=tools)
 
 
-def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int | None = None) -> Example:
+def encode_document(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int | None = None, tools: Tools = ()
+) -> Example:
     """The training sequence of a plain text: every token is trained on, with EOS at the end.
 
     The very first token is not: nothing stands before it to predict it. Raises DataError when nothing is left to train
@@ -185,6 +191,7 @@ def encode_document(tokenizer: PreTrainedTokenizerBase, text: str, *, max_length
     """
     if isinstance(tokenizer, PairTokenizer):
         raise DataError("an encoder-decoder learns from pairs: give records with 'prompt' (source) and 'completion'")
+    _check_no_tools(tools)
     ids = encode_text(tokenizer, text)
     if not ids:
         raise DataError("'text' has no tokens")
@@ -198,6 +205,11 @@ def with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     if eos is None:
         raise DataError("the tokenizer has no EOS token, so nothing can teach the model to stop: set its eos_token")
     return ids if ids[-1:] == [eos] else [*ids, eos]
+
+
+def _check_no_tools(tools: Tools) -> None:
+    if tools:
+        raise DataError("'tools' have no place beside a text; give messages, which go through the chat template")
 
 
 def _checked(example: Example, max_length: int | None) -> Example:

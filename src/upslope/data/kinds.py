@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from upslope.data.messages import described, message_of, remedy, text_of, tools_of, train_of
 from upslope.errors import DataError
 from upslope.types import Message, Prompt
 
@@ -32,14 +32,17 @@ _SYNONYMS = {
     "dialog": "messages", "dialogue": "messages", "conversation": "messages",
 }  # fmt: skip
 
-ROLES = (
-    "system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation",
-)  # fmt: skip
 _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "function_call": "assistant", "observation": "tool", "tool": "tool", "function_response": "tool",
 }  # fmt: skip
-_MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "train", "weight", "tool_call_id")
+_SHAREGPT_KEYS = ("from", "value", "train", "weight")
+_UNUSED = {
+    "system": "make it the first of the messages, or rename the column",
+    "history": "write its turns into the messages, or rename the column",
+    "functions": "name the column tools",
+}
+"""Columns that say what a model is to be told, where no kind of record but alpaca's and sharegpt's has a place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,25 +83,29 @@ def record_of(row: Mapping[str, Any], where: str) -> Record:
     """
     keys = {key for key in row if key is not None}
     kind = _kind_of(keys, where)
+    tools = tools_of(row.get("tools"), where)
     if kind == "sharegpt":
         extra = _extra(row, "conversations", "system")
-        return Record("messages", where, messages=_sharegpt(row, where), tools=_tools(row, where), extra=extra)
+        return Record("messages", where, messages=_sharegpt(row, where), tools=tools, extra=extra)
     if kind == "alpaca":
         prompt, completion = _alpaca(row, where)
         extra = _extra(row, "instruction", "input", "output", "system", "history")
-        return Record("completion", where, prompt=prompt, completion=completion, extra=extra)
+        return Record("completion", where, prompt=prompt, completion=completion, tools=tools, extra=extra)
+    for key in _UNUSED if kind != "text" else ():
+        if row.get(key):
+            raise DataError(f"{where}: {key!r} beside {KEYS[kind][0]!r} would not be read; {_UNUSED[key]}")
     values: dict[str, Any] = {}
     for key in KEYS[kind]:
         value = row[key]
         if key == "text":
-            values[key] = _text(value, key, where)
+            values[key] = text_of(value, key, where)
         elif key == "messages":
             values[key] = _messages(value, key, where)
         elif key == "label":
             values[key] = _label(value, where)
         else:
             values[key] = _content(value, key, where)
-    return Record(kind, where, **values, tools=_tools(row, where), extra=_extra(row, *KEYS[kind]))
+    return Record(kind, where, **values, tools=tools, extra=_extra(row, *KEYS[kind]))
 
 
 def _kind_of(keys: set[str], where: str) -> Kind | Literal["sharegpt", "alpaca"]:
@@ -147,21 +154,8 @@ def _extra(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key is not None and key not in used and key != "tools"}
 
 
-def _text(value: Any, key: str, where: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be a text, is {_described(value)}{_remedy(value)}")
-    if not value and not empty:
-        raise DataError(f"{where}: {key!r} is empty; fill it in or drop the record")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        place = f"character {error.start + 1}"
-        raise DataError(f"{where}: {key!r} holds half a surrogate pair at {place}; correct it") from error
-    return value
-
-
 def _content(value: Any, key: str, where: str) -> Content:
-    return _messages(value, key, where) if isinstance(value, (list, tuple)) else _text(value, key, where)
+    return _messages(value, key, where) if isinstance(value, (list, tuple)) else text_of(value, key, where)
 
 
 def _label(value: Any, where: str) -> bool:
@@ -170,12 +164,12 @@ def _label(value: Any, where: str) -> bool:
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in words:
         return words[value.strip().lower()]
-    raise DataError(f"{where}: 'label' must be true or false, is {_described(value)}")
+    raise DataError(f"{where}: 'label' must be true or false, is {described(value)}")
 
 
 def _messages(value: Any, key: str, where: str) -> tuple[Message, ...]:
     entries = _list(value, key, where)
-    return tuple(_message(entry, f"{key}[{i}]", where) for i, entry in enumerate(entries))
+    return tuple(message_of(entry, f"{key}[{i}]", where) for i, entry in enumerate(entries))
 
 
 def _list(value: Any, key: str, where: str) -> Sequence[Any]:
@@ -185,137 +179,52 @@ def _list(value: Any, key: str, where: str) -> Sequence[Any]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: {key!r} is not valid JSON: {error}") from error
     if not isinstance(value, (list, tuple)):
-        raise DataError(f"{where}: {key!r} must be a list of messages, is {_described(value)}{_remedy(value)}")
+        raise DataError(f"{where}: {key!r} must be a list of messages, is {described(value)}{remedy(value)}")
     if not value:
         raise DataError(f"{where}: {key!r} is an empty list; fill it in or drop the record")
     return value
-
-
-def _message(entry: Any, key: str, where: str) -> Message:
-    if not isinstance(entry, Mapping):
-        raise DataError(f"{where}: {key!r} must be an object with role and content, is {_described(entry)}")
-    entry = {name: value for name, value in entry.items() if value is not None}
-    for name in entry:
-        if name not in _MESSAGE_KEYS:
-            near = difflib.get_close_matches(str(name), _MESSAGE_KEYS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(_MESSAGE_KEYS)}"
-            raise DataError(f"{where}: {key!r} has the unknown key {name!r}; {hint}")
-    if "role" not in entry:
-        raise DataError(f"{where}: {key!r} has no 'role'; add it (one of {', '.join(ROLES)})")
-    role = _role(entry["role"], key, where)
-    calls = _calls(entry.get("tool_calls"), key, where)
-    if "content" not in entry and not calls:
-        raise DataError(f"{where}: {key!r} has no 'content'; add it")
-    content = _parts(entry.get("content", ""), f"{key}.content", where)
-    name = entry.get("name")
-    if name is not None:
-        name = _text(name, f"{key}.name", where)
-    return Message(role, content, name, calls, _train(entry, key, where))
-
-
-def _role(value: Any, key: str, where: str) -> str:
-    if value in ROLES:
-        return str(value)
-    near = difflib.get_close_matches(str(value), ROLES, n=1) or [_SHAREGPT_ROLES.get(str(value), "")]
-    hint = f"did you mean {near[0]!r}?" if near[0] else f"accepted: {', '.join(ROLES)}"
-    raise DataError(f"{where}: {key!r} has the unknown role {_described(value)}; {hint}")
-
-
-def _parts(value: Any, key: str, where: str) -> str:
-    """Message content: a text, or a list of text parts as serving APIs write them."""
-    if not isinstance(value, (list, tuple)):
-        return _text(value, key, where, empty=True)
-    texts = []
-    for part in value:
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise DataError(f"{where}: {key!r} has a part that is no text; only text can be trained on")
-        texts.append(_text(part.get("text"), f"{key}.text", where, empty=True))
-    return "".join(texts)
-
-
-def _calls(value: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(call, Mapping) for call in value):
-        raise DataError(f"{where}: '{key}.tool_calls' must be a list of objects, is {_described(value)}")
-    return tuple(dict(call) for call in value)
-
-
-def _train(entry: Mapping[str, Any], key: str, where: str) -> bool | None:
-    """`train`, or `weight` 0 or 1 as hosted fine-tuning formats write it."""
-    for name in ("train", "weight"):
-        value = entry.get(name)
-        if value is not None:
-            if value not in (0, 1):  # True and False included
-                raise DataError(f"{where}: '{key}.{name}' must be true or false, is {_described(value)}")
-            return bool(value)
-    return None
 
 
 def _sharegpt(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     messages = []
     system = row.get("system")
     if system:
-        messages.append(Message("system", _text(system, "system", where)))
+        messages.append(Message("system", text_of(system, "system", where)))
     for i, entry in enumerate(_list(row["conversations"], "conversations", where)):
         key = f"conversations[{i}]"
         if not isinstance(entry, Mapping):
-            raise DataError(f"{where}: {key!r} must be an object with from and value, is {_described(entry)}")
+            raise DataError(f"{where}: {key!r} must be an object with from and value, is {described(entry)}")
         if "from" not in entry and "role" in entry:
-            messages.append(_message(entry, key, where))
+            messages.append(message_of(entry, key, where))
             continue
         for name in ("from", "value"):
             if name not in entry:
                 raise DataError(f"{where}: {key!r} has no {name!r}{_suggest(name, set(map(str, entry)))}")
+        if unknown := sorted(str(k) for k, v in entry.items() if v is not None and k not in _SHAREGPT_KEYS):
+            raise DataError(
+                f"{where}: {key!r} has the unknown key {unknown[0]!r}; accepted: {', '.join(_SHAREGPT_KEYS)}"
+            )
         speaker = entry["from"]
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             accepted = ", ".join(_SHAREGPT_ROLES)
-            raise DataError(f"{where}: '{key}.from' is {_described(speaker)}; accepted: {accepted}")
-        content = _text(entry["value"], f"{key}.value", where, empty=True)
-        messages.append(Message(_SHAREGPT_ROLES[speaker], content, train=_train(entry, key, where)))
+            raise DataError(f"{where}: '{key}.from' is {described(speaker)}; accepted: {accepted}")
+        content = text_of(entry["value"], f"{key}.value", where, empty=True)
+        messages.append(Message(_SHAREGPT_ROLES[speaker], content, train=train_of(entry, key, where)))
     return tuple(messages)
 
 
 def _alpaca(row: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     turns: list[Message] = []
     if row.get("system"):
-        turns.append(Message("system", _text(row["system"], "system", where)))
+        turns.append(Message("system", text_of(row["system"], "system", where)))
     history = row.get("history")
     for i, pair in enumerate(_list(history, "history", where) if history else ()):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise DataError(f"{where}: 'history[{i}]' must be a pair [instruction, answer], is {_described(pair)}")
-        turns.append(Message("user", _text(pair[0], f"history[{i}][0]", where)))
-        turns.append(Message("assistant", _text(pair[1], f"history[{i}][1]", where)))
-    asked = _text(row["instruction"], "instruction", where)
+            raise DataError(f"{where}: 'history[{i}]' must be a pair [instruction, answer], is {described(pair)}")
+        turns.append(Message("user", text_of(pair[0], f"history[{i}][0]", where)))
+        turns.append(Message("assistant", text_of(pair[1], f"history[{i}][1]", where)))
+    asked = text_of(row["instruction"], "instruction", where)
     if row.get("input"):
-        asked = f"{asked}\n{_text(row['input'], 'input', where)}"
+        asked = f"{asked}\n{text_of(row['input'], 'input', where)}"
     turns.append(Message("user", asked))
-    return tuple(turns), (Message("assistant", _text(row["output"], "output", where)),)
-
-
-def _tools(row: Mapping[str, Any], where: str) -> tuple[Mapping[str, Any], ...]:
-    value = row.get("tools")
-    if not value:
-        return ()
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: 'tools' is not valid JSON: {error}") from error
-    if not isinstance(value, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in value):
-        raise DataError(f"{where}: 'tools' must be a list of objects, is {_described(value)}")
-    return tuple(dict(tool) for tool in value)
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
-    shown = repr(value)
-    return f"{type(value).__name__} {shown[:40]}{'…' if len(shown) > 40 else ''}"
-
-
-def _remedy(value: Any) -> str:
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return "; fill it in or drop the record" if missing else ""
+    return tuple(turns), (Message("assistant", text_of(row["output"], "output", where)),)

@@ -141,7 +141,7 @@ def judged_of(
     encoded: Encoded[Judged] = Encoded()
     for index, record in enumerate(records):
         _add(encoded, record, lambda r, i=index: encode(r, i))
-    return _not_empty(encoded, max_length)
+    return _not_empty(encoded, records[0].where, max_length)
 
 
 def solutions_of(
@@ -204,7 +204,7 @@ def _encoded(records: Sequence[Record], encode: Callable[[Record], Row], max_len
     encoded: Encoded[Row] = Encoded()
     for record in records:
         _add(encoded, record, encode)
-    return _not_empty(encoded, max_length)
+    return _not_empty(encoded, records[0].where if records else "", max_length)
 
 
 def _add(encoded: Encoded[Row], record: Record, encode: Callable[[Record], Row]) -> None:
@@ -217,11 +217,12 @@ def _add(encoded: Encoded[Row], record: Record, encode: Callable[[Record], Row])
         raise DataError(text if text.startswith(record.where) else f"{record.where}: {text}") from error
 
 
-def _not_empty(encoded: Encoded[Row], max_length: int | None) -> Encoded[Row]:
+def _not_empty(encoded: Encoded[Row], where: str, max_length: int | None) -> Encoded[Row]:
     if not encoded.rows:
         shortest = min(encoded.too_long, default=0)
         raise DataError(
-            f"none of {len(encoded.too_long)} rows fits max_length {max_length}: the shortest has {shortest} tokens"
+            f"{where}: none of {len(encoded.too_long)} rows fits max_length {max_length}: the shortest has {shortest} "
+            "tokens; raise max_length"
         )
     return encoded
 

@@ -84,7 +84,7 @@ def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length
     """
     try:
         if record.text is not None:
-            return encode_document(tokenizer, record.text, max_length=max_length)
+            return encode_document(tokenizer, record.text, max_length=max_length, tools=record.tools)
         if record.messages:
             return encode_conversation(tokenizer, record.messages, max_length=max_length, tools=record.tools)
         if record.kind == "completion" and record.prompt is not None and record.completion is not None:
@@ -113,8 +113,9 @@ def examples_of(
     With too_long="drop" such a record is left out and listed, with "error" it is a DataError. So is it when no
     record remains.
     """
-    encoded = EncodedRecords([], [])
+    encoded, first = EncodedRecords([], []), ""
     for index, record in enumerate(records):
+        first = first or record.where
         try:
             example = example_of(record, tokenizer, max_length=max_length)
         except TooLongError as error:
@@ -129,6 +130,7 @@ def examples_of(
         if not encoded.too_long:
             raise DataError("there are no records to train on")
         raise DataError(
-            f"none of {encoded.total} records fits max_length {max_length}: the shortest has {shortest} tokens"
+            f"{first}: none of {encoded.total} records fits max_length {max_length}: the shortest has {shortest} "
+            "tokens; raise max_length"
         )
     return encoded

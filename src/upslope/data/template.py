@@ -4,6 +4,9 @@ Two kinds of template are understood. Those with {% generation %} blocks say wha
 probed by prefixes: the text of messages[:k] with a generation prompt is what the sampler sees before turn k, the text
 of messages[:k+1] is that with the turn. Where these are not prefixes of the whole text the template rewrites
 history, and no mask over the whole text would describe what the model saw.
+
+Whatever is rendered is checked for what the template leaves out: a conversation whose calls, tools or contents it has
+no place for is refused by name (data/lost.py).
 """
 
 from __future__ import annotations
@@ -12,10 +15,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from upslope.data.lost import check_nothing_lost
+from upslope.data.messages import message_of, tools_of
 from upslope.data.pieces import closing_special
 from upslope.errors import DataError
 from upslope.types import Message
@@ -27,6 +32,7 @@ Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
 
 _CLOCK: ContextVar[datetime | None] = ContextVar("the clock of chat templates", default=None)
+_HERE = "the conversation"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -70,7 +76,7 @@ class ChatTemplate:
                 "chat_template.jinja into the model folder, or give the data as text or as prompt and completion texts"
             )
         self.tokenizer = tokenizer
-        self.tools = [dict(tool) for tool in tools] or None
+        self.tools = [dict(tool) for tool in tools_of(list(tools), _HERE)] or None
         self.variables = dict(variables or {})
         try:
             self.source = tokenizer.get_chat_template(tools=self.tools)
@@ -79,10 +85,17 @@ class ChatTemplate:
         self.has_marks = bool(_MARKED.search(self.source))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
-        """The text of a conversation and where its assistant turns begin. Raises DataError if the template refuses."""
+        """The text of a conversation and where its assistant turns begin.
+
+        Raises DataError if the template refuses, LostError (a DataError) if it has no place for something given.
+        """
         if not messages:
             raise DataError("the conversation has no messages")
+        messages = _in_form(messages)
         text, marked = self._raw(messages, add_generation_prompt)
+        check_nothing_lost(
+            messages, self.tools or [], text, lambda m, tools: self._raw(m, add_generation_prompt, tools)[0]
+        )
         starts = {k: self._start(text, messages[:k]) for k, turn in enumerate(messages) if turn.role == "assistant"}
         return Rendered(text, starts, marked if self.has_marks else None)
 
@@ -106,6 +119,7 @@ class ChatTemplate:
         when nothing is trained at all.
         """
         spans: list[Span] = []
+        messages = _in_form(messages)
         for k, turn in enumerate(messages):
             if turn.train and turn.role != "assistant":
                 raise DataError(f"{_name(messages, k)}: only assistant turns can be trained on; drop its 'train'")
@@ -135,13 +149,17 @@ class ChatTemplate:
                 "eos_token there, or register its end-of-turn text as a special token"
             )
         if rendered.marked is not None:
-            return self._marked_spans(rendered, start, closing, messages, k)
+            spans = self._marked_spans(rendered, start, closing, messages, k)
+            if spans:
+                _check_calls_trained("".join(rendered.text[low:high] for low, high in spans), messages, k)
+            return spans
         if not rendered.text.startswith(closed) or len(closed) <= start:
             raise DataError(
                 f"{_name(messages, k)}: the chat template is not prefix-preserving: it writes this turn differently "
                 "once more messages follow; set train to false on all but the last assistant turn, or split the "
                 "conversation into one per reply, or use a template with {% generation %} blocks"
             )
+        _check_calls_trained(rendered.text[start : len(closed)], messages, k)
         return [(start, len(closed))]
 
     def _marked_spans(
@@ -189,7 +207,9 @@ class ChatTemplate:
             return None  # a template may refuse to prompt here; training on such a turn is refused by name
         return len(prompt) if text.startswith(prompt) else None
 
-    def _raw(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[str, list[Span]]:
+    def _raw(
+        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools | None = None
+    ) -> tuple[str, list[Span]]:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
 
@@ -197,8 +217,8 @@ class ChatTemplate:
             if "strftime_now" in self.source:  # a variable cannot be a function: only the compiled template takes one
                 _compile_jinja_template(self.source).globals["strftime_now"] = _strftime_now
             texts, marked = render_jinja_template(
-                conversations=[[_as_dict(message) for message in messages]],
-                tools=self.tools,
+                conversations=[[_shown(message) for message in messages]],
+                tools=self.tools if tools is None else list(tools) or None,
                 chat_template=self.source,
                 return_assistant_tokens_mask=self.has_marks,
                 add_generation_prompt=add_generation_prompt,
@@ -214,13 +234,27 @@ def _strftime_now(format: str) -> str:
     return (_CLOCK.get() or datetime.now()).strftime(format)
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
-    entry: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.name is not None:
-        entry["name"] = message.name
-    if message.tool_calls:
-        entry["tool_calls"] = [dict(call) for call in message.tool_calls]
-    return entry
+def _check_calls_trained(reply: str, messages: Sequence[Message], k: int) -> None:
+    """DataError where the template writes a turn's calls elsewhere than in the reply that is trained on."""
+    names = [str(call["function"]["name"]) for call in messages[k].tool_calls]
+    if missing := next((name for name in names if name.lower() not in reply.lower()), None):
+        raise DataError(
+            f"{_name(messages, k)}: its call of {missing!r} does not stand in the part that the chat template says is "
+            "trained on, so the model would learn to reply without it; correct the template, or set train to false"
+        )
+
+
+def _in_form(messages: Sequence[Message]) -> list[Message]:
+    """The messages with their calls as templates want them, whoever made them."""
+    return [
+        message_of(message.as_mapping(), f"messages[{k}]", _HERE) if message.tool_calls else message
+        for k, message in enumerate(messages)
+    ]
+
+
+def _shown(message: Message) -> dict[str, Any]:
+    """A message as a template gets it."""
+    return replace(message, train=None).as_mapping()
 
 
 def _name(messages: Sequence[Message], k: int) -> str:

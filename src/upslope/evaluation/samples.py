@@ -52,6 +52,8 @@ def _sample(key: int, where: str, row: Mapping[str, Any]) -> Sample:
         *asked, reply = record.messages
         if reply.role != "assistant" or not asked:
             raise DataError(f"{where}: 'messages' must be a question and end with the assistant's right reply")
+        if reply.tool_calls:
+            raise DataError(f"{where}: the right reply has tool_calls, which are not compared; give one that is a text")
         return Sample(where, (reply.content,), Prompt(key, tuple(asked)), record.tools)
     if record.prompt is None:
         raise DataError(
@@ -83,7 +85,8 @@ def _text(where: str, key: str, value: Any) -> str:
         return value
     if isinstance(value, (list, tuple)) and len(value) == 1:
         turn = value[0]
-        content = turn.content if isinstance(turn, Message) else turn.get("content") if isinstance(turn, dict) else None
+        turn = turn.as_mapping() if isinstance(turn, Message) else turn
+        content = turn.get("content") if isinstance(turn, dict) and not turn.get("tool_calls") else None
         if isinstance(content, str):
             return content
     raise DataError(f"{where}: {key!r} must be a text or one message with a text")
@@ -170,7 +173,7 @@ def sample_rows(samples: Iterable[Sample], texts: Iterable[str]) -> str:
     for sample, text in zip(samples, texts, strict=True):
         row: dict[str, Any] = {}
         if sample.prompt is not None:
-            turns = [{"role": m.role, "content": m.content} for m in sample.prompt.messages]
+            turns = [m.as_mapping() for m in sample.prompt.messages]
             row["prompt"] = sample.prompt.text if sample.prompt.text is not None else turns
         lines.append(json.dumps({**row, "completion": text, "references": list(sample.references)}, ensure_ascii=False))
     return "".join(f"{line}\n" for line in lines)

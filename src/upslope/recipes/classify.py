@@ -40,7 +40,8 @@ from upslope.models.sources import resolve
 from upslope.options.encoder import ClassifyOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
 from upslope.recipes.encoder_report import finish, show
-from upslope.recipes.held_out import first_of
+from upslope.recipes.encoder_rows import Rows, account_of
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.session import Evaluation, begin, conclude, train
 
 __all__ = ["Classifier", "Classify", "classify", "load_classifier", "run"]
@@ -54,7 +55,7 @@ def run(options: ClassifyOptions) -> int:
     """The verb `upslope classify`."""
     if options.dry_run:
         learner, data = _prepare(options, None)
-        return show(options, learner, data.facts)
+        return show(options, learner, data.account)
     return conclude(options, classify(options))
 
 
@@ -64,7 +65,7 @@ def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[st
         learner, data = _prepare(options, start)
         summary = train("classify", learner.options, learner, begun)
     splits = {"dev": data.dev} | ({"test": data.test} if data.test else {})
-    return finish(learner, summary | {"data": data.facts}, splits)
+    return finish(learner, summary, splits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +76,14 @@ class Data:
     dev: list[Input]
     test: list[Input]
     rewards: list[list[float]]
-    facts: dict[str, Any]
+    account: DataAccount
 
 
 class Classify(EncoderLearner):
     """One label per text, measured by accuracy (mean reward where rewards are given); of numbers the correlations."""
 
     def __init__(self, options: ClassifyOptions, start: Start, data: Data) -> None:
-        super().__init__(options, start, [[x] for x in data.train], data.rewards)
+        super().__init__(options, start, [[x] for x in data.train], data.rewards, data.account)
         self.dev = data.dev
 
     def evaluate(self, step: int) -> Evaluation | None:
@@ -170,7 +171,8 @@ def load_classifier(source: str, *, dtype: str = "auto", max_length: int | None 
 
 def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, Data]:
     require("eval", "sklearn")
-    train_rows, dev_rows, test_rows = read_splits(options)
+    train, dev, test = read_splits(options)
+    train_rows, dev_rows, test_rows = train.rows, dev.rows, test.rows
     labels = NUMBER
     if options.objective != "squared_error":
         labels = labels_of(train_rows, options.data)
@@ -180,15 +182,17 @@ def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, D
     if set(start.encoder.labels) != set(labels):
         raise ConfigError(f"the encoder's labels are not the {len(labels)} of {options.data}; load it with those")
     check_length(options, start.encoder)
-    data = encode_splits(options, start, train_rows, dev_rows, test_rows)
+    data = encode_splits(options, start, train, dev, test)
     return Classify(options, start, data), data
 
 
-def read_splits(options: ClassifyOptions) -> tuple[list[LabelledText], list[LabelledText], list[LabelledText]]:
+def read_splits(options: ClassifyOptions) -> tuple[Rows, Rows, Rows]:
     """Training, dev and test rows; dev is held out of the training rows where no file is given."""
-    train_rows = _read(options, options.data, "train")
+    train = _read(options, options.data, "train")
+    train_rows = train.rows
     if options.eval_data is not None:
-        dev_rows = _read(options, options.eval_data, "validation")
+        dev = _read(options, options.eval_data, "validation")
+        dev_rows = dev.rows
     elif options.objective == "squared_error":
         alike = [replace(row, label="") for row in train_rows]  # numbers are no strata
         _, held = split_by_content(alike, share=options.eval_share, seed=options.seed)
@@ -198,14 +202,13 @@ def read_splits(options: ClassifyOptions) -> tuple[list[LabelledText], list[Labe
     else:
         labels_of(train_rows, options.data)
         train_rows, dev_rows = split_by_content(train_rows, share=options.eval_share, seed=options.seed)
-    test_rows = _read(options, options.test_data, "test") if options.test_data is not None else []
-    dev_rows = first_of(
-        shuffled_by_content(dev_rows, seed=options.seed), options.eval_samples, options.eval_data or options.data
-    )
-    return train_rows, dev_rows, test_rows
+    if options.eval_data is None:
+        train, dev = replace(train, rows=train_rows, lent=len(dev_rows)), Rows(f"{options.data}, held out", dev_rows)
+    test = _read(options, options.test_data, "test") if options.test_data is not None else Rows("", [])
+    return train, dev.first(shuffled_by_content(dev_rows, seed=options.seed), options.eval_samples), test
 
 
-def _read(options: ClassifyOptions, source: str, split: Split) -> list[LabelledText]:
+def _read(options: ClassifyOptions, source: str, split: Split) -> Rows:
     """Rows of a table by the columns' names, or of NAME:SOURCE, a task in GLUE or SuperGLUE form."""
     numbers = options.objective == "squared_error"
     found = form_of(source)
@@ -218,46 +221,34 @@ def _read(options: ClassifyOptions, source: str, split: Split) -> list[LabelledT
         if changed:
             raise ConfigError(f"{changed[0]}: the columns of {source} are named by its task; leave it out")
         items = read_items(source, split=split)
-        if items.broken:
-            print(
-                f"upslope: {source}: {len(items.broken)} torn rows left out, first {items.broken[0]}", file=sys.stderr
-            )
-        return labelled(items)
-    return read_labelled(
+        torn = {"torn": len(items.broken)} if items.broken else {}
+        return Rows(source, labelled(items), torn, {name: f"the first is {items.broken[0]}" for name in torn})
+    found_rows = read_labelled(
         source,
         text_column=options.text_column,
         label_column=options.label_column,
         pair_column=options.pair_column,
         numbers=numbers,
     )
+    return Rows(source, found_rows)
 
 
-def encode_splits(
-    options: ClassifyOptions,
-    start: Start,
-    train_rows: Sequence[LabelledText],
-    dev_rows: Sequence[LabelledText],
-    test_rows: Sequence[LabelledText],
-) -> Data:
+def encode_splits(options: ClassifyOptions, start: Start, train: Rows, dev: Rows, test: Rows) -> Data:
     """Tokens and classes of every row; says on standard error how many were cut and how many splits share."""
     labels = start.encoder.labels
     encoded, cut = {}, {}
-    for name, rows in (("train", train_rows), ("dev", dev_rows), ("test", test_rows)):
-        targets = _targets(rows, labels)
-        encoded[name], cut[name] = inputs_of(rows, start.tokenizer, targets, options.max_length)
-    shared = {name: count_copies(rows, train_rows) for name, rows in (("dev", dev_rows), ("test", test_rows))}
+    splits = {"train": train, "dev": dev, "test": test}
+    for name, found in splits.items():
+        targets = _targets(found.rows, labels)
+        encoded[name], cut[name] = inputs_of(found.rows, start.tokenizer, targets, options.max_length)
+    shared = {name: count_copies(splits[name].rows, train.rows) for name in ("dev", "test")}
     if any(cut.values()):
         print(f"upslope: cut to max_length {options.max_length}: {_counts(cut)}", file=sys.stderr)
     if any(shared.values()):
         print(f"upslope: rows that also stand in the training data: {_counts(shared)}", file=sys.stderr)
-    facts = {
-        "rows": {name: len(rows) for name, rows in encoded.items()},
-        "labels": len(labels),
-        "cut": cut,
-        "also_in_train": shared,
-    }
+    account = account_of(splits, {"labels": len(labels), "cut": cut, "also_in_train": shared})
     rewards = read_rewards(options.rewards, labels) if options.rewards is not None else _zero_one(len(labels))
-    return Data(encoded["train"], encoded["dev"], encoded["test"], rewards, facts)
+    return Data(encoded["train"], encoded["dev"], encoded["test"], rewards, account)
 
 
 def inputs_of(

@@ -100,7 +100,7 @@ class Distill:
         self.run: Run | None = None
         self.task = load_task(options.task) if options.task else None
         self.higher_is_better = self.task is not None
-        self.items, self.held_out = load_items(options, policy.tokenizer, self.task)
+        self.items, self.held_out, self.account = load_items(options, policy.tokenizer, self.task)
         self.teacher = load_teacher(str(options.teacher), policy)
         self.order = PromptStream(len(self.items), seed=options.seed)
         self.optimizer = make_optimizer(policy, options)
@@ -181,7 +181,7 @@ class Distill:
 
     def _prompt_tokens(self, item: Item) -> list[int]:
         assert item.prompt is not None
-        return encode_prompt(self.policy.tokenizer, item.prompt)
+        return encode_prompt(self.policy.tokenizer, item.prompt, tools=item.tools)
 
     def _batches(self, examples: Sequence[Example], weight: float) -> tuple[list[Batch], list[list[int]]]:
         """Packed micro-batches, and which examples each holds."""

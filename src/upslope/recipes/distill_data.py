@@ -8,9 +8,11 @@ from typing import Any
 from upslope.data.chat import TooLongError
 from upslope.data.kinds import Content, Record
 from upslope.data.records import example_of, read_records
-from upslope.errors import ConfigError, DataError
+from upslope.data.template import Tools
+from upslope.errors import ConfigError
 from upslope.options import DistillOptions
-from upslope.recipes.held_out import first_of, tell_task
+from upslope.recipes.held_out import tell_task
+from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long
 from upslope.recipes.sft import demonstrated
 from upslope.tasks.base import Task
 from upslope.types import Example, Prompt
@@ -20,33 +22,35 @@ __all__ = ["Item", "load_items"]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt to answer (None: a document), the given answer as a training sequence (None: there is none)."""
+    """A prompt to answer (None: a document), the answer as a training sequence (None: none), and the row's tools."""
 
     key: int
     prompt: Prompt | None
     example: Example | None
+    tools: Tools = ()
 
 
-def load_items(options: DistillOptions, tokenizer: Any, task: Task | None) -> tuple[list[Item], list[Item]]:
-    """Training and held-out items of a task or of data files; a task's held-out problems are its own affair.
+def load_items(
+    options: DistillOptions, tokenizer: Any, task: Task | None
+) -> tuple[list[Item], list[Item], DataAccount]:
+    """Training and held-out items of a task or of data files, and what became of every row.
 
-    Raises ConfigError, DataError: on_policy_fraction asks for prompts or completions that the source does not have.
+    A task's held-out problems are its own affair. Raises ConfigError, DataError: on_policy_fraction asks for prompts or
+    completions that the source does not have.
     """
     o = options
     if task is not None:
         prompts = task.prompts("train", o.num_train_prompts, seed=o.seed)
         tell_task(task, o.eval_samples)
-        return [Item(p.key, p, _demonstration(o, tokenizer, task, p)) for p in prompts], []
+        items = [Item(p.key, p, _demonstration(o, tokenizer, task, p)) for p in prompts]
+        return items, [], DataAccount({"train": Split(f"task {task.name}", len(items))})
     assert o.data is not None
-    items = _items(o, tokenizer, o.data)
-    if o.eval_data is not None:
-        held_out = first_of(_items(o, tokenizer, o.eval_data), o.eval_samples, o.eval_data)
-        _check(o, o.data, items)
-        return items, held_out
-    held = len(items) // 10  # whatever eval_samples is: a resumed run may change that, not what it trains on
-    kept, held_out = (items[:-held], items[-held:]) if held else (items, [])
-    _check(o, o.data, kept)
-    return kept, held_out[: o.eval_samples]
+    data = _items(o, tokenizer, o.data)
+    given = _items(o, tokenizer, o.eval_data) if o.eval_data is not None else None
+    # whatever eval_samples is: a resumed run may change that, not what it trains on
+    items, held_out, account = shared_out(data, given, held=len(data.rows) // 10, samples=o.eval_samples)
+    _check(o, o.data, items)
+    return items, held_out, account
 
 
 def _demonstration(options: DistillOptions, tokenizer: Any, task: Task, prompt: Prompt) -> Example | None:
@@ -55,18 +59,16 @@ def _demonstration(options: DistillOptions, tokenizer: Any, task: Task, prompt: 
     return demonstrated(tokenizer, task, prompt, max_length=options.max_length)
 
 
-def _items(options: DistillOptions, tokenizer: Any, source: str) -> list[Item]:
-    found, dropped = [], 0
+def _items(options: DistillOptions, tokenizer: Any, source: str) -> Kept[Item]:
+    found, lengths = [], []
     for key, record in enumerate(read_records(source)):
         try:
             example = None if record.kind == "prompt" else example_of(record, tokenizer, max_length=options.max_length)
-        except TooLongError:
-            dropped += 1
+        except TooLongError as error:
+            lengths.append(error.length)
             continue
-        found.append(Item(key, _prompt(record, key), example))
-    if not found:
-        raise DataError(f"{source}: none of {dropped} rows fits max_length {options.max_length}; raise it")
-    return found
+        found.append(Item(key, _prompt(record, key), example, record.tools))
+    return Kept(source, found, *too_long(lengths, options.max_length))
 
 
 def _prompt(record: Record, key: int) -> Prompt | None:

@@ -35,6 +35,7 @@ from upslope.functional.supervised_losses import dpo as dpo_loss
 from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
 from upslope.recipes.session import begin, conclude, train
 from upslope.runs.progress import Progress
@@ -67,10 +68,11 @@ class DPO(PreferenceLearner):
     options: DPOOptions
 
     def __init__(self, options: DPOOptions, policy: Policy) -> None:
-        rows, held_out = load_rows(options, policy.tokenizer)
+        rows, held_out, account = load_rows(options, policy.tokenizer)
         self.mismatched = [Unit((row.mismatched,)) for row in rows if isinstance(row, Judged)]
         self.mismatched_held_out = [Unit((row.mismatched,)) for row in held_out if isinstance(row, Judged)]
-        super().__init__(options, policy, [unit_of(row) for row in rows], [unit_of(row) for row in held_out])
+        units, held_units = [unit_of(row) for row in rows], [unit_of(row) for row in held_out]
+        super().__init__(options, policy, units, held_units, account)
         if options.loss in REFERENCED:
             self._attach_reference()
 
@@ -186,8 +188,10 @@ def unit_of(row: Pair | Judged) -> Unit:
     return Unit((row.example,), {"desirable": float(row.desirable)})
 
 
-def load_rows(options: DPOOptions, tokenizer: Any) -> tuple[list[Pair] | list[Judged], list[Pair] | list[Judged]]:
-    """Training and held-out rows of the kind that the loss takes."""
+def load_rows(
+    options: DPOOptions, tokenizer: Any
+) -> tuple[list[Pair] | list[Judged], list[Pair] | list[Judged], DataAccount]:
+    """Training and held-out rows of the kind that the loss takes, and what became of every row."""
     settings: dict[str, Any] = {"tokenizer": tokenizer, "max_length": options.max_length}
     if options.loss == "kto":
         return read_rows(options, partial(judged_of, **settings))
@@ -196,6 +200,6 @@ def load_rows(options: DPOOptions, tokenizer: Any) -> tuple[list[Pair] | list[Ju
 
 def _show(options: DPOOptions) -> int:
     policy = load_policy(options)
-    rows, held_out = load_rows(options, policy.tokenizer)
+    rows, held_out, account = load_rows(options, policy.tokenizer)
     scored = len(rows) if options.loss in REFERENCED else 0
-    return show_preference(options, policy, [unit_of(row) for row in rows], len(held_out), scored=scored)
+    return show_preference(options, policy, [unit_of(row) for row in rows], len(held_out), account, scored=scored)

@@ -25,6 +25,7 @@ from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
 from upslope.recipes.dry_run_task import Asked, Judged, ask, check_held_out, judge_one
+from upslope.recipes.kept import NO_DATA, DataAccount
 from upslope.recipes.plan import Plan, plan_of
 from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy, scorer_of
 from upslope.recipes.session import resident_memory_gb
@@ -224,11 +225,11 @@ def show_sft(options: SFTOptions) -> int:
 
     policy = load_policy(options)
     task = load_task(options.task) if options.task else None
-    examples, rows = load_examples(options, policy.tokenizer, task)
+    examples, rows, account = load_examples(options, policy.tokenizer, task)
     held_out = check_held_out(options, policy, task) if task is not None else len(rows)
     prediction = predict_sft(options, policy, examples)
     print(statistics(examples), file=sys.stderr)
-    report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, held_out)
+    report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, held_out, account)
     return 0
 
 
@@ -244,7 +245,7 @@ def show_policy_gradient(verb: str, options: RLOptions) -> int:
         prediction, sampled = predict_policy_gradient(options, policy, tokens)
         judged = judge_one(judge, asked.prompts[0], tokens[0], sampled[0])
     example = Example(tokens[0], [False] * len(tokens[0]))
-    report(options, policy, example, plan_of(options), prediction, asked.held_out, asked, judged)
+    report(options, policy, example, plan_of(options), prediction, asked.held_out, asked=asked, judged=judged)
     return 0
 
 
@@ -255,6 +256,8 @@ def report(
     plan: Plan,
     prediction: Prediction,
     held_out: int,
+    account: DataAccount = NO_DATA,
+    *,
     asked: Asked | None = None,
     judged: Judged | None = None,
 ) -> None:
@@ -262,7 +265,7 @@ def report(
     spec = policy.model.spec
     if options.json:
         said: dict[str, Any] = {"prediction": asdict(prediction), "plan": asdict(plan), "model": asdict(spec)}
-        said |= {"held_out": held_out}
+        said |= {"held_out": held_out, "data": account.facts()}
         said |= {"train_prompts": len(asked.prompts)} if asked is not None else {}
         said |= {"judged": judged.as_json()} if judged is not None else {}
         print(json.dumps(said))
@@ -277,8 +280,13 @@ def report(
     )
     for line in plan.words:
         console.print(f"- {line}")
-    for line in [*(asked.words if asked is not None else ()), *(judged.words if judged is not None else ())]:
-        console.print(f"- {line}", markup=False)
+    told = [
+        *account.lines(),
+        *(asked.words if asked is not None else ()),
+        *(judged.words if judged is not None else ()),
+    ]
+    for line in told:
+        console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(
         f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.1f} s per step, "
         f"{prediction.run_seconds / 60:.1f} min without evaluation."

@@ -13,7 +13,8 @@ from upslope.options import DistillOptions, ExpertOptions
 from upslope.recipes import dry_run
 from upslope.recipes.dry_run import Prediction, probe
 from upslope.recipes.dry_run_task import ask, check_held_out, encode_all, judge_one
-from upslope.recipes.expert_data import groups_of_run
+from upslope.recipes.expert_data import groups_of_run, load_mix
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.plan import plan_of
 from upslope.recipes.policy_gradient import scorer_of
 from upslope.recipes.session import resident_memory_gb
@@ -30,20 +31,18 @@ def show_imitation(options: ExpertOptions | DistillOptions) -> int:
     policy = load_policy(options)
     if isinstance(options, ExpertOptions):
         return _show_expert(options, policy)
-    prompts, given, held_out = _material(options, policy)
+    prompts, given, held_out, account = _material(options, policy)
     prediction, _ = predict_imitation(options, policy, prompts, given)
     example = given[0] if given else Example(prompts[0], [False] * len(prompts[0]))
-    dry_run.report(options, policy, example, plan_of(options), prediction, held_out)
+    dry_run.report(options, policy, example, plan_of(options), prediction, held_out, account)
     return 0
 
 
 def _show_expert(options: ExpertOptions, policy: Policy) -> int:
-    from upslope.recipes.expert import corpus_rows
-
     task = load_task(options.task)
     with scorer_of(options, policy, task) as judge:
         asked = ask(options, policy, task)
-        corpus_rows(options, policy.tokenizer)
+        _, account = load_mix(options, policy.tokenizer)
         if options.from_run is not None:
             vocabulary = policy.model.spec.vocab_size
             groups_of_run(options.from_run, vocabulary=vocabulary, tokenizer=policy.tokenizer)
@@ -51,21 +50,26 @@ def _show_expert(options: ExpertOptions, policy: Policy) -> int:
         prediction, sampled = predict_imitation(options, policy, prompts, [])
         judged = judge_one(judge, asked.prompts[0], prompts[0], sampled[0])
     example = Example(prompts[0], [False] * len(prompts[0]))
-    dry_run.report(options, policy, example, plan_of(options), prediction, asked.held_out, asked, judged)
+    dry_run.report(
+        options, policy, example, plan_of(options), prediction, asked.held_out, account, asked=asked, judged=judged
+    )
     return 0
 
 
-def _material(options: DistillOptions, policy: Policy) -> tuple[list[list[int]], list[Example], int]:
-    """Encoded prompts to answer, given training sequences, and the number of held-out problems or rows."""
+def _material(options: DistillOptions, policy: Policy) -> tuple[list[list[int]], list[Example], int, DataAccount]:
+    """Encoded prompts to answer, given training sequences, the number of held-out problems or rows, the account."""
     from upslope.recipes.distill_data import load_items
 
     task = load_task(options.task) if options.task is not None else None
-    items, held_out = load_items(options, policy.tokenizer, task)
-    asked = [item.prompt for item in items if item.prompt is not None] if options.on_policy_fraction else []
-    tokens, _ = encode_all(policy, asked, "train", options.max_completion_length)
+    items, held_out, account = load_items(options, policy.tokenizer, task)
+    asked = [i for i in items if i.prompt is not None] if options.on_policy_fraction else []
+    tokens, _ = encode_all(
+        policy, [i.prompt for i in asked if i.prompt], "train", options.max_completion_length, [i.tools for i in asked]
+    )
     prompts = tokens[: options.num_prompts]
     given = [item.example for item in items if item.example is not None]
-    return prompts, given, len(held_out) if task is None else check_held_out(options, policy, task)
+    held = len(held_out) if task is None else check_held_out(options, policy, task)
+    return prompts, given, held, account
 
 
 def predict_imitation(

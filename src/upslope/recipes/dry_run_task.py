@@ -8,6 +8,7 @@ from typing import Any
 
 from upslope.build import Policy
 from upslope.data.chat import encode_prompt
+from upslope.data.template import Tools
 from upslope.engine.request import check_prompt
 from upslope.errors import DataError
 from upslope.evaluation.accuracy import evaluate
@@ -82,11 +83,16 @@ def ask(options: RLOptions, policy: Policy, task: Task) -> Asked:
     return Asked(prompts, tokens, len(held_out), crowded + more)
 
 
-def encode_all(policy: Policy, prompts: Sequence[Prompt], split: Split, longest: int) -> tuple[list[list[int]], int]:
-    """The prompts' tokens, and how many leave less than `longest` of the context. DataError names one too long."""
+def encode_all(
+    policy: Policy, prompts: Sequence[Prompt], split: Split, longest: int, tools: Sequence[Tools] | None = None
+) -> tuple[list[list[int]], int]:
+    """The prompts' tokens, and how many leave less than `longest` of the context. DataError names one too long.
+
+    tools: those offered in each prompt; None: nowhere any.
+    """
     spec, found, crowded = policy.model.spec, [], 0
-    for number, prompt in enumerate(prompts, 1):
-        tokens = encode_prompt(policy.tokenizer, prompt)
+    for number, (prompt, offered) in enumerate(zip(prompts, tools or [()] * len(prompts), strict=True), 1):
+        tokens = encode_prompt(policy.tokenizer, prompt, tools=offered)
         try:
             check_prompt(tokens, spec.input_vocab_size, spec.max_positions)
             policy.model.check_prompt(tokens)

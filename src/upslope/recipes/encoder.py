@@ -31,6 +31,7 @@ from upslope.models.encoder import Encoder, Kind, load_encoder
 from upslope.models.sources import resolve
 from upslope.options.encoder import EncoderOptions
 from upslope.recipes.encoder_objective import Objective
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.session import StepResult
 from upslope.runs.folder import Run
 from upslope.training.optim import MasterAdamW, decay_groups
@@ -258,11 +259,16 @@ class EncoderLearner:
     higher_is_better = True
 
     def __init__(
-        self, options: EncoderOptions, start: Start, rows: Sequence[Sequence[Input]], rewards: Sequence[Sequence[float]]
+        self,
+        options: EncoderOptions,
+        start: Start,
+        rows: Sequence[Sequence[Input]],
+        rewards: Sequence[Sequence[float]],
+        account: DataAccount,
     ) -> None:
         self.encoder, self.tokenizer = start.encoder, start.tokenizer
         self.run: Run | None = None
-        self.rows = rows
+        self.rows, self.account = rows, account
         if options.num_epochs is not None:
             steps = max(1, round(options.num_epochs * len(rows) / options.batch_size))
             options = replace(options, max_steps=steps, num_epochs=None)

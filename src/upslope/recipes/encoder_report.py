@@ -18,6 +18,7 @@ from upslope.models.encoder import load_encoder
 from upslope.options.encoder import EncoderOptions
 from upslope.recipes.dry_run import Prediction
 from upslope.recipes.encoder import EncoderLearner, Input, collate, groups_of, item_logits
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import resident_memory_gb
 from upslope.runs.atomic import write_atomic
@@ -54,7 +55,7 @@ def finish(learner: Any, summary: Mapping[str, Any], splits: Mapping[str, Any]) 
     return whole
 
 
-def show(options: EncoderOptions, learner: EncoderLearner, facts: Mapping[str, Any]) -> int:
+def show(options: EncoderOptions, learner: EncoderLearner, account: DataAccount) -> int:
     """Print what a run would do: data, one example, the arithmetic, predicted memory and time."""
     inputs = [x for row in learner.rows for x in row]
     prediction = _predict(options, learner, inputs)
@@ -62,7 +63,12 @@ def show(options: EncoderOptions, learner: EncoderLearner, facts: Mapping[str, A
     encoder = learner.encoder
     parameters = sum(p.numel() for p in encoder.parameters())
     if options.json:
-        said = {"data": dict(facts), "prediction": asdict(prediction), "plan": asdict(plan), "parameters": parameters}
+        said = {
+            "data": account.facts(),
+            "prediction": asdict(prediction),
+            "plan": asdict(plan),
+            "parameters": parameters,
+        }
         print(json.dumps(said))
         return 0
     from rich.console import Console
@@ -72,8 +78,8 @@ def show(options: EncoderOptions, learner: EncoderLearner, facts: Mapping[str, A
     print(statistics(examples), file=sys.stderr)
     console.print(mask_view(examples[0], learner.tokenizer))
     console.print(f"labels of these items: {' '.join(map(learner.name_of, inputs[0].targets))}", markup=False)
-    for name, value in facts.items():
-        console.print(f"{name}: {value}", markup=False)
+    for line in [*(f"{name}: {value}" for name, value in account.facts().items()), *account.lines()]:
+        console.print(line, markup=False, soft_wrap=True)
     dtype = str(encoder.dtype).removeprefix("torch.")
     console.print(f"model: {encoder.config.model_type}, {parameters:,} parameters, {dtype}")
     for line in plan.words:

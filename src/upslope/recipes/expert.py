@@ -30,13 +30,12 @@ from torch import Tensor
 
 from upslope.build import Policy, load_policy
 from upslope.data.batching import PromptStream, collate, split_by_tokens
-from upslope.data.records import examples_of, read_records
 from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
 from upslope.functional.supervised_losses import nll
 from upslope.options import ExpertOptions
 from upslope.recipes.dry_run_imitation import show_imitation
-from upslope.recipes.expert_data import Candidate, Row, groups_of_run, read_rows, row_of, select, write_rows
+from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.session import StepResult, begin, conclude, train
 from upslope.rollout.judge import reward_metrics
@@ -74,7 +73,7 @@ class Expert(PolicyGradient):
         self.corpus: list[Row] = []
         self.acceptance = 1.0
         self.file: dict[str, str] = {}
-        self.mix = corpus_rows(options, policy.tokenizer)
+        self.mix, self.account = load_mix(options, policy.tokenizer)
         self.mix_order = PromptStream(len(self.mix), seed=options.seed) if self.mix else None
         self.start = {n: x.clone() for n, x in self.optimizer.weights().items()} if options.restart else {}
 
@@ -223,18 +222,6 @@ class Expert(PolicyGradient):
 def _loss(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     assert out.logp_N is not None
     return nll(out.logp_N), {}
-
-
-def corpus_rows(options: ExpertOptions, tokenizer: Any) -> list[Row]:
-    """The rows of mix_data, encoded; none where there is no such file."""
-    if options.mix_data is None:
-        return []
-    records = read_records(options.mix_data)
-    encoded = examples_of(records, tokenizer, max_length=options.max_length)
-    return [
-        Row(example, {"source": "corpus", "where": records[i].where})
-        for example, i in zip(encoded.examples, encoded.kept, strict=True)
-    ]
 
 
 def _report(candidates: Sequence[Candidate], chosen: Sequence[Candidate], *, seed: int) -> dict[str, float]:

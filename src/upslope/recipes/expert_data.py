@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upslope.data.messages import message_of
+from upslope.data.records import examples_of, read_records
 from upslope.errors import DataError, RunError
 from upslope.options import ExpertOptions
+from upslope.recipes.kept import NO_DATA, DataAccount, Split, too_long
 from upslope.runs.atomic import write_atomic
 from upslope.runs.folder import Run
-from upslope.types import Example, Message, Prompt, Reward, Rollout, RolloutGroup
+from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
 
-__all__ = ["Candidate", "Row", "groups_of_run", "read_rows", "row_of", "select", "write_rows"]
+__all__ = ["Candidate", "Row", "groups_of_run", "load_mix", "read_rows", "row_of", "select", "write_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +129,20 @@ def read_rows(path: Path, sha256: str) -> list[Row]:
     return rows
 
 
+def load_mix(options: ExpertOptions, tokenizer: Any) -> tuple[list[Row], DataAccount]:
+    """The corpus that is mixed in (`mix_data`), and what became of its rows."""
+    if options.mix_data is None:
+        return [], NO_DATA
+    records = read_records(options.mix_data)
+    found = examples_of(records, tokenizer, max_length=options.max_length)
+    rows = [
+        Row(example, {"source": "corpus", "where": records[i].where})
+        for example, i in zip(found.examples, found.kept, strict=True)
+    ]
+    lost = too_long([length for _, length in found.too_long], options.max_length)
+    return rows, DataAccount({"mix": Split(options.mix_data, len(rows), *lost)})
+
+
 def groups_of_run(folder: str, *, vocabulary: int, tokenizer: Any) -> tuple[list[RolloutGroup], list[dict[str, Any]]]:
     """The judged training rollouts of a run, one group per (step, prompt), and each rollout's step and id.
 
@@ -142,7 +159,7 @@ def groups_of_run(folder: str, *, vocabulary: int, tokenizer: Any) -> tuple[list
             _check_tokens(f"{folder}, rollout {row.id}", rollout, vocabulary, tokenizer)
             key = (row.step, row.prompt_key)
             if key not in groups:
-                messages = tuple(Message(m["role"], m["content"]) for m in row.messages)
+                messages = tuple(message_of(m, "messages", f"{folder}, rollout {row.id}") for m in row.messages)
                 text = None if messages else row.prompt
                 groups[key] = RolloutGroup(Prompt(row.prompt_key, messages, text, row.answer), [])
                 places[key] = []

@@ -1,23 +1,12 @@
-"""Held-out rows of which a run measures a part (eval_samples): it says of how many."""
+"""Held-out problems and tokens of which a run measures a part (eval_samples): it says of how many."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TypeVar
 
 from upslope.tasks.base import Task
 
-__all__ = ["first_of", "tell_part", "tell_task"]
-
-Row = TypeVar("Row")
-
-
-def first_of(rows: Sequence[Row], limit: int | None, source: object) -> list[Row]:
-    """The first `limit` rows (None: all); a line on standard error where these are a part."""
-    chosen = list(rows[:limit])
-    tell_part(len(chosen), len(rows), f"held-out rows of {source}")
-    return chosen
+__all__ = ["tell_part", "tell_task"]
 
 
 def tell_part(measured: int, size: int | None, what: str) -> None:

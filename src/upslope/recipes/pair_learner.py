@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from upslope.models.seq2seq_config import Seq2SeqConfig
 from upslope.options.seq2seq import SCRATCH, Seq2SeqOptions
 from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.held_out import tell_task
+from upslope.recipes.kept import BEYOND, DataAccount, Split, too_long
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
@@ -32,7 +32,7 @@ from upslope.runs.folder import Run
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.tasks.overlap import nearest, references_of, similarity
-from upslope.tasks.pairs import Pairs
+from upslope.tasks.pairs import Pairs, count_pairs
 from upslope.training import checkpoint
 from upslope.training.schedule import learning_rate
 from upslope.training.step import score
@@ -47,11 +47,17 @@ _SPECIALS = ("</s>", "<pad>")
 
 @dataclass(frozen=True, slots=True)
 class PairData:
-    """The task, its training pairs (problem, one target each), and its held-out problems."""
+    """The task, its training pairs (problem, one target each), its held-out problems, and what it left out of both.
+
+    lent: pairs of the training source that are held out.
+    """
 
     task: Task
     train: list[tuple[Prompt, str]]
     held_out: list[Prompt]
+    sources: tuple[str, str]
+    dropped: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: {"train": {}, "eval": {}})
+    lent: int = 0
 
     @classmethod
     def of(cls, options: Seq2SeqOptions) -> PairData:
@@ -62,14 +68,19 @@ class PairData:
             train = [(p, _target(task, p)) for p in task.prompts("train", o.num_examples, seed=o.seed)]
             held_out = task.prompts("eval", o.eval_samples, seed=0) if o.eval_samples else []
             tell_task(task, o.eval_samples)
-            return cls(task, train, held_out)
+            return cls(task, train, held_out, (f"task {task.name}", f"task {task.name}, held out"))
         files = {"path": o.data} | ({"eval_path": o.eval_data} if o.eval_data else {})
         pairs = load_task("pairs", **files)
         assert isinstance(pairs, Pairs)
         prompts = pairs.prompts("train", max(1, pairs.size("train")), seed=o.seed)
-        held_out = pairs.prompts("eval", min(o.eval_samples, pairs.size("eval")), seed=0)
-        tell_task(pairs, len(held_out))
-        return cls(pairs, [(p, target) for p in prompts for target in references_of(p)], held_out)
+        aside = pairs.prompts("eval", pairs.size("eval"), seed=0)
+        held_out = aside[: o.eval_samples]
+        lost = {"train": pairs.dropped("train"), "eval": dict(pairs.dropped("eval"))}
+        if len(aside) > len(held_out):
+            lost["eval"][BEYOND] = len(aside) - len(held_out)
+        train = [(p, target) for p in prompts for target in references_of(p)]
+        sources = (str(o.data), o.eval_data or f"{o.data}, held out")
+        return cls(pairs, train, held_out, sources, lost, 0 if o.eval_data else count_pairs(aside))
 
 
 def _target(task: Task, prompt: Prompt) -> str:
@@ -160,8 +171,9 @@ class PairLearner:
         self.policy, self.data = policy, data
         network_of(policy).use_dropout = options.objective == "mle"
         self.run: Run | None = None
-        self.examples, self.prompts = self._fitting(options)
-        self.held_out, self.eval_examples = self._fitting_held_out(options)
+        self.examples, self.prompts, trained = self._fitting(options)
+        self.held_out, self.eval_examples, measured = self._fitting_held_out(options)
+        self.account = DataAccount({"train": trained, "eval": measured})
         items = len(self.examples if options.objective == "mle" else self.prompts)
         if options.num_epochs is not None:
             options = replace(options, max_steps=max(1, round(options.num_epochs * items / options.batch_size)))
@@ -176,44 +188,41 @@ class PairLearner:
         )
         self.scorer = make_scorer(data.task) if data.task.has_reward else None
 
-    def _fitting(self, o: Seq2SeqOptions) -> tuple[list[Example], list[tuple[Prompt, list[int]]]]:
+    def _fitting(self, o: Seq2SeqOptions) -> tuple[list[Example], list[tuple[Prompt, list[int]]], Split]:
         """Encoded training pairs, and each different source with its first target's tokens; too long ones left out."""
         examples: list[Example] = []
         sources: dict[int, tuple[Prompt, list[int]]] = {}
-        longest = 0
+        lengths: list[int] = []
         for prompt, target in self.data.train:
             example = encode_pair(self.policy, prompt, target, o.max_length)
             if isinstance(example, int):
-                longest = max(longest, example)
+                lengths.append(example)
                 continue
             examples.append(example)
             completion = [t for t, trained in zip(example.tokens, example.mask, strict=True) if trained]
             sources.setdefault(prompt.key, (prompt, completion))
-        left_out = len(self.data.train) - len(examples)
         if not examples:
             raise ConfigError(
-                f"none of {left_out} pairs fits max_length {o.max_length} (the longest side has {longest} tokens): "
-                "raise it"
+                f"{self.data.sources[0]}: none of {len(lengths)} pairs fits max_length {o.max_length} "
+                f"(the longest side has {max(lengths)} tokens): raise it"
             )
-        if left_out:
-            print(
-                f"seq2seq: {left_out:,} of {len(self.data.train):,} pairs are longer than max_length {o.max_length} "
-                f"(up to {longest:,} tokens) and left out",
-                file=sys.stderr,
-            )
-        return examples, list(sources.values())
+        return examples, list(sources.values()), self._split("train", len(examples), lengths, o.max_length)
 
-    def _fitting_held_out(self, o: Seq2SeqOptions) -> tuple[list[Prompt], list[Example]]:
-        prompts, examples = [], []
+    def _fitting_held_out(self, o: Seq2SeqOptions) -> tuple[list[Prompt], list[Example], Split]:
+        prompts, examples, lengths = [], [], []
         for prompt in self.data.held_out:
             example = encode_pair(self.policy, prompt, _target(self.data.task, prompt), o.max_length)
-            if not isinstance(example, int):
-                prompts.append(prompt)
-                examples.append(example)
-        left_out = len(self.data.held_out) - len(prompts)
-        if left_out:
-            print(f"seq2seq: {left_out:,} held-out pairs are longer than max_length and not measured", file=sys.stderr)
-        return prompts, examples
+            if isinstance(example, int):
+                lengths.append(example)
+                continue
+            prompts.append(prompt)
+            examples.append(example)
+        return prompts, examples, self._split("eval", len(prompts), lengths, o.max_length)
+
+    def _split(self, name: str, kept: int, lengths: Sequence[int], max_length: int) -> Split:
+        dropped, notes = too_long(lengths, max_length)
+        source, lent = (self.data.sources[0], self.data.lent) if name == "train" else (self.data.sources[1], 0)
+        return Split(source, kept, {**self.data.dropped[name], **dropped}, notes, lent)
 
     def learning_rate(self, step: int) -> float:
         """The schedule at this step."""

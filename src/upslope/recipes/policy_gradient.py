@@ -24,6 +24,7 @@ from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
 from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.held_out import tell_task
+from upslope.recipes.kept import NO_DATA
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
@@ -61,6 +62,7 @@ class PolicyGradient:
     """
 
     higher_is_better = True
+    account = NO_DATA
 
     def __init__(self, options: RLOptions, policy: Policy, *, extra: Sequence[Group] = ()) -> None:
         self.options, self.policy = options, policy

@@ -23,7 +23,7 @@ from upslope.evaluation.intervals import wilson
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
 from upslope.recipes.dry_run import Prediction, head_bytes, probe, report, update_seconds, weight_bytes
-from upslope.recipes.held_out import first_of
+from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
 from upslope.runs.folder import Run
@@ -39,27 +39,23 @@ Row = TypeVar("Row")
 
 def read_rows(
     options: PreferenceData, encode: Callable[[Sequence[Record]], Encoded[Row]]
-) -> tuple[list[Row], list[Row]]:
-    """Training and held-out rows; says on standard error how many were dropped for their length.
+) -> tuple[list[Row], list[Row], DataAccount]:
+    """Training and held-out rows, and what became of every row.
 
     Without eval_data the last tenth is held out, whatever eval_samples is (unless 0: then every row is trained on), so
     that a resumed run may look at more or fewer rows and still trains on the same ones.
     """
     assert options.data is not None
-    rows = _told(options.data, encode(read_records(options.data)))
+    data = _kept(options, options.data, encode)
     if not options.eval_samples:
-        return rows, []
-    if options.eval_data is not None:
-        held_out = _told(options.eval_data, encode(read_records(options.eval_data)))
-        return rows, first_of(held_out, options.eval_samples, options.eval_data)
-    kept = len(rows) - len(rows) // 10
-    return rows[:kept], first_of(rows[kept:], options.eval_samples, options.data)
+        return shared_out(data, None, held=0, samples=0)
+    held_out = _kept(options, options.eval_data, encode) if options.eval_data is not None else None
+    return shared_out(data, held_out, held=len(data.rows) // 10, samples=options.eval_samples)
 
 
-def _told(source: str, encoded: Encoded[Row]) -> list[Row]:
-    if encoded.too_long:
-        print(f"{source}: {encoded}", file=sys.stderr)
-    return encoded.rows
+def _kept(options: PreferenceData, source: str, encode: Callable[[Sequence[Record]], Encoded[Row]]) -> Kept[Row]:
+    found = encode(read_records(source))
+    return Kept(source, found.rows, *too_long(found.too_long, options.max_length))
 
 
 class PreferenceLearner:
@@ -75,6 +71,7 @@ class PreferenceLearner:
         policy: Policy,
         units: list[Unit],
         held_out: list[Unit],
+        account: DataAccount,
         *,
         extra: Sequence[Group] = (),
     ) -> None:
@@ -83,6 +80,7 @@ class PreferenceLearner:
             options = replace(options, max_steps=steps, num_epochs=None)
         self.options, self.policy = options, policy
         self.run: Run | None = None
+        self.account = account
         self.units, self.held_out = units, held_out
         self.order = PromptStream(len(units), seed=options.seed)
         self.optimizer = make_optimizer(policy, options, list(extra))
@@ -176,6 +174,7 @@ def show_preference(
     policy: Policy,
     units: Sequence[Unit],
     held_out: int,
+    account: DataAccount,
     *,
     head: ScalarHead | None = None,
     scored: int = 0,
@@ -195,5 +194,5 @@ def show_preference(
     step = per_step * cost.train_seconds + update_seconds(policy)
     whole = step * plan.optimizer_steps + scored * mean * cost.forward_seconds
     print(f"{len(units):,} rows, {sum(unit.tokens for unit in units):,} tokens", file=sys.stderr)
-    report(options, policy, examples[0], plan, Prediction(memory, step, whole), held_out)
+    report(options, policy, examples[0], plan, Prediction(memory, step, whole), held_out, account)
     return 0

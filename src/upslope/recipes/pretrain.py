@@ -103,6 +103,7 @@ class Pretrain:
             Example(tokens, [t >= first for t in range(len(tokens))])
             for tokens, first in texts.held_out.strided(options.context_length, stride_of(options))
         ]
+        self.account = texts.account(windows, len(self.held_out))
 
     def step(self, step: int) -> StepResult:
         """One batch of windows, one update."""
@@ -204,5 +205,5 @@ def _show(options: PretrainOptions) -> int:
         prediction = replace(prediction, run_seconds=prediction.step_seconds * plan.optimizer_steps)
         print(statistics(examples), file=sys.stderr)
         held_out = sum(1 for _ in texts.held_out.strided(options.context_length, stride_of(options)))
-        report(options, policy, examples[0], plan, prediction, held_out)
+        report(options, policy, examples[0], plan, prediction, held_out, texts.account(windows, held_out))
     return 0

@@ -76,6 +76,7 @@ class MaskedPretrain:
         fixed = replace(self.masking, seed=-1)
         held_out = range(_count(self.texts.held_out, self.width))
         self.held_out = _hidden(((i, self._window(self.texts.held_out, i)) for i in held_out), fixed)
+        self.account = self.texts.account(count, len(self.held_out))
 
     def _window(self, stream: TokenStream, index: int) -> list[int]:
         """[CLS] tokens [SEP]; the stream's first token, which stands before its text, is left out."""
@@ -212,6 +213,7 @@ def show_masked(options: PretrainOptions, encoder: Encoder, tokenizer: Any) -> i
     if options.json:
         model = {"parameters": parameters, "vocab_size": len(tokenizer)}
         found = {"prediction": prediction, "plan": asdict(plan), "model": model, "held_out": len(learner.held_out)}
+        found["data"] = learner.account.facts()
         print(json.dumps(found))
         return 0
     print(f"hidden: {tokenizer.decode(probe[0].tokens)}")

@@ -24,6 +24,7 @@ from upslope.models.sources import resolve
 from upslope.models.weights import read_config
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.held_out import tell_part
+from upslope.recipes.kept import DataAccount, Split
 
 __all__ = ["Texts", "load_texts", "objective_of", "start_encoder", "start_policy", "start_tokenizer"]
 
@@ -37,6 +38,10 @@ class Texts:
     train: TokenStream
     held_out: TokenStream
     corpus: Corpus
+
+    def account(self, windows: int, held_out: int) -> DataAccount:
+        """Rows are windows of tokens; no text is left out of them."""
+        return DataAccount({"train": Split("data", windows), "eval": Split("the held-out text", held_out)})
 
 
 def objective_of(options: PretrainOptions) -> Objective:

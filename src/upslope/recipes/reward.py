@@ -38,6 +38,7 @@ from upslope.models.reward_folder import (
 )
 from upslope.models.weights import load as load_weights
 from upslope.options import RewardOptions
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
 from upslope.recipes.session import begin, conclude, train
 from upslope.training.optim import Group
@@ -70,13 +71,13 @@ class RewardLearner(PreferenceLearner):
 
     def __init__(self, options: RewardOptions, policy: Policy) -> None:
         check_can_be_saved(policy.model)
-        units, held_out = load_units(options, policy.tokenizer)
+        units, held_out, account = load_units(options, policy.tokenizer)
         self.head = head = start_head(policy, options.seed)
         for name, parameter in policy.model.named_parameters():
             if name == "lm_head.weight":  # the words' head is not in a reward model
                 parameter.requires_grad_(False)
         group = Group({SCORE: head.get_parameter(SCORE)}, weight_decay=options.weight_decay)
-        super().__init__(options, policy, units, held_out, extra=[group])
+        super().__init__(options, policy, units, held_out, account, extra=[group])
 
     def loss_of(self, units: Sequence[Unit], indices: Sequence[int] | None) -> tuple[Loss, dict[str, float]]:
         """Bradley-Terry over pairs, or cross-entropy over steps."""
@@ -179,14 +180,14 @@ def merged(policy: Policy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {**plain, SCORE: weights[SCORE]}
 
 
-def load_units(options: RewardOptions, tokenizer: Any) -> tuple[list[Unit], list[Unit]]:
-    """Training and held-out rows as units."""
+def load_units(options: RewardOptions, tokenizer: Any) -> tuple[list[Unit], list[Unit], DataAccount]:
+    """Training and held-out rows as units, and what became of every row."""
     settings: dict[str, Any] = {"tokenizer": tokenizer, "max_length": options.max_length}
     if options.kind == "process":
-        solutions, held_out = read_rows(options, partial(solutions_of, **settings))
-        return [_solution(row) for row in solutions], [_solution(row) for row in held_out]
-    pairs, held_pairs = read_rows(options, partial(pairs_of, **settings))
-    return [_pair(row, options.margin) for row in pairs], [_pair(row, options.margin) for row in held_pairs]
+        solutions, held_out, account = read_rows(options, partial(solutions_of, **settings))
+        return [_solution(row) for row in solutions], [_solution(row) for row in held_out], account
+    pairs, held_pairs, account = read_rows(options, partial(pairs_of, **settings))
+    return [_pair(row, options.margin) for row in pairs], [_pair(row, options.margin) for row in held_pairs], account
 
 
 def _pair(row: Pair, margin: float) -> Unit:
@@ -206,5 +207,5 @@ def _pad_token(policy: Policy) -> int | None:
 def _show(options: RewardOptions) -> int:
     policy = load_policy(options)
     check_can_be_saved(policy.model)
-    units, held_out = load_units(options, policy.tokenizer)
-    return show_preference(options, policy, units, len(held_out), head=start_head(policy, options.seed))
+    units, held_out, account = load_units(options, policy.tokenizer)
+    return show_preference(options, policy, units, len(held_out), account, head=start_head(policy, options.seed))

@@ -30,7 +30,7 @@ def show_seq2seq(options: Seq2SeqOptions) -> int:
             learner.close()
     print(statistics(learner.examples), file=sys.stderr)
     plan = plan_of(options, examples=learner.order.n)
-    report(options, policy, learner.examples[0], plan, prediction, len(learner.held_out))
+    report(options, policy, learner.examples[0], plan, prediction, len(learner.held_out), learner.account)
     return 0
 
 

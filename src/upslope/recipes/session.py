@@ -26,6 +26,7 @@ from upslope.data.template import clock_at
 from upslope.errors import ConfigError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.last_words import last_words
 from upslope.runs.folder import Run
 from upslope.runs.progress import Progress
@@ -80,6 +81,8 @@ class Learner(Protocol):
 
     higher_is_better: bool
     run: Run | None
+    account: DataAccount
+    """What became of the rows of its data; empty where it has none."""
 
     def trained_on(self) -> tuple[Any, Iterable[Any]]:
         """The tokenizer (None: a checkpoint brings it), and the training rows as plain values, in their order."""
@@ -149,6 +152,8 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, lab
     )
     with run, GracefulInterrupt() as interrupt:
         learner.run = run
+        for line in learner.account.lines():
+            print(f"upslope: {line}", file=sys.stderr)
         seed_everything(options.seed)
         if options.resume:
             _restore(run, learner, stop, options, marks)
@@ -162,6 +167,7 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, lab
             "seconds": round(stop.seconds, 3),
             "peak_memory_gb": round(peak_memory_gb(), 3),
             "evaluation": dict(evaluated.metrics) if evaluated else None,
+            "data": learner.account.facts(),
             "folder": str(run.folder),
             "model": str(run.checkpoints / "last" / "model"),
             "remarks": last_words(

@@ -23,12 +23,12 @@ from upslope.build import Policy, load_policy, make_engine, make_optimizer
 from upslope.data.batching import PromptStream, collate, split_by_tokens
 from upslope.data.chat import encode_completion, encode_conversation, encode_prompt
 from upslope.data.records import examples_of, read_records
-from upslope.errors import ConfigError
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
-from upslope.recipes.held_out import first_of, tell_task
+from upslope.recipes.held_out import tell_task
+from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
@@ -64,7 +64,7 @@ class SFT:
         self.run: Run | None = None
         self.task = load_task(options.task) if options.task else None
         self.higher_is_better = self.task is not None
-        self.train_examples, self.eval_examples = load_examples(options, policy.tokenizer, self.task)
+        self.train_examples, self.eval_examples, self.account = load_examples(options, policy.tokenizer, self.task)
         if options.num_epochs is not None:
             steps = max(1, round(options.num_epochs * len(self.train_examples) / options.batch_size))
             options = replace(options, max_steps=steps, num_epochs=None)
@@ -152,23 +152,22 @@ class SFT:
         self.policy.write(folder, self.optimizer.weights())
 
 
-def load_examples(options: SFTOptions, tokenizer: Any, task: Task | None) -> tuple[list[Example], list[Example]]:
-    """Training and held-out examples, from a task's demonstrations or from files."""
+def load_examples(
+    options: SFTOptions, tokenizer: Any, task: Task | None
+) -> tuple[list[Example], list[Example], DataAccount]:
+    """Training and held-out examples, from a task's demonstrations or from files, and what became of every row."""
+    o = options
     if task is not None:
-        prompts = task.prompts("train", options.num_examples, seed=options.seed)
-        tell_task(task, options.eval_samples)
-        return [demonstrated(tokenizer, task, p, max_length=options.max_length) for p in prompts], []
-    assert options.data is not None
-    train_set = _encoded(options.data, tokenizer, options.max_length)
-    if options.eval_data is not None:
-        rows = _encoded(options.eval_data, tokenizer, options.max_length)
-        return train_set, first_of(rows, options.eval_samples or None, options.eval_data)
-    held = len(train_set) // 10  # whatever eval_samples is: a resumed run may change that, not what it trains on
-    return (
-        (train_set[:-held], first_of(train_set[-held:], options.eval_samples, options.data))
-        if held
-        else (train_set, [])
-    )
+        prompts = task.prompts("train", o.num_examples, seed=o.seed)
+        tell_task(task, o.eval_samples)
+        made = [demonstrated(tokenizer, task, p, max_length=o.max_length) for p in prompts]
+        return made, [], DataAccount({"train": Split(f"task {task.name}", len(made))})
+    assert o.data is not None
+    data = encoded(o.data, tokenizer, o.max_length)
+    if o.eval_data is not None:
+        return shared_out(data, encoded(o.eval_data, tokenizer, o.max_length), held=0, samples=o.eval_samples or None)
+    # whatever eval_samples is: a resumed run may change that, not what it trains on
+    return shared_out(data, None, held=len(data.rows) // 10, samples=o.eval_samples)
 
 
 def demonstrated(tokenizer: Any, task: Task, prompt: Prompt, *, max_length: int | None = None) -> Example:
@@ -179,11 +178,10 @@ def demonstrated(tokenizer: Any, task: Task, prompt: Prompt, *, max_length: int 
     return encode_conversation(tokenizer, turns, max_length=max_length)
 
 
-def _encoded(source: str, tokenizer: Any, max_length: int) -> list[Example]:
-    encoded = examples_of(read_records(source), tokenizer, max_length=max_length)
-    if not encoded.examples:
-        raise ConfigError(f"{source}: {encoded}: nothing is left to train on; raise max_length (now {max_length})")
-    return list(encoded.examples)
+def encoded(source: str, tokenizer: Any, max_length: int) -> Kept[Example]:
+    """The training sequences of a file's rows; those that are too long are left out and counted."""
+    found = examples_of(read_records(source), tokenizer, max_length=max_length)
+    return Kept(source, found.examples, *too_long([length for _, length in found.too_long], max_length))
 
 
 def held_out_groups(policy: Policy, task: Task, samples: int, max_tokens: int) -> list[RolloutGroup]:

@@ -34,7 +34,8 @@ from upslope.models.encoder import Encoder
 from upslope.options.encoder import TagOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
 from upslope.recipes.encoder_report import finish, show
-from upslope.recipes.held_out import first_of
+from upslope.recipes.encoder_rows import Rows, account_of
+from upslope.recipes.kept import DataAccount
 from upslope.recipes.session import Evaluation, begin, conclude, train
 
 __all__ = ["Tag", "run", "tag"]
@@ -44,7 +45,7 @@ def run(options: TagOptions) -> int:
     """The verb `upslope tag`."""
     if options.dry_run:
         learner, data = _prepare(options, None)
-        return show(options, learner, data.facts)
+        return show(options, learner, data.account)
     return conclude(options, tag(options))
 
 
@@ -54,7 +55,7 @@ def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
         learner, data = _prepare(options, start)
         summary = train("tag", learner.options, learner, begun)
     splits = {"dev": data.dev} | ({"test": data.test} if data.test else {})
-    return finish(learner, summary | {"data": data.facts}, splits)
+    return finish(learner, summary, splits)
 
 
 Sentences = list[list[Input]]
@@ -69,14 +70,14 @@ class Data:
     dev: Sentences
     test: Sentences
     rewards: list[list[float]]
-    facts: dict[str, Any]
+    account: DataAccount
 
 
 class Tag(EncoderLearner):
     """One tag per word, measured by the F1 of whole entities (by token accuracy where tags are not IOB2)."""
 
     def __init__(self, options: TagOptions, start: Start, data: Data) -> None:
-        super().__init__(options, start, data.train, data.rewards)
+        super().__init__(options, start, data.train, data.rewards, data.account)
         self.dev = data.dev
         self.entities = options.tag_scheme != "none"
 
@@ -111,7 +112,8 @@ class Tag(EncoderLearner):
 
 def _prepare(options: TagOptions, start: Start | None) -> tuple[Tag, Data]:
     require("eval", "sklearn")
-    train_rows, dev_rows, test_rows = read_splits(options)
+    train, dev, test = read_splits(options)
+    train_rows, dev_rows, test_rows = train.rows, dev.rows, test.rows
     labels = labels_of(train_rows, options.data)
     check_known(dev_rows, labels)
     check_known(test_rows, labels)
@@ -119,23 +121,23 @@ def _prepare(options: TagOptions, start: Start | None) -> tuple[Tag, Data]:
     if set(start.encoder.labels) != set(labels):
         raise ConfigError(f"the encoder's tags are not the {len(labels)} of {options.data}; load it with those")
     check_length(options, start.encoder)
-    data = encode_splits(options, start, train_rows, dev_rows, test_rows)
+    data = encode_splits(options, start, train, dev, test)
     return Tag(options, start, data), data
 
 
-def read_splits(options: TagOptions) -> tuple[list[TaggedSentence], list[TaggedSentence], list[TaggedSentence]]:
+def read_splits(options: TagOptions) -> tuple[Rows, Rows, Rows]:
     """Training, dev and test sentences; dev is held out of the training file where no file is given."""
-    train_rows = _read(options, options.data)
+    train = Rows(options.data, _read(options, options.data))
     if options.eval_data is not None:
-        dev_rows = _read(options, options.eval_data)
+        dev = Rows(options.eval_data, _read(options, options.eval_data))
     else:
-        labels_of(train_rows, options.data)
-        train_rows, dev_rows = split_sentences(train_rows, share=options.eval_share, seed=options.seed)
-    test_rows = _read(options, options.test_data) if options.test_data is not None else []
-    dev_rows = first_of(
-        shuffled_by_content(dev_rows, seed=options.seed), options.eval_samples, options.eval_data or options.data
-    )
-    return train_rows, dev_rows, test_rows
+        labels_of(train.rows, options.data)
+        kept, held = split_sentences(train.rows, share=options.eval_share, seed=options.seed)
+        train, dev = Rows(options.data, kept, lent=len(held)), Rows(f"{options.data}, held out", held)
+    test = Rows("", [])
+    if options.test_data is not None:
+        test = Rows(options.test_data, _read(options, options.test_data))
+    return train, dev.first(shuffled_by_content(dev.rows, seed=options.seed), options.eval_samples), test
 
 
 def _read(options: TagOptions, source: str) -> list[TaggedSentence]:
@@ -144,36 +146,36 @@ def _read(options: TagOptions, source: str) -> list[TaggedSentence]:
     )
 
 
-def encode_splits(
-    options: TagOptions,
-    start: Start,
-    train_rows: Sequence[TaggedSentence],
-    dev_rows: Sequence[TaggedSentence],
-    test_rows: Sequence[TaggedSentence],
-) -> Data:
+def encode_splits(options: TagOptions, start: Start, train: Rows, dev: Rows, test: Rows) -> Data:
     """Tokens and classes of every sentence; says on standard error what was split, cut or stands in two files."""
-    labels = start.encoder.labels
-    encoded: dict[str, Sentences] = {}
-    for name, rows in (("train", train_rows), ("dev", dev_rows), ("test", test_rows)):
-        encoded[name] = pieces_of(rows, start.tokenizer, labels, options.max_length)
+    labels, longest = start.encoder.labels, options.max_length
+    splits = {"train": train, "dev": dev, "test": test}
+    encoded = {name: pieces_of(found.rows, start.tokenizer, labels, longest) for name, found in splits.items()}
     split = {name: sum(len(pieces) > 1 for pieces in rows) for name, rows in encoded.items()}
-    shared = {name: count_copies(rows, train_rows) for name, rows in (("dev", dev_rows), ("test", test_rows))}
-    if any(split.values()):
-        print(f"upslope: sentences split at max_length {options.max_length}: {_counts(split)}", file=sys.stderr)
-    if any(shared.values()):
-        print(f"upslope: sentences that also stand in the training data: {_counts(shared)}", file=sys.stderr)
-    facts = {
-        "sentences": {name: len(rows) for name, rows in encoded.items()},
-        "words": {n: sum(len(x.targets) for pieces in rows for x in pieces) for n, rows in encoded.items()},
-        "labels": len(labels),
-        "split": split,
-        "also_in_train": shared,
+    cut = {name: cut_words(splits[name].rows, rows, start.tokenizer, longest) for name, rows in encoded.items()}
+    shared = {name: count_copies(splits[name].rows, train.rows) for name in ("dev", "test")}
+    said = {
+        f"sentences split at max_length {longest}": split,
+        f"words cut to max_length {longest}": cut,
+        "sentences that also stand in the training data": shared,
     }
+    for what, counts in said.items():
+        if any(counts.values()):
+            print(f"upslope: {what}: {_counts(counts)}", file=sys.stderr)
+    words = {n: sum(len(x.targets) for pieces in rows for x in pieces) for n, rows in encoded.items()}
+    further = {"words": words, "labels": len(labels), "split": split, "cut": cut, "also_in_train": shared}
     if options.rewards is not None:
         rewards = read_rewards(options.rewards, labels)
     else:
         rewards = [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
-    return Data(encoded["train"], encoded["dev"], encoded["test"], rewards, facts)
+    return Data(encoded["train"], encoded["dev"], encoded["test"], rewards, account_of(splits, further))
+
+
+def cut_words(rows: Sequence[TaggedSentence], sentences: Sentences, tokenizer: Any, max_length: int) -> int:
+    """How many words are longer than a whole input, so that only their first sub-words are read."""
+    room = max_length - tokenizer.num_special_tokens_to_add(pair=False)
+    full = [x for pieces in sentences for x in pieces if len(x.targets) == 1 and len(x.tokens) >= max_length]
+    return sum(_sizes(_readable([rows[x.row].words[x.first]], tokenizer), tokenizer)[0] > room for x in full)
 
 
 def pieces_of(rows: Sequence[TaggedSentence], tokenizer: Any, labels: Sequence[str], max_length: int) -> Sentences:

@@ -8,7 +8,7 @@ from typing import Any
 
 from upslope.runs.encoding import as_number, pack, to_json
 from upslope.runs.schema import array_kind
-from upslope.types import Message, Prompt, Rollout, RolloutGroup
+from upslope.types import Prompt, Rollout, RolloutGroup
 
 _OWN_ARRAYS = {"prompt_tokens", "tokens", "mask", "sampling_logprobs", "policy_logprobs"}
 
@@ -64,7 +64,7 @@ def _values(
         rollout.sample,
         rollout.version,
         _prompt_text(prompt),
-        to_json([_message(message) for message in prompt.messages]),
+        to_json([message.as_mapping() for message in prompt.messages]),
         prompt.answer,
         rollout.text,
         _finite(reward.value),
@@ -78,15 +78,6 @@ def _values(
         len(rollout.tokens),
         wall_time,
     )
-
-
-def _message(message: Message) -> dict[str, Any]:
-    optional = {"name": message.name, "tool_calls": list(message.tool_calls), "train": message.train}
-    return {
-        "role": message.role,
-        "content": message.content,
-        **{key: value for key, value in optional.items() if value not in (None, [])},
-    }
 
 
 def _prompt_text(prompt: Prompt) -> str:

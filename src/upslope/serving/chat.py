@@ -11,17 +11,19 @@ from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Request, Response
 
+from upslope.data.lost import LostError
+from upslope.data.messages import message_of, tools_of
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate
-from upslope.errors import ConfigError
+from upslope.errors import ConfigError, DataError
 from upslope.serving.access import event_stream, reply, room, service_of, while_connected
-from upslope.serving.chat_bodies import ChatBody, ChatMessage, FunctionDefinition, NamedTool, SchemaFormat
+from upslope.serving.chat_bodies import ChatBody, NamedTool, SchemaFormat
 from upslope.serving.chat_stream import Asked, chunks, whole
 from upslope.serving.constraints import Constraint, Grammars
 from upslope.serving.errors import ApiError
 from upslope.serving.sampling import sampling_params
 from upslope.serving.service import Service
-from upslope.serving.tools import CLOSE, OPEN, Marks, calls_grammar, offered_grammar, parse_arguments
+from upslope.serving.tools import CLOSE, OPEN, Marks, calls_grammar, offered_grammar
 from upslope.types import Message
 
 __all__ = ["router"]
@@ -64,8 +66,7 @@ def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
     """The tokens of the conversation, as the trainer would write them, up to where the reply begins."""
     if getattr(service.tokenizer, "chat_template", None) is None:
         raise ApiError(400, f"{service.name} has no chat template; send a prompt to /v1/completions instead", "model")
-    messages = [message_of(message) for message in body.messages]
-    tools = [tool_of(tool.function) for tool in body.tools] if body.offers_tools else []
+    messages, tools = conversation_of(service, body)
     opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
     template = ChatTemplate(service.tokenizer, tools, body.chat_template_kwargs)
     for name in body.chat_template_kwargs:
@@ -74,11 +75,12 @@ def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
             raise ApiError(400, says, "chat_template_kwargs")
     try:
         rendered = template.render(messages, add_generation_prompt=opens)
-        check_nothing_lost(service, body, messages, tools, rendered.text, opens)
         text = rendered.text
         if body.continue_final_message:
             text = text[: end_of_last(text, messages[-1].content)]
         text.encode("utf-8")
+    except LostError as error:
+        raise ApiError(400, f"{service.name}: {error}", error.part) from error
     except RecursionError as error:
         raise ApiError(400, "messages or tools are nested too deeply", "messages") from error
     except UnicodeEncodeError as error:
@@ -87,50 +89,25 @@ def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
     return tokens
 
 
-def message_of(message: ChatMessage) -> Message:
-    """The message for a template, which wants the arguments of calls as objects. "developer" is "system" of old."""
-    calls: list[Mapping[str, Any]] = []
-    for call in message.tool_calls:
-        try:
-            arguments = parse_arguments(call.function.arguments)
-        except ValueError as error:
-            raise ApiError(400, f"messages: the arguments of call {call.id!r} are {error}", "messages") from error
-        function = {"name": call.function.name, "arguments": arguments}
-        calls.append({"id": call.id, "type": call.type, "function": function})
-    role = "system" if message.role == "developer" else message.role
-    return Message(role, message.text, message.name, tuple(calls))
+def conversation_of(service: Service, body: ChatBody) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
+    """Messages and tools through the door that training data goes through.
 
-
-def tool_of(function: FunctionDefinition) -> dict[str, Any]:
-    """The tool for a template, in the form that models were trained with."""
-    given = {"name": function.name, "description": function.description, "parameters": function.parameters}
-    return {"type": "function", "function": {name: value for name, value in given.items() if value is not None}}
-
-
-def check_nothing_lost(
-    service: Service,
-    body: ChatBody,
-    messages: Sequence[Message],
-    tools: Sequence[Mapping[str, Any]],
-    text: str,
-    opens: bool,
-) -> None:
-    """ApiError 400 where the template writes the same text without the tools, or without earlier calls.
-
-    So it is where the model's own tag for a call is a control token, which text does not show.
+    ApiError 400 also where the model's own tag for a call is a control token, which text does not show.
     """
+    given = [message.model_dump(exclude_none=True, exclude={"type"}) for message in body.messages]
+    try:
+        messages = [message_of(message, f"messages[{k}]", "request") for k, message in enumerate(given)]
+    except DataError as error:
+        raise ApiError(400, str(error), "messages") from error
+    if not body.offers_tools:
+        return messages, ()
     tokens = service.tokenizer.added_tokens_decoder.values()
-    if tools and any(token.special and token.content == OPEN for token in tokens):
+    if any(token.special and token.content == OPEN for token in tokens):
         raise ApiError(400, f"{service.name} writes calls in a form that is not read here; leave tools out", "tools")
-    variables = body.chat_template_kwargs
-    if tools:
-        bare = ChatTemplate(service.tokenizer, (), variables).render(messages, add_generation_prompt=opens)
-        if bare.text == text:
-            raise ApiError(400, f"the chat template of {service.name} has no place for tools; leave them out", "tools")
-    if any(message.tool_calls for message in messages):
-        silent = [replace(message, tool_calls=()) for message in messages]
-        if ChatTemplate(service.tokenizer, tools, variables).render(silent, add_generation_prompt=opens).text == text:
-            raise ApiError(400, f"the chat template of {service.name} has no place for tool_calls", "messages")
+    try:
+        return messages, tools_of([tool.model_dump(exclude_none=True) for tool in body.tools], "request")
+    except DataError as error:
+        raise ApiError(400, str(error), "tools") from error
 
 
 def end_of_last(text: str, content: str) -> int:

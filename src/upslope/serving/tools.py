@@ -14,7 +14,7 @@ from typing import Any
 
 from upslope.serving.constraints import Grammars, json_rule
 
-__all__ = ["CLOSE", "OPEN", "Marks", "ToolCall", "ToolReader", "calls_grammar", "offered_grammar", "parse_arguments"]
+__all__ = ["CLOSE", "OPEN", "Marks", "ToolCall", "ToolReader", "calls_grammar", "offered_grammar"]
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
@@ -101,17 +101,6 @@ def _call(entry: Any) -> ToolCall | None:
     if not isinstance(arguments, dict) or entry.keys() - {"name", "arguments", "parameters"}:
         return None
     return ToolCall(entry["name"], json.dumps(arguments, ensure_ascii=False))
-
-
-def parse_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call. ValueError, which says what the text is, where it is not a JSON object."""
-    try:
-        value = json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return value
 
 
 def _refuse(constant: str) -> Any:

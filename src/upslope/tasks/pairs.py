@@ -65,10 +65,16 @@ class Pairs(Task):
         self.eval_fraction = eval_fraction
         self.divided = not eval_path
         self._splits: dict[Split, list[Prompt]] | None = None
+        self._dropped: dict[Split, dict[str, int]] = {"train": {}, "eval": {}}
 
     def size(self, split: Split) -> int:
         """How many different sources the split has."""
         return len(self._all(split))
+
+    def dropped(self, split: Split) -> dict[str, int]:
+        """How many pairs of the split's file are left out, by reason; without eval_path all of path's are train's."""
+        self._all(split)
+        return self._dropped[split]
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` sources in an order given by `seed`; `answer` is the first reference. DataError: there are fewer."""
@@ -115,11 +121,13 @@ class Pairs(Task):
     def _all(self, split: Split) -> list[Prompt]:
         """Every source of a split, in the file's order."""
         if self._splits is None:
-            rows = read_pairs(self.path) if self.path else []
+            rows = self._read("train", self.path) if self.path else []
             if self.eval_path:
-                held_out = read_pairs(self.eval_path)
+                held_out = self._read("eval", self.eval_path)
                 keys = {content_key(p.text or "") for p in held_out}
                 train = [p for p in rows if content_key(p.text or "") not in keys]
+                if lost := count_pairs(rows) - count_pairs(train):
+                    self._dropped["train"]["also in the held-out rows"] = lost
                 self._splits = {"train": train, "eval": held_out}
             else:
                 kept: dict[Split, list[Prompt]] = {"train": [], "eval": []}
@@ -128,25 +136,42 @@ class Pairs(Task):
                 self._splits = kept
         return self._splits[split]
 
+    def _read(self, split: Split, path: str) -> list[Prompt]:
+        prompts, repeated = read_pairs(path)
+        if repeated:
+            self._dropped[split]["the same pair again"] = repeated
+        return prompts
 
-def read_pairs(path: str) -> list[Prompt]:
+
+def count_pairs(prompts: Sequence[Prompt]) -> int:
+    """Sources with their references, each reference a pair."""
+    return sum(len(references_of(prompt)) for prompt in prompts)
+
+
+def read_pairs(path: str) -> tuple[list[Prompt], int]:
     """One Prompt per different source of a file: `answer` the first reference, metadata["references"] all of them.
+
+    Also the number of rows that repeat a pair.
 
     DataError naming file, row, key and remedy: no rows, a missing column, an empty side, a side that is a
     conversation.
     """
     sources: dict[str, list[str]] = {}
+    repeated = 0
     for where, row in rows_of(path):
         source, target = _sides(where, row)
         references = sources.setdefault(source, [])
-        if target not in references:
+        if target in references:
+            repeated += 1
+        else:
             references.append(target)
     if not sources:
         raise DataError(f"{path}: holds no rows; write one JSON object with prompt and completion per line")
-    return [
+    prompts = [
         Prompt(_exact_key(source), text=source, answer=references[0], metadata={"references": tuple(references)})
         for source, references in sources.items()
     ]
+    return prompts, repeated
 
 
 def _sides(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
