@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-__all__ = ["END_LIMIT_S", "children", "end_descendants", "keep"]
+__all__ = ["END_LIMIT_S", "children", "descendants", "end_descendants", "keep"]
 
 END_LIMIT_S = 5.0
 # How often the keeper looks whether its parent still is the trainer: a fork of the trainer may hold the lifeline too.
@@ -78,14 +78,15 @@ def end_descendants(process: int, spared: frozenset[int] = frozenset()) -> None:
     Gives up after END_LIMIT_S on what cannot be killed (in the kernel, or of another user).
     """
     deadline = time.monotonic() + END_LIMIT_S
-    while (found := _descendants(process, spared)) and time.monotonic() < deadline:
+    while (found := descendants(process, spared)) and time.monotonic() < deadline:
         for pid in found:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.002)
 
 
-def _descendants(process: int, spared: frozenset[int]) -> list[int]:
+def descendants(process: int, spared: frozenset[int] = frozenset()) -> list[int]:
+    """What lives and descends from a process, but for its children `spared` and theirs; none where that is not seen."""
     parents = _parents()
     below: dict[int, list[int]] = {}
     for pid, parent in parents.items():

@@ -32,7 +32,7 @@ from upslope.errors import ConfigError, DataError, RunError, UpslopeError
 from upslope.rollout.channel import TOKEN_BYTES, Channel, Garbled, wait
 from upslope.rollout.in_process import CombinedScorer, Surroundings, load_model_rewards, split_rewards
 from upslope.rollout.judge import InlineScorer, RewardSpecs, Scorer, finish, sample_of
-from upslope.rollout.keeper import END_LIMIT_S, children, end_descendants
+from upslope.rollout.keeper import END_LIMIT_S, children, descendants, end_descendants
 from upslope.tasks.base import Task
 from upslope.tasks.loading import first_line, parse_rewards
 from upslope.tasks.scoring import TIMED_OUT, Sample, build_scoring
@@ -260,7 +260,7 @@ class RewardPool:
             raise _KINDS.get(answer["kind"], RunError)(answer["fatal"])
         if not worker.ready:
             worker.ready, worker.pid, worker.whole_group = True, answer["pid"], answer["whole_group"]
-            worker.spared = frozenset({worker.pid, *children(worker.process.pid)})
+            worker.spared = frozenset({worker.pid, *descendants(worker.process.pid)})
             return
         self._idle_deaths = 0
         job, worker.job = worker.job, None
