@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from upslope.atomic import write_atomic
 from upslope.build import Policy, device_of_machine, load_inference, make_engine
 from upslope.commands.evaluate_inputs import Inputs, progress
 from upslope.data.chat import encode_prompt, load_tokenizer
@@ -26,7 +27,6 @@ from upslope.evaluation.verdicts import verdicts
 from upslope.rollout.collect import collect
 from upslope.rollout.reward_model import load_reward_model
 from upslope.rollout.workers import make_scorer
-from upslope.runs.atomic import write_atomic
 from upslope.types import Completion, Message, SamplingParams
 
 __all__ = ["KEY_VARIABLE", "Measured", "judge_answers", "measure_language_model", "measure_reward_model"]

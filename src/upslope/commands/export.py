@@ -23,7 +23,6 @@ from upslope.extras import require
 from upslope.models.decoder import Decoder
 from upslope.models.gguf_writer import new_file, write_gguf
 from upslope.models.loading import decoder_config, save_model
-from upslope.models.run_folders import run_of
 from upslope.models.sources import is_adapter, provenance, resolve
 from upslope.models.weights import load, new_folder, read_config, save_folder, write_json
 from upslope.options import ExportOptions
@@ -69,12 +68,6 @@ def run(options: ExportOptions) -> int:
 def load_source(model: str, base: str | None) -> Source:
     """Resolve and load; every tensor is then known to be there and to fit. ModelError says what is wrong."""
     found = resolve(model, adapters=True)
-    if run_of(found) is not None:
-        from upslope.training.manifest import damage
-
-        checkpoint = found.resolve().parent
-        if problem := damage(checkpoint):
-            raise ModelError(f"{checkpoint}: this checkpoint is damaged ({problem}); export another one")
     if not is_adapter(found):
         _refuse_unusable(found)
     kind = None if is_adapter(found) else _encoder_kind(read_config(found))

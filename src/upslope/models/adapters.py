@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.errors import ModelError
+from upslope.models.intact import check_intact
 from upslope.models.run_folders import run_of
 from upslope.models.sources import ADAPTER_CONFIG
 
@@ -93,6 +94,7 @@ def merge_adapters(model: nn.Module, folder: Path | str) -> None:
     that do not fit the model, and pairs that are not complete; the model is then unchanged.
     """
     folder = Path(folder)
+    check_intact(folder)
     config = adapter_config(folder)
     stored = _read(folder / WEIGHTS)
     parameters = dict(model.named_parameters())

@@ -34,6 +34,7 @@ from upslope.models.encoder_config import (
     switch_off_dropout,
     with_labels,
 )
+from upslope.models.intact import check_intact
 from upslope.models.weights import Tokenizer, check_shapes, copy_companions, new_folder, read_config, write_json
 
 __all__ = ["Encoder", "Kind", "load_encoder", "new_encoder"]
@@ -186,9 +187,10 @@ def load_encoder(
 
     labels: of class 0, 1, ...; a folder whose head knows exactly these, in any order, keeps its head and its order.
     None takes the folder's own. A fresh head is drawn from `seed`. ModelError: not an encoder, no head and no labels,
-    weights missing from the trunk.
+    weights missing from the trunk, a damaged checkpoint.
     """
     path = Path(folder)
+    check_intact(path)
     raw = read_config(path)
     config = config_of(path)
     check_kind(config, kind, str(path))

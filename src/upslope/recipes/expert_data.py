@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upslope.atomic import write_atomic
 from upslope.errors import DataError, RunError
 from upslope.options import ExpertOptions
-from upslope.runs.atomic import write_atomic
 from upslope.runs.folder import Run
 from upslope.types import Example, Message, Prompt, Reward, Rollout, RolloutGroup
 
