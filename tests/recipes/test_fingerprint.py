@@ -27,6 +27,7 @@ import upslope.options as all_options
 from upslope.cli import main
 from upslope.config import hints_of
 from upslope.errors import ConfigError, RunError
+from upslope.manifest import read_manifest, write_manifest
 from upslope.options import DistillOptions, DPOOptions, GRPOOptions, RunOptions, SFTOptions
 from upslope.recipes import fingerprint, session
 from upslope.recipes.distill_data import load_items
@@ -34,7 +35,6 @@ from upslope.recipes.dpo import dpo
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import load_examples, sft
 from upslope.runs import Run
-from upslope.training.manifest import read_manifest, write_manifest
 
 COMMON = ("--max-steps", "2", "--eval-samples", "2", "--dtype", "float32", "--lr-scheduler-type", "constant")
 SAMPLING = ("--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "3", "--num-train-prompts", "8")

@@ -7,9 +7,8 @@ from typing import IO
 
 import pytest
 
-from upslope.errors import RunError
-from upslope.runs import atomic
-from upslope.runs.atomic import (
+from upslope import atomic
+from upslope.atomic import (
     clean_leftovers,
     point_to,
     publish_folder,
@@ -17,6 +16,7 @@ from upslope.runs.atomic import (
     remove_folder,
     write_atomic,
 )
+from upslope.errors import RunError
 
 
 def names(folder: Path) -> set[str]:

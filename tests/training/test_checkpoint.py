@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from upslope.atomic import point_to
 from upslope.errors import RunError
 from upslope.runs import Run
-from upslope.runs.atomic import point_to
 from upslope.training import checkpoint
 from upslope.training.checkpoint import damage, list_checkpoints, load, resolve, save
 from upslope.training.random_state import capture_random_state, restore_random_state

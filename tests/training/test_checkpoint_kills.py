@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from upslope.atomic import clean_leftovers
 from upslope.runs import Run
-from upslope.runs.atomic import clean_leftovers
 from upslope.training import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))

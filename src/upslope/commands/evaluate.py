@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from upslope.atomic import write_atomic
 from upslope.commands.evaluate_inputs import Inputs, check_kind, kind_of
 from upslope.commands.evaluate_model import judge_answers, measure_language_model, measure_reward_model
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError
@@ -15,7 +16,6 @@ from upslope.evaluation.samples import read_hypotheses
 from upslope.evaluation.table import Results, as_json, compared, write
 from upslope.models.sources import resolve
 from upslope.options import EvalOptions
-from upslope.runs.atomic import write_atomic
 from upslope.version import __version__
 
 __all__ = ["evaluate", "run"]

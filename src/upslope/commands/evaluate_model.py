@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from upslope.atomic import write_atomic
 from upslope.build import Policy, device_of_machine, load_inference, make_engine
 from upslope.commands.evaluate_inputs import Inputs, progress
 from upslope.data.chat import encode_prompt, load_tokenizer
@@ -27,7 +28,6 @@ from upslope.evaluation.verdicts import verdicts
 from upslope.rollout.collect import collect
 from upslope.rollout.reward_model import load_reward_model
 from upslope.rollout.workers import make_scorer
-from upslope.runs.atomic import write_atomic
 from upslope.tasks.base import SPLITS, Task
 from upslope.types import Completion, Message, SamplingParams
 

@@ -18,13 +18,13 @@ from torch import Tensor
 from upslope.build import Policy, load_inference
 from upslope.commands.export_card import Origin, card, origin_of
 from upslope.commands.export_verify import Gap, is_classifier, verify_folder, verify_gguf
+from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import write_ends
 from upslope.errors import ModelError, RunError
 from upslope.extras import require
 from upslope.models.decoder import Decoder
 from upslope.models.gguf_writer import new_file, write_gguf
 from upslope.models.loading import decoder_config, save_model
-from upslope.models.run_folders import run_of
 from upslope.models.sources import is_adapter, provenance, resolve
 from upslope.models.weights import load, new_folder, read_config, save_folder, write_json
 from upslope.options import ExportOptions
@@ -70,21 +70,16 @@ def run(options: ExportOptions) -> int:
 def load_source(model: str, base: str | None) -> Source:
     """Resolve and load; every tensor is then known to be there and to fit. ModelError says what is wrong."""
     found = resolve(model, adapters=True)
-    if run_of(found) is not None:
-        from upslope.training.manifest import damage
-
-        checkpoint = found.resolve().parent
-        if problem := damage(checkpoint):
-            raise ModelError(f"{checkpoint}: this checkpoint is damaged ({problem}); export another one")
     if not is_adapter(found):
         _refuse_unusable(found)
     kind = None if is_adapter(found) else _encoder_kind(read_config(found))
     if kind is not None:
         from upslope.models.encoder import load_encoder
 
-        load_encoder(found, kind)
+        load_encoder(found, kind).check_tokens(token_count(load_tokenizer(found)), found)
         return Source(found, found, None)
     policy = load_inference(found, dtype="float32", base=base)
+    policy.model.keep_tokens(len(policy.model.output_weight), found)  # other programs compute all rows
     return Source(found, policy.folder, policy)
 
 
@@ -99,15 +94,13 @@ def _encoder_kind(config: dict[str, Any]) -> Any:
 
 
 def _refuse_unusable(folder: Path) -> None:
-    """Quantised weights and weights that are no numbers cannot be cast."""
+    """Quantised weights and odd types cannot be cast; `load` refuses what is no number."""
     if read_config(folder).get("quantization_config"):
         raise ModelError(f"{folder}: holds quantised weights; export the unquantised model")
     usable = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool}
     for name, tensor in load(folder).items():
         if tensor.dtype not in usable:
             raise ModelError(f"{folder}: {name} is {str(tensor.dtype).removeprefix('torch.')}, which is not cast here")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{folder}: {name} holds NaN or infinity; the model is damaged, export another checkpoint")
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:

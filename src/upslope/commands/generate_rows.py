@@ -9,12 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
+from upslope.atomic import saving, write_atomic
 from upslope.config import dump, load
 from upslope.data.records import Record, read_records
 from upslope.data.template import Tools
 from upslope.errors import DataError, RunError
 from upslope.options import GenerateOptions
-from upslope.runs.atomic import saving, write_atomic
 from upslope.runs.lines import MetricLines, read_lines
 from upslope.types import Completion, Message, Prompt
 

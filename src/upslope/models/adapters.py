@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from upslope.errors import ModelError
+from upslope.models.intact import check_intact
 from upslope.models.run_folders import run_of
 from upslope.models.sources import ADAPTER_CONFIG
+from upslope.models.weights import check_finite
 
 __all__ = ["adapter_config", "base_source", "merge_adapters"]
 
@@ -93,6 +95,7 @@ def merge_adapters(model: nn.Module, folder: Path | str) -> None:
     that do not fit the model, and pairs that are not complete; the model is then unchanged.
     """
     folder = Path(folder)
+    check_intact(folder)
     config = adapter_config(folder)
     stored = _read(folder / WEIGHTS)
     parameters = dict(model.named_parameters())
@@ -152,6 +155,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; adapters are read from safetensors only")
     try:
-        return {name.removeprefix(_PREFIX): x for name, x in load_file(path).items()}
+        stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be read, damaged or cut short ({error}); get the file again") from error
+    for name, tensor in stored.items():
+        check_finite(name, tensor, where=path)
+    return {name.removeprefix(_PREFIX): x for name, x in stored.items()}

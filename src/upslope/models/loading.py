@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upslope.errors import ModelError
 from upslope.models.decoder import MODEL_TYPES, Decoder, DecoderConfig, rope_frequencies
+from upslope.models.intact import check_intact
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
 from upslope.models.protocol import CausalModel
@@ -51,8 +52,9 @@ def load_model(
     Decoder for llama, mistral, qwen2 and qwen3 folders it can run exactly, LSTM for its own, Seq2Seq for marian and
     pegasus, TransformersModel for any other causal architecture. A reward model's folder (a `score.weight` in place of
     the head) gives its trunk; its logits then mean nothing. Raises ModelError, naming the folder and what is missing,
-    misshapen or unsupported.
+    misshapen, damaged or unsupported.
     """
+    check_intact(folder)
     if read_config(folder).get("model_type") == LSTM_TYPE:
         return _filled(LSTM, LSTMConfig.from_hf(read_config(folder)), folder, dtype, gradient_checkpointing)
     if is_seq2seq(read_config(folder)):

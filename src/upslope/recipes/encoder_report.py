@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upslope.atomic import write_atomic
 from upslope.data.preview import mask_view, statistics
 from upslope.models.encoder import load_encoder
 from upslope.options.encoder import EncoderOptions
@@ -21,7 +22,6 @@ from upslope.recipes.encoder import EncoderLearner, Input, collate, groups_of, i
 from upslope.recipes.kept import DataAccount
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import resident_memory_gb
-from upslope.runs.atomic import write_atomic
 from upslope.runs.encoding import to_json
 from upslope.training import checkpoint
 from upslope.types import Example

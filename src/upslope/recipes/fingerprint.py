@@ -19,12 +19,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from upslope.atomic import saving
 from upslope.data.corpus import corpus_files
 from upslope.data.glue import form_of
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.run_folders import lies_in_run, model_of_run
-from upslope.runs.atomic import saving
 from upslope.tasks.loading import parse_rewards
 from upslope.tasks.specs import parse_spec
 from upslope.types import Prompt

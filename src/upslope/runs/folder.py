@@ -19,8 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from upslope.atomic import clean_leftovers, is_temporary, saving, write_atomic
 from upslope.errors import RunError
-from upslope.runs.atomic import clean_leftovers, is_temporary, saving, write_atomic
 from upslope.runs.encoding import as_number, to_json
 from upslope.runs.environment import describe_environment
 from upslope.runs.lines import MetricLines, read_lines

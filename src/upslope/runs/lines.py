@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from upslope.atomic import saving, write_atomic
 from upslope.errors import RunError
-from upslope.runs.atomic import saving, write_atomic
 from upslope.runs.encoding import to_json
 
 

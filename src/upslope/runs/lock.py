@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from upslope.atomic import saving
 from upslope.errors import RunError
-from upslope.runs.atomic import saving
 
 LOCK_NAME = ".lock"
 _BUSY = {errno.EACCES, errno.EAGAIN}

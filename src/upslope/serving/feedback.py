@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from upslope.atomic import fsync_folder, write_atomic
 from upslope.errors import RunError
-from upslope.runs.atomic import fsync_folder, write_atomic
 from upslope.runs.encoding import to_json
 from upslope.runs.lines import MetricLines, read_lines
 

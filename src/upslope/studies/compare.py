@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from upslope.atomic import write_atomic
 from upslope.build import Policy, load_policy, load_reference, make_engine
 from upslope.config import load
 from upslope.data.chat import encode_prompt
@@ -33,7 +34,6 @@ from upslope.recipes.held_out import tell_task
 from upslope.recipes.plan import CLASSES, plan_of
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
-from upslope.runs.atomic import write_atomic
 from upslope.runs.folder import Run
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from upslope.atomic import write_atomic
 from upslope.build import load_policy
 from upslope.errors import RunError
 from upslope.evaluation.accuracy import evaluate
@@ -19,7 +20,6 @@ from upslope.options import DemoOptions, PPOOptions, SFTOptions
 from upslope.recipes.ppo import ppo
 from upslope.recipes.session import peak_memory_gb
 from upslope.recipes.sft import held_out_groups, sft
-from upslope.runs.atomic import write_atomic
 from upslope.runs.folder import Run
 from upslope.tasks.loading import load_task
 from upslope.types import RolloutGroup

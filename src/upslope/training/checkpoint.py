@@ -26,8 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upslope.errors import RunError
-from upslope.runs.atomic import (
+from upslope.atomic import (
     disk_error,
     point_to,
     publish_folder,
@@ -36,7 +35,8 @@ from upslope.runs.atomic import (
     saving,
     write_atomic,
 )
-from upslope.training.manifest import (
+from upslope.errors import RunError
+from upslope.manifest import (
     Checkpoint,
     damage,
     list_checkpoints,

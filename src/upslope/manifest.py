@@ -1,20 +1,27 @@
-"""What lies in a checkpoints folder: which folders are checkpoints, what each holds, and whether it is whole."""
+"""What lies in a checkpoints folder: which folders are checkpoints, what each holds, and whether it is whole.
+
+A list of files with their sizes and SHA-256 (`inventory`) tells later whether they are still the same (`damaged_file`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upslope.atomic import disk_error, is_temporary, saving, write_atomic
 from upslope.errors import RunError
-from upslope.runs.atomic import disk_error, is_temporary, saving, write_atomic
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
+_SETTLED_NS = 2_000_000_000  # a younger file may change again without a new time of modification
+_HASHES: dict[tuple[int, ...], str] = {}
 _NAME = re.compile(r"step-(\d{8,})(?:\.(\d+))?")
 
 
@@ -42,14 +49,23 @@ def list_checkpoints(folder: Path | str) -> list[Checkpoint]:
     return sorted(found, key=lambda each: each.serial)
 
 
-def damage(path: Path, *, deep: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder, in words, or None. `deep` reads every byte, else sizes are compared."""
+def damage(path: Path, *, deep: bool = True, within: str = "") -> str | None:
+    """What is wrong with a checkpoint folder (or what lies `within` a folder of it), in words, or None.
+
+    `deep` reads every byte, else sizes are compared.
+    """
     try:
         checkpoint = read_manifest(path)
     except RunError as error:
         return str(error).removeprefix(f"{path}: ")
-    for name, expected in checkpoint.files.items():
-        file = path / name
+    files = {name: facts for name, facts in checkpoint.files.items() if not within or name.startswith(f"{within}/")}
+    return damaged_file(path, files, deep=deep)
+
+
+def damaged_file(folder: Path, files: Mapping[str, Mapping[str, Any]], *, deep: bool = True) -> str | None:
+    """The first file of a folder that is not what its `inventory` said, in words; None where all are."""
+    for name, expected in files.items():
+        file = folder / name
         if not file.is_file():
             return f"{name} is missing"
         size = file.stat().st_size
@@ -76,11 +92,12 @@ def step_of(path: Path) -> int:
 
 def write_manifest(folder: Path, *, step: int, serial: int, best: bool) -> None:
     """Lists every file of a filled checkpoint folder; what is added later is not part of the checkpoint."""
-    manifest = {"format": _FORMAT, "step": step, "serial": serial, "best": best, "files": _inventory(folder)}
+    manifest = {"format": _FORMAT, "step": step, "serial": serial, "best": best, "files": inventory(folder)}
     write_atomic(folder / _MANIFEST, json.dumps(manifest, indent=1))
 
 
-def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
+def inventory(folder: Path) -> dict[str, dict[str, Any]]:
+    """Every file in a folder, by its path inside, with its bytes and SHA-256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_temporary(path.name))
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
@@ -88,8 +105,16 @@ def _inventory(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _sha256(path: Path) -> str:
+    """The digest; of a file that stays as it is, computed once in a process."""
     with saving(path, "read"), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        facts = os.fstat(file.fileno())
+        key = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+        if key in _HASHES:
+            return _HASHES[key]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if time.time_ns() - facts.st_mtime_ns > _SETTLED_NS:
+        _HASHES[key] = digest
+    return digest
 
 
 def read_manifest(path: Path) -> Checkpoint:
@@ -104,10 +129,13 @@ def read_manifest(path: Path) -> Checkpoint:
     try:
         content = json.loads(manifest.read_text())
         form, step, serial, best, files = (content[key] for key in ("format", "step", "serial", "best", "files"))
-    except (ValueError, KeyError, TypeError) as error:
+        whole = all(facts.keys() >= {"bytes", "sha256"} for facts in files.values())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: {_MANIFEST} is damaged") from error
     except OSError as error:
         raise disk_error(error, manifest, "read") from error
+    if not whole:
+        raise RunError(f"{path}: {_MANIFEST} is damaged")
     if form != _FORMAT:
         raise RunError(f"{path}: checkpoint format {form}, this program reads {_FORMAT}")
     return Checkpoint(path, step, serial, best, files)
