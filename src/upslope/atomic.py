@@ -117,7 +117,7 @@ def publish_folder(target: Path | str) -> Iterator[Path]:
         os.mkdir(temporary)
         try:
             yield temporary
-            _fsync_tree(temporary)
+            fsync_tree(temporary)
             os.rename(temporary, target)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -211,7 +211,8 @@ def _in_use(pid: int, token: str, exclusive: bool) -> bool:
     return True
 
 
-def _fsync_tree(folder: Path) -> None:
+def fsync_tree(folder: Path) -> None:
+    """Makes a folder and all that is in it durable."""
     for root, _, files in os.walk(folder):
         for name in files:
             fsync_file(Path(root, name))

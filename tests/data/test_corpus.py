@@ -107,6 +107,63 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
     assert encoded(tmp_path, good, bad).documents == 2
 
 
+@pytest.mark.parametrize("name", ["tokens.bin", "marks.bin", "meta.json"])
+@pytest.mark.parametrize("how", ["cut by one entry", "cut in an entry", "flipped", "emptied", "gone", "rubbish"])
+def test_a_damaged_cache_is_made_again_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, how: str
+) -> None:
+    file = write(tmp_path / "a.txt", "the cat sat\non the mat\na dog\n")
+    first = encoded(tmp_path, file)
+    tokens, marks, facts = first.tokens.tolist(), first.marks.tolist(), (first.documents, first.sha256, first.bytes)
+    (path,) = (tmp_path / "cache").glob(f"*/{name}")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {"cut by one entry": content[:-16], "cut in an entry": content[:-3], "flipped": content, "emptied": b""}
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(damaged.get(how, b'{"files": 3}'))
+    capsys.readouterr()
+    again = encoded(tmp_path, file)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert name in said[0] or (name == "meta.json" and "tokens.bin" in said[0])  # whose hash stands in it
+    assert said[0].endswith("; the text is encoded again")
+    assert (again.tokens.tolist(), again.marks.tolist()) == (tokens, marks)
+    assert (again.documents, again.sha256, again.bytes) == facts
+    encoded(tmp_path, file)
+    assert capsys.readouterr().err == ""
+
+
+def test_all_is_on_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    fsync, rename = os.fsync, os.replace
+
+    def noted_fsync(handle: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    def noted_rename(source: Path, target: Path) -> None:
+        synced.append(f"-> {target}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "replace", noted_rename)
+    encoded(tmp_path, write(tmp_path / "a.txt", "the cat\n"))
+    at = next(i for i, each in enumerate(synced) if each.startswith("->"))
+    assert {Path(each).name for each in synced[:at]} >= {"tokens.bin", "marks.bin", "meta.json"}
+    assert str(tmp_path / "cache") in synced[at:]
+
+
+def test_what_a_killed_build_left_is_removed(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt", "the cat\n")
+    encoded(tmp_path, file)
+    (made,) = (p for p in (tmp_path / "cache").iterdir() if p.is_dir())
+    made.rename(made.with_name(f".{made.name}.tmp-x"))
+    encoded(tmp_path, file)
+    assert [p.name for p in (tmp_path / "cache").iterdir() if p.is_dir()] == [made.name]
+
+
 def test_files_folders_and_patterns(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "deep/er/c.jsonl", "x.csv"):
         write(tmp_path / name, "x")

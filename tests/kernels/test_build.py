@@ -56,6 +56,38 @@ def test_a_second_process_finds_the_library_made(tmp_path: Path) -> None:
 
 
 @built
+def test_a_damaged_library_is_compiled_again_and_said(tmp_path: Path) -> None:
+    assert problem(tmp_path) == "None"
+    (made,) = (tmp_path / "kernels").glob("*.so")
+    whole = made.read_bytes()
+    made.write_bytes(whole[: len(whole) // 2])
+    env = {**os.environ, "UPSLOPE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", REPORT], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "None"
+    assert done.stderr.splitlines() == [f"upslope: {made}: damaged, or of an earlier version; compiled again"]
+    assert len(made.read_bytes()) == len(whole)
+
+
+def test_a_library_is_taken_only_with_the_bytes_that_were_compiled(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = tmp_path / "fake-c++"
+    fake.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nprintf library > "$2"\n')
+    fake.chmod(0o755)
+    target = tmp_path / "kernels" / "x.so"
+    assert not build._whole(target)
+    build._compile(str(fake), target)
+    assert build._whole(target)
+    assert capsys.readouterr().err == ""
+    for spoil in (lambda: target.write_bytes(b"librar"), lambda: target.with_suffix(".sha256").unlink()):
+        spoil()
+        assert not build._whole(target)
+        assert capsys.readouterr().err == f"upslope: {target}: damaged, or of an earlier version; compiled again\n"
+        build._compile(str(fake), target)
+        assert build._whole(target)
+
+
+@built
 def test_the_name_depends_on_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = build._digest("c++")
     other = tmp_path / "other.cpp"

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +29,9 @@ import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 
+from upslope.atomic import fsync_folder, fsync_tree
 from upslope.errors import ConfigError, DataError, RunError
+from upslope.manifest import damaged_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["Corpus", "TokenStream", "corpus_files", "open_corpus", "texts_of"]
 
 KINDS = (".txt", ".jsonl")
+FILES = ("tokens.bin", "marks.bin")
 _VERSION = 1  # raised when the same files would give another row
 _CHUNK = 1 << 18  # characters encoded at a time
 _LONGEST = 1 << 20  # bytes of a .txt line read at a time; what is longer is encoded in such parts
@@ -213,10 +217,11 @@ class Corpus:
 def open_corpus(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, cache: Path) -> Corpus:
     """The files' tokens, encoded now or taken from `cache` when neither files nor tokenizer have changed.
 
-    A file counts as changed when its size or its time of modification differs. Safe when several processes ask at
-    once; an interrupted build leaves nothing behind that would be taken for a corpus. Raises DataError naming file
-    and line, ConfigError for a tokenizer without an end-of-text or separator token, RunError where the cache cannot
-    be written.
+    A file counts as changed when its size or its time of modification differs. What the cache holds is read through
+    and compared with its SHA-256 (once in a process); damaged, it is made again, and a line on stderr says so. Safe
+    when several processes ask at once; an interrupted build leaves nothing behind that would be taken for a corpus.
+    Raises DataError naming file and line, ConfigError for a tokenizer without an end-of-text or separator token,
+    RunError where the cache cannot be written.
     """
     border = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if border is None:
@@ -225,16 +230,36 @@ def open_corpus(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, ca
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            if not folder.is_dir():
-                _build(folder, files, tokenizer, border)
-        meta = json.loads((folder / "meta.json").read_text())
-        tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
-        marks = np.fromfile(folder / "marks.bin", dtype=np.uint64).reshape(-1, 2).astype(np.int64)
+            meta = _meta(folder)
+            if meta is None:
+                for stale in cache.glob(f".{folder.name}.tmp-*"):
+                    shutil.rmtree(stale)
+                meta = _build(folder, files, tokenizer, border)
+            tokens = np.memmap(folder / "tokens.bin", dtype=np.uint32, mode="r")
+            marks = np.fromfile(folder / "marks.bin", dtype=np.uint64).reshape(-1, 2).astype(np.int64)
     except OSError as error:
         raise RunError(
             f"cannot keep the encoded text in {cache}: {error}; free space or choose another cache_dir"
         ) from error
     return Corpus(tokens, marks, meta["documents"], meta["sha256"])
+
+
+def _meta(folder: Path) -> dict[str, Any] | None:
+    """What the cache knows of a corpus that is there and whole; None where it has to be made, the old one removed."""
+    if not folder.is_dir():
+        return None
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        problem = damaged_file(folder, {name: meta["files"][name] for name in FILES})
+        whole = isinstance(meta["documents"], int) and meta["sha256"] == meta["files"]["tokens.bin"]["sha256"]
+    except (ValueError, KeyError, TypeError, FileNotFoundError):
+        problem, whole = None, False
+    if problem is None and whole:
+        return meta
+    reason = problem or "meta.json is damaged or of an earlier version"
+    print(f"upslope: {folder}: {reason}; the text is encoded again", file=sys.stderr)
+    shutil.rmtree(folder)
+    return None
 
 
 def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -248,19 +273,22 @@ def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()[:24]
 
 
-def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int) -> None:
+def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int) -> dict[str, Any]:
     temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
     try:
-        with (temp / "tokens.bin").open("wb") as tokens, (temp / "marks.bin").open("wb") as marks:
+        with (temp / FILES[0]).open("wb") as tokens, (temp / FILES[1]).open("wb") as marks:
             writer = _Writer(tokenizer, border, tokens, marks)
             for file in files:
                 for document in _documents(file):
                     writer.add(document)
             meta = writer.finish()
-        (temp / "meta.json").write_text(json.dumps(meta))
+        (temp / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+        fsync_tree(temp)
         os.replace(temp, folder)
+        fsync_folder(folder.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+    return meta
 
 
 class _Writer:
@@ -275,7 +303,7 @@ class _Writer:
         self.ends: list[bool] = []  # whether a border follows the line
         self.characters = self.documents = self.bytes = 0
         self.count = 1
-        self.digest = hashlib.sha256()
+        self.digests = hashlib.sha256(), hashlib.sha256()
         self._write(0, np.array([border], dtype=np.uint32))
 
     def add(self, document: Iterator[str]) -> None:
@@ -291,7 +319,9 @@ class _Writer:
     def finish(self) -> dict[str, Any]:
         self._encode()
         self._write(1, np.array([[self.count, self.bytes]], dtype=np.uint64))
-        return {"documents": self.documents, "sha256": self.digest.hexdigest()}
+        facts = [{"bytes": f.tell(), "sha256": d.hexdigest()} for f, d in zip(self.files, self.digests, strict=True)]
+        files = dict(zip(FILES, facts, strict=True))
+        return {"documents": self.documents, "sha256": facts[0]["sha256"], "files": files}
 
     def _encode(self, *, keep_last: bool = False) -> None:
         """Write all lines but, where a document may still end in it, the last one."""
@@ -314,6 +344,6 @@ class _Writer:
         self._write(1, np.array(marks, dtype=np.uint64))
 
     def _write(self, which: int, values: np.ndarray) -> None:
-        values.tofile(self.files[which])
-        if which == 0:
-            self.digest.update(values.tobytes())
+        content = values.tobytes()
+        self.files[which].write(content)
+        self.digests[which].update(content)

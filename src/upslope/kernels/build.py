@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL:
         raise Unavailable("no C++ compiler (c++, g++, clang++) on the PATH")
     try:
         target = cache_root() / "kernels" / f"{_digest(compiler)}.so"
-        if not target.is_file():
+        if not _whole(target):
             _compile(compiler, target)
         return ctypes.CDLL(str(target))
     except OSError as error:
@@ -74,6 +74,21 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
 
 
+def _whole(target: Path) -> bool:
+    """Whether the library is there, with the bytes that were compiled."""
+    if not target.is_file():
+        return False
+    seal = target.with_suffix(".sha256")
+    if seal.is_file() and seal.read_bytes() == _seal(target):
+        return True
+    print(f"upslope: {target}: damaged, or of an earlier version; compiled again", file=sys.stderr)
+    return False
+
+
+def _seal(library: Path) -> bytes:
+    return hashlib.sha256(library.read_bytes()).hexdigest().encode()
+
+
 def _compile(compiler: str, target: Path) -> None:
     """Into a file of its own, then under its name in one move: several processes may do it at once."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +103,9 @@ def _compile(compiler: str, target: Path) -> None:
             except subprocess.TimeoutExpired:
                 raise Unavailable(f"{compiler} took longer than {_TIMEOUT_S} s") from None
             if done.returncode == 0:
+                seal = made.with_suffix(".sha256")
+                seal.write_bytes(_seal(made))
+                os.replace(seal, target.with_suffix(".sha256"))
                 os.replace(made, target)
                 return
             lines = [line for line in done.stderr.splitlines() if line.strip()]

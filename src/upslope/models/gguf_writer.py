@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upslope.atomic import fsync_file, fsync_folder
 from upslope.errors import ModelError, RunError
 from upslope.models.decoder import DecoderConfig, rope_frequencies
 from upslope.models.gguf_vocab import Vocab, read_vocab
@@ -87,9 +88,9 @@ def new_file(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
         os.close(handle)
         yield temp
         temp.chmod(0o644)
-        with temp.open("rb") as file:
-            os.fsync(file.fileno())
+        fsync_file(temp)
         os.replace(temp, path)
+        fsync_folder(path.parent)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error}; free space or choose another place, then run again") from error
     finally:
