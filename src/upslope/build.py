@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.backends.hardware import choose_dtype
-from upslope.data.chat import load_tokenizer
+from upslope.data.chat import load_tokenizer, token_count
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError
 from upslope.models.adapters import base_source, merge_adapters
@@ -119,6 +119,7 @@ def load_policy(options: RunOptions) -> Policy:
     folder = resolve(options.model)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)
+    _keep_tokens(model, tokenizer, folder)
     lora = _add_adapters(model, options) if options.lora_rank else None
     masters = _to_compute(model, dtype, device)
     return Policy(model=model, tokenizer=tokenizer, folder=folder, masters=masters, lora=lora)
@@ -145,8 +146,16 @@ def load_inference(source: str | Path, *, dtype: str = "auto", base: str | None 
         merge_adapters(model, found)
         model.to(chosen)
         tokenizer = load_tokenizer(found if (found / "tokenizer.json").is_file() else folder)
+    _keep_tokens(model, tokenizer, found)
     model.to(device).requires_grad_(False).eval()
     return Policy(model=model, tokenizer=tokenizer, folder=folder, masters={})
+
+
+def _keep_tokens(model: CausalModel, tokenizer: Any, folder: Path) -> None:
+    """Predict only what the tokenizer knows, and say what that leaves out."""
+    left_out = model.keep_tokens(token_count(tokenizer), folder)
+    if left_out:
+        say(f"{folder}: {left_out} of the {len(model.output_weight)} rows of its head are no token; never predicted")
 
 
 def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -186,6 +195,7 @@ def load_reference(policy: Policy, options: RunOptions) -> CausalModel | None:
     if options.lora_rank:
         return None
     model = load_model(resolve(options.model), dtype=policy.model.dtype).to(policy.model.device)
+    model.keep_tokens(policy.model.spec.vocab_size, options.model)
     return model.requires_grad_(False).eval()
 
 
@@ -212,10 +222,10 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
         return Critic(head.to(policy.model.device), None, {})
     source = resolve(options.model if choice == "separate" else choice)
     trunk = load_model(source, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)
-    if trunk.spec.vocab_size != policy.model.spec.vocab_size:
+    rows, own = len(trunk.output_weight), len(policy.model.output_weight)
+    if rows != own:
         raise ModelError(
-            f"{choice}: its vocabulary has {trunk.spec.vocab_size} tokens, the policy's "
-            f"{policy.model.spec.vocab_size}: a critic must read the policy's tokens"
+            f"{choice}: its vocabulary has {rows} tokens, the policy's {own}: a critic must read the policy's tokens"
         )
     head = ScalarHead(trunk.spec.hidden_size)
     if choice != "separate":

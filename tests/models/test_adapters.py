@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from upslope.build import load_inference, load_policy
 from upslope.errors import ConfigError, ModelError
+from upslope.manifest import write_manifest
 from upslope.models.adapters import WEIGHTS, base_source, merge_adapters
 from upslope.models.attention import PackedContext
 from upslope.models.loading import load_model
@@ -120,6 +121,7 @@ def adapted_run(base: str, run: Path, launched_in: Path) -> Path:
         parameter.normal_(std=0.2)
     folder = run / "checkpoints" / "step-00000002" / "model"
     policy.write(folder, trained)
+    write_manifest(folder.parent, step=2, serial=1, best=True)
     for name in ("best", "last"):
         os.symlink("step-00000002", run / "checkpoints" / name)
     (run / "config.toml").write_text(f'model = "{base}"\nlora_rank = 4\n')

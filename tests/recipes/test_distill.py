@@ -202,12 +202,12 @@ def test_data_without_completions_and_documents(tiny: Path, teacher: Path, tmp_p
 
 
 def test_another_vocabulary_is_one_clear_line(tiny: Path, rows: Path, tmp_path: Path) -> None:
-    wide = tiny_folder(tmp_path / "wide", vocab_size=300)
+    narrow = tiny_folder(tmp_path / "narrow", vocab_size=200)
     other = tiny_folder(tmp_path / "other")
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(other)
-    for folder, said in ((wide, "head has 300 tokens, the student's 258"), (other, "'<new>' is 258 in it and unknown")):
+    for folder, said in ((narrow, "embeds only 200 tokens"), (other, "'<new>' is 258 in it and unknown")):
         with pytest.raises(ModelError, match=said) as caught:
             distill(options(tiny, folder, tmp_path / "run", data=str(rows)))
         assert "\n" not in str(caught.value)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from damage_kit import flip
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
 from tiny_model import tiny_folder
 
 from upslope.options import ServeOptions
 from upslope.serving.app import create_app
+from upslope.training.checkpoint import save
 from upslope.types import SamplingParams
 from upslope.version import __version__
 
@@ -118,6 +122,40 @@ def test_corrupt_weights_are_refused(admin: TestClient, tmp_path: Path) -> None:
     assert found.status_code == 400
     assert found.json()["error"]["message"].startswith("the weights stay as they are: ")
     assert admin.post(PATH, json={"prompt": "a"}).status_code == 200
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(admin: TestClient, tmp_path: Path, value: float) -> None:
+    """The old weights stay: the same question has the same answer."""
+    ask = {"prompt": "abc", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    before = admin.post(PATH, json=ask).json()["choices"][0]["text"]
+    broken = tiny_folder(tmp_path / "broken", seed=1)
+    state = load_file(broken / "model.safetensors")
+    state["model.norm.weight"][3] = value
+    save_file(state, broken / "model.safetensors", metadata={"format": "pt"})
+    found = admin.post("/admin/weights", json={"source": str(broken)})
+    assert found.status_code == 400
+    assert "model.norm.weight holds NaN or infinity" in found.json()["error"]["message"]
+    after = admin.post(PATH, json=ask)
+    assert after.status_code == 200
+    assert after.json()["choices"][0]["text"] == before
+    assert figures(admin)["upslope_weight_version", NAME] == 0
+
+
+def test_a_damaged_checkpoint_is_refused(admin: TestClient, tmp_path: Path) -> None:
+    """Its weights have a manifest, one level up."""
+    whole = tiny_folder(tmp_path / "whole", seed=1)
+
+    def write(path: Path) -> None:
+        shutil.copytree(whole, path, dirs_exist_ok=True)
+
+    step = save(tmp_path / "checkpoints", 1, tensors={}, state={}, write_model=write)
+    assert admin.post("/admin/weights", json={"source": str(step)}).json()["version"] == 1
+    flip(step / "model/model.safetensors")
+    found = admin.post("/admin/weights", json={"source": str(step)})
+    assert found.status_code == 400
+    assert "model/model.safetensors is damaged" in found.json()["error"]["message"]
+    assert figures(admin)["upslope_weight_version", NAME] == 1
 
 
 def test_weights_need_a_configured_key(client: TestClient) -> None:

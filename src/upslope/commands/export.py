@@ -18,6 +18,7 @@ from torch import Tensor
 from upslope.build import Policy, load_inference
 from upslope.commands.export_card import Origin, card, origin_of
 from upslope.commands.export_verify import Gap, verify_folder, verify_gguf
+from upslope.data.chat import load_tokenizer, token_count
 from upslope.errors import ModelError, RunError
 from upslope.extras import require
 from upslope.models.decoder import Decoder
@@ -74,9 +75,10 @@ def load_source(model: str, base: str | None) -> Source:
     if kind is not None:
         from upslope.models.encoder import load_encoder
 
-        load_encoder(found, kind)
+        load_encoder(found, kind).check_tokens(token_count(load_tokenizer(found)), found)
         return Source(found, found, None)
     policy = load_inference(found, dtype="float32", base=base)
+    policy.model.keep_tokens(len(policy.model.output_weight), found)  # other programs compute all rows
     return Source(found, policy.folder, policy)
 
 
@@ -91,15 +93,13 @@ def _encoder_kind(config: dict[str, Any]) -> Any:
 
 
 def _refuse_unusable(folder: Path) -> None:
-    """Quantised weights and weights that are no numbers cannot be cast."""
+    """Quantised weights and odd types cannot be cast; `load` refuses what is no number."""
     if read_config(folder).get("quantization_config"):
         raise ModelError(f"{folder}: holds quantised weights; export the unquantised model")
     usable = {torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.bool}
     for name, tensor in load(folder).items():
         if tensor.dtype not in usable:
             raise ModelError(f"{folder}: {name} is {str(tensor.dtype).removeprefix('torch.')}, which is not cast here")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ModelError(f"{folder}: {name} holds NaN or infinity; the model is damaged, export another checkpoint")
 
 
 def _refuse_existing(output: Path, overwrite: bool) -> None:

@@ -69,6 +69,13 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def token_count(tokenizer: Any) -> int:
+    """One more than the largest id of the tokenizer, added ones too; of an encoder-decoder's pair: of its targets."""
+    if isinstance(tokenizer, PairTokenizer):
+        return max(token_count(tokenizer.target), 1 + tokenizer.decoder_start_token_id)
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def _is_ours(path: Path) -> bool:
     """Whether config.json names an architecture that transformers does not have, so that it has no tokenizer for it."""
     try:

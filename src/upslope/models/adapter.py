@@ -24,6 +24,7 @@ from upslope.models.architecture import intermediate_size, logit_scale, max_posi
 from upslope.models.attention import PackedContext
 from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
+from upslope.models.weights import check_finite
 
 __all__ = ["TransformersModel"]
 
@@ -116,6 +117,8 @@ class TransformersModel(CausalModel):
         except (ValueError, OSError, RuntimeError, KeyError) as error:
             raise ModelError(f"{folder}: {kind} cannot be loaded ({_line(error)})") from error
         _check_report(report, folder)
+        for name, parameter in network.named_parameters():
+            check_finite(name, parameter.detach(), where=folder)
         try:
             model = cls(network, gradient_checkpointing=gradient_checkpointing)
             model.check_against_eager()
@@ -160,7 +163,7 @@ class TransformersModel(CausalModel):
         return head
 
     @property
-    def head_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """The output embedding [V, D], its bias (if any) as the last column."""
         head = self._linear
         return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
@@ -182,7 +185,9 @@ class TransformersModel(CausalModel):
         if head.bias is not None:
             rows = rows[:, :-1]
         product = nn.functional.linear if packed is None else packed.linear
-        return product(rows, head.weight, head.bias)[: len(hidden_ND)]
+        vocabulary = self.spec.vocab_size
+        bias = None if head.bias is None else head.bias[:vocabulary]
+        return product(rows, head.weight[:vocabulary], bias)[: len(hidden_ND)]
 
     @torch.no_grad()
     def check_against_eager(self) -> None:

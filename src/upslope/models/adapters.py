@@ -22,6 +22,7 @@ from upslope.errors import ModelError
 from upslope.models.intact import check_intact
 from upslope.models.run_folders import run_of
 from upslope.models.sources import ADAPTER_CONFIG
+from upslope.models.weights import check_finite
 
 __all__ = ["adapter_config", "base_source", "merge_adapters"]
 
@@ -154,6 +155,9 @@ def _read(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise ModelError(f"{path}: no such file; adapters are read from safetensors only")
     try:
-        return {name.removeprefix(_PREFIX): x for name, x in load_file(path).items()}
+        stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path}: cannot be read, damaged or cut short ({error}); get the file again") from error
+    for name, tensor in stored.items():
+        check_finite(name, tensor, where=path)
+    return {name.removeprefix(_PREFIX): x for name, x in stored.items()}

@@ -353,7 +353,7 @@ class Decoder(CausalModel):
                 lay_end_to_end(module.gate_proj, module.up_proj)
 
     @property
-    def head_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """The output embedding [V, D]."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 

@@ -35,7 +35,15 @@ from upslope.models.encoder_config import (
     with_labels,
 )
 from upslope.models.intact import check_intact
-from upslope.models.weights import Tokenizer, check_shapes, copy_companions, new_folder, read_config, write_json
+from upslope.models.weights import (
+    Tokenizer,
+    check_finite,
+    check_shapes,
+    copy_companions,
+    new_folder,
+    read_config,
+    write_json,
+)
 
 __all__ = ["Encoder", "Kind", "load_encoder", "new_encoder"]
 
@@ -129,6 +137,15 @@ class Encoder(nn.Module):
             if self.is_head(name):
                 parameter.requires_grad_(True)
         return tuple(targets)
+
+    def check_tokens(self, count: int, where: object) -> None:
+        """Raise ModelError, naming `where`, when a tokenizer has more ids than the embedding has rows."""
+        rows = len(self.network.get_input_embeddings().weight)
+        if rows < count:
+            raise ModelError(
+                f"{where}: the tokenizer has ids up to {count - 1} but the model embeds only {rows} tokens; take the "
+                "tokenizer that belongs to the model, or the model that belongs to the tokenizer"
+            )
 
     @torch.no_grad()
     def weights(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -289,6 +306,8 @@ def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedM
     wrong = sorted(str(key) for key in report.get("mismatched_keys") or ())
     if wrong:
         raise ModelError(f"{path}: weights do not fit config.json, first {wrong[0]}; get the folder again")
+    for name, parameter in network.named_parameters():
+        check_finite(name, parameter.detach(), where=path)
     return network, sorted(report["missing_keys"])
 
 

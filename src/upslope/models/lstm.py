@@ -303,7 +303,7 @@ class LSTM(CausalModel):
         )
 
     @property
-    def head_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """The output embedding [V, H]."""
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 

@@ -6,13 +6,14 @@ Shapes: T tokens laid end to end, H query heads, K key/value heads, d head width
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from upslope.errors import ModelError
 from upslope.models.packed import PackedWeights
 
 __all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "least_rows", "pad_rows", "padded_row_count"]
@@ -126,9 +127,32 @@ class CausalModel(nn.Module):
         return self.spec.max_positions - prompt_length
 
     @property
+    def output_weight(self) -> Tensor:
+        """The whole output embedding [rows, D]; the input embedding itself when the two are tied."""
+        raise TypeError(f"{type(self).__name__} does not define output_weight")
+
+    @property
     def head_weight(self) -> Tensor:
-        """The output embedding [V, D]; the input embedding itself when the two are tied."""
-        raise TypeError(f"{type(self).__name__} does not define head_weight")
+        """The rows [V, D] of the output embedding that stand for tokens: the head of sampler and trainer alike."""
+        weight = self.output_weight
+        return weight if len(weight) == self.spec.vocab_size else weight[: self.spec.vocab_size]
+
+    def keep_tokens(self, count: int, where: object) -> int:
+        """Predict the first `count` tokens only, those that the tokenizer has; the rows of the head left out.
+
+        Many models have more rows than tokens; such rows are trained on nothing and mean no text. They stay in the
+        weights and in what is saved. Raises ModelError, naming `where`, when there are fewer rows than tokens.
+        """
+        rows = len(self.output_weight)
+        if rows < count:
+            raise ModelError(
+                f"{where}: the tokenizer has ids up to {count - 1} but the model embeds only {rows} tokens; take the "
+                "tokenizer that belongs to the model, or the model that belongs to the tokenizer"
+            )
+        shared = self.spec.input_vocab_size == self.spec.vocab_size
+        inputs = count if shared else self.spec.input_vocab_size
+        self.spec = replace(self.spec, vocab_size=count, input_vocab_size=inputs)
+        return rows - count
 
     @property
     def dtype(self) -> torch.dtype:

@@ -97,7 +97,7 @@ class Seq2Seq(CausalModel):
         return (self.model.shared if self.config.source_vocab_size is None else self.model.encoder.embed_tokens).weight
 
     @property
-    def head_weight(self) -> Tensor:
+    def output_weight(self) -> Tensor:
         """The target embedding [V, D], with the constant bias (if any) as its last column."""
         weight = self._embedding
         return torch.cat([weight, self.final_logits_bias.T], dim=1) if self._biased else weight

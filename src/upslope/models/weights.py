@@ -20,9 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from upslope.atomic import fsync_folder, fsync_tree
 from upslope.errors import ModelError, RunError
 
 __all__ = [
+    "check_finite",
     "check_shapes",
     "copy_companions",
     "load",
@@ -52,6 +54,7 @@ TOKENIZER_FILES = (
 )
 TOKENIZER_FOLDERS = ("additional_chat_templates", "source_tokenizer")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -88,7 +91,7 @@ def load(
     """The folder's tensors (all, or those named) as copies of their own; floating ones are cast to `dtype`.
 
     The files are mapped, and one tensor at a time is copied out of the map: peak memory is the result plus one
-    tensor, and a file replaced later cannot change what was loaded.
+    tensor, and a file replaced later cannot change what was loaded. Raises ModelError for NaN and infinity.
     """
     wanted = None if names is None else set(names)
     state: dict[str, Tensor] = {}
@@ -100,9 +103,20 @@ def load(
                 tensor = file.get_tensor(name)
                 cast = dtype is not None and tensor.is_floating_point()
                 state[name] = tensor.to(dtype if cast else tensor.dtype, copy=True)
+                check_finite(name, state[name], where=path)
     if wanted is not None and (absent := sorted(wanted - state.keys())):
         raise ModelError(f"{folder}: {_listed('missing', absent)}")
     return state
+
+
+def check_finite(name: str, tensor: Tensor, *, where: Path | str) -> None:
+    """Raise ModelError for a weight that holds NaN or infinity: every answer of such a network is one of them."""
+    if tensor.dtype not in _FLOATS or tensor.is_meta or bool(tensor.sum().isfinite()):
+        return
+    if not bool(tensor.isfinite().all()):  # a sum may also overflow
+        raise ModelError(
+            f"{where}: {name} holds NaN or infinity, so the model is damaged; take another checkpoint or get it again"
+        )
 
 
 def check_shapes(
@@ -181,7 +195,7 @@ def new_folder(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
         temp = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
         temp.chmod(0o755)
         yield temp
-        _flush_tree(temp)
+        fsync_tree(temp)
         _swap_in(temp, path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {path}: {error}; free space or choose another folder, then run again") from error
@@ -202,23 +216,9 @@ def _swap_in(temp: Path, path: Path) -> None:
         if old is not None:
             os.replace(old, path)
         raise
-    _flush(path.parent)
+    fsync_folder(path.parent)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _flush_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        _flush(path)
-    _flush(folder)
 
 
 def _write_tensors(

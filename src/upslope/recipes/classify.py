@@ -19,7 +19,7 @@ from typing import Any
 
 from upslope.backends.hardware import choose_dtype
 from upslope.build import device_of_machine
-from upslope.data.chat import load_tokenizer
+from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.glue import Split, form_of, labelled, read_items
 from upslope.data.labels import (
     LabelledText,
@@ -163,7 +163,9 @@ def load_classifier(source: str, *, dtype: str = "auto", max_length: int | None 
     chosen, _ = choose_dtype(dtype, device)
     encoder = load_encoder(folder, "classify", labels=None).to_compute(chosen, device)
     longest = min(max_length or encoder.max_positions or 512, encoder.max_positions or 512)
-    return Classifier(encoder, load_tokenizer(folder), longest)
+    tokenizer = load_tokenizer(folder)
+    encoder.check_tokens(token_count(tokenizer), folder)
+    return Classifier(encoder, tokenizer, longest)
 
 
 def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, Data]:

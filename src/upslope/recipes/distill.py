@@ -74,11 +74,7 @@ def load_teacher(source: str, policy: Policy) -> CausalModel:
             "take a teacher of the same family, or train on its texts with sft"
         )
     model = load_model(folder, dtype=policy.model.dtype).to(policy.model.device)
-    if model.spec.vocab_size != policy.model.spec.vocab_size:
-        raise ModelError(
-            f"{source}: its head has {model.spec.vocab_size} tokens, the student's {policy.model.spec.vocab_size}: "
-            "distillation needs the same vocabulary in both"
-        )
+    model.keep_tokens(policy.model.spec.vocab_size, source)
     return model.requires_grad_(False).eval()
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from upslope.backends.hardware import choose_dtype
 from upslope.build import device_of_machine
 from upslope.data.batching import PromptStream
-from upslope.data.chat import load_tokenizer
+from upslope.data.chat import load_tokenizer, token_count
 from upslope.errors import ConfigError, ModelError, RunError
 from upslope.evaluation.classification import format_report
 from upslope.models.encoder import Encoder, Kind, load_encoder
@@ -91,6 +91,7 @@ def load_start(options: EncoderOptions, kind: Kind, labels: Sequence[str] | None
     encoder = load_encoder(
         folder, kind, labels=labels, gradient_checkpointing=options.gradient_checkpointing, seed=options.seed
     )
+    encoder.check_tokens(token_count(tokenizer), folder)
     if encoder.fresh:
         print(f"upslope: {folder.name}: fresh, drawn from the seed: {', '.join(encoder.fresh)}", file=sys.stderr)
     if options.lora_rank:

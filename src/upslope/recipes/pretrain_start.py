@@ -12,7 +12,7 @@ import torch
 from upslope.backends.hardware import choose_dtype
 from upslope.build import Policy, device_of_machine, load_policy
 from upslope.cache import cache_root
-from upslope.data.chat import load_tokenizer
+from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.corpus import Corpus, TokenStream, corpus_files, open_corpus, texts_of
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, KINDS, MASKED_SPECIALS, train_tokenizer
 from upslope.errors import ConfigError, DataError, ModelError, RunError
@@ -128,6 +128,7 @@ def start_encoder(options: PretrainOptions, tokenizer: Any) -> Encoder:
         encoder = load_encoder(
             resolve(options.model), "masked", gradient_checkpointing=options.gradient_checkpointing, seed=options.seed
         )
+        encoder.check_tokens(token_count(tokenizer), options.model)
         if encoder.max_positions is not None and options.context_length > encoder.max_positions:
             _refuse_length(options, encoder.max_positions)
         return encoder.to_compute(dtype, device)

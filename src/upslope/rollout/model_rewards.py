@@ -25,7 +25,7 @@ import torch
 
 from upslope.backends.hardware import choose_dtype
 from upslope.data.batching import collate, split_by_tokens
-from upslope.data.chat import encode_completion, load_tokenizer
+from upslope.data.chat import encode_completion, load_tokenizer, token_count
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.encoder import Encoder, load_encoder
 from upslope.models.loading import load_model
@@ -106,6 +106,7 @@ def _load(
     compute, _ = choose_dtype(dtype, device)
     model = load_model(folder, dtype=compute).to(device).requires_grad_(False)
     own = load_tokenizer(folder)
+    model.keep_tokens(token_count(own), folder)
     same = hasattr(tokenizer, "get_vocab") and own.get_vocab() == tokenizer.get_vocab()
     return LikelihoodReward(
         kind,
@@ -255,7 +256,9 @@ def _load_encoder(kind: Literal["similarity", "relevance"], path: str, dtype: st
     compute, _ = choose_dtype(dtype, device)
     # The head is not read, so that any labels do.
     encoder = load_encoder(folder, "classify", labels=("0", "1"), dtype=compute).to(device).requires_grad_(False)
-    return EmbeddingReward(kind, encoder, load_tokenizer(folder))
+    tokenizer = load_tokenizer(folder)
+    encoder.check_tokens(token_count(tokenizer), folder)
+    return EmbeddingReward(kind, encoder, tokenizer)
 
 
 class EmbeddingReward:

@@ -18,7 +18,7 @@ import torch
 
 from upslope.backends.hardware import choose_dtype
 from upslope.data.batching import collate, split_by_tokens
-from upslope.data.chat import load_tokenizer
+from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.preferences import answer, step_ends
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.heads import ScalarHead
@@ -65,6 +65,7 @@ def load_reward_model(
     if batch_tokens < 1:
         raise ConfigError(f"reward_model: batch_tokens is {batch_tokens}; it must be at least 1")
     own = load_tokenizer(folder)
+    model.keep_tokens(token_count(own), folder)
     if not retokenize and not _same_vocabulary(own, tokenizer):
         raise ModelError(
             f"the reward model {path} and the policy {policy_folder} have different tokenizers; "
