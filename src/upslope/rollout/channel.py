@@ -19,7 +19,7 @@ from typing import Any
 __all__ = ["TOKEN_BYTES", "Channel", "Garbled", "wait"]
 
 TOKEN_BYTES = 16
-_HEAD = struct.Struct(f"!{TOKEN_BYTES}sQQI")  # token, number of the job, bytes that follow, their checksum
+_HEAD = struct.Struct(f"!{TOKEN_BYTES}sQQI")  # token, number of the job, bytes that follow, checksum of both
 _CHUNK = 1 << 20
 
 
@@ -50,7 +50,7 @@ class Channel:
 
     def put(self, number: int, message: bytes) -> None:
         """Queue a message; `flush` sends it."""
-        self._unsent += _HEAD.pack(self._token, number, len(message), zlib.crc32(message)) + message
+        self._unsent += _HEAD.pack(self._token, number, len(message), _checksum(number, message)) + message
 
     def flush(self) -> None:
         """Send as much as the socket takes now. OSError: the other end is gone."""
@@ -83,7 +83,7 @@ class Channel:
         if len(self._arrived) < end:
             return None
         message = bytes(self._arrived[_HEAD.size : end])
-        if zlib.crc32(message) != checksum:
+        if _checksum(number, message) != checksum:
             raise Garbled
         del self._arrived[:end]
         return number, message
@@ -106,6 +106,10 @@ class Channel:
     def close(self) -> None:
         """Close this process's end."""
         self._end.close()
+
+
+def _checksum(number: int, message: bytes) -> int:
+    return zlib.crc32(message, zlib.crc32(number.to_bytes(8, "big")))
 
 
 def wait(channels: Iterable[Channel], seconds: float) -> list[Channel]:
