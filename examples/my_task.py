@@ -1,7 +1,7 @@
 """A task of your own: its prompts, its reward and the replies to imitate, in one file.
 
     upslope sft  --task examples/my_task.py:ReverseWord
-    upslope grpo --task examples/my_task.py:ReverseWord:length=4
+    upslope grpo --task examples/my_task.py:ReverseWord:length=6
     upslope eval --task examples/my_task.py:ReverseWord
 
 The model is asked to write a word backwards. Half of the reward is for the right length, so that there is something
@@ -26,7 +26,7 @@ class ReverseWord(Task):
     name = "reverse_word"
     inline_safe = True  # comparing strings is quick and runs nothing: no worker process is needed
 
-    def __init__(self, length: int = 3) -> None:
+    def __init__(self, length: int = 4) -> None:
         self.length = length
 
     def prompts(self, split: str, n: int, *, seed: int) -> list[Prompt]:

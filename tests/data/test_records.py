@@ -66,6 +66,21 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], Path]] = {
 }
 
 
+def test_the_nulls_that_parquet_adds_are_not_the_datas(tmp_path: Path) -> None:
+    """A column of objects has the keys of all its rows: two tools with different arguments fill each other's."""
+
+    def row(tool: str, argument: str) -> dict[str, Any]:
+        function = {"name": tool, "parameters": {"type": "object", "properties": {argument: {"type": "string"}}}}
+        call = {"type": "function", "function": {"name": tool, "arguments": {argument: "x"}}}
+        turns = [{"role": "user", "content": "Do it"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        return {"messages": turns, "tools": [{"type": "function", "function": function}]}
+
+    rows = [row("weather", "city"), row("price", "symbol")]
+    expected = read_records(write_jsonl(tmp_path / "a.jsonl", rows))
+    found = read_records(write_parquet(tmp_path / "a.parquet", rows))
+    assert [(r.messages, r.tools) for r in found] == [(r.messages, r.tools) for r in expected]
+
+
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("kind", ROWS)
 def test_every_kind_from_every_file(kind: str, suffix: str, tmp_path: Path) -> None:

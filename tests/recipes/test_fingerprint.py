@@ -181,6 +181,8 @@ def test_what_has_changed_is_refused_by_name_unless_allowed(
     again = [case.verb, "--resume", "--output-dir", str(run), "--max-steps", "3", "--keep-last", "1"]
     capsys.readouterr()
     assert main(again) == 5
+    if "(--" in case.said:  # a file, which a dry run looks at, too
+        assert main([*again, "--dry-run"]) == 5
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert f"{case.said} has changed since {run / 'checkpoints/step-00000002'} was written" in said
     assert said.endswith("--allow-changed-data")
@@ -313,7 +315,7 @@ def test_distill_trains_on_the_same_rows_whatever_eval_samples_is(tmp_path: Path
     data = write(tmp_path / "rows.jsonl", PAIRS)
     for eval_samples, held in ((0, 0), (1, 1), (200, 2)):
         o = DistillOptions(teacher="t", data=data, eval_samples=eval_samples)
-        items, held_out = load_items(o, tiny_tokenizer(), None)
+        items, held_out, _ = load_items(o, tiny_tokenizer(), None)
         assert (len(items), len(held_out)) == (22, held)
         same = SFTOptions(data=data, eval_samples=eval_samples)
         assert [item.example for item in items] == load_examples(same, tiny_tokenizer(), None)[0]

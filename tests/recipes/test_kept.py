@@ -98,6 +98,16 @@ def test_sft_with_held_out_rows_of_their_own(tiny: Path, tmp_path: Path, capsys:
     assert [line.split(":")[0] for line in lines] == [f"kept 3 of 6 rows of {held_out}"]
 
 
+def test_a_row_beyond_the_context_is_too_long(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    context = json.loads((tiny / "config.json").read_text())["max_position_embeddings"]
+    beyond = [{"messages": [{"role": "user", "content": "a" * context}, {"role": "assistant", "content": "a"}]}]
+    data = write(tmp_path / "chats.jsonl", [*chats(20), *beyond])
+    o = SFTOptions(model=str(tiny), data=data, max_length=9 * context, output_dir=str(tmp_path / "run"), **QUICK)
+    facts, lines = told(sft.run, sft.sft, o, capsys)
+    assert facts["dropped"]["train"] == {"longer than max_length": 1}
+    assert f"1 longer than max_length ({context:,}; the longest has" in lines[0]
+
+
 def test_nothing_left(tiny: Path, tmp_path: Path) -> None:
     """One line that names the file."""
     data = write(tmp_path / "chats.jsonl", long_chats(3))
@@ -153,8 +163,12 @@ def distillation(tiny: Path, data: str, tmp_path: Path) -> DistillOptions:
 def test_distill(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "chats.jsonl", [*chats(40), *long_chats(5)])
     facts, lines = told(distill.run, distill.distill, distillation(tiny, data, tmp_path), capsys)
-    assert facts == {"rows": {"train": 37, "eval": 3}, "dropped": {"train": {"longer than max_length": 5}, "eval": {}}}
-    assert [line.split(" (")[0] for line in lines] == [f"kept 40 of 45 rows of {data}: 5 longer than max_length"]
+    dropped = {"train": {"longer than max_length": 5}, "eval": {"beyond eval_samples": 1}}
+    assert facts == {"rows": {"train": 36, "eval": 3}, "dropped": dropped}
+    assert [line.split(" (")[0] for line in lines] == [
+        f"kept 40 of 45 rows of {data}: 5 longer than max_length",
+        f"kept 3 of 4 rows of {data}, held out: 1 beyond eval_samples",
+    ]
 
 
 def test_expert(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

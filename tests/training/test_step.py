@@ -171,6 +171,15 @@ def test_non_finite_gradient_changes_nothing(bad: float) -> None:
     assert torch.equal(optimizer.weights()["p"], before)
 
 
+def test_a_norm_beyond_float32_changes_nothing() -> None:
+    p, optimizer = quadratic()
+    before = optimizer.weights()["p"].clone()
+    (p.float() * torch.tensor([3e38, 3e38])).sum().backward()  # each of them is finite
+    with pytest.raises(RunError, match="norm is beyond float32"):
+        optimizer.step(0.1, max_norm=1.0)
+    assert torch.equal(optimizer.weights()["p"], before)
+
+
 def test_non_finite_loss_stops_before_the_update() -> None:
     model = Decoder(tiny_config())
     optimizer = MasterAdamW(decay_groups(model.named_parameters(), weight_decay=0.0))

@@ -154,7 +154,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
             for batch in file.iter_batches():
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", _as_given(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
 
@@ -171,7 +171,14 @@ def _hub_rows(source: str, split: str) -> Iterator[Row]:
         ) from error
     for number, row in enumerate(table, 1):
         where = f"{source}[{split}] row {number}"
-        yield where, _object(row, where, "a row must have named columns")
+        yield where, _as_given(_object(row, where, "a row must have named columns"))
+
+
+def _as_given(value: Any) -> Any:
+    """A value without the keys that a table has put into its objects: all rows of a column have the keys of any."""
+    if isinstance(value, Mapping):
+        return {key: _as_given(item) for key, item in value.items() if item is not None}
+    return [_as_given(item) for item in value] if isinstance(value, list) else value
 
 
 def _object(row: Any, where: str, rule: str) -> Mapping[str, Any]:

@@ -38,7 +38,7 @@ class DistillOptions(RunOptions):
     max_completion_length: int = 32
     """Longest sampled completion in tokens."""
     max_length: int = 1024
-    """Longest row of the data in tokens; longer rows are dropped, counted and reported."""
+    """Longest row of the data in tokens; longer rows, and those beyond the context, are dropped and counted."""
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range or a missing teacher."""

@@ -46,7 +46,7 @@ class ExpertOptions(RLOptions):
     mix_ratio: float = 0.0
     """Share of each batch taken from mix_data."""
     max_length: int = 1024
-    """Longest row of mix_data in tokens; longer rows are dropped, counted and reported."""
+    """Longest row of mix_data in tokens; longer rows, and those beyond the context, are dropped and counted."""
     truncated: Literal["terminate", "bootstrap", "mask"] = "mask"
     """A completion cut by its budget: may be kept like any other (terminate), or never is (mask)."""
 

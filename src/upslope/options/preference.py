@@ -26,7 +26,7 @@ class PreferenceData(RunOptions):
     num_epochs: float | None = None
     """Passes over the data; when given it sets max_steps."""
     max_length: int = 1024
-    """Longest sequence in tokens; a row with a longer one is dropped, counted and reported."""
+    """Longest sequence in tokens; a row with a longer one, or beyond the context, is dropped and counted."""
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range."""

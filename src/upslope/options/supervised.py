@@ -30,7 +30,7 @@ class SFTOptions(RunOptions):
     label_smoothing: float = 0.0
     """Share of every target spread evenly over the vocabulary (arXiv 1512.00567); 0 is off."""
     max_length: int = 1024
-    """Longest sequence in tokens; longer rows are dropped, counted and reported."""
+    """Longest sequence in tokens; longer rows, and those beyond the context, are dropped and counted."""
     max_completion_length: int = 32
     """Longest reply in tokens when --task accuracy is measured."""
 

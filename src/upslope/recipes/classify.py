@@ -54,8 +54,9 @@ NUMBER = ("score",)
 def run(options: ClassifyOptions) -> int:
     """The verb `upslope classify`."""
     if options.dry_run:
-        learner, data = _prepare(options, None)
-        return show(options, learner, data.account)
+        with begin(options):
+            learner, data = _prepare(options, None)
+            return show(options, learner, data.account)
     return conclude(options, classify(options))
 
 

@@ -39,6 +39,7 @@ from upslope.options import DistillOptions
 from upslope.recipes.distill_data import Item, load_items
 from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.fingerprint import prompt_row
+from upslope.recipes.kept import within_context
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.recipes.sft import held_out_groups
 from upslope.runs.folder import Run
@@ -53,7 +54,8 @@ __all__ = ["Distill", "distill", "load_teacher", "run"]
 def run(options: DistillOptions) -> int:
     """The verb `upslope distill`."""
     if options.dry_run:
-        return show_imitation(options)
+        with begin(options):
+            return show_imitation(options)
     return conclude(options, distill(options))
 
 
@@ -96,7 +98,8 @@ class Distill:
         self.run: Run | None = None
         self.task = load_task(options.task) if options.task else None
         self.higher_is_better = self.task is not None
-        self.items, self.held_out, self.account = load_items(options, policy.tokenizer, self.task)
+        fitting = within_context(options, policy)
+        self.items, self.held_out, self.account = load_items(fitting, policy.tokenizer, self.task)
         self.teacher = load_teacher(str(options.teacher), policy)
         self.order = PromptStream(len(self.items), seed=options.seed)
         self.optimizer = make_optimizer(policy, options)

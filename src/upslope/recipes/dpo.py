@@ -35,7 +35,7 @@ from upslope.functional.supervised_losses import dpo as dpo_loss
 from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
-from upslope.recipes.kept import DataAccount
+from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
 from upslope.recipes.session import begin, conclude, train
 from upslope.runs.progress import Progress
@@ -51,7 +51,8 @@ REFERENCED = ("dpo", "ipo", "kto")
 def run(options: DPOOptions) -> int:
     """The verb `upslope dpo`."""
     if options.dry_run:
-        return _show(options)
+        with begin(options):
+            return _show(options)
     return conclude(options, dpo(options))
 
 
@@ -68,7 +69,7 @@ class DPO(PreferenceLearner):
     options: DPOOptions
 
     def __init__(self, options: DPOOptions, policy: Policy) -> None:
-        rows, held_out, account = load_rows(options, policy.tokenizer)
+        rows, held_out, account = load_rows(within_context(options, policy), policy.tokenizer)
         self.mismatched = [Unit((row.mismatched,)) for row in rows if isinstance(row, Judged)]
         self.mismatched_held_out = [Unit((row.mismatched,)) for row in held_out if isinstance(row, Judged)]
         units, held_units = [unit_of(row) for row in rows], [unit_of(row) for row in held_out]
@@ -200,6 +201,6 @@ def load_rows(
 
 def _show(options: DPOOptions) -> int:
     policy = load_policy(options)
-    rows, held_out, account = load_rows(options, policy.tokenizer)
+    rows, held_out, account = load_rows(within_context(options, policy), policy.tokenizer)
     scored = len(rows) if options.loss in REFERENCED else 0
     return show_preference(options, policy, [unit_of(row) for row in rows], len(held_out), account, scored=scored)

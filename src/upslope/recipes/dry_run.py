@@ -25,7 +25,7 @@ from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
 from upslope.recipes.dry_run_task import Asked, Judged, ask, check_held_out, judge_one
-from upslope.recipes.kept import NO_DATA, DataAccount
+from upslope.recipes.kept import NO_DATA, DataAccount, within_context
 from upslope.recipes.plan import Plan, plan_of
 from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy, scorer_of
 from upslope.recipes.session import resident_memory_gb
@@ -225,7 +225,7 @@ def show_sft(options: SFTOptions) -> int:
 
     policy = load_policy(options)
     task = load_task(options.task) if options.task else None
-    examples, rows, account = load_examples(options, policy.tokenizer, task)
+    examples, rows, account = load_examples(within_context(options, policy), policy.tokenizer, task)
     held_out = check_held_out(options, policy, task) if task is not None else len(rows)
     prediction = predict_sft(options, policy, examples)
     print(statistics(examples), file=sys.stderr)

@@ -14,7 +14,7 @@ from upslope.recipes import dry_run
 from upslope.recipes.dry_run import Prediction, probe
 from upslope.recipes.dry_run_task import ask, check_held_out, encode_all, judge_one
 from upslope.recipes.expert_data import groups_of_run, load_mix
-from upslope.recipes.kept import DataAccount
+from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.plan import plan_of
 from upslope.recipes.policy_gradient import scorer_of
 from upslope.recipes.session import resident_memory_gb
@@ -42,7 +42,7 @@ def _show_expert(options: ExpertOptions, policy: Policy) -> int:
     task = load_task(options.task)
     with scorer_of(options, policy, task) as judge:
         asked = ask(options, policy, task)
-        _, account = load_mix(options, policy.tokenizer)
+        _, account = load_mix(within_context(options, policy), policy.tokenizer)
         if options.from_run is not None:
             vocabulary = policy.model.spec.vocab_size
             groups_of_run(options.from_run, vocabulary=vocabulary, tokenizer=policy.tokenizer)
@@ -61,7 +61,7 @@ def _material(options: DistillOptions, policy: Policy) -> tuple[list[list[int]],
     from upslope.recipes.distill_data import load_items
 
     task = load_task(options.task) if options.task is not None else None
-    items, held_out, account = load_items(options, policy.tokenizer, task)
+    items, held_out, account = load_items(within_context(options, policy), policy.tokenizer, task)
     asked = [i for i in items if i.prompt is not None] if options.on_policy_fraction else []
     tokens, _ = encode_all(
         policy, [i.prompt for i in asked if i.prompt], "train", options.max_completion_length, [i.tools for i in asked]

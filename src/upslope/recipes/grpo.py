@@ -54,7 +54,8 @@ __all__ = ["GRPO", "grpo", "run"]
 def run(options: GRPOOptions) -> int:
     """The verb `upslope grpo`."""
     if options.dry_run:
-        return show_policy_gradient("grpo", options)
+        with begin(options):
+            return show_policy_gradient("grpo", options)
     return conclude(options, grpo(options))
 
 

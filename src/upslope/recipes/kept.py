@@ -7,17 +7,20 @@ A recipe's Learner carries a `DataAccount`; the training loop says it at the sta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+from upslope.build import Policy
+from upslope.data.pairs import PairTokenizer
 from upslope.errors import DataError
 
-__all__ = ["BEYOND", "NO_DATA", "TOO_LONG", "DataAccount", "Kept", "Split", "shared_out", "too_long"]
+__all__ = ["BEYOND", "NO_DATA", "TOO_LONG", "DataAccount", "Kept", "Split", "shared_out", "too_long", "within_context"]
 
 TOO_LONG = "longer than max_length"
 BEYOND = "beyond eval_samples"
 
 Row = TypeVar("Row")
+Options = TypeVar("Options", bound=Any)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +105,14 @@ def shared_out(
         "eval": Split(source, len(measured), lost, notes),
     }
     return train, measured, DataAccount(splits)
+
+
+def within_context(options: Options, policy: Policy) -> Options:
+    """The options with max_length within the model's context: a row beyond that is left out and counted, too."""
+    most = policy.model.spec.max_positions
+    if isinstance(policy.tokenizer, PairTokenizer) or options.max_length <= most:  # of a pair, each side has a context
+        return options
+    return replace(options, max_length=most)
 
 
 def too_long(lengths: Sequence[int], max_length: int) -> tuple[dict[str, int], dict[str, str]]:

@@ -47,7 +47,8 @@ __all__ = ["PPO", "ppo", "run"]
 def run(options: PPOOptions) -> int:
     """The verb `upslope ppo`."""
     if options.dry_run:
-        return show_policy_gradient("ppo", options)
+        with begin(options):
+            return show_policy_gradient("ppo", options)
     return conclude(options, ppo(options))
 
 

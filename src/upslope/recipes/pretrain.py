@@ -54,7 +54,8 @@ __all__ = ["Pretrain", "pretrain", "run"]
 def run(options: PretrainOptions) -> int:
     """The verb `upslope pretrain`."""
     if options.dry_run:
-        return _show(options)
+        with begin(options):
+            return _show(options)
     return conclude(options, pretrain(options))
 
 

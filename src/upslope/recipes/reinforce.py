@@ -46,7 +46,8 @@ __all__ = ["MovingBaseline", "Reinforce", "reinforce", "run"]
 def run(options: ReinforceOptions) -> int:
     """The verb `upslope reinforce`."""
     if options.dry_run:
-        return show_policy_gradient("reinforce", options)
+        with begin(options):
+            return show_policy_gradient("reinforce", options)
     return conclude(options, reinforce(options))
 
 

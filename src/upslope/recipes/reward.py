@@ -38,7 +38,7 @@ from upslope.models.reward_folder import (
 )
 from upslope.models.weights import load as load_weights
 from upslope.options import RewardOptions
-from upslope.recipes.kept import DataAccount
+from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
 from upslope.recipes.session import begin, conclude, train
 from upslope.training.optim import Group
@@ -52,7 +52,8 @@ __all__ = ["RewardLearner", "reward", "run"]
 def run(options: RewardOptions) -> int:
     """The verb `upslope reward`."""
     if options.dry_run:
-        return _show(options)
+        with begin(options):
+            return _show(options)
     return conclude(options, reward(options))
 
 
@@ -71,7 +72,7 @@ class RewardLearner(PreferenceLearner):
 
     def __init__(self, options: RewardOptions, policy: Policy) -> None:
         check_can_be_saved(policy.model)
-        units, held_out, account = load_units(options, policy.tokenizer)
+        units, held_out, account = load_units(within_context(options, policy), policy.tokenizer)
         self.head = head = start_head(policy, options.seed)
         for name, parameter in policy.model.named_parameters():
             if name == "lm_head.weight":  # the words' head is not in a reward model
@@ -207,5 +208,5 @@ def _pad_token(policy: Policy) -> int | None:
 def _show(options: RewardOptions) -> int:
     policy = load_policy(options)
     check_can_be_saved(policy.model)
-    units, held_out, account = load_units(options, policy.tokenizer)
+    units, held_out, account = load_units(within_context(options, policy), policy.tokenizer)
     return show_preference(options, policy, units, len(held_out), account, head=start_head(policy, options.seed))

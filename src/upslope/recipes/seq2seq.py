@@ -36,7 +36,8 @@ __all__ = ["MaximumLikelihood", "run", "seq2seq"]
 def run(options: Seq2SeqOptions) -> int:
     """The verb `upslope seq2seq`."""
     if options.dry_run:
-        return show_seq2seq(options)
+        with begin(options):
+            return show_seq2seq(options)
     return conclude(options, seq2seq(options))
 
 

@@ -28,7 +28,7 @@ from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
 from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long
+from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long, within_context
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
@@ -45,7 +45,8 @@ __all__ = ["SFT", "run", "sft"]
 def run(options: SFTOptions) -> int:
     """The verb `upslope sft`."""
     if options.dry_run:
-        return show_sft(options)
+        with begin(options):
+            return show_sft(options)
     return conclude(options, sft(options))
 
 
@@ -64,7 +65,8 @@ class SFT:
         self.run: Run | None = None
         self.task = load_task(options.task) if options.task else None
         self.higher_is_better = self.task is not None
-        self.train_examples, self.eval_examples, self.account = load_examples(options, policy.tokenizer, self.task)
+        fitting = within_context(options, policy)
+        self.train_examples, self.eval_examples, self.account = load_examples(fitting, policy.tokenizer, self.task)
         if options.num_epochs is not None:
             steps = max(1, round(options.num_epochs * len(self.train_examples) / options.batch_size))
             options = replace(options, max_steps=steps, num_epochs=None)

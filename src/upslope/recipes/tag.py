@@ -44,8 +44,9 @@ __all__ = ["Tag", "run", "tag"]
 def run(options: TagOptions) -> int:
     """The verb `upslope tag`."""
     if options.dry_run:
-        learner, data = _prepare(options, None)
-        return show(options, learner, data.account)
+        with begin(options):
+            learner, data = _prepare(options, None)
+            return show(options, learner, data.account)
     return conclude(options, tag(options))
 
 

@@ -139,8 +139,9 @@ def select_prompts(
         if len(chosen) == n:
             return list(chosen.values())
     raise DataError(
-        f"task '{name}': only {len(chosen)} distinct {split} prompts exist where {n} were asked for; ask for fewer, "
-        f"widen the task's parameters, or change eval_fraction (now {eval_fraction})"
+        f"task '{name}': only {len(chosen)} distinct {split} prompts exist where {n} were asked for; ask for fewer "
+        f"(--num-examples, --num-train-prompts, --eval-samples), widen the task's parameters, or change eval_fraction "
+        f"(now {eval_fraction})"
     )
 
 

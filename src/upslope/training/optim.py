@@ -118,6 +118,8 @@ class MasterAdamW:
         norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)).double()))
         if norm != norm or norm == float("inf"):
             worst = [name for name, grad in self.gradients().items() if not bool(torch.isfinite(grad).all())]
+            if not worst:
+                raise RunError("the gradient's norm is beyond float32: not updated; look at rewards and start model")
             raise RunError(f"the gradient is not finite in {len(worst)} parameters, first {worst[0]}: not updated")
         if max_norm and norm > max_norm:
             torch._foreach_mul_(grads, max_norm / norm)
