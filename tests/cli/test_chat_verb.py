@@ -6,8 +6,9 @@ import io
 import json
 import math
 import re
+import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,11 @@ def session(model: str, **changes: Any) -> ChatSession:
     )
 
 
-def expected(model: str, *messages: Message, **params: Any) -> str:
+def expected(model: str, *messages: Message, tools: Sequence[dict[str, Any]] = (), **params: Any) -> str:
     """What the engine, fresh and alone, replies to a conversation."""
     policy = load_inference(model, dtype="float32")
     engine = Engine(policy.model, policy.tokenizer, eos_token_ids=policy.eos_token_ids, num_blocks=16)
-    prompt = encode_prompt(policy.tokenizer, Prompt(0, messages=messages))
+    prompt = encode_prompt(policy.tokenizer, Prompt(0, messages=messages), tools=tools)
     wanted = SamplingParams(**{"max_tokens": 20, "temperature": 0.0} | params)
     return engine.generate([prompt], wanted, keys=[len(messages)])[0][0].text
 
@@ -207,11 +208,15 @@ def test_load_keeps_tools_and_waits_for_a_reply(tiny: str, tmp_path: Path) -> No
     path = tmp_path / "one.jsonl"
     tools = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "Hello."}], "tools": tools}) + "\n")
-    chat = session(tiny)
+    model = shutil.copytree(tiny, tmp_path / "with tools")
+    template = model / "chat_template.jinja"
+    template.write_text("{{ tools | map(attribute='function.name') | join(' ') if tools }}" + template.read_text())
+    chat = session(str(model))
     chat.load(read_records(path)[0])
     with pytest.raises(DataError, match="/retry draws it"):
         chat.say("More.", quiet, never)
-    assert chat.retry(quiet, never).completion.text == expected(tiny, Message("user", "Hello."))
+    reply = expected(str(model), Message("user", "Hello."), tools=tools)
+    assert chat.retry(quiet, never).completion.text == reply
     assert [dict(tool) for tool in chat.tools] == tools
     path.write_text('{"text": "plain"}\n')
     with pytest.raises(DataError, match=r"one.jsonl:1: a row of kind 'text'"):
