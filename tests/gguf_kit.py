@@ -65,6 +65,14 @@ def sentencepiece(*, prefix: bool = True, bos: bool = True) -> PreTrainedTokeniz
     return _dressed(inner, bos, unk_token="<unk>")
 
 
+def lacking(tokenizer: PreTrainedTokenizerFast, name: str, start: str = "") -> PreTrainedTokenizerFast:
+    """The tokenizer without the special token `name`, its template writing all of them and asking for the BOS."""
+    setattr(tokenizer, name, None)
+    names = "[{{ bos_token }}|{{ eos_token }}|{{ pad_token }}|{{ unk_token }}{% if bos_token %} starts{% endif %}]"
+    tokenizer.chat_template = start + names + CHATML
+    return tokenizer
+
+
 def _merges(words: list[str], vocab: dict[str, int]) -> list[tuple[str, str]]:
     """For each word the merge of its longest known beginning with the rest, letter by letter."""
     merges = []

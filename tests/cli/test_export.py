@@ -11,7 +11,7 @@ import pytest
 import torch
 from encoder_kit import encoder_folder, tiny_encoder, tokenizer_for
 from ends_kit import END, EOS, PLAIN, folder_ending
-from gguf_kit import SPLITS, byte_level, decoder_folder, sentencepiece
+from gguf_kit import SPLITS, byte_level, decoder_folder, lacking, sentencepiece
 from safetensors.torch import load_file, save_file
 from tiny_seq2seq import tiny as tiny_seq2seq
 from transformers import (
@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from upslope.cli import main
-from upslope.commands import export_verify
+from upslope.commands import export_verify, llama_cpp
 from upslope.data.chat import load_tokenizer
 from upslope.models import gguf_writer
 from upslope.models.loading import load_model, save_model
@@ -183,6 +183,57 @@ def test_llama_cpp_splits_the_same(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("xllamacpp")
     folder = decoder_folder(tmp_path / "m", TOKENIZERS[kind]())
     assert export(folder, tmp_path / "m.gguf", "--format", "gguf", "--dtype", "float32", "--verify") == 0
+
+
+@pytest.mark.parametrize("name", ["bos_token", "eos_token", "pad_token"])
+@pytest.mark.parametrize("kit", [byte_level, lambda: sentencepiece(bos=False)])
+@pytest.mark.parametrize("start", ["", "\n  ", "  {% if true %}\n"])
+def test_llama_cpp_writes_nothing_for_a_token_that_the_tokenizer_lacks(
+    tmp_path: Path, name: str, kit: Any, start: str
+) -> None:
+    pytest.importorskip("xllamacpp")
+    tokenizer = lacking(kit(), name, start)
+    tokenizer.chat_template += "{% endif %}" * start.count("{% if")
+    folder = decoder_folder(tmp_path / "m", tokenizer, num_hidden_layers=1)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7]}))
+    assert export(folder, tmp_path / "m.gguf", "--format", "gguf", "--dtype", "float32", "--verify") == 0
+
+
+@pytest.mark.parametrize("positions", [18, 64, 65])
+def test_a_short_context_is_no_difference(tmp_path: Path, positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many tokens as a user's comparison has, of a model that holds about as many."""
+    pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(export_verify, "_LONGEST", 48)
+    monkeypatch.setattr(export_verify, "_GENERATED", 16)
+    folder = decoder_folder(tmp_path / "m", max_position_embeddings=positions, num_hidden_layers=1)
+    assert export(folder, tmp_path / "m.gguf", "--format", "gguf", "--dtype", "float32", "--verify") == 0
+
+
+def test_a_refusal_of_llama_cpp_is_one_line_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp")
+    token_lists = export_verify._token_lists
+    monkeypatch.setattr(export_verify, "_token_lists", lambda policy, **_: [token_lists(policy, room=4)[0] * 5])
+    folder = decoder_folder(tmp_path / "m", max_position_embeddings=16, num_hidden_layers=1)
+    line = failed(capsys, 5, export(folder, tmp_path / "m.gguf", "--format", "gguf", "--verify"))
+    assert "llama.cpp refuses /completion: request (" in line
+    assert "exceeds the available context size" in line
+    assert not {"{", '"', "\\n"} & set(line)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b'{"error": {"code": 400, "message": "too\\n long"}}', "too long"),
+        (b'{"error": "odd"}', '{"error": "odd"}'),
+        (b"<html>\n no</html>", "<html> no</html>"),
+        (b"[3]", "[3]"),
+        (b"", "it gives no reason"),
+    ],
+)
+def test_what_a_refusal_says(body: bytes, words: str) -> None:
+    assert llama_cpp._said(body) == words
 
 
 def _wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from gguf_kit import SPLITS, byte_level, decoder_folder, sentencepiece
+from gguf_kit import SPLITS, byte_level, decoder_folder, lacking, sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import tiny_tokenizer
@@ -23,7 +23,7 @@ from upslope.data.chat import load_tokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.decoder import DecoderConfig
 from upslope.models.gguf import convert, read_ends, undo_rope_order
-from upslope.models.gguf_vocab import read_vocab
+from upslope.models.gguf_vocab import pinned_template, read_vocab
 from upslope.models.gguf_writer import as_stored, new_file, rope_order, write_gguf
 from upslope.models.loading import decoder_config
 from upslope.models.weights import load
@@ -84,6 +84,57 @@ def test_a_file_names_three_ends_and_no_end_is_lost(tmp_path: Path) -> None:
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [1, 7, 8]
     with pytest.raises(ModelError, match=r"ends at any of 4 tokens \(1, 7, 8, 9\), a GGUF file can name three"):
         written(folder, tmp_path / "n.gguf", eos_token_ids=(7, 1, 8, 9))
+
+
+@pytest.mark.parametrize("kit", [byte_level, lambda: sentencepiece(bos=False)])
+@pytest.mark.parametrize("start", ["", "\n", "  "])
+def test_a_token_that_the_tokenizer_lacks_is_nothing_in_the_written_template(
+    tmp_path: Path, kit: Any, start: str
+) -> None:
+    """Also after the way back, where the tokenizer lacks it still, and on a second way out."""
+    tokenizer = lacking(kit(), "bos_token", start)
+    folder = decoder_folder(tmp_path / "m", tokenizer)
+    path = written(folder, tmp_path / "m.gguf", eos_token_ids=(tokenizer.eos_token_id,))
+    fields = gguf.GGUFReader(path).fields
+    template = fields["tokenizer.chat_template"].contents()
+    assert template.startswith("{%- set bos_token = '' -%}")
+    assert "{%- set pad_token = '<|im_end|>' " in template
+    assert template.endswith(tokenizer.chat_template)
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    assert "tokenizer.ggml.bos_token_id" not in fields
+    again = load_tokenizer(convert(path, tmp_path / "back"))
+    assert again.bos_token is None
+    messages = [{"role": "user", "content": "hi"}]
+    rendered: list[str] = [t.apply_chat_template(messages, tokenize=False) for t in (tokenizer, again)]
+    assert rendered[0].strip().startswith("[|<|im_end|>|<|im_end|>|")
+    assert rendered[0] == rendered[1]
+    assert pinned_template(again.chat_template, again, bos=None, eos=again.eos_token_id) == template
+
+
+def test_a_template_is_led_by_what_llama_cpp_would_write_otherwise_alone() -> None:
+    tokenizer = byte_level()
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    known = "{{ bos_token }}{{ eos_token }}{{ unk_token }}"
+    assert pinned_template(known, tokenizer, bos=bos, eos=eos) == known
+    assert pinned_template("{{ x }}", tokenizer, bos=None, eos=None) == "{{ x }}"
+    assert pinned_template("{{ my_bos_token }}", tokenizer, bos=None, eos=eos) == "{{ my_bos_token }}"
+    other = pinned_template("{{ eos_token }}", tokenizer, bos=bos, eos=5)  # the file's first end is another
+    assert other == "{%- set eos_token = '<|im_end|>' -%}{{ eos_token }}"
+    tokenizer.pad_token = "it's\\"
+    assert pinned_template("{{ pad_token }}", tokenizer, bos=bos, eos=eos).startswith(
+        "{%- set pad_token = 'it\\'s\\\\' -%}"
+    )
+    tokenizer.eos_token = None
+    assert pinned_template("{{ eos_token }}", tokenizer, bos=bos, eos=1) == "{%- set eos_token = '' -%}{{ eos_token }}"
+
+
+def test_each_of_several_templates_is_led(tmp_path: Path) -> None:
+    tokenizer = lacking(byte_level(), "bos_token")
+    tokenizer.chat_template = {"default": "{{ bos_token }}a", "rag": "b"}
+    path = written(decoder_folder(tmp_path / "m", tokenizer), tmp_path / "m.gguf")
+    fields = gguf.GGUFReader(path).fields
+    assert fields["tokenizer.chat_template"].contents() == "{%- set bos_token = '' -%}{{ bos_token }}a"
+    assert fields["tokenizer.chat_template.rag"].contents() == "b"
 
 
 @pytest.mark.parametrize("network", ["llama", "mistral", "qwen2", "qwen3"])

@@ -109,7 +109,7 @@ def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str
             _same_ends(policy, written)
     if policy is None or is_seq2seq(config) or is_classifier(config):
         return [_same_network(written, source, dtype)]
-    tokens = _token_lists(policy)
+    tokens = _token_lists(policy, room=_GENERATED)
     ours = [_logprobs(policy.model, ids) for ids in tokens]
     if config.get("model_type") == LSTM_TYPE:
         theirs = [_logprobs(load_model(written), ids) for ids in tokens]
@@ -142,7 +142,7 @@ def verify_gguf(written: Path, policy: Policy, kind: GGUFType) -> list[Gap]:
         chat = _same_chat(policy, program)
         by_name = _llama_cpp_ends(policy, program, written)
         differences, agreed, total = [], 0, 0
-        for ids in _token_lists(policy):
+        for ids in _token_lists(policy, room=_GENERATED + 1):  # llama.cpp refuses a prompt that fills its context
             found = list(program.predictions(ids, top=_TOP, then=_GENERATED))
             ours_TV = _logprobs(policy.model, found[-1][0])
             for ours_V, (_, top) in zip(ours_TV, found, strict=True):
@@ -178,9 +178,9 @@ def _logprobs(model: Any, tokens: Sequence[int]) -> Tensor:
     return model.logits(hidden).float().log_softmax(-1).cpu()
 
 
-def _token_lists(policy: Policy) -> list[list[int]]:
-    """The prompts, and the chat where there is a template, cut to what the model and the time allow."""
-    tokenizer, longest = policy.tokenizer, min(_LONGEST, policy.model.spec.max_positions - _GENERATED)
+def _token_lists(policy: Policy, *, room: int) -> list[list[int]]:
+    """The prompts, and the chat where there is a template, cut so that the model holds `room` tokens more."""
+    tokenizer, longest = policy.tokenizer, min(_LONGEST, policy.model.spec.max_positions - room)
     if longest < 1:
         raise ModelError(f"the model holds {policy.model.spec.max_positions} tokens, too few to compare anything")
     texts = [tokenizer(text).input_ids for text in PROMPTS]

@@ -10,6 +10,7 @@ import json
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -99,6 +100,14 @@ class LlamaCpp:
             with self._open(request, timeout=300) as answer:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
-            raise RunError(f"llama.cpp refuses {path}: {error.read().decode(errors='replace')[:300]}") from error
+            raise RunError(f"llama.cpp refuses {path}: {_said(error.read())}") from error
         except (OSError, ValueError) as error:
             raise RunError(f"llama.cpp does not answer {path}: {error}") from error
+
+
+def _said(body: bytes) -> str:
+    """What llama.cpp says in a refusal, on one line: the message of its JSON object, or a text that is none."""
+    text = body.decode(errors="replace")
+    with suppress(ValueError, LookupError, TypeError):
+        text = str(json.loads(text)["error"]["message"])
+    return " ".join(text.split())[:300] or "it gives no reason"

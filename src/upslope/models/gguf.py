@@ -270,9 +270,11 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
+    framed = metadata.get("tokenizer.ggml.add_bos_token", True)
+    has_bos = framed or metadata.get("tokenizer.ggml.bos_token_id") is not None  # transformers then names some token
     return PreTrainedTokenizerFast(
         tokenizer_object=rebuilt.backend_tokenizer,
-        bos_token=rebuilt.bos_token,
+        bos_token=rebuilt.bos_token if has_bos else None,
         eos_token=rebuilt.eos_token,
         unk_token=rebuilt.unk_token,
         pad_token=rebuilt.pad_token,

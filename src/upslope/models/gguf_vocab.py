@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 from upslope.errors import ModelError
 
-__all__ = ["Vocab", "read_vocab"]
+__all__ = ["Vocab", "pinned_template", "read_vocab"]
 
 # What a token is, by the numbers of llama.cpp's llama_token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
+_TOKEN_NAMES = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _SPACE = "\u2581"  # SentencePiece's mark of a space
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -86,6 +87,31 @@ def read_vocab(tokenizer: Any, size: int, *, split: str | None = None) -> Vocab:
     written = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges]
     name = split or _split_name(state)
     return Vocab(model="gpt2", split=name, merges=written, scores=[], space_prefix=False, **common)
+
+
+def pinned_template(template: str, tokenizer: Any, *, bos: int | None, eos: int | None) -> str:
+    """The chat template, led by settings of those special tokens' names in it that llama.cpp would write otherwise.
+
+    llama.cpp writes a token of its own choice for a BOS or EOS that the file (`bos`, `eos`) does not name, and nothing
+    for the names of other tokens; transformers writes the tokenizer's tokens, and nothing for one that it lacks.
+    """
+    theirs = dict.fromkeys(_TOKEN_NAMES, "")
+    theirs |= {"bos_token": _text(tokenizer, bos), "eos_token": _text(tokenizer, eos)}
+    ours = {name: getattr(tokenizer, name) or "" for name in theirs if re.search(rf"\b{name}\b", template)}
+    lead = [f"{{%- set {name} = {_quoted(text)} -%}}" for name, text in ours.items() if text != theirs[name]]
+    if not lead or template.startswith("".join(lead).removesuffix("-%}")):  # read from such a file
+        return template
+    if template[0].isspace():  # which `-%}` would remove; a newline after a block is removed alone
+        lead[-1] = lead[-1].removesuffix("-%}") + "%}\n"
+    return "".join(lead) + template
+
+
+def _text(tokenizer: Any, token: int | None) -> str | None:
+    return None if token is None else tokenizer.convert_ids_to_tokens(token)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from upslope.atomic import fsync_file, fsync_folder
 from upslope.errors import ModelError, RunError
 from upslope.models.decoder import DecoderConfig, rope_frequencies
-from upslope.models.gguf_vocab import Vocab, read_vocab
+from upslope.models.gguf_vocab import Vocab, pinned_template, read_vocab
 from upslope.models.weights import check_shapes
 
 __all__ = ["GGUF_TYPES", "GGUFType", "as_stored", "new_file", "rope_order", "write_gguf"]
@@ -188,11 +188,16 @@ def _add_vocab(writer: Any, vocab: Vocab, tokenizer: Any, eos_token_ids: Sequenc
     for role, token in roles.items():
         if token is not None:
             getattr(writer, f"add_{role}_token_id")(token)
-    template = tokenizer.chat_template
-    if isinstance(template, Mapping):
-        template = [{"name": name, "template": text} for name, text in template.items()]
-    if template:
-        writer.add_chat_template(template)
+    if not tokenizer.chat_template:
+        return
+    named = tokenizer.chat_template
+    several = isinstance(named, Mapping)
+    templates = {
+        name: pinned_template(text, tokenizer, bos=roles["bos"], eos=roles["eos"])
+        for name, text in (named if several else {"default": named}).items()
+    }
+    one = [{"name": name, "template": text} for name, text in templates.items()] if several else templates["default"]
+    writer.add_chat_template(one)
 
 
 def _write_tensors(
