@@ -38,6 +38,11 @@ class Message:
         return {"role": self.role, "content": self.content, **more}
 
 
+def storable(text: str) -> str:
+    """The text as UTF-8 can hold it: half a surrogate pair is written as \\udXXX."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _plain(value: Any) -> Any:
     """Mappings and sequences inside a value as dicts and lists."""
     if isinstance(value, Mapping):

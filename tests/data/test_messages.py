@@ -184,6 +184,98 @@ def test_a_call_outside_the_generation_block_is_not_trained_as_an_empty_reply() 
         example_of(conversation(call(ARGUMENTS)), tokenizer, max_length=None)
 
 
+CONTENT = "message['content'] }}"
+R1 = kit.CHATML.replace(CONTENT, "(message['content'].split('</think>')[-1]) }}")
+R1_MARKED = kit.MARKED.replace(
+    "message['content'] + '<|im_end|>' }}{% end", "message['content'][-1:] + '<|im_end|>' }}{% end"
+)
+ANSWERS_CUT = kit.CHATML.replace(CONTENT, "message['content'][:12] }}")
+VALUES_CUT = kit.CHATML.replace("(call | tojson)", "call.function.name + (call.function.arguments.values() | join)[:9]")
+THOUGHT = "<think>First I take 1 and\n\n1, and add.</think>2"
+LONG = "How much is one and one? Take your time."
+
+CUT: list[tuple[str, list[Message], str]] = [
+    (
+        R1,
+        [Message("user", "1 + 1?"), Message("assistant", THOUGHT)],
+        r"2 of 2 \(assistant\): .*'<think>First I take 1 and",
+    ),
+    (R1_MARKED, [Message("user", "1 + 1?"), Message("assistant", THOUGHT)], r"2 of 2 \(assistant\): .*'<think>First"),
+    (
+        ANSWERS_CUT,
+        [Message("user", "1?"), Message("assistant", LONG)],
+        r"2 of 2 \(assistant\): .*'one and one\? Take",
+    ),
+    (
+        ANSWERS_CUT,
+        [Message("user", LONG), Message("assistant", "2")],
+        r"1 of 2 \(user\): .*'one and one\? Take your time",
+    ),
+    (
+        ANSWERS_CUT,
+        [Message("system", "Be brief, and do not rhyme"), Message("user", "and, brief"), Message("assistant", "2")],
+        r"1 of 3 \(system\): .*'and do not rhyme'",
+    ),
+    (
+        ANSWERS_CUT,
+        [Message("user", "1?"), Message("assistant", "2"), Message("tool", LONG), Message("assistant", "3")],
+        r"3 of 4 \(tool\): .*'one and",
+    ),
+]
+
+
+@pytest.mark.parametrize(("template", "talk", "says"), CUT)
+def test_a_template_that_cuts_a_content_is_refused(template: str, talk: list[Message], says: str) -> None:
+    with pytest.raises(
+        DataError, match=r"^a:1: message " + says + ".*use a template that keeps it, or data without it"
+    ):
+        examples_of([Record("messages", "a:1", messages=tuple(talk))], kit.byte_level(template), max_length=None)
+
+
+def test_a_template_that_cuts_an_argument_is_refused() -> None:
+    record = conversation(call({"path": "a.py", "text": "print(1)"}))
+    with pytest.raises(
+        DataError, match=r"message 2 of 4 .*argument 'text' of its call of 'add'.*\('print\(1\)' is missing"
+    ):
+        example_of(record, kit.byte_level(VALUES_CUT), max_length=None)
+    whole = kit.byte_level(VALUES_CUT.replace("[:9]", ""))
+    assert example_of(record, whole, max_length=None)
+    nested = conversation(call({"a": {"b": [1.5, True, None, "Grüße \U0001f600"]}, "c": '"<1>"\n'}))
+    assert example_of(nested, kit.byte_level(kit.CHATML), max_length=None)
+    spoken = kit.CHATML.replace("(call | tojson)", "call.function.name + (call.function.arguments | string)")
+    assert example_of(nested, kit.byte_level(spoken), max_length=None)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "message['content'] | trim }}",
+        "message['content'] | e }}",
+        "message['content'] | tojson(ensure_ascii=True) }}",
+        "message['content'] | replace('<think>', '<think>\n') | replace('</think>', '\n</think>\n\n') }}",
+        "message['content'] | upper }}",
+        "(message['content'] | replace('/no_think', '') if message['role'] == 'user' else message['content']) }}",
+    ],
+)
+def test_a_content_written_otherwise_is_whole(written: str) -> None:
+    written = kit.CHATML.replace("+ message['content'] }}", "}}{{ " + written)
+    talk = (
+        Message("user", " 1 < 2 & Größe\n? /no_think "),
+        Message("assistant", ' <think> "ΟΔΟΣ" </think> ja, Größe '),
+    )
+    assert example_of(Record("messages", "a:1", messages=talk), kit.byte_level(written), max_length=None)
+
+
+def test_a_reply_that_begins_in_the_generation_prompt_is_whole() -> None:
+    """As where the prompt opens <think>: what is sampled, and trained, begins behind it."""
+    opened = kit.CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    talk = (Message("user", "1 + 1?"), Message("assistant", "<think>\nHm.</think>2"))
+    tokenizer = kit.byte_level(opened)
+    example = example_of(Record("messages", "a:1", messages=talk), tokenizer, max_length=None)
+    trained = [token for token, on in zip(example.tokens, example.mask, strict=True) if on]
+    assert tokenizer.decode(trained) == "Hm.</think>2<|im_end|>"
+
+
 def test_tools_beside_a_text_are_refused(chatml: Any) -> None:
     for encode in (
         lambda: encode_prompt(chatml, Prompt(0, text="a"), tools=[TOOL]),

@@ -66,6 +66,26 @@ def test_a_held_out_file_is_measured_whole_and_a_limit_says_of_how_many(model: s
     )
 
 
+def test_rows_that_repeat_a_question_are_said(model: str, tmp_path: Path, capsys) -> None:
+    pytest.importorskip("math_verify")
+    path = problems(tmp_path / "test.jsonl", 6)
+    Path(path).write_text(Path(path).read_text() + "".join(Path(path).read_text().splitlines(True)[:3]))
+    arguments = [
+        "eval",
+        model,
+        "--task",
+        f"gsm8k:eval_path={path}",
+        "--max-completion-length",
+        "1",
+        "--dtype",
+        "float32",
+    ]
+    assert main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert " n=6\n" in out
+    assert f"{path}: 3 of 9 rows repeat a question and are left out\n" in err
+
+
 def test_a_file_that_is_divided_says_how_small_the_held_out_part_is(model: str, tmp_path: Path, capsys) -> None:
     pytest.importorskip("math_verify")
     path = problems(tmp_path / "one.jsonl", 100)

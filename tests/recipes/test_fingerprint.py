@@ -9,8 +9,10 @@ import os
 import shutil
 import typing
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ from upslope.recipes.dpo import dpo
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import load_examples, sft
 from upslope.runs import Run
+from upslope.types import Message, Prompt
 
 COMMON = ("--max-steps", "2", "--eval-samples", "2", "--dtype", "float32", "--lr-scheduler-type", "constant")
 SAMPLING = ("--num-prompts", "2", "--num-generations", "2", "--max-completion-length", "3", "--num-train-prompts", "8")
@@ -68,6 +71,30 @@ def reword(path: Path) -> None:
     text = path.read_text()
     wide, close = "<|im_end|>\n", "<|im_end|>"
     path.write_text(text.replace(wide, close) if wide in text else text.replace(close, wide))
+
+
+def rows_digest(*prompts: Prompt) -> str:
+    learner = SimpleNamespace(trained_on=lambda: (None, map(fingerprint.prompt_row, prompts)))
+    return fingerprint.of_learner(learner)[fingerprint.ROWS]
+
+
+def test_all_that_a_reward_sees_of_a_prompt_is_in_the_digest() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    turns = (Message("assistant", "", tool_calls=(call,)), Message("tool", "2", "add", tool_call_id="c"))
+    prompt = Prompt(1, turns, answer="2", metadata={"question": "1 + 1", "tests": ("a", {"n": 2}), 3: {"x", "y"}})
+    more = {"function": {"name": "add", "arguments": {"a": 2}}}
+    others = [
+        replace(prompt, metadata={**prompt.metadata, "tests": ("a", {"n": 3})}),
+        replace(prompt, metadata={}),
+        replace(prompt, messages=(replace(turns[0], tool_calls=({**call, **more},)), turns[1])),
+        replace(prompt, messages=(turns[0], replace(turns[1], name="sum"))),
+        replace(prompt, messages=(turns[0], replace(turns[1], tool_call_id="d"))),
+    ]
+    assert len({rows_digest(p) for p in [prompt, *others]}) == 6
+    same = replace(prompt, metadata={3: {"y", "x"}, "tests": ["a", {"n": 2}], "question": "1 + 1"})
+    assert rows_digest(same) == rows_digest(prompt)
+    here, there = (replace(prompt, metadata={"judge": object(), "files": {Path("a")}}) for _ in range(2))
+    assert rows_digest(here) == rows_digest(there)
 
 
 class Case(typing.NamedTuple):

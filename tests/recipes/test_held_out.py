@@ -24,6 +24,9 @@ def test_a_task_tells_where_it_can_count(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err == ""
     tell_task(task, 4)
     assert capsys.readouterr().err == "4 of 9 held-out problems of task 'pairs' are measured (eval_samples)\n"
+    (tmp_path / "e.jsonl").write_text('{"prompt": "q", "completion": "a"}\n' * 3)
+    tell_task(load_task("pairs", eval_path=str(tmp_path / "e.jsonl")), 1)
+    assert capsys.readouterr().err == f"{tmp_path / 'e.jsonl'}: 2 of 3 rows repeat a pair and are left out\n"
     tell_task(load_task("strict_json"), 4)
     assert capsys.readouterr().err == ""
 

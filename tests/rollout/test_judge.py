@@ -6,6 +6,7 @@ import asyncio
 import math
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from upslope.errors import ConfigError, DataError
 from upslope.rollout.judge import InlineScorer, reward_metrics
+from upslope.runs.store import Store
 from upslope.tasks import Task
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
@@ -77,6 +79,10 @@ def test_every_kind_of_judgement() -> None:
         (Reward(float("inf")), "not a finite number"),
         (Reward(1.0, {"a": float("nan")}), "not a finite number"),
         (Reward(1.0, steps=[(0, float("nan"))]), "not a finite number"),
+        (5e38, "reward 5e+38 is beyond what float32 holds"),
+        ({"a": 3e38, "b": 3e38}, "reward 6e+38 is beyond what float32 holds"),
+        (Reward(1.0, steps=[(0, -5e38)]), "reward -5e+38 is beyond what float32 holds"),
+        (Reward(None, {"half \ud800": 1.0}, error="half \ud800"), r"half \ud800"),
     ],
 )
 def test_an_unusable_judgement_is_an_error_of_its_sample(answer, needle: str) -> None:
@@ -100,6 +106,35 @@ def test_raising_costs_only_the_guilty_sample() -> None:
     assert "test_judge.py" in str(rewards[1].error)
     assert counts["reward/errors"] == 1
     assert counts["reward/timeouts"] == 0
+
+
+def test_what_a_reward_says_can_be_stored(tmp_path: Path) -> None:
+    """Half a surrogate pair in an error, a part's name, a prompt's answer or a text ended the run."""
+
+    def answer(texts: list[str]) -> list[dict[str, float]]:
+        if "bad" in texts:
+            raise ValueError("cannot read \ud800")
+        return [{"good \udfff": 1.0}] * len(texts)
+
+    half = group(["bad", "ok", "text \udc00"])
+    half.prompt = replace(half.prompt, answer="\ud800")
+    with InlineScorer(Custom(answer)) as scorer:
+        scorer.judge([half])
+    bad, good, _ = (rollout.reward for rollout in half.rollouts)
+    assert bad.error is not None
+    assert bad.error.startswith(r"custom: ValueError: cannot read \ud800 (test_judge.py:")
+    assert good.parts == {r"good \udfff": 1.0}
+    store = Store(tmp_path / "run.db")
+    store.add_rollouts(1, [half])
+    first, second, third = store.rollouts()
+    assert (first.error, first.answer, second.parts, third.completion) == (
+        bad.error,
+        r"\ud800",
+        good.parts,
+        r"text \udc00",
+    )
+    largest = 3.4028234663852886e38
+    assert judged(lambda texts: [largest], ["t"])[0][0].value == largest
 
 
 def test_sys_exit_in_a_reward_is_an_error_too() -> None:

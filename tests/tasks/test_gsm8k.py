@@ -71,6 +71,20 @@ def test_a_held_out_file_is_held_out_whole_and_never_trained_on(tmp_path: Path) 
         task.prompts("eval", 41, seed=0)
 
 
+def test_rows_that_repeat_a_question_are_counted_and_must_agree(tmp_path: Path) -> None:
+    path = write(tmp_path / "test.jsonl", 6)
+    lines = path.read_text().splitlines()
+    again = [lines[2].replace("eggs", " EGGS"), lines[4], lines[2].replace("#### 4", "#### 4.0")]
+    path.write_text("\n".join([*lines, *again]) + "\n")
+    task = load_task("gsm8k", path=str(path), eval_path=str(path))
+    assert task.size("eval") == 6
+    assert task.remarks() == [f"{path}: 3 of 9 rows repeat a question and are left out"]
+    assert load_task("gsm8k", path=str(write(tmp_path / "train.jsonl", 6))).remarks() == []
+    path.write_text("\n".join([*lines, lines[1], "", lines[2].replace("#### 4", "#### 5")]) + "\n")
+    with pytest.raises(DataError, match=rf"^{path}:9: asks what {path}:3 asks and answers '5', not '4': correct one"):
+        load_task("gsm8k", eval_path=str(path)).size("eval")
+
+
 def test_sizes_are_what_can_be_asked_for(task, tmp_path: Path) -> None:
     assert task.divided
     assert task.size("train") + task.size("eval") == 200

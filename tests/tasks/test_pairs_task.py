@@ -66,6 +66,13 @@ def test_several_references_of_one_source(tmp_path: Path) -> None:
     assert rewards[0].parts == {"edit": 0.0, "edits": 1.0, "reference_length": 1.0}
 
 
+def test_pairs_that_repeat_are_counted_and_further_targets_are_references(tmp_path: Path) -> None:
+    held_out = write(tmp_path / "e.jsonl", [pair(0), pair(1), {"prompt": "source 0", "completion": "other"}, pair(0)])
+    task = load_task("pairs", path=write(tmp_path / "t.jsonl", [pair(2), pair(3)]), eval_path=held_out)
+    assert task.remarks() == [f"{held_out}: 1 of 4 rows repeats a pair and is left out"]
+    assert {p.metadata["references"] for p in task.prompts("eval", 2, seed=0)} == {("target 0", "other"), ("target 1",)}
+
+
 def test_sources_that_differ_in_case_are_two_but_on_one_side(tmp_path: Path) -> None:
     rows = [{"prompt": f"{a}b{i}", "completion": f"{i}b{a}"} for i in range(100) for a in "xX"]
     task = load_task("pairs", path=write(tmp_path / "rows.jsonl", rows), eval_fraction=0.3)

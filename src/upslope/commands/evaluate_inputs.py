@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
@@ -82,6 +83,8 @@ class Inputs:
         for spec in self.options.task:
             task = load_task(spec)
             size = task.size("eval")
+            for line in task.remarks():
+                print(line, file=sys.stderr)
             n = (limit or TASK_PROBLEMS) if size is None else max(1, min(limit or size, size))
             prompts = task.prompts("eval", n, seed=self.options.seed)
             self.available[spec] = len(prompts) if size is None else size

@@ -3,10 +3,17 @@
 Everything given is replaced by a mark of its own and the conversation rendered once more: whose mark shows has its
 place. Where a mark does not show, the proof is the conversation itself: the template writes the same text without that
 part. A conversation of plain turns whose contents stand in the text in their order needs no second rendering.
+
+What a template cuts is found without rendering: a content is whole where its characters, white space aside, stand in
+the text in their order, as they are or escaped (JSON, HTML). White space and what is written between them are the
+template's own.
 """
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,11 +21,13 @@ from typing import Any, Literal
 from upslope.errors import DataError
 from upslope.types import Message
 
-__all__ = ["LostError", "check_nothing_lost"]
+__all__ = ["LostError", "check_nothing_cut", "check_nothing_lost", "check_reply_whole", "name_of"]
 
 Tools = Sequence[Mapping[str, Any]]
 Render = Callable[[Sequence[Message], Tools], str]
 PLAIN = ("system", "user", "assistant")
+_SWITCH = re.compile(r"/\w+")
+"""/think, /no_think and their like: orders to the template, which some take out of what they write."""
 
 
 class LostError(DataError):
@@ -56,6 +65,120 @@ def check_nothing_lost(messages: Sequence[Message], tools: Tools, text: str, ren
             raise LostError(part.message, part.kind)
 
 
+def check_nothing_cut(messages: Sequence[Message], text: str, starts: Mapping[int, int | None]) -> None:
+    """LostError where a content that is not an assistant's does not stand in `text` whole.
+
+    Assistant turns are looked at where they are trained on: templates leave out of earlier ones what the model thought.
+    starts: where each assistant turn begins in the text, by message, where that is known.
+    """
+    for k, message in enumerate(messages):
+        if message.role == "assistant" or message.content.strip() in text:
+            continue
+        low, high = _room(messages, k, text, starts)
+        room = text[low:high]
+        if (piece := _missing(message.content, room)) and _missing(_SWITCH.sub("", message.content), room):
+            raise LostError(
+                f"{name_of(messages, k)}: the chat template leaves out a part of its content ({piece!r}): "
+                "use a template that keeps it, or data without it",
+                "messages",
+            )
+
+
+def check_reply_whole(prompt: str, reply: str, messages: Sequence[Message], k: int) -> None:
+    """DataError where a part of turn k is not in its `reply`, the text that is trained on; `prompt` ends before it.
+
+    A content may begin with what the prompt ends with, as where a generation prompt opens <think>.
+    """
+    name = name_of(messages, k)
+    trained = "the part that the chat template says is trained on"
+    for call in messages[k].tool_calls:
+        called = str(call["function"]["name"])
+        if called.lower() not in reply.lower():
+            raise DataError(
+                f"{name}: its call of {called!r} does not stand in {trained}, so the model would learn to reply "
+                "without it; correct the template, or set train to false"
+            )
+        for argument, value in call["function"]["arguments"].items():
+            if piece := next((piece for leaf in _leaves(value) if (piece := _missing(leaf, reply))), None):
+                raise DataError(
+                    f"{name}: argument {argument!r} of its call of {called!r} does not stand whole in {trained} "
+                    f"({piece!r} is missing): use a template that keeps it, or set train to false"
+                )
+    content = messages[k].content
+    if (piece := _missing(content, reply)) and _missing(_unopened(content, prompt), reply):
+        raise DataError(
+            f"{name}: a part of its content does not stand in {trained} ({piece!r} is missing), so the model would "
+            "learn to reply without it: use a template that keeps it, or data without it, or set train to false"
+        )
+
+
+def name_of(messages: Sequence[Message], k: int) -> str:
+    """How errors call message k."""
+    return f"message {k + 1} of {len(messages)} ({messages[k].role})"
+
+
+def _room(messages: Sequence[Message], k: int, text: str, starts: Mapping[int, int | None]) -> tuple[int, int]:
+    """Between which characters message k must stand: where its neighbours certainly end and begin."""
+    low = max((start for j, start in starts.items() if j < k and start is not None), default=0)
+    high = min((start for j, start in starts.items() if j > k and start is not None), default=len(text))
+    if k and (before := messages[k - 1].content.strip()) and (place := text.find(before, low, high)) >= 0:
+        low = place + len(before)
+    if k + 1 < len(messages) and messages[k + 1].role != "assistant":
+        after = messages[k + 1].content.strip()
+        if after and (place := text.rfind(after, low, high)) >= 0:
+            high = place
+    return low, high
+
+
+def _missing(content: str, text: str) -> str | None:
+    """How the first part of a content that `text` does not have begins; None where the content is whole."""
+    if content.strip() in text:
+        return None
+    letters = _letters(text)
+    if (
+        _within(_letters(content), letters)
+        or _within(_letters(json.dumps(content)[1:-1]), letters)
+        or ("&" in text and _within(_letters(content), _letters(html.unescape(text))))
+    ):
+        return None
+    place = 0
+    for word in re.finditer(r"\S+", content):
+        found = text.find(word[0], place)
+        if found < 0:
+            rest = " ".join(content[word.start() : word.start() + 60].split())
+            return rest if len(rest) <= 40 else f"{rest[:40]}…"
+        place = found + len(word[0])
+    return None
+
+
+def _letters(text: str) -> str:
+    return "".join(text.split()).casefold()
+
+
+def _within(letters: str, text: str) -> bool:
+    """Whether they all stand in the text, in their order."""
+    place = -1
+    return all((place := text.find(letter, place + 1)) >= 0 for letter in letters)
+
+
+def _unopened(content: str, prompt: str) -> str:
+    """The content, letters alone, without the longest beginning that the prompt ends with."""
+    letters, given = _letters(content), _letters(prompt[-400:])
+    longest = min(len(letters), len(given))
+    return letters[next((n for n in range(longest, 0, -1) if given.endswith(letters[:n])), 0) :]
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    """The plain values inside one, as JSON writes them."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    elif value is not None:
+        yield value if isinstance(value, str) else json.dumps(value)
+
+
 def _in_order(contents: Sequence[str], text: str) -> bool:
     place = 0
     for content in contents:
@@ -84,7 +207,7 @@ def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[_Part]:
         def without(k: int = k, message: Message = message, **changes: Any) -> list[Message]:
             return [*messages[:k], replace(message, **changes), *messages[k + 1 :]]
 
-        name = f"message {k + 1} of {len(messages)} ({message.role})"
+        name = name_of(messages, k)
         if message.content.strip():
             what = f"{name}: the chat template has no place for its content"
             beside = " beside tool_calls" if message.tool_calls else ""

@@ -6,7 +6,7 @@ of messages[:k+1] is that with the turn. Where these are not prefixes of the who
 history, and no mask over the whole text would describe what the model saw.
 
 Whatever is rendered is checked for what the template leaves out: a conversation whose calls, tools or contents it has
-no place for is refused by name (data/lost.py).
+no place for, or cuts, is refused by name (data/lost.py).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from upslope.data.lost import check_nothing_lost
+from upslope.data.lost import check_nothing_cut, check_nothing_lost, check_reply_whole, name_of
 from upslope.data.messages import message_of, tools_of
 from upslope.data.pieces import closing_special
 from upslope.errors import DataError
@@ -97,6 +97,7 @@ class ChatTemplate:
             messages, self.tools or [], text, lambda m, tools: self._raw(m, add_generation_prompt, tools)[0]
         )
         starts = {k: self._start(text, messages[:k]) for k, turn in enumerate(messages) if turn.role == "assistant"}
+        check_nothing_cut(messages, text, starts)
         return Rendered(text, starts, marked if self.has_marks else None)
 
     def closed(self, messages: Sequence[Message]) -> tuple[str, str | None]:
@@ -122,7 +123,7 @@ class ChatTemplate:
         messages = _in_form(messages)
         for k, turn in enumerate(messages):
             if turn.train and turn.role != "assistant":
-                raise DataError(f"{_name(messages, k)}: only assistant turns can be trained on; drop its 'train'")
+                raise DataError(f"{name_of(messages, k)}: only assistant turns can be trained on; drop its 'train'")
             if turn.role == "assistant" and turn.train is not False:
                 spans.extend(self._turn_spans(rendered, messages, k))
         if not spans:
@@ -136,7 +137,7 @@ class ChatTemplate:
         start = rendered.starts[k]
         if start is None:
             raise DataError(
-                f"{_name(messages, k)}: the chat template is not prefix-preserving: what the model would be prompted "
+                f"{name_of(messages, k)}: the chat template is not prefix-preserving: what the model would be prompted "
                 "with here is not how the whole conversation begins, so it cannot be trained as one sequence; split it "
                 "into one conversation per reply, or use a template that leaves earlier turns as they were"
             )
@@ -144,22 +145,23 @@ class ChatTemplate:
         closed, closing = self.closed(messages[: k + 1])
         if closing is None:
             raise DataError(
-                f"{_name(messages, k)}: the chat template closes the assistant's turn with no special token "
+                f"{name_of(messages, k)}: the chat template closes the assistant's turn with no special token "
                 f"(it ends in {closed[-12:]!r}), so the model would never learn to stop; let the template write "
                 "eos_token there, or register its end-of-turn text as a special token"
             )
         if rendered.marked is not None:
             spans = self._marked_spans(rendered, start, closing, messages, k)
             if spans:
-                _check_calls_trained("".join(rendered.text[low:high] for low, high in spans), messages, k)
+                reply = "".join(rendered.text[low:high] for low, high in spans)
+                check_reply_whole(rendered.text[: spans[0][0]], reply, messages, k)
             return spans
         if not rendered.text.startswith(closed) or len(closed) <= start:
             raise DataError(
-                f"{_name(messages, k)}: the chat template is not prefix-preserving: it writes this turn differently "
+                f"{name_of(messages, k)}: the chat template is not prefix-preserving: it writes this turn differently "
                 "once more messages follow; set train to false on all but the last assistant turn, or split the "
                 "conversation into one per reply, or use a template with {% generation %} blocks"
             )
-        _check_calls_trained(rendered.text[start : len(closed)], messages, k)
+        check_reply_whole(rendered.text[:start], rendered.text[start : len(closed)], messages, k)
         return [(start, len(closed))]
 
     def _marked_spans(
@@ -171,7 +173,9 @@ class ChatTemplate:
         spans = [span for span in rendered.marked or [] if start <= span[0] < limit and span[0] < span[1]]
         if not spans:
             if messages[k].train:
-                raise DataError(f"{_name(messages, k)}: train is true, but the template has no generation block for it")
+                raise DataError(
+                    f"{name_of(messages, k)}: train is true, but the template has no generation block for it"
+                )
             return []
         low, high = spans[-1]
         inner = rendered.text[low:high].rstrip()
@@ -181,8 +185,9 @@ class ChatTemplate:
             end = high + len(closing)
         else:
             raise DataError(
-                f"{_name(messages, k)}: the template's generation block ends before the end-of-turn token {closing!r}, "
-                "so the model would never learn to stop; move {% endgeneration %} behind it"
+                f"{name_of(messages, k)}: the template's generation block ends before the end-of-turn token "
+                f"{closing!r}, so the model would never learn to stop; "
+                "move {% endgeneration %} behind it"
             )
         return [*spans[:-1], (low, end)]
 
@@ -194,7 +199,7 @@ class ChatTemplate:
         header = text[start : max(start, text.find(content, start))].strip()
         if header:
             raise DataError(
-                f"{_name(messages, k)}: the chat template ignores add_generation_prompt, so the model would have to "
+                f"{name_of(messages, k)}: the chat template ignores add_generation_prompt, so the model would have to "
                 f"write {header!r} itself; add '{{% if add_generation_prompt %}}' with it to the template's end"
             )
 
@@ -234,16 +239,6 @@ def _strftime_now(format: str) -> str:
     return (_CLOCK.get() or datetime.now()).strftime(format)
 
 
-def _check_calls_trained(reply: str, messages: Sequence[Message], k: int) -> None:
-    """DataError where the template writes a turn's calls elsewhere than in the reply that is trained on."""
-    names = [str(call["function"]["name"]) for call in messages[k].tool_calls]
-    if missing := next((name for name in names if name.lower() not in reply.lower()), None):
-        raise DataError(
-            f"{_name(messages, k)}: its call of {missing!r} does not stand in the part that the chat template says is "
-            "trained on, so the model would learn to reply without it; correct the template, or set train to false"
-        )
-
-
 def _in_form(messages: Sequence[Message]) -> list[Message]:
     """The messages with their calls as templates want them, whoever made them."""
     return [
@@ -255,10 +250,6 @@ def _in_form(messages: Sequence[Message]) -> list[Message]:
 def _shown(message: Message) -> dict[str, Any]:
     """A message as a template gets it."""
     return replace(message, train=None).as_mapping()
-
-
-def _name(messages: Sequence[Message], k: int) -> str:
-    return f"message {k + 1} of {len(messages)} ({messages[k].role})"
 
 
 def _one_line(error: Exception) -> str:

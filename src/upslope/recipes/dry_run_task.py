@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -79,6 +80,8 @@ def ask(options: RLOptions, policy: Policy, task: Task) -> Asked:
     prompts = task.prompts("train", options.num_train_prompts, seed=options.seed)
     tokens, crowded = encode_all(policy, prompts, "train", longest)
     held_out = task.prompts("eval", options.eval_samples, seed=0) if options.eval_samples else []
+    for line in task.remarks():
+        print(line, file=sys.stderr)
     _, more = encode_all(policy, held_out, "eval", longest)
     return Asked(prompts, tokens, len(held_out), crowded + more)
 

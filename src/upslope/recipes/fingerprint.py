@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ SPECS = ("task", "reward")
 """Options that name tasks and rewards."""
 ROWS = "the training rows"
 
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 WHOLE, BLOCK, BLOCKS = 256 << 20, 1 << 20, 64
 
 
@@ -83,8 +85,20 @@ def _in_words(names: Sequence[str], checkpoint: Path) -> str:
 
 
 def prompt_row(prompt: Prompt) -> tuple[Any, ...]:
-    """What a row of prompts is to the digest."""
-    return prompt.key, prompt.text, [(m.role, m.content) for m in prompt.messages], prompt.answer
+    """What a row of prompts is to the digest: everything that the model, the task or a reward is given."""
+    metadata = json.dumps(_fixed(prompt.metadata), sort_keys=True)
+    return prompt.key, prompt.text, [m.as_mapping() for m in prompt.messages], prompt.answer, metadata
+
+
+def _fixed(value: Any) -> Any:
+    """The value with what differs from process to process settled: the order of sets, addresses of objects."""
+    if isinstance(value, Mapping):
+        return {str(key): _fixed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_fixed(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted(map(repr, value))
+    return value if isinstance(value, str | int | float | None) else _ADDRESS.sub("", str(value))
 
 
 def file_digest(path: Path) -> str:

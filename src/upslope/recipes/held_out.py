@@ -16,5 +16,7 @@ def tell_part(measured: int, size: int | None, what: str) -> None:
 
 
 def tell_task(task: Task, measured: int) -> None:
-    """`tell_part` of a task's held-out problems."""
+    """`tell_part` of a task's held-out problems, and the task's own remarks."""
+    for line in task.remarks():
+        print(line, file=sys.stderr)
     tell_part(measured, task.size("eval"), f"held-out problems of task '{task.name}'")

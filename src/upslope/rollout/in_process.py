@@ -27,6 +27,7 @@ from typing import Any, Protocol, Self
 from upslope.errors import ConfigError, DataError
 from upslope.rollout.judge import RewardSpecs, Scorer, finish
 from upslope.tasks.loading import MODEL_REWARDS, parse_rewards
+from upslope.tasks.scoring import settled
 from upslope.tasks.specs import check_params, parse_spec
 from upslope.types import Reward, RolloutGroup
 
@@ -152,6 +153,6 @@ def _added(total: Reward, part: WeightedReward, one: Reward, seconds: float) -> 
     correct = one.correct if total.correct is None else total.correct
     seconds += total.seconds
     if error is not None or total.value is None or one.value is None:
-        return Reward(value=None, parts=parts, error=error or "not judged", seconds=seconds)
+        return settled(Reward(value=None, parts=parts, error=error or "not judged", seconds=seconds))
     steps = [*total.steps, *((index, part.weight * step) for index, step in one.steps)]
-    return Reward(total.value + part.weight * one.value, parts, correct, None, seconds, steps)
+    return settled(Reward(total.value + part.weight * one.value, parts, correct, None, seconds, steps))

@@ -8,7 +8,7 @@ from typing import Any
 
 from upslope.runs.encoding import as_number, pack, to_json
 from upslope.runs.schema import array_kind
-from upslope.types import Prompt, Rollout, RolloutGroup
+from upslope.types import Prompt, Rollout, RolloutGroup, storable
 
 _OWN_ARRAYS = {"prompt_tokens", "tokens", "mask", "sampling_logprobs", "policy_logprobs"}
 
@@ -63,14 +63,14 @@ def _values(
         prompt.key if -(2**63) <= prompt.key < 2**63 else str(prompt.key),
         rollout.sample,
         rollout.version,
-        _prompt_text(prompt),
-        to_json([message.as_mapping() for message in prompt.messages]),
-        prompt.answer,
-        rollout.text,
+        storable(_prompt_text(prompt)),
+        storable(to_json([message.as_mapping() for message in prompt.messages])),
+        None if prompt.answer is None else storable(prompt.answer),
+        storable(rollout.text),
         _finite(reward.value),
-        to_json(reward.parts),
+        storable(to_json(reward.parts)),
         None if reward.correct is None else int(reward.correct),
-        reward.error,
+        None if reward.error is None else storable(reward.error),
         to_json(reward.steps),
         reward.seconds,
         rollout.finish_reason,

@@ -52,6 +52,10 @@ class Task:
         """How many distinct prompts the split has; None where that is not counted, as with generated problems."""
         return None
 
+    def remarks(self) -> list[str]:
+        """Lines about the task's files that everybody who measures or trains with it is shown: rows left out, say."""
+        return []
+
     def rewards(self, prompts: list[Prompt], completions: list[str]) -> RewardResult | Awaitable[RewardResult]:
         """One judgement per completion: a number, a dict of named summands, a Reward, or None (no verdict).
 
@@ -86,6 +90,12 @@ def content_key(text: str) -> int:
 def split_of(key: int, eval_fraction: float) -> Split:
     """The split a content key belongs to: the key's bucket decides, so that no content is in both."""
     return "eval" if key % _BUCKETS < round(eval_fraction * _BUCKETS) else "train"
+
+
+def repeats_line(path: str, repeats: int, rows: int, what: str) -> list[str]:
+    """The remark on a file some of whose rows repeat others; none where none does."""
+    verbs = "repeats a {} and is" if repeats == 1 else "repeat a {} and are"
+    return [f"{path}: {repeats:,} of {rows:,} rows {verbs.format(what)} left out"] if repeats else []
 
 
 def check_split(split: str, n: int, eval_fraction: float = 0.5) -> None:

@@ -21,6 +21,7 @@ from upslope.tasks.base import (
     check_split,
     content_key,
     derive_seed,
+    repeats_line,
     split_of,
 )
 from upslope.types import Message, Prompt, Reward
@@ -44,6 +45,9 @@ class GSM8K(Task):
     `eval_path` alone there is nothing to train on.
     strict: only `#### x` or a box counts as an answer; otherwise "the answer is x" and the last number do too.
     instruction, system: the wording around the question.
+
+    A question is the same in other letter case and white space; rows that repeat one are left out and counted, and a
+    DataError where their answers differ.
 
     Plain numbers are compared exactly; everything else (LaTeX, units) by math-verify.
     """
@@ -74,6 +78,15 @@ class GSM8K(Task):
     def size(self, split: Split) -> int:
         """How many different questions the split has."""
         return len({key for key, _ in self._candidates(split) if self._belongs(key, split)})
+
+    def remarks(self) -> list[str]:
+        """How many rows of each file repeat a question."""
+        read = {path: self._read(path) for path in (self.path, self.eval_path) if path}
+        return [
+            line
+            for path, rows in read.items()
+            for line in repeats_line(path, len(rows) - len({key for key, _ in rows}), len(rows), "question")
+        ]
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different questions of the split in an order given by `seed`. DataError: it has fewer."""
@@ -137,11 +150,12 @@ class GSM8K(Task):
     def _read(self, path: str) -> list[tuple[int, dict[str, str]]]:
         if path not in self._rows:
             self._rows[path] = [(content_key(row["question"]), row) for row in read_rows(path)]
+            _check_agreeing(path, self._rows[path])
         return self._rows[path]
 
 
 def read_rows(path: str) -> list[dict[str, str]]:
-    """Rows with `question`, `solution` (no calculator marks) and `gold`. DataError names the file and the line."""
+    """Rows with `question`, `solution` (no calculator marks), `gold`, `line`. DataError names file and line."""
     try:
         lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -164,7 +178,20 @@ def _row(line: str, where: str) -> dict[str, str]:
     if not marked:
         raise DataError(f"{where}: 'answer' has no '#### ' line with the final number")
     solution = _CALCULATOR.sub("", record["answer"])
-    return {"question": record["question"], "solution": solution, "gold": marked[-1].strip().replace(",", "")}
+    gold = marked[-1].strip().replace(",", "")
+    return {"question": record["question"], "solution": solution, "gold": gold, "line": where.rpartition(":")[2]}
+
+
+def _check_agreeing(path: str, rows: list[tuple[int, dict[str, str]]]) -> None:
+    """DataError where two rows ask the same and have different answers: which one counted would be chance."""
+    first: dict[int, dict[str, str]] = {}
+    for key, row in rows:
+        other = first.setdefault(key, row)
+        if other["gold"] != row["gold"] and not same_number(row["gold"], other["gold"]):
+            raise DataError(
+                f"{path}:{row['line']}: asks what {path}:{other['line']} asks and answers {row['gold'][:40]!r}, not "
+                f"{other['gold'][:40]!r}: correct one, or remove it"
+            )
 
 
 def extract_answer(text: str, *, strict: bool) -> str | None:

@@ -14,7 +14,7 @@ from typing import Any
 from upslope.data.kinds import record_of
 from upslope.data.readers import rows_of
 from upslope.errors import ConfigError, DataError
-from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, split_of
+from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, repeats_line, split_of
 from upslope.tasks.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
 from upslope.types import Message, Prompt, Reward
 
@@ -66,6 +66,7 @@ class Pairs(Task):
         self.divided = not eval_path
         self._splits: dict[Split, list[Prompt]] | None = None
         self._dropped: dict[Split, dict[str, int]] = {"train": {}, "eval": {}}
+        self._repeated: dict[str, tuple[int, int]] = {}
 
     def size(self, split: Split) -> int:
         """How many different sources the split has."""
@@ -75,6 +76,15 @@ class Pairs(Task):
         """How many pairs of the split's file are left out, by reason; without eval_path all of path's are train's."""
         self._all(split)
         return self._dropped[split]
+
+    def remarks(self) -> list[str]:
+        """How many rows of each file repeat a pair; further targets of a source are its references."""
+        self._all("train")
+        return [
+            line
+            for path, (repeated, rows) in self._repeated.items()
+            for line in repeats_line(path, repeated, rows, "pair")
+        ]
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` sources in an order given by `seed`; `answer` is the first reference. DataError: there are fewer."""
@@ -138,6 +148,7 @@ class Pairs(Task):
 
     def _read(self, split: Split, path: str) -> list[Prompt]:
         prompts, repeated = read_pairs(path)
+        self._repeated[path] = repeated, repeated + count_pairs(prompts)
         if repeated:
             self._dropped[split]["the same pair again"] = repeated
         return prompts

@@ -20,9 +20,10 @@ from upslope.errors import ConfigError, DataError
 from upslope.tasks.base import Task
 from upslope.tasks.forks import ending_forks
 from upslope.tasks.loading import FILLED, TASK_REWARD, first_line, load_reward, load_task, parse_rewards
-from upslope.types import Prompt, Reward
+from upslope.types import Prompt, Reward, storable
 
 TIMED_OUT = "timed out"
+FLOAT32_MAX = 3.4028234663852886e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,9 +288,18 @@ def _combine(components: Sequence[Component], rewards: Sequence[Reward]) -> Rewa
             total.steps += [(index, component.weight * step) for index, step in reward.steps]
     if total.error is None and not math.isfinite(total.value or 0.0):
         total.error = "the weighted sum of the rewards is not finite"
-    if total.error is not None:
-        return Reward(value=None, parts=total.parts, error=total.error)
-    return total
+    return settled(total)
+
+
+def settled(reward: Reward) -> Reward:
+    """A judgement as a run can learn from it and keep it: no number beyond float32, texts that are UTF-8."""
+    numbers = (reward.value or 0.0, *(step for _, step in reward.steps))
+    beyond = next((number for number in numbers if abs(number) > FLOAT32_MAX), None)
+    error = reward.error if beyond is None else reward.error or f"reward {beyond:g} is beyond what float32 holds"
+    parts = {storable(name): part for name, part in reward.parts.items()}
+    if error is not None:
+        return Reward(value=None, parts=parts, error=storable(error), seconds=reward.seconds)
+    return replace(reward, parts=parts)
 
 
 def _named_parts(component: Component, reward: Reward) -> dict[str, float]:
