@@ -136,7 +136,10 @@ def _of_spec(text: str) -> Iterator[Path]:
     if spec.path is not None:
         yield from _python_files(Path(os.path.expanduser(spec.path)))
     for key, value in spec.params.items():
-        if isinstance(value, str) and (key.endswith(("path", "file", "folder")) or "/" in value or "." in value):
+        if not isinstance(value, str):
+            continue
+        named = key.endswith(("path", "file", "folder", "model")) or value.strip("/.").count("/")
+        if named or os.path.isfile(os.path.expanduser(value)):  # "." and "/" as a text are no folder
             yield from _of_path(value)
 
 
