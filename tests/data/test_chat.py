@@ -302,6 +302,17 @@ def test_prompt_and_completion_of_messages(chatml: Any) -> None:
     assert len(trained_runs(encode_completion(chatml, talk, TALK[4:]), chatml)) == 2
 
 
+def test_a_reply_that_brings_its_own_end_is_refused(chatml: Any) -> None:
+    """Rows exported with the template's tokens would teach two ends, or going on after one."""
+    for content in ("19<|im_end|>", "19<|im_end|>\n20"):
+        with pytest.raises(
+            DataError, match=r"message 2 of 2 \(assistant\): its content holds '<\|im_end\|>', the token"
+        ):
+            encode_conversation(chatml, [Message("user", "7 + 12?"), Message("assistant", content)])
+    asked = [Message("user", "What is <|im_end|>?"), Message("assistant", "A token.")]
+    assert trained_runs(encode_conversation(chatml, asked), chatml) == ["A token.<|im_end|>"]
+
+
 def test_documents(chatml: Any, llama3: Any) -> None:
     plain = encode_document(chatml, "Hello there")
     assert plain.tokens == [*chatml("Hello there")["input_ids"], chatml.eos_token_id]

@@ -149,6 +149,11 @@ class ChatTemplate:
                 f"(it ends in {closed[-12:]!r}), so the model would never learn to stop; let the template write "
                 "eos_token there, or register its end-of-turn text as a special token"
             )
+        if closing in messages[k].content:
+            raise DataError(
+                f"{name_of(messages, k)}: its content holds {closing!r}, the token that ends a turn, so the model would "
+                "learn to go on after an end; take it out, the template writes it"
+            )
         if rendered.marked is not None:
             spans = self._marked_spans(rendered, start, closing, messages, k)
             if spans:
