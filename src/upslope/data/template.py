@@ -151,7 +151,7 @@ class ChatTemplate:
             )
         if closing in messages[k].content:
             raise DataError(
-                f"{name_of(messages, k)}: its content holds {closing!r}, the token that ends a turn, so the model would "
+                f"{name_of(messages, k)}: its content holds {closing!r}, the token that ends a turn: the model would "
                 "learn to go on after an end; take it out, the template writes it"
             )
         if rendered.marked is not None:
