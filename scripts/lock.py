@@ -107,7 +107,7 @@ def install_tools(work: Path) -> Path:
     return tools
 
 
-def compiled(tools: Path, work: Path, wanted: list[str], *options: str) -> str:
+def ask_resolver(tools: Path, work: Path, wanted: list[str], *options: str) -> str:
     """What `uv pip compile` says of these requirements; a refusal stops everything."""
     (work / "in.txt").write_text("\n".join(wanted))
     # Local wheel folders of this machine must not decide what others get.
@@ -125,7 +125,7 @@ def resolve(tools: Path, work: Path, wanted: list[str], constraints: str = "") -
     (work / "constraints.txt").write_text(constraints)
     shutil.copy(work / "kept.txt", work / "out.txt")  # the resolver prefers the pins that its output file has
     options = ["--universal", "--generate-hashes", "--no-annotate", "--python-version", PYTHONS[0]]
-    compiled(tools, work, wanted, *options, "-c", str(work / "constraints.txt"), "-o", str(work / "out.txt"))
+    ask_resolver(tools, work, wanted, *options, "-c", str(work / "constraints.txt"), "-o", str(work / "out.txt"))
     pins: Pins = []
     for line in (work / "out.txt").read_text().splitlines():
         bare = line.strip().removesuffix("\\").strip()
@@ -139,7 +139,7 @@ def resolve(tools: Path, work: Path, wanted: list[str], constraints: str = "") -
 def source_only(tools: Path, work: Path, pins: Pins) -> list[tuple[str, Path]]:
     """The pins that exist as a source archive only, each with its unpacked source tree."""
     options = ["--universal", "--no-deps", "--format", "pylock.toml", "--python-version", PYTHONS[0]]
-    lock = tomllib.loads(compiled(tools, work, [head for head, _ in pins], *options))
+    lock = tomllib.loads(ask_resolver(tools, work, [head for head, _ in pins], *options))
     found = []
     for package in lock["packages"]:
         if package.get("wheels"):
@@ -177,7 +177,7 @@ def check_wheels(tools: Path, work: Path, pins: Pins, sources: set[str]) -> None
     for python in PYTHONS:
         for platform in PLATFORMS:
             options = ["--no-deps", "--only-binary", ":all:", "--python-version", python]
-            compiled(tools, work, wanted, *options, "--python-platform", platform)
+            ask_resolver(tools, work, wanted, *options, "--python-platform", platform)
 
 
 def install_from_nothing(work: Path, requirements: Path) -> None:
