@@ -45,10 +45,12 @@ def against(answer: Answer, call: Callable[[int], Awaitable[Any]]) -> Any:
     """What `call(port)` returns while a server gives this answer to every request."""
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        length = int(head.split(b"content-length:")[1].split()[0])
-        await answer(writer, json.loads(await reader.readexactly(length)))
-        writer.close()
+        try:
+            head = (await reader.readuntil(b"\r\n\r\n")).lower()
+            length = int(head.split(b"content-length:")[1].split()[0])
+            await answer(writer, json.loads(await reader.readexactly(length)))
+        finally:
+            writer.close()  # from Python 3.12 on, the server's end waits for it
 
     async def run() -> Any:
         async with await asyncio.start_server(handle, client.HOST, 0) as server:
