@@ -11,7 +11,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-all check bench lock clean
+.PHONY: help .venv demo test test-all check mutants bench lock clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test      set up and run the default test suite"
 	@echo "make test-all  the same with the slow tests and those that want an accelerator"
 	@echo "make check     ruff, pyright, import-linter, then the default test suite"
+	@echo "make mutants   plant the faults of tests/mutants.toml and see that the tests notice (an hour; before a release)"
 	@echo "make bench     speed: roofline, scaling, exactness, serving, and the comparison with TRL (hours on two cores)"
 	@echo "make .venv     set up only"
 	@echo "make lock      write requirements/ anew (for maintainers; ARGS=--upgrade takes the newest versions)"
@@ -61,6 +62,9 @@ bench: .venv/.ready
 
 lock:
 	$(PYTHON) scripts/lock.py $(ARGS)
+
+mutants: .venv/.ready
+	$(BIN)/python scripts/mutants.py $(ARGS)
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis .import_linter_cache build dist

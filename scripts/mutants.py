@@ -1,0 +1,197 @@
+"""Plant the faults of tests/mutants.toml, one at a time, and see whether the tests named there notice.
+
+    make mutants                                  all of them; an hour or so on two cores
+    .venv/bin/python scripts/mutants.py NAME ...  only these
+
+A fault is one replacement in one file of src/upslope. It is planted in a copy of the repository, never in the
+repository itself, and counts as noticed when a test fails on it: a fault that merely cannot be imported, or whose
+tests are red without it, is an error of the list. The exit code is 0 only when every fault was noticed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIST = ROOT / "tests" / "mutants.toml"
+PYTEST = ("-m", "pytest", "-q", "-x", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-o", "timeout=120")
+LIMIT = 900.0
+"""Seconds after which the tests of one fault are ended; a fault that hangs them was noticed."""
+FAILED, PASSED = 1, 0  # exit codes of pytest; others say that something could not be collected
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A fault: in `file` (under src/upslope), `old` becomes `new`; one of `tests` must fail."""
+
+    name: str
+    fault: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """Where it is planted, from the root."""
+        return Path("src", "upslope", self.file)
+
+    def complaint(self) -> str | None:
+        """What is wrong with the entry itself, or None."""
+        if not self.tests:
+            return "no test is named"
+        missing = [test for test in self.tests if not (ROOT / test.partition("::")[0]).is_file()]
+        if missing:
+            return f"there is no {missing[0]}"
+        if not (ROOT / self.path).is_file():
+            return f"there is no {self.path}"
+        found = (ROOT / self.path).read_text(encoding="utf-8").count(self.old)
+        if found != 1 or self.old == self.new:
+            return f"its old text occurs {found} times in {self.path}; it must occur once, and the new text be another"
+        return None
+
+
+def listed(path: Path = LIST) -> list[Mutant]:
+    """The faults of a list. Raises SystemExit with one line for an entry that cannot be planted."""
+    entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
+    mutants = []
+    for entry in entries:
+        try:
+            mutants.append(Mutant(**{**entry, "tests": tuple(entry["tests"])}))
+        except (KeyError, TypeError) as error:
+            sys.exit(f"{path.name}: {entry.get('name', entry)}: {error}")
+    seen: set[str] = set()
+    for mutant in mutants:
+        wrong = "the name is taken" if mutant.name in seen else mutant.complaint()
+        if wrong:
+            sys.exit(f"{path.name}: {mutant.name}: {wrong}")
+        seen.add(mutant.name)
+    return mutants
+
+
+class Bench:
+    """A copy of the repository in which one fault at a time is planted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder
+        names = subprocess.run(
+            ["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        )
+        for name in filter(None, names.stdout.decode().split("\0")):
+            if (ROOT / name).is_file():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, folder / name)
+        self.clock = itertools.count(1_000_000_000)
+
+    def write(self, path: Path, text: str) -> None:
+        """Write a source file with a time of its own: compiled modules are recognised by seconds and size."""
+        (self.root / path).write_text(text, encoding="utf-8")
+        now = next(self.clock)
+        os.utime(self.root / path, (now, now))
+
+    def run(self, tests: list[str] | tuple[str, ...], *, limit: float | None = LIMIT) -> tuple[int, str]:
+        """pytest's exit code on the copy as it is, and what it said; FAILED where it had to be ended."""
+        environment = {**os.environ, "PYTHONPATH": str(self.root / "src"), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [sys.executable, *PYTEST, *tests],
+            cwd=self.root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            said, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, 9)
+            process.communicate()
+            return FAILED, f"ended after {limit:g} s"
+        return process.returncode, said
+
+    def plant(self, mutant: Mutant) -> tuple[int, str]:
+        """`run` with the fault in its place."""
+        text = (self.root / mutant.path).read_text(encoding="utf-8")
+        self.write(mutant.path, text.replace(mutant.old, mutant.new))
+        try:
+            return self.run(mutant.tests)
+        finally:
+            self.write(mutant.path, text)
+
+
+def main() -> int:
+    """Plant, count, report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only these faults (default: all)")
+    parser.add_argument("--list", type=Path, default=LIST, metavar="FILE", help="another list of faults")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, help="faults at a time (default: one a core)"
+    )
+    parser.add_argument("--json", action="store_true", help='end with {"planted": ..., "noticed": ...}')
+    arguments = parser.parse_args()
+    mutants = listed(arguments.list)
+    unknown = set(arguments.names) - {mutant.name for mutant in mutants}
+    if unknown:
+        parser.error(f"no fault is called {sorted(unknown)[0]}")
+    mutants = [mutant for mutant in mutants if not arguments.names or mutant.name in arguments.names]
+    started, missed = time.monotonic(), []
+    with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
+        benches: queue.Queue[Bench] = queue.Queue()
+        for i in range(max(1, min(arguments.workers, len(mutants)))):
+            benches.put(Bench(Path(folder) / str(i)))
+
+        @contextlib.contextmanager
+        def bench():  # type: ignore[no-untyped-def]
+            one = benches.get()
+            try:
+                yield one
+            finally:
+                benches.put(one)
+
+        tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+        print(f"{len(mutants)} faults; first their {len(tests)} tests without any", flush=True)
+        with bench() as one:
+            code, said = one.run(tests, limit=None)
+        if code != PASSED:
+            print(said)
+            print("the tests are red without a fault: mend them first")
+            return 2
+
+        def planted(mutant: Mutant) -> tuple[Mutant, int, str]:
+            with bench() as one:
+                return mutant, *one.plant(mutant)
+
+        with ThreadPoolExecutor(benches.qsize()) as pool:
+            for number, (mutant, code, said) in enumerate(pool.map(planted, mutants), 1):
+                verdict = {FAILED: "noticed", PASSED: "NOT NOTICED"}.get(code, f"BROKEN (pytest ended with {code})")
+                print(f"{number:4} {verdict}  {mutant.name}: {mutant.fault}", flush=True)
+                if code != FAILED:
+                    missed.append(mutant.name)
+                    if code != PASSED:
+                        print(said)
+    noticed = len(mutants) - len(missed)
+    print(f"{len(mutants)} planted, {noticed} noticed, in {(time.monotonic() - started) / 60:.0f} min")
+    if missed:
+        print(f"not noticed: {', '.join(missed)}")
+    if arguments.json:
+        print(json.dumps({"planted": len(mutants), "noticed": noticed}))
+    return 0 if not missed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
