@@ -1,10 +1,12 @@
-"""A tiny model folder, made once for the recipes' tests."""
+"""Model folders, made once for the recipes' tests, and exact arithmetic."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from exact_kit import float64, table_folder
 from tiny_model import tiny_folder
 
 
@@ -12,3 +14,16 @@ from tiny_model import tiny_folder
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer model with a byte tokenizer."""
     return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """New tensors are float64 for the length of a test."""
+    with float64():
+        yield
+
+
+@pytest.fixture(scope="session")
+def table_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the policy in exact_kit.py, before it is given its table."""
+    return table_folder(tmp_path_factory.mktemp("models") / "table")

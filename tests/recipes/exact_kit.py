@@ -1,0 +1,295 @@
+"""Exact expectations through whole training steps, in float64.
+
+A policy whose probabilities are fractions of four, and the batch that holds every completion as often as its
+probability says: over it a mean is an expectation, and a step's gradient must be that of the exact objective. The
+policy is a real decoder whose blocks add nothing yet: what comes next depends on the token before it, through an
+output matrix that is the logarithm of a table.
+
+Shapes: S different completions, T tokens of the longest, B completions in the batch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny_model import tiny_folder
+from torch import Tensor
+
+from upslope.models.attention import PackedContext
+from upslope.models.protocol import CausalModel
+from upslope.recipes.rollout_queue import Sampled
+from upslope.training.optim import MasterAdamW
+from upslope.types import Prompt, Reward, Rollout, RolloutGroup
+
+EOS, A, B = 1, 66, 67
+PROMPTS = ((40, 41), (42, 43, 44))
+"""Two prompts of different length; each begins its completions with a distribution of its own."""
+LENGTH = 3
+"""The budget in tokens: a completion ends with EOS or is cut there."""
+STATES = (PROMPTS[0][-1], PROMPTS[1][-1], EOS, A, B)
+ACTIONS = (EOS, A, B)
+
+Table = Mapping[int, tuple[int, int, int]]
+"""For each token that can come before: the quarters of probability of EOS, A and B after it."""
+TABLE: Table = {41: (1, 2, 1), 44: (1, 1, 2), A: (2, 1, 1), B: (1, 1, 2), EOS: (2, 1, 1)}
+OTHER: Table = {41: (2, 1, 1), 44: (1, 2, 1), A: (1, 1, 2), B: (2, 1, 1), EOS: (1, 1, 2)}
+"""Other weights: of a reference model, or of the sampler some updates ago."""
+NEVER = -2000.0
+"""A logit so low that its probability is 0, whatever the arithmetic."""
+
+
+@contextmanager
+def float64() -> Iterator[None]:
+    """New tensors are float64, so that a step rounds nothing to float32 on its way."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def table_folder(path: Path) -> Path:
+    """A model folder with room for the table; `tabulate` fills it in."""
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return tiny_folder(path, **shape, num_key_value_heads=1, head_dim=4, tie_word_embeddings=False, rms_norm_eps=0.0)
+
+
+def tabulate(model: CausalModel, table: Table) -> CausalModel:
+    """Give the decoder, in float64, exactly the table's distributions."""
+    model.double()
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in named.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.zero_()
+        embedding, head = named["model.embed_tokens.weight"], named["lm_head.weight"]
+        embedding.fill_(1.0)  # of tokens outside the table: any one state
+        head.fill_(0.0)
+        for place, state in enumerate(STATES):
+            embedding[state] = torch.eye(8)[place]
+            column = torch.full((len(head),), NEVER)
+            column[list(ACTIONS)] = torch.tensor(table[state], dtype=torch.float64).div(4).log()
+            head[:, place] = column / math.sqrt(8)  # the norm makes sqrt(8) of a one
+    return model
+
+
+def completions() -> list[tuple[int, ...]]:
+    """All S of them."""
+    found: list[tuple[int, ...]] = []
+    for tokens in itertools.product(ACTIONS, repeat=LENGTH):
+        end = tokens.index(EOS) + 1 if EOS in tokens else LENGTH
+        if tokens[:end] not in found:
+            found.append(tokens[:end])
+    return found
+
+
+def probability(table: Table, prompt: Sequence[int], tokens: Sequence[int]) -> Fraction:
+    """Of one completion, exactly."""
+    chain = [prompt[-1], *tokens]
+    p = Fraction(1)
+    for before, token in itertools.pairwise(chain):
+        p *= Fraction(table[before][ACTIONS.index(token)], 4)
+    return p
+
+
+def rewards_of(seed: int = 0) -> dict[tuple[int, tuple[int, ...]], float]:
+    """A reward for each (prompt, completion)."""
+    draw = torch.Generator().manual_seed(seed)
+    keys = [(g, tokens) for g in range(len(PROMPTS)) for tokens in completions()]
+    values = torch.randn(len(keys), generator=draw, dtype=torch.float64)
+    return dict(zip(keys, values.tolist(), strict=True))
+
+
+def sampled(
+    rewards: Mapping[tuple[int, tuple[int, ...]], float],
+    *,
+    table: Table = TABLE,
+    stored: Table | None = None,
+    prompts: Sequence[int] = (0, 1),
+) -> list[RolloutGroup]:
+    """The batch whose frequencies are the table's probabilities: 64 completions of each prompt.
+
+    stored: the table whose log-probs the rollouts carry, where it is not that of their frequencies.
+    """
+    groups = []
+    for g in prompts:
+        prompt, rollouts = list(PROMPTS[g]), []
+        for tokens in completions():
+            times = probability(table, prompt, tokens) * 4**LENGTH
+            assert times.denominator == 1
+            logp = [
+                math.log((stored or table)[before][ACTIONS.index(token)] / 4)
+                for before, token in itertools.pairwise([prompt[-1], *tokens])
+            ]
+            for _ in range(int(times)):
+                rollouts.append(
+                    Rollout(
+                        prompt_tokens=prompt,
+                        tokens=list(tokens),
+                        mask=[True] * len(tokens),
+                        policy_logprobs=list(logp),
+                        sampling_logprobs=list(logp),
+                        finish_reason="stop" if tokens[-1] == EOS else "length",
+                        text="",
+                        sample=len(rollouts),
+                        reward=Reward(value=rewards[g, tokens]),
+                    )
+                )
+        groups.append(RolloutGroup(Prompt(key=g, text=str(g)), rollouts))
+    return groups
+
+
+def feed(learner: Any, groups: list[RolloutGroup], **greedy: Any) -> None:
+    """Let every step of the learner train on these rollouts."""
+    learner.rollouts = lambda step: Sampled(groups, {"seconds/rollout": 0.0}, **greedy)
+
+
+@dataclass
+class Taken:
+    """One optimizer step: the weights before it, the gradient it was made of, and its rate."""
+
+    weights: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+    learning_rate: float
+
+
+def watch(optimizer: MasterAdamW) -> list[Taken]:
+    """Every step the optimizer makes from now on."""
+    steps: list[Taken] = []
+    original = optimizer.step
+
+    def step(learning_rate: float, *, max_norm: float) -> float:
+        weights = {name: w.clone() for name, w in optimizer.weights().items()}
+        gradients = {name: g.clone() for name, g in optimizer.gradients().items()}
+        steps.append(Taken(weights, gradients, learning_rate))
+        return original(learning_rate, max_norm=max_norm)
+
+    optimizer.step = step  # type: ignore[method-assign]
+    return steps
+
+
+@dataclass
+class Exact:
+    """The completions of some prompts under a model, one plain forward pass each, with everything to autograd.
+
+    logp_ST, mask_ST: of each completion; weight_S: its probability under the table that sampled, the prompts equally
+    likely; logits_STV: what each of its tokens was chosen from; hidden_STD: where a value is read; finals_SD: after it.
+    """
+
+    keys: list[tuple[int, tuple[int, ...]]]
+    logp_ST: Tensor
+    mask_ST: Tensor
+    weight_S: Tensor
+    logits_STV: Tensor
+    hidden_STD: Tensor
+    finals_SD: Tensor
+    cut_S: Tensor
+    lengths_S: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.lengths_S = self.mask_ST.sum(1)
+
+    def of(self, values: Mapping[tuple[int, tuple[int, ...]], float]) -> Tensor:
+        """A number for each completion as [S]."""
+        return torch.tensor([values[key] for key in self.keys], dtype=torch.float64)
+
+    def expected(self, x_S: Tensor) -> Tensor:
+        """The mean over the batch of something that each completion has."""
+        return (self.weight_S * x_S).sum()
+
+    def token_mean(self, x_ST: Tensor, counted_S: Tensor | None = None) -> Tensor:
+        """The mean over the batch's tokens."""
+        weight_S = self.weight_S if counted_S is None else self.weight_S * counted_S
+        mask_ST = self.mask_ST.double()
+        return (weight_S[:, None] * x_ST * mask_ST).sum() / (weight_S[:, None] * mask_ST).sum()
+
+    def sequence_mean(self, x_ST: Tensor) -> Tensor:
+        """The mean over completions of the mean over their tokens."""
+        return self.expected((x_ST * self.mask_ST).sum(1) / self.lengths_S)
+
+    def to_go(self, r_ST: Tensor, gamma: float = 1.0) -> Tensor:
+        """sum_{k >= t} gamma^(k - t) r_k, by its definition."""
+        T = r_ST.shape[1]
+        k, t = torch.arange(T)[None, :], torch.arange(T)[:, None]
+        powers = torch.where(k >= t, gamma ** (k - t).clamp(min=0).double(), 0.0)
+        return (r_ST * self.mask_ST) @ powers.T
+
+    def last(self, x_S: Tensor) -> Tensor:
+        """A number of each completion put at its last token, [S, T]."""
+        out = torch.zeros(self.mask_ST.shape, dtype=torch.float64)
+        out[torch.arange(len(x_S)), self.lengths_S - 1] = x_S
+        return out
+
+
+def exact(
+    model: CausalModel, *, table: Table = TABLE, prompts: Sequence[int] = (0, 1), temperature: float = 1.0
+) -> Exact:
+    """Everything a step's objective can be written in, differentiable in the model's parameters."""
+    keys, weights, columns = [], [], []
+    for g in prompts:
+        for tokens in completions():
+            keys.append((g, tokens))
+            weights.append(float(probability(table, PROMPTS[g], tokens)) / len(prompts))
+            row = torch.tensor([*PROMPTS[g], *tokens])
+            hidden = model(row, PackedContext([len(row)]))
+            start = len(PROMPTS[g]) - 1
+            states = hidden[start : start + len(tokens)]
+            logits = states @ model.head_weight.T / temperature
+            logp = torch.log_softmax(logits, -1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+            columns.append((logp, logits, states, hidden[-1]))
+
+    def padded(place: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence([c[place] for c in columns], batch_first=True)
+
+    lengths = torch.tensor([len(tokens) for _, tokens in keys])
+    return Exact(
+        keys=keys,
+        logp_ST=padded(0),
+        mask_ST=torch.arange(int(lengths.max())) < lengths[:, None],
+        weight_S=torch.tensor(weights, dtype=torch.float64),
+        logits_STV=padded(1),
+        hidden_STD=padded(2),
+        finals_SD=torch.stack([c[3] for c in columns]),
+        cut_S=torch.tensor([tokens[-1] != EOS for _, tokens in keys]),
+    )
+
+
+@contextmanager
+def at(model: torch.nn.Module, taken: Taken, prefix: str = "") -> Iterator[None]:
+    """The model with the weights it had before a step."""
+    named = {f"{prefix}{name}": p for name, p in model.named_parameters()}
+    with torch.no_grad():
+        now = {name: p.clone() for name, p in named.items()}
+        for name, p in named.items():
+            if name in taken.weights:
+                p.copy_(taken.weights[name])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in named.items():
+                p.copy_(now[name])
+
+
+def assert_gradient(
+    taken: Taken, loss: Tensor, named: Mapping[str, torch.nn.Parameter], *, tolerance: float = 1e-9
+) -> None:
+    """The step's gradient is that of `loss` in every parameter, and not zero altogether."""
+    wanted = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+    largest = max(float(g.abs().max()) for g in wanted if g is not None)
+    assert largest > 1e-6, "this objective has no gradient: the test would say nothing"
+    for name, g in zip(named, wanted, strict=True):
+        found = taken.gradients.get(name)
+        expected = torch.zeros_like(named[name]) if g is None else g
+        found = torch.zeros_like(expected) if found is None else found
+        gap = float((found - expected).abs().max())
+        assert gap <= tolerance * largest, f"{name}: off by {gap:.3g}, the largest gradient is {largest:.3g}"
