@@ -13,17 +13,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from tiny_model import tiny_folder
 from torch import Tensor
 
+from upslope.build import load_policy
 from upslope.models.attention import PackedContext
+from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel
 from upslope.recipes.rollout_queue import Sampled
 from upslope.training.optim import MasterAdamW
@@ -36,6 +38,9 @@ LENGTH = 3
 """The budget in tokens: a completion ends with EOS or is cut there."""
 STATES = (PROMPTS[0][-1], PROMPTS[1][-1], EOS, A, B)
 ACTIONS = (EOS, A, B)
+
+BATCH = len(PROMPTS) * 4**LENGTH
+"""B: as many completions as make every probability a whole number of them."""
 
 Table = Mapping[int, tuple[int, int, int]]
 """For each token that can come before: the quarters of probability of EOS, A and B after it."""
@@ -63,13 +68,13 @@ def table_folder(path: Path) -> Path:
     return tiny_folder(path, **shape, num_key_value_heads=1, head_dim=4, tie_word_embeddings=False, rms_norm_eps=0.0)
 
 
-def tabulate(model: CausalModel, table: Table) -> CausalModel:
-    """Give the decoder, in float64, exactly the table's distributions."""
+def tabulate(model: CausalModel, table: Table, *, temperature: float = 1.0) -> CausalModel:
+    """Give the decoder, in float64, exactly the table's distributions, sampled at this temperature."""
     model.double()
     named = dict(model.named_parameters())
     with torch.no_grad():
         for name, weight in named.items():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
+            if ("o_proj" in name or "down_proj" in name) and "lora" not in name:
                 weight.zero_()
         embedding, head = named["model.embed_tokens.weight"], named["lm_head.weight"]
         embedding.fill_(1.0)  # of tokens outside the table: any one state
@@ -78,7 +83,7 @@ def tabulate(model: CausalModel, table: Table) -> CausalModel:
             embedding[state] = torch.eye(8)[place]
             column = torch.full((len(head),), NEVER)
             column[list(ACTIONS)] = torch.tensor(table[state], dtype=torch.float64).div(4).log()
-            head[:, place] = column / math.sqrt(8)  # the norm makes sqrt(8) of a one
+            head[:, place] = temperature * column / math.sqrt(8)  # the norm makes sqrt(8) of a one
     return model
 
 
@@ -109,48 +114,74 @@ def rewards_of(seed: int = 0) -> dict[tuple[int, tuple[int, ...]], float]:
     return dict(zip(keys, values.tolist(), strict=True))
 
 
+def logps(table: Table, prompt: Sequence[int], tokens: Sequence[int]) -> list[float]:
+    """The log-prob of each token of a completion."""
+    chain = itertools.pairwise([prompt[-1], *tokens])
+    return [math.log(table[before][ACTIONS.index(token)] / 4) for before, token in chain]
+
+
 def sampled(
     rewards: Mapping[tuple[int, tuple[int, ...]], float],
     *,
     table: Table = TABLE,
-    stored: Table | None = None,
-    prompts: Sequence[int] = (0, 1),
+    policy: Table | None = None,
+    steps: Mapping[tuple[int, tuple[int, ...]], list[tuple[int, float]]] | None = None,
 ) -> list[RolloutGroup]:
     """The batch whose frequencies are the table's probabilities: 64 completions of each prompt.
 
-    stored: the table whose log-probs the rollouts carry, where it is not that of their frequencies.
+    policy: the table of the policy itself, where it was sampled through a filter; steps: rewards of single tokens.
     """
     groups = []
-    for g in prompts:
-        prompt, rollouts = list(PROMPTS[g]), []
+    for g, prompt in enumerate(PROMPTS):
+        rollouts: list[Rollout] = []
         for tokens in completions():
             times = probability(table, prompt, tokens) * 4**LENGTH
             assert times.denominator == 1
-            logp = [
-                math.log((stored or table)[before][ACTIONS.index(token)] / 4)
-                for before, token in itertools.pairwise([prompt[-1], *tokens])
-            ]
             for _ in range(int(times)):
                 rollouts.append(
                     Rollout(
-                        prompt_tokens=prompt,
+                        prompt_tokens=list(prompt),
                         tokens=list(tokens),
                         mask=[True] * len(tokens),
-                        policy_logprobs=list(logp),
-                        sampling_logprobs=list(logp),
+                        policy_logprobs=logps(policy or table, prompt, tokens),
+                        sampling_logprobs=logps(table, prompt, tokens),
                         finish_reason="stop" if tokens[-1] == EOS else "length",
                         text="",
                         sample=len(rollouts),
-                        reward=Reward(value=rewards[g, tokens]),
+                        reward=Reward(value=rewards[g, tokens], steps=(steps or {}).get((g, tokens), [])),
                     )
                 )
         groups.append(RolloutGroup(Prompt(key=g, text=str(g)), rollouts))
     return groups
 
 
-def feed(learner: Any, groups: list[RolloutGroup], **greedy: Any) -> None:
+def learner_of(make: Any, folder: Path, *, temperature: float = 1.0, **options: Any) -> Any:
+    """A recipe's learner over the table policy; its reference model and its critic are not the policy's like."""
+    kind = get_type_hints(make)["options"]
+    common: dict[str, Any] = {"num_train_prompts": 4, "num_prompts": len(PROMPTS), "num_generations": 4**LENGTH}
+    common |= {"max_completion_length": LENGTH, "eval_samples": 0, "dtype": "float32", "activations_gb": 0.0}
+    common |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "micro_batch_tokens": 150}
+    chosen = kind(model=str(folder), temperature=temperature, **common | options)
+    chosen.validate()
+    policy = load_policy(chosen)
+    tabulate(policy.model, TABLE, temperature=temperature)
+    learner = make(chosen, policy)
+    if getattr(learner, "reference", None) is not None:
+        tabulate(learner.reference, OTHER, temperature=temperature)
+    critic = getattr(learner, "critic", None)
+    if critic is not None:
+        draw = torch.Generator().manual_seed(1)
+        critic.head.double()
+        critic.head.score.weight.data = torch.randn(1, 8, generator=draw, dtype=torch.float64)
+        critic.head.score.bias.data.fill_(0.25)
+        if critic.model is not None:
+            tabulate(critic.model, OTHER)
+    return learner
+
+
+def feed(learner: Any, groups: list[RolloutGroup], greedy: Sequence[RolloutGroup] = ()) -> None:
     """Let every step of the learner train on these rollouts."""
-    learner.rollouts = lambda step: Sampled(groups, {"seconds/rollout": 0.0}, **greedy)
+    learner.rollouts = lambda step: Sampled(groups, {"seconds/rollout": 0.0}, list(greedy))
 
 
 @dataclass
@@ -160,6 +191,13 @@ class Taken:
     weights: dict[str, Tensor]
     gradients: dict[str, Tensor]
     learning_rate: float
+
+
+def stepped(learner: Any, groups: list[RolloutGroup], *, steps: int = 1, **more: Any) -> tuple[list[Taken], list[Any]]:
+    """The policy's optimizer steps and the metrics of the first steps of a run on these rollouts."""
+    feed(learner, groups, **more)
+    taken = watch(learner.optimizer)
+    return taken, [learner.step(step).metrics for step in range(steps)]
 
 
 def watch(optimizer: MasterAdamW) -> list[Taken]:
@@ -179,7 +217,7 @@ def watch(optimizer: MasterAdamW) -> list[Taken]:
 
 @dataclass
 class Exact:
-    """The completions of some prompts under a model, one plain forward pass each, with everything to autograd.
+    """Each completion once, as a model sees it, whole and unshared, and differentiable.
 
     logp_ST, mask_ST: of each completion; weight_S: its probability under the table that sampled, the prompts equally
     likely; logits_STV: what each of its tokens was chosen from; hidden_STD: where a value is read; finals_SD: after it.
@@ -202,6 +240,11 @@ class Exact:
         """A number for each completion as [S]."""
         return torch.tensor([values[key] for key in self.keys], dtype=torch.float64)
 
+    def logps(self, table: Table) -> Tensor:
+        """What other weights say of each token, [S, T]."""
+        rows = [torch.tensor(logps(table, PROMPTS[g], tokens)) for g, tokens in self.keys]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
     def expected(self, x_S: Tensor) -> Tensor:
         """The mean over the batch of something that each completion has."""
         return (self.weight_S * x_S).sum()
@@ -223,6 +266,35 @@ class Exact:
         powers = torch.where(k >= t, gamma ** (k - t).clamp(min=0).double(), 0.0)
         return (r_ST * self.mask_ST) @ powers.T
 
+    def gae(self, r_ST: Tensor, v_ST: Tensor, *, gamma: float, lam: float, after_S: Tensor | float = 0.0) -> Tensor:
+        """sum_{k >= t} (gamma lam)^(k - t) (r_k + gamma V_{k + 1} - V_k); after_S: V after the last token."""
+        following_ST = torch.cat([v_ST[:, 1:], torch.zeros(len(v_ST), 1)], 1)
+        last_ST = self.last(torch.ones(len(v_ST))) > 0
+        following_ST = torch.where(last_ST, torch.as_tensor(after_S).view(-1, 1), following_ST)
+        return self.to_go(r_ST + gamma * following_ST - v_ST, gamma * lam)
+
+    def whitened(self, x_ST: Tensor) -> Tensor:
+        """Mean 0 and variance 1 (Bessel's) over the tokens of the batch."""
+        n_ST = self.weight_S[:, None] * BATCH * self.mask_ST
+        mean = (n_ST * x_ST).sum() / n_ST.sum()
+        variance = (n_ST * (x_ST - mean) ** 2).sum() / (n_ST.sum() - 1)
+        return (x_ST - mean) / (variance + 1e-8).sqrt()
+
+    def entropies(self) -> Tensor:
+        """Of the distribution each token was chosen from, [S, T]."""
+        logp = torch.log_softmax(self.logits_STV, -1)
+        return -(logp.exp() * logp).sum(-1)
+
+    def divergences(self, other: Exact) -> Tensor:
+        """KL(this || other) of the distributions each token was chosen from, [S, T]."""
+        p, q = torch.log_softmax(self.logits_STV, -1), torch.log_softmax(other.logits_STV, -1).detach()
+        return (p.exp() * (p - q)).sum(-1)
+
+    def values(self, head: ScalarHead) -> tuple[Tensor, Tensor]:
+        """What a head says of the states [S, T], and of those after the last tokens [S]."""
+        w, b = head.score.weight[0], head.score.bias
+        return self.hidden_STD @ w + b, self.finals_SD @ w + b
+
     def last(self, x_S: Tensor) -> Tensor:
         """A number of each completion put at its last token, [S, T]."""
         out = torch.zeros(self.mask_ST.shape, dtype=torch.float64)
@@ -230,22 +302,17 @@ class Exact:
         return out
 
 
-def exact(
-    model: CausalModel, *, table: Table = TABLE, prompts: Sequence[int] = (0, 1), temperature: float = 1.0
-) -> Exact:
+def exact(model: CausalModel, *, table: Table = TABLE, temperature: float = 1.0) -> Exact:
     """Everything a step's objective can be written in, differentiable in the model's parameters."""
-    keys, weights, columns = [], [], []
-    for g in prompts:
-        for tokens in completions():
-            keys.append((g, tokens))
-            weights.append(float(probability(table, PROMPTS[g], tokens)) / len(prompts))
-            row = torch.tensor([*PROMPTS[g], *tokens])
-            hidden = model(row, PackedContext([len(row)]))
-            start = len(PROMPTS[g]) - 1
-            states = hidden[start : start + len(tokens)]
-            logits = states @ model.head_weight.T / temperature
-            logp = torch.log_softmax(logits, -1)[torch.arange(len(tokens)), torch.tensor(tokens)]
-            columns.append((logp, logits, states, hidden[-1]))
+    keys = [(g, tokens) for g in range(len(PROMPTS)) for tokens in completions()]
+    rows = [torch.tensor([*PROMPTS[g], *tokens]) for g, tokens in keys]
+    hidden = model(torch.cat(rows), PackedContext([len(row) for row in rows])).split([len(row) for row in rows])
+    columns = []
+    for (g, tokens), hidden_TD in zip(keys, hidden, strict=True):
+        states = hidden_TD[len(PROMPTS[g]) - 1 :][: len(tokens)]
+        logits = states @ model.head_weight.T / temperature
+        logp = torch.log_softmax(logits, -1)[torch.arange(len(tokens)), torch.tensor(tokens)]
+        columns.append((logp, logits, states, hidden_TD[-1]))
 
     def padded(place: int) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence([c[place] for c in columns], batch_first=True)
@@ -255,7 +322,7 @@ def exact(
         keys=keys,
         logp_ST=padded(0),
         mask_ST=torch.arange(int(lengths.max())) < lengths[:, None],
-        weight_S=torch.tensor(weights, dtype=torch.float64),
+        weight_S=torch.tensor([float(probability(table, PROMPTS[g], tokens)) / len(PROMPTS) for g, tokens in keys]),
         logits_STV=padded(1),
         hidden_STD=padded(2),
         finals_SD=torch.stack([c[3] for c in columns]),
@@ -278,6 +345,29 @@ def at(model: torch.nn.Module, taken: Taken, prefix: str = "") -> Iterator[None]
         with torch.no_grad():
             for name, p in named.items():
                 p.copy_(now[name])
+
+
+@contextmanager
+def before(
+    learner: Any, taken: Taken, *, table: Table = TABLE, temperature: float = 1.0
+) -> Iterator[tuple[Exact, dict[str, torch.nn.Parameter]]]:
+    """What the policy said before an optimizer step; its parameters, and those of a head that shares its trunk."""
+    model, critic = learner.policy.model, getattr(learner, "critic", None)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with ExitStack() as stack:
+        stack.enter_context(at(model, taken))
+        if critic is not None and critic.model is None:
+            stack.enter_context(at(critic.head, taken, "critic."))
+            named |= {f"critic.{name}": p for name, p in critic.head.named_parameters()}
+        yield exact(model, table=table, temperature=temperature), named
+
+
+@contextmanager
+def critic_before(learner: Any, taken: Taken) -> Iterator[tuple[Exact, dict[str, torch.nn.Parameter]]]:
+    """What a critic that stands apart saw before one of its own steps, and its parameters."""
+    critic = learner.critic
+    with at(critic.model, taken, "critic."), at(critic.head, taken, "critic."):
+        yield exact(critic.model), critic.named_parameters()
 
 
 def assert_gradient(

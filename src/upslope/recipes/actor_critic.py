@@ -43,11 +43,8 @@ class ActorCritic(PolicyGradient):
         self.critic_optimizer = _critic_optimizer(self.critic, options, factor) if self.critic and apart else None
         self.reference = load_reference(policy, options) if options.kl_coef else None
         self.kl = AdaptiveKL(options.kl_coef, options.kl_target, options.kl_horizon) if options.kl_target else None
-
-    @property
-    def kl_coef(self) -> float:
-        """The present weight of the KL to the reference."""
-        return self.kl.coef if self.kl else self.options.kl_coef
+        self.kl_coef = options.kl_coef
+        """The weight of the KL to the reference in this step."""
 
     def score(self, experience: Experience) -> tuple[Outputs, dict[str, float]]:
         """Fill in old_logp and values before the update, and the correction where the sampler's weights were others.
@@ -92,11 +89,12 @@ class ActorCritic(PolicyGradient):
         flat["ref_logp"] = self.reference_logp(experience, self.reference)
         divergence_N = k1(flat["old_logp"], flat["ref_logp"])
         kl = float(experience.sequence_sums(divergence_N).mean())
+        if self.kl:
+            self.kl_coef = self.kl.coef
+            self.kl.update(kl, experience.size)
         metrics |= {"objective/kl": kl, "objective/kl_coef": self.kl_coef}
         if kl_in_reward:
             rewards_BT = rewards_BT - self.kl_coef * experience.padded(divergence_N)
-        if self.kl:
-            self.kl.update(kl, experience.size)
         return rewards_BT, metrics
 
     def bootstrap(self, experience: Experience, scored: Outputs) -> Tensor | None:
