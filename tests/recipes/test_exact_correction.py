@@ -82,3 +82,11 @@ def test_every_level_and_its_cap(name: str, sampler: str, level: str, cap: float
         with before(learner, taken[0]) as (x, named):
             exact_objective = (x.logp_ST.sum(1).exp() / 2 * x.of(REWARDS)).sum() / LENGTH
             assert_gradient(taken[0], -exact_objective, named)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recomputed_log_probs_have_the_temperature(name: str, table_model: Path) -> None:
+    make, options = RECIPES[name]
+    learner = learner_of(make, table_model, rollout_lag=1, temperature=2.0, **options)
+    _, (metrics,) = stepped(learner, sampled(REWARDS))
+    assert metrics["rollout/max_logprob_diff"] < 1e-12

@@ -20,7 +20,9 @@ from exact_kit import (
 )
 from torch import Tensor
 
+from upslope.errors import DataError
 from upslope.recipes.grpo import GRPO
+from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 REWARDS = rewards_of()
@@ -231,3 +233,48 @@ def test_minibatches_are_whole_prompts_each_with_its_own_denominator(table_model
                     seen.append(g)
                     assert_gradient(one, loss, named)
     assert sorted(seen[:2]) == sorted(seen[2:]) == [0, 1]
+
+
+def test_a_step_samples_anew(table_model: Path) -> None:
+    """What is sampled depends on (seed, step, round, prompt, sample), and on nothing else."""
+
+    def tokens(step: int, round_: int, **options: Any) -> dict[Any, list[list[int]]]:
+        learner = learner_of(GRPO, table_model, num_train_prompts=2, **options)
+        groups, _ = learner.sample(step, round_=round_)
+        return {g.prompt.key: [r.tokens for r in g.rollouts] for g in groups}
+
+    first = tokens(0, 0)
+    assert tokens(0, 0) == first
+    for other in (tokens(1, 0), tokens(0, 1), tokens(0, 0, seed=1)):
+        assert other.values() != first.values()
+    assert len({str(x) for x in first.values()}) == 2
+    assert all(len({str(one) for one in group}) > 5 for group in first.values())
+
+
+def test_dynamic_sampling_trains_on_groups_that_differ(table_model: Path) -> None:
+    """Rounds of as many prompts as are still missing; the first that differ are kept, in their order."""
+
+    def group(key: int, *values: float | None) -> RolloutGroup:
+        rollouts = [
+            Rollout([5], [1], [True], [0.0], [0.0], "stop", "", i, reward=Reward(v)) for i, v in enumerate(values)
+        ]
+        return RolloutGroup(Prompt(key=key, text=""), rollouts)
+
+    def drawn(rounds: list[list[RolloutGroup]], limit: int) -> tuple[list[int], float, list[tuple[int, int]]]:
+        learner = learner_of(GRPO, table_model, dynamic_sampling=True, dynamic_sampling_rounds=limit)
+        asked: list[tuple[int, int]] = []
+
+        def sample(step: int, *, round_: int = 0, count: int | None = None) -> Any:
+            asked.append((round_, count or learner.options.num_prompts))
+            return rounds[round_], {"reward/errors": 1.0}
+
+        learner.sample = sample
+        sampled = learner.draw(0)
+        assert sampled.metrics["reward/errors"] == len(asked)
+        return [g.prompt.key for g in sampled.groups], sampled.metrics["rollout/prompts_tried"], asked
+
+    same, third = group(0, 0.1, 0.1, 0.1), group(2, 0.3, None, 0.3)
+    rounds = [[same, group(1, 0.0, 1.0)], [third], [group(3, 1.0, 1.0)], [group(4, 1.0, None, 0.0)]]
+    assert drawn(rounds, 4) == ([1, 4], 5.0, [(0, 2), (1, 1), (2, 1), (3, 1)])
+    with pytest.raises(DataError, match="4 prompts in 3 rounds gave 1 groups"):
+        drawn(rounds, 3)

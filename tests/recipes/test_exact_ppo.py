@@ -9,7 +9,11 @@ from typing import Any
 import pytest
 import torch
 from exact_kit import (
+    EOS,
     OTHER,
+    PROMPTS,
+    A,
+    B,
     Exact,
     assert_gradient,
     before,
@@ -23,7 +27,11 @@ from exact_kit import (
 )
 from torch import Tensor
 
+from upslope.models.attention import PackedContext
+from upslope.recipes import policy_gradient
 from upslope.recipes.ppo import PPO
+from upslope.rollout.collect import collect
+from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 REWARDS = rewards_of()
@@ -82,9 +90,9 @@ def test_every_pass_has_the_gradient_of_the_clipped_objective(name: str, table_m
     """Three passes; ratios and value ranges are to what sampled, not to the pass before."""
     o = PASSES[name]
     learner = ppo(table_model, num_epochs=3, learning_rate=0.03, **o)
-    taken, _ = stepped(learner, sampled(REWARDS))
+    taken, (metrics,) = stepped(learner, sampled(REWARDS))
     assert len(taken) == 3
-    first = First(learner, taken[0])
+    first, shares = First(learner, taken[0]), []
     differ = {"plain": 0.0, "dual": 0.0, "value": 0.0}
     for one in taken:
         with before(learner, one) as (x, named):
@@ -93,9 +101,14 @@ def test_every_pass_has_the_gradient_of_the_clipped_objective(name: str, table_m
             loss_ST = surrogate(ratio, first.a, low, o.get("epsilon_high", low), o.get("dual_clip"))
             value = value_loss(x, learner, first, o.get("value_clip"))
             assert_gradient(one, x.token_mean(loss_ST) + (o.get("vf_coef") or 0.0) * value, trunk(named, o))
+            up, down = (first.a > 0) & (ratio > 1 + o.get("epsilon_high", low)), (first.a < 0) & (ratio < 1 - low)
+            shares.append(float(x.token_mean((up | down).double())))
             differ["plain"] = max(differ["plain"], float((loss_ST + ratio * first.a).abs().max().detach()))
-            differ["dual"] = max(differ["dual"], float((loss_ST - surrogate(ratio, first.a, low, low)).abs().max()))
-            differ["value"] = max(differ["value"], float((value - value_loss(x, learner, first)).abs()))
+            differ["dual"] = max(
+                differ["dual"], float((loss_ST - surrogate(ratio, first.a, low, low)).abs().max().detach())
+            )
+            differ["value"] = max(differ["value"], float((value - value_loss(x, learner, first)).abs().detach()))
+    assert metrics["policy/clipfrac"] == pytest.approx(sum(shares) / 3)
     assert "epsilon" not in o or differ["plain"] > 1e-3
     assert not {"dual_clip", "epsilon_high"} & o.keys() or differ["dual"] > 1e-3
     assert "value_clip" not in o or differ["value"] > 1e-4
@@ -303,3 +316,85 @@ def test_vtrace_over_rollouts_of_other_weights(rho: float, c: float, table_model
                 advantages[s, t] = w[t] * (float(r[s, t]) + 0.9 * following - values[t])
         loss_ST = -advantages * x.logp_ST + 0.4 * 0.5 * (v - vs) ** 2
         assert_gradient(taken[0], x.token_mean(loss_ST), named)
+
+
+def test_the_critic_has_its_own_rate(table_model: Path) -> None:
+    """AdamW's first step is as long as its rate: ten times the policy's, or as given."""
+    for critic in ("shared", "separate"):
+        for given, expected in ((None, 0.01), (0.004, 0.004)):
+            learner = ppo(table_model, learning_rate=0.001, critic_learning_rate=given, critic=critic)
+            head, policy = learner.critic.head.score.weight.data, learner.policy.model.lm_head.weight.data
+            before_head, before_policy = head.clone(), policy.clone()
+            stepped(learner, sampled(REWARDS))
+            assert float((head - before_head).abs().max()) == pytest.approx(expected, rel=1e-4)
+            assert float((policy - before_policy).abs().max()) == pytest.approx(0.001, rel=1e-4)
+
+
+def test_the_reference_has_the_temperature(table_model: Path) -> None:
+    learner = ppo(table_model, kl_coef=0.3, temperature=2.0)
+    taken, (metrics,) = stepped(learner, sampled(REWARDS))
+    with before(learner, taken[0], temperature=2.0) as (x, _):
+        kl_ST = x.logp_ST - exact(learner.reference, temperature=2.0).logp_ST
+        assert metrics["objective/kl"] == pytest.approx(float(x.expected((kl_ST * x.mask_ST).sum(1)).detach()))
+
+
+def test_rates_follow_the_schedule_by_steps_and_not_by_passes(table_model: Path) -> None:
+    learner = ppo(table_model, learning_rate=0.04, lr_scheduler_type="linear", max_steps=4, num_epochs=2)
+    taken, _ = stepped(learner, sampled(REWARDS), steps=4)
+    assert [one.learning_rate for one in taken] == pytest.approx([0.04, 0.04, 0.03, 0.03, 0.02, 0.02, 0.01, 0.01])
+
+
+def test_evaluation_is_greedy_and_leaves_the_training_alone(table_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def spy(engine: Any, tokenizer: Any, judge: Any, prompts: Any, params: Any) -> Any:
+        asked.append((prompts, params))
+        return collect(engine, tokenizer, judge, prompts, params)
+
+    monkeypatch.setattr(policy_gradient, "collect", spy)
+    tokens = []
+    for evaluates in (True, False):
+        learner = ppo(table_model, eval_samples=3, temperature=2.0, num_generations=8)
+        if evaluates:
+            assert learner.evaluate(0) is not None
+            ((prompts, params),) = asked
+            assert params.temperature == 0.0
+            assert prompts == learner.task.prompts("eval", 3, seed=0)
+            assert not {p.key for p in prompts} & {p.key for p in learner.train_prompts}
+        groups, _ = learner.sample(0)
+        tokens.append([r.tokens for g in groups for r in g.rollouts])
+    assert tokens[0] == tokens[1]
+
+
+def test_observed_tokens_are_passed_over(table_model: Path) -> None:
+    """What the environment wrote has no loss, no reward and no step in the trace: a compact row says the same."""
+    told = PROMPTS[1][-1]
+    rows = [
+        ([A, told, B, EOS], [True, False, True, True], 1.0),
+        ([B, told, told, A, A, B], [True, False, False, True, True, True], -2.0),
+        ([EOS], [True], 0.5),
+    ]
+    prompt, rollouts = list(PROMPTS[0]), []
+    learner = ppo(table_model, gamma=0.9, lam=0.6, vf_coef=0.4, max_completion_length=8)
+    losses, named = [], dict(learner.policy.model.named_parameters())
+    for tokens, mask, value in rows:
+        ids = torch.tensor([*prompt, *tokens])
+        hidden = learner.policy.model(ids, PackedContext([len(ids)]))
+        before_each = hidden[len(prompt) - 1 : -1]
+        own = torch.tensor(mask)
+        logp = torch.log_softmax(before_each @ learner.policy.model.head_weight.T, -1)
+        logp = logp[torch.arange(len(tokens)), torch.tensor(tokens)]
+        v = (before_each @ learner.critic.head.score.weight[0] + learner.critic.head.score.bias)[own]
+        r, next_v = torch.zeros(len(v)), torch.cat([v[1:], torch.zeros(1)]).detach()
+        r[-1] = value
+        delta = r + 0.9 * next_v - v.detach()
+        a = torch.stack([sum(0.54 ** (k - t) * delta[k] for k in range(t, len(v))) for t in range(len(v))])  # type: ignore[misc]
+        losses.append(-a * logp[own] + 0.4 * 0.5 * (v - (a + v.detach())) ** 2)
+        numbers = logp.tolist()
+        done = "stop" if tokens[-1] == EOS else "length"
+        rollouts.append(Rollout(prompt, tokens, mask, numbers, numbers, done, "", 0, reward=Reward(value)))  # type: ignore[arg-type]
+    loss = torch.cat(losses).mean()
+    wanted = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    taken, _ = stepped(learner, [RolloutGroup(Prompt(key=0, text=""), rollouts)])
+    for (name, p), g in zip(named.items(), wanted, strict=True):
+        torch.testing.assert_close(taken[0].gradients[name], torch.zeros_like(p) if g is None else g)

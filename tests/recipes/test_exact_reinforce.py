@@ -25,7 +25,10 @@ from exact_kit import (
 )
 from torch import Tensor
 
+import upslope.recipes.reinforce
 from upslope.recipes.reinforce import Reinforce
+from upslope.rollout.collect import collect
+from upslope.training.experience import Experience
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -216,3 +219,33 @@ def test_actor_critic(critic: str, truncated: str, table_model: Path) -> None:
             assert_gradient(taken[0], policy, named)
         else:
             assert_gradient(taken[0], policy + 0.3 * value, named)
+
+
+def test_the_greedy_baseline_is_that_of_the_prompt(table_model: Path) -> None:
+    """R(y) - R(greedy reply to the same prompt), both with their penalties."""
+    learner = learner_of(Reinforce, table_model, baseline="greedy", missing_eos_penalty=0.7)
+    greedy = greedy_replies()
+    greedy[1].rollouts[0].finish_reason = "length"
+    experience = Experience.of(sampled(REWARDS))
+    metrics = learner.estimate(experience, greedy)
+    for i, rollout in enumerate(experience.rollouts):
+        value = rollout.reward.value - 0.7 * (rollout.finish_reason == "length")
+        baseline = (0.5, 1.5 - 0.7)[experience.group_B[i]]
+        assert rollout.reward.value is not None
+        assert float(experience.padded(experience.flat["advantages"])[i, 0]) == pytest.approx(value - baseline)
+    assert metrics["baseline"] == pytest.approx((0.5 + 0.8) / 2)
+
+
+def test_the_greedy_reply_is_greedy(table_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def spy(engine: Any, tokenizer: Any, judge: Any, prompts: Any, params: Any) -> Any:
+        asked.append((prompts, params))
+        return collect(engine, tokenizer, judge, prompts, params)
+
+    monkeypatch.setattr(upslope.recipes.reinforce, "collect", spy)
+    learner = learner_of(Reinforce, table_model, baseline="greedy", temperature=2.0, num_generations=2)
+    drawn = learner.draw(0)
+    ((prompts, params),) = asked
+    assert (params.temperature, params.n, params.max_tokens) == (0.0, 1, LENGTH)
+    assert [g.prompt for g in drawn.groups] == prompts == [g.prompt for g in drawn.greedy]
