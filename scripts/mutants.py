@@ -11,27 +11,38 @@ tests are red without it, is an error of the list. The exit code is 0 only when 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
-import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; for the forks, too
+
+import peft  # noqa: F401
+import pytest
+import transformers
+
+# Imported here once, and not by the tests of every fault: pytest's plugins, and what transformers imports when named.
+for plugin in entry_points(group="pytest11"):
+    plugin.load()
+transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "mutants.toml"
-PYTEST = ("-m", "pytest", "-q", "-x", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-o", "timeout=120")
+PYTEST = ("-q", "-x", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-o", "timeout=120")
 LIMIT = 900.0
 """Seconds after which the tests of one fault are ended; a fault that hangs them was noticed."""
-FAILED, PASSED = 1, 0  # exit codes of pytest; others say that something could not be collected
+PASSED, FAILED = 0, 1  # exit codes of pytest; others say that something could not be collected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +106,7 @@ class Bench:
             if (ROOT / name).is_file():
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, folder / name)
+        self.log = folder.with_suffix(".log")
         self.clock = itertools.count(1_000_000_000)
 
     def write(self, path: Path, text: str) -> None:
@@ -103,35 +115,53 @@ class Bench:
         now = next(self.clock)
         os.utime(self.root / path, (now, now))
 
-    def run(self, tests: list[str] | tuple[str, ...], *, limit: float | None = LIMIT) -> tuple[int, str]:
-        """pytest's exit code on the copy as it is, and what it said; FAILED where it had to be ended."""
-        environment = {**os.environ, "PYTHONPATH": str(self.root / "src"), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [sys.executable, *PYTEST, *tests],
-            cwd=self.root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            said, _ = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, 9)
-            process.communicate()
-            return FAILED, f"ended after {limit:g} s"
-        return process.returncode, said
-
-    def plant(self, mutant: Mutant) -> tuple[int, str]:
-        """`run` with the fault in its place."""
-        text = (self.root / mutant.path).read_text(encoding="utf-8")
+    def plant(self, mutant: Mutant) -> None:
+        """Put the fault in its place."""
+        text = (ROOT / mutant.path).read_text(encoding="utf-8")
         self.write(mutant.path, text.replace(mutant.old, mutant.new))
+
+    def restore(self, mutant: Mutant) -> None:
+        """Take the fault out again."""
+        self.write(mutant.path, (ROOT / mutant.path).read_text(encoding="utf-8"))
+
+    def start(self, tests: Iterable[str]) -> int:
+        """Run pytest on the copy as it is, in a fork that need not import the large libraries again; its process id."""
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 3
         try:
-            return self.run(mutant.tests)
+            os.setsid()
+            os.chdir(self.root)
+            log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.environ["PYTHONPATH"] = str(self.root / "src")
+            sys.path[0] = str(self.root)
+            code = int(pytest.main([*PYTEST, *tests]))
         finally:
-            self.write(mutant.path, text)
+            sys.stdout.flush()
+            os._exit(code)
+
+    @property
+    def said(self) -> str:
+        """What pytest wrote."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def ended(started: dict[int, float]) -> tuple[int, int]:
+    """The process id and exit code of the next of these to end; FAILED where it had to be killed."""
+    while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            return pid, os.waitstatus_to_exitcode(status)
+        for pid, since in started.items():
+            if time.monotonic() - since > LIMIT:
+                os.killpg(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return pid, FAILED
+        time.sleep(0.05)
 
 
 def main() -> int:
@@ -140,7 +170,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these faults (default: all)")
     parser.add_argument("--list", type=Path, default=LIST, metavar="FILE", help="another list of faults")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="faults at a time (default: one a core)"
+        "--workers", type=int, default=os.cpu_count(), metavar="N", help="at a time (default: one a core)"
     )
     parser.add_argument("--json", action="store_true", help='end with {"planted": ..., "noticed": ...}')
     arguments = parser.parse_args()
@@ -149,43 +179,35 @@ def main() -> int:
     if unknown:
         parser.error(f"no fault is called {sorted(unknown)[0]}")
     mutants = [mutant for mutant in mutants if not arguments.names or mutant.name in arguments.names]
-    started, missed = time.monotonic(), []
+    began, missed = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
-        benches: queue.Queue[Bench] = queue.Queue()
-        for i in range(max(1, min(arguments.workers, len(mutants)))):
-            benches.put(Bench(Path(folder) / str(i)))
-
-        @contextlib.contextmanager
-        def bench():  # type: ignore[no-untyped-def]
-            one = benches.get()
-            try:
-                yield one
-            finally:
-                benches.put(one)
-
+        benches = [Bench(Path(folder) / str(i)) for i in range(max(1, min(arguments.workers, len(mutants))))]
         tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
         print(f"{len(mutants)} faults; first their {len(tests)} tests without any", flush=True)
-        with bench() as one:
-            code, said = one.run(tests, limit=None)
-        if code != PASSED:
-            print(said)
+        pid = benches[0].start(tests)
+        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != PASSED:
+            print(benches[0].said)
             print("the tests are red without a fault: mend them first")
             return 2
-
-        def planted(mutant: Mutant) -> tuple[Mutant, int, str]:
-            with bench() as one:
-                return mutant, *one.plant(mutant)
-
-        with ThreadPoolExecutor(benches.qsize()) as pool:
-            for number, (mutant, code, said) in enumerate(pool.map(planted, mutants), 1):
-                verdict = {FAILED: "noticed", PASSED: "NOT NOTICED"}.get(code, f"BROKEN (pytest ended with {code})")
-                print(f"{number:4} {verdict}  {mutant.name}: {mutant.fault}", flush=True)
-                if code != FAILED:
-                    missed.append(mutant.name)
-                    if code != PASSED:
-                        print(said)
+        todo, running, started, done = list(reversed(mutants)), {}, {}, 0
+        while todo or running:
+            while todo and benches:
+                mutant, bench = todo.pop(), benches.pop()
+                bench.plant(mutant)
+                pid = bench.start(mutant.tests)
+                running[pid], started[pid] = (mutant, bench), time.monotonic()
+            pid, code = ended(started)
+            mutant, bench = running.pop(pid)
+            seconds, done = time.monotonic() - started.pop(pid), done + 1
+            verdict = {FAILED: "noticed", PASSED: "NOT NOTICED"}.get(code, f"BROKEN (pytest ended with {code})")
+            print(f"{done:4} {verdict}  {mutant.name}: {mutant.fault}  ({seconds:.0f} s)", flush=True)
+            if code != FAILED:
+                missed.append(mutant.name)
+                print(bench.said, flush=True)
+            bench.restore(mutant)
+            benches.append(bench)
     noticed = len(mutants) - len(missed)
-    print(f"{len(mutants)} planted, {noticed} noticed, in {(time.monotonic() - started) / 60:.0f} min")
+    print(f"{len(mutants)} planted, {noticed} noticed, in {(time.monotonic() - began) / 60:.0f} min")
     if missed:
         print(f"not noticed: {', '.join(missed)}")
     if arguments.json:
