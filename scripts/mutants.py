@@ -11,6 +11,7 @@ tests are red without it, is an error of the list. The exit code is 0 only when 
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -26,28 +27,31 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; for the forks, too
-
-import peft  # noqa: F401
-import pytest
-import transformers
-
-# Imported here once, and not by the tests of every fault: pytest's plugins, and what transformers imports when named.
-for plugin in entry_points(group="pytest11"):
-    plugin.load()
-transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast  # noqa: B018
-
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "mutants.toml"
-PYTEST = ("-q", "-x", "--no-header", "--tb=line", "-p", "no:cacheprovider", "-o", "timeout=120")
+QUIET = ("-q", "-x", "--no-header", "--tb=line", "-W", "ignore::pytest.PytestAssertRewriteWarning")
+PYTEST = (*QUIET, "-p", "no:cacheprovider", "-o", "timeout=120")
 LIMIT = 900.0
 """Seconds after which the tests of one fault are ended; a fault that hangs them was noticed."""
 PASSED, FAILED = 0, 1  # exit codes of pytest; others say that something could not be collected
 
 
+def preload() -> None:
+    """Import once, before the forks, what the tests of every fault need: pytest's plugins, torch, transformers."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for plugin in entry_points(group="pytest11"):
+        plugin.load()
+    importlib.import_module("peft")
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer", "PreTrainedTokenizerFast"):
+        getattr(importlib.import_module("transformers"), name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """A fault: in `file` (under src/upslope), `old` becomes `new`; one of `tests` must fail."""
+    """A fault: in `file` (under src/upslope), `old` becomes `new`; one of `tests` must fail.
+
+    options: the options it is about, as PPOOptions.kl_coef.
+    """
 
     name: str
     fault: str
@@ -55,6 +59,7 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
+    options: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -82,7 +87,8 @@ def listed(path: Path = LIST) -> list[Mutant]:
     mutants = []
     for entry in entries:
         try:
-            mutants.append(Mutant(**{**entry, "tests": tuple(entry["tests"])}))
+            lists = {name: tuple(entry[name]) for name in ("tests", "options") if name in entry}
+            mutants.append(Mutant(**entry | lists))
         except (KeyError, TypeError) as error:
             sys.exit(f"{path.name}: {entry.get('name', entry)}: {error}")
     seen: set[str] = set()
@@ -139,7 +145,7 @@ class Bench:
             os.dup2(log, 2)
             os.environ["PYTHONPATH"] = str(self.root / "src")
             sys.path[0] = str(self.root)
-            code = int(pytest.main([*PYTEST, *tests]))
+            code = int(importlib.import_module("pytest").main([*PYTEST, *tests]))
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -179,6 +185,7 @@ def main() -> int:
     if unknown:
         parser.error(f"no fault is called {sorted(unknown)[0]}")
     mutants = [mutant for mutant in mutants if not arguments.names or mutant.name in arguments.names]
+    preload()
     began, missed = time.monotonic(), []
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
         benches = [Bench(Path(folder) / str(i)) for i in range(max(1, min(arguments.workers, len(mutants))))]

@@ -176,6 +176,8 @@ def learner_of(make: Any, folder: Path, *, temperature: float = 1.0, **options: 
         critic.head.score.bias.data.fill_(0.25)
         if critic.model is not None:
             tabulate(critic.model, OTHER)
+            states = critic.model.model.embed_tokens.weight  # it sees the same tokens, and not the policy's states
+            states.data = states.data.roll(1, dims=1)
     return learner
 
 

@@ -141,7 +141,9 @@ def test_the_kl_coefficient_adapts_once_a_step_by_the_kl_of_whole_completions(ta
                 ref_ST = exact(learner.reference).logp_ST.detach()
                 rewards = x.last(x.of(REWARDS)) - coef * (x.logp_ST - ref_ST).detach()
                 assert_gradient(one, -x.token_mean(x.to_go(rewards) * x.logp_ST), named)
-    near = learner_of(Reinforce, table_model, kl_target=0.9 * metrics[0]["objective/kl"], **common)
+    with before(learner, taken[0]) as (x, _):
+        kl = float(x.expected(((x.logp_ST - exact(learner.reference).logp_ST) * x.mask_ST).sum(1)).detach())
+    near = learner_of(Reinforce, table_model, kl_target=0.9 * kl, **common)
     _, metrics = stepped(near, sampled(REWARDS), steps=2)
     assert metrics[1]["objective/kl_coef"] == pytest.approx(0.3 * (1 + (1 / 0.9 - 1) * 128 / 640))
 
