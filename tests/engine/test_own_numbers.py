@@ -42,6 +42,14 @@ def test_seed_key_sample_and_position_of_its_own_draw_every_token() -> None:
     assert [c.tokens for c in groups[0]] != [c.tokens for c in groups[1]]
 
 
+def test_without_keys_a_prompts_place_seeds_it() -> None:
+    model, same = tiny(), [prompt(6)] * 3
+    params = SamplingParams(max_tokens=8)
+    found = Engine(model, num_blocks=9).generate(same, params)
+    assert found == Engine(model, num_blocks=9).generate(same, params, keys=[0, 1, 2])
+    assert len({tuple(c.tokens) for (c,) in found}) == 3
+
+
 def test_samples_stand_in_their_order_whichever_ends_first() -> None:
     model, ends = tiny(), range(0, 97, 6)
     params = SamplingParams(max_tokens=30, n=6, seed=2)

@@ -36,11 +36,12 @@ FAMILIES = {
     "llama": LlamaConfig(**SHAPE),
     "llama-bias": LlamaConfig(**SHAPE, attention_bias=True),
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-eps": LlamaConfig(**SHAPE, rms_norm_eps=0.2),
     "llama3-rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     "linear-rope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
     "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16, rms_norm_eps=0.2),
 }
 
 

@@ -101,6 +101,15 @@ def test_a_target_is_reached_from_its_own_side(higher: bool, tmp_path: Path) -> 
     assert named(tmp_path / "run") == {"last": "step-00000003", "best": "step-00000003"}
 
 
+def test_the_evaluation_at_the_end_can_be_the_best(tmp_path: Path) -> None:
+    """Whether others came before it or, with eval_every 0, none did."""
+    for every, best in ((2, "step-00000003"), (0, "step-00000003")):
+        folder = tmp_path / f"every-{every}"
+        summary = go(folder, Walk([0.9, 0.1, 0.5]), max_steps=3, eval_every=every, save_every=50)
+        assert summary["evaluation"] == {"measure": 0.5}
+        assert named(folder) == {"last": "step-00000003", "best": best}
+
+
 def test_evaluations_cost_no_seconds_and_tokens_are_those_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
