@@ -88,3 +88,17 @@ def test_the_reference_has_the_policys_own_tokens_and_does_not_move(folder: Path
     assert torch.equal(logp(reference), before)
     assert not torch.equal(logp(policy.model), before)
     assert not any(p.requires_grad for p in reference.parameters())
+
+
+def test_the_seed_draws_the_adapters(folder: Path) -> None:
+    """They start as nothing (B is 0), and A is another for another seed."""
+
+    def first(seed: int) -> dict[str, Tensor]:
+        named = load_policy(options(folder, lora_rank=2, seed=seed)).model.named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad}
+
+    one, same, other = first(3), first(3), first(4)
+    assert all(torch.equal(x, same[name]) for name, x in one.items())
+    for name, x in one.items():
+        assert bool(x.any()) == ("lora_A" in name)
+        assert torch.equal(x, other[name]) == ("lora_B" in name)
