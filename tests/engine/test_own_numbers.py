@@ -12,7 +12,7 @@ from upslope.models.attention import PackedContext
 from upslope.models.decoder import Decoder
 from upslope.types import Completion, SamplingParams
 
-from .tiny import prompt, tiny, trainer_logprobs
+from .tiny import byte_tokenizer, ids, prompt, tiny, trainer_logprobs
 
 
 def drawn_by_hand(model: Decoder, before: list[int], u: float, temperature: float) -> int:
@@ -112,3 +112,52 @@ def test_beams_say_that_their_weights_changed(models: tuple[Decoder, dict[str, t
     assert len(c.tokens) == 8
     assert c.mixed_versions
     assert c.version == 0
+
+
+def logits_after(model: Decoder, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return model.logits(model(torch.tensor(tokens), PackedContext([len(tokens)]))[-1:])[0].double()
+
+
+def test_the_repetition_penalty_knows_prompt_and_completion() -> None:
+    """Greedy, by the definition: a positive logit of a token that occurred is divided, a negative one multiplied."""
+    model, asked = tiny(), prompt(40)
+
+    def by_hand(seen: list[int]) -> int:
+        logits = logits_after(model, [*asked, *made])
+        old = logits[seen]
+        logits[seen] = torch.where(old > 0, old / 3.0, old * 3.0)
+        return int(logits.argmax())
+
+    params = SamplingParams(max_tokens=10, temperature=0.0, repetition_penalty=3.0)
+    ((c,),) = Engine(model, num_blocks=4).generate([asked], params)
+    made: list[int] = []
+    forgetful = 0
+    for token in c.tokens:
+        assert token == by_hand([*asked, *made])
+        forgetful += token != by_hand(made) if made else 0
+        made.append(token)
+    assert forgetful, "the prompt must matter"
+
+
+def test_beams_are_ranked_by_what_they_are_drawn_from() -> None:
+    """A bias turns the two likeliest tokens round; the policy's own log-probs stay beside them."""
+    model, asked = tiny(), prompt(5)
+    logits = logits_after(model, asked)
+    first, second = logits.topk(2).indices.tolist()
+    bias = {second: float(logits[first] - logits[second]) + 1.0}
+    params = SamplingParams(max_tokens=1, beam_width=2, n=2, logit_bias=bias)
+    (group,) = Engine(model, num_blocks=4).generate([asked], params)
+    assert [c.tokens for c in group] == [[second], [first]]
+    logp = logits.log_softmax(-1)
+    assert [c.policy_logprobs[0] for c in group] == pytest.approx([float(logp[second]), float(logp[first])], abs=1e-5)
+    assert group[0].sampling_logprobs[0] > group[1].sampling_logprobs[0]
+
+
+def test_a_requests_own_stop_token_ends_the_text_before_it() -> None:
+    tokens = ids("hello!")
+    params = SamplingParams(max_tokens=9, stop_token_ids=(tokens[-1],))
+    engine = Engine(tiny(vocab=257), byte_tokenizer(), num_blocks=4)
+    engine.add(ids("hi"), params, token_mask=lambda _, generated: [tokens[len(generated)]])
+    c = finished(engine)
+    assert (c.tokens, c.text, c.finish_reason) == (tokens, "hello", "stop")
