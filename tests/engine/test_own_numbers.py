@@ -161,3 +161,15 @@ def test_a_requests_own_stop_token_ends_the_text_before_it() -> None:
     engine.add(ids("hi"), params, token_mask=lambda _, generated: [tokens[len(generated)]])
     c = finished(engine)
     assert (c.tokens, c.text, c.finish_reason) == (tokens, "hello", "stop")
+
+
+def test_scores_are_of_the_policy_at_its_temperature_whatever_the_filter() -> None:
+    """The prompt's log-probs and the completion's sum: a filter changes what is drawn, not what the policy says."""
+    model, asked = tiny(), prompt(12)
+    params = SamplingParams(max_tokens=6, temperature=0.6, top_k=3, prompt_logprobs=0)
+    ((c,),) = Engine(model, num_blocks=4).generate([asked], params)
+    (scores,) = trainer_logprobs(model, [(asked[:1], asked[1:] + c.tokens)], temperature=0.6)
+    assert c.prompt_logprobs is not None
+    assert c.prompt_logprobs[1:] + c.policy_logprobs == scores
+    assert c.cumulative_logprob == pytest.approx(sum(scores[len(asked) - 1 :]), abs=1e-5)
+    assert sum(c.sampling_logprobs) > c.cumulative_logprob + 0.01
