@@ -96,6 +96,8 @@ def test_same_block_after_another_beginning_is_another_block() -> None:
     pool = BlockPool(8, SIZE)
     feed(pool, sequence([1, 1, 1, 1, 5, 6, 7, 8]))
     assert pool.match(sequence([2, 2, 2, 2, 5, 6, 7, 8, 9])) == 0
+    feed(pool, sequence([2, 2, 2, 2]))
+    assert pool.match(sequence([2, 2, 2, 2, 5, 6, 7, 8, 9])) == 4
 
 
 def test_least_recently_used_prefix_is_given_away_first() -> None:

@@ -193,6 +193,31 @@ def test_a_row_does_not_know_what_stands_beside_it(dtype: torch.dtype) -> None:
         assert together.top_logprobs[i] == alone.top_logprobs[0]
 
 
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"temperature": 0.5, "top_p": 0.65}, 1),  # at temperature 1 it would be two
+        ({"temperature": 0.5, "top_p": 0.7}, 2),  # the token that reaches p belongs to it
+        ({"temperature": 0.5, "min_p": 0.1}, 2),  # at temperature 1 it would be all four
+        ({"temperature": 1.0, "top_k": 2, "top_p": 0.6}, 1),  # of what top-k left: 0.625
+        ({"temperature": 1.0, "top_k": 3, "min_p": 0.5}, 2),
+    ],
+)
+def test_filters_and_both_log_probs_by_hand(params: dict[str, float], kept: int) -> None:
+    """Of 0.5, 0.3, 0.15, 0.05 (squared at temperature 0.5): the `kept` largest, their shares, and the policy's own."""
+    shares = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64) ** (1 / params["temperature"])
+    asked, numbers = SamplingParams(**params), [0.0, 0.3, 0.7, 0.999999]  # type: ignore[arg-type]
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]] * len(numbers)).log()
+    drawn = sample(logits, [Row(asked, u) for u in numbers])
+    left = shares[:kept] / shares[:kept].sum()
+    for u, token, sampling, policy in zip(
+        numbers, drawn.tokens, drawn.sampling_logprobs, drawn.policy_logprobs, strict=True
+    ):
+        assert token == int((left.cumsum(0) <= u).sum())
+        assert sampling == pytest.approx(math.log(left[token]), abs=1e-5)
+        assert policy == pytest.approx(math.log(shares[token] / shares.sum()), abs=1e-5)
+
+
 def test_greedy_takes_the_largest_with_certainty() -> None:
     logits = torch.randn(3, VOCAB)
     rows = [Row(SamplingParams(temperature=0.0), 0.9) for _ in range(3)]

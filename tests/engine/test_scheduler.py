@@ -166,6 +166,24 @@ def test_older_requests_are_admitted_first() -> None:
     assert order == [0, 1, 2, 3, 4]
 
 
+def test_the_newest_goes_back_when_blocks_run_out() -> None:
+    """Three full blocks, one more is free, and each of the three needs one: the oldest get what there is."""
+    load = Workload(num_blocks=4, max_batch=3, prefill_tokens=100, prefix_cache=False)
+    for family in range(3):
+        load.add([family] * SIZE, n=1, limit=4)
+    load.step()
+    assert [s.request.id for s in load.scheduler.running] == [0, 1, 2]
+    load.step()
+    assert [s.request.id for s in load.scheduler.running] == [0, 1]
+    assert [s.request.id for s in load.scheduler.waiting] == [2]
+    finished = []
+    while load.scheduler.everyone:
+        before = {s.request.id for s in load.scheduler.everyone}
+        load.step()
+        finished += sorted(before - {s.request.id for s in load.scheduler.everyone})
+    assert finished == [0, 1, 2]
+
+
 def test_prompt_of_a_group_is_fed_once() -> None:
     load = Workload(num_blocks=40, max_batch=8, prefill_tokens=100, prefix_cache=False)
     load.add([1] * 10, n=6, limit=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -36,11 +37,12 @@ FAMILIES = {
     "llama": LlamaConfig(**SHAPE),
     "llama-bias": LlamaConfig(**SHAPE, attention_bias=True),
     "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "llama-eps": LlamaConfig(**SHAPE, rms_norm_eps=0.2),
     "llama3-rope": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
     "linear-rope": LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
     "mistral": MistralConfig(**SHAPE, sliding_window=None),
     "qwen2": Qwen2Config(**SHAPE),
-    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16, rms_norm_eps=0.2),
 }
 
 
@@ -102,6 +104,18 @@ def test_rope_frequencies_by_hand() -> None:
     torch.testing.assert_close(plain, torch.tensor([1.0, 0.1], dtype=torch.float64))
     halved = rope_frequencies({"rope_type": "linear", "rope_theta": 100.0, "factor": 2.0}, 4)
     torch.testing.assert_close(halved, torch.tensor([0.5, 0.05], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_cast_leaves_the_rotary_angles_as_exact_as_they_were(dtype: torch.dtype) -> None:
+    """cos and sin of position / theta^(2i / d), also far from the start, where a rounded frequency is another angle."""
+    config = DecoderConfig.from_hf(LlamaConfig(**SHAPE).to_dict())
+    cos, sin = Decoder(config).to(dtype).angles(torch.tensor([0, 1, 250, 100_000]))
+    for row, position in enumerate((0, 1, 250, 100_000)):
+        for i in range(config.head_dim // 2):
+            angle = position / 10000.0 ** (2 * i / config.head_dim)
+            assert float(cos[row, i]) == pytest.approx(math.cos(angle), abs=1e-6)
+            assert float(sin[row, i]) == pytest.approx(math.sin(angle), abs=1e-6)
 
 
 @pytest.mark.parametrize("rows", range(1, 40))

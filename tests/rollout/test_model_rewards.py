@@ -96,6 +96,17 @@ def test_likelihood_is_the_mean_over_the_sampled_tokens(tiny: Path) -> None:
     assert model.rewards(groups)[2].value == model.rewards(groups[1:])[0].value  # whatever stands beside it
 
 
+def test_what_a_tool_said_is_read_and_not_judged(tiny: Path) -> None:
+    judged = group(PLAIN, "three")
+    (r,) = judged.rollouts
+    r.mask[2] = False
+    own = len(r.tokens)
+    whole = logp(tiny, [*r.prompt_tokens, *r.tokens], own)
+    observed = logp(tiny, [*r.prompt_tokens, *r.tokens[:3]], 1)
+    (made,) = reward(f"likelihood:path={tiny},dtype=float32").rewards([judged])
+    assert made.value == pytest.approx((whole - observed) / (own - 1), abs=1e-5)
+
+
 def test_scales_and_units(tiny: Path) -> None:
     groups = [group(PLAIN, "three")]
     (nats,) = reward(f"likelihood:path={tiny},dtype=float32").rewards(groups)

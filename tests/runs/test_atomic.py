@@ -83,6 +83,24 @@ def test_the_file_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch:
     assert events == ["file", "rename", "folder"]
 
 
+def test_a_pointer_is_durable_before_anything_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    real_fsync, real_replace = os.fsync, os.replace
+
+    def fsync(descriptor: int) -> None:
+        events.append("durable" if os.path.samestat(os.fstat(descriptor), tmp_path.stat()) else "other")
+        real_fsync(descriptor)
+
+    def replace(source: Path, target: Path) -> None:
+        events.append("switched")
+        real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    point_to(tmp_path / "last", "step-1")
+    assert events == ["switched", "durable"]
+
+
 def fill_and_fail(target: Path) -> None:
     with publish_folder(target) as inside:
         (inside / "a").write_text("a")

@@ -202,6 +202,8 @@ def test_one_writer_per_run_in_one_process(tmp_path: Path) -> None:
             Run.open(tmp_path)
         with pytest.raises(RunError, match="this process already"):
             Run.open(tmp_path)
+    with Run.open(tmp_path), pytest.raises(RunError, match="this process already"):
+        Run.open(tmp_path)
     Run.open(tmp_path).close()
 
 

@@ -7,6 +7,7 @@ import torch
 
 from upslope.errors import DataError
 from upslope.training.experience import Experience, group_rewards, shaped_rewards
+from upslope.training.step import Outputs
 from upslope.types import FinishReason, Prompt, Reward, Rollout, RolloutGroup
 
 
@@ -68,4 +69,74 @@ def test_weights_of_a_minibatch_sum_to_one_and_spare_the_others() -> None:
         per_sequence = x.sequence_sums(x.flat["weight"])
         assert float(per_sequence.sum()) == pytest.approx(1.0)
         assert per_sequence[[0, 3]].tolist() == [0.0, 0.0]
-    assert sorted(i for part in x.minibatches(2, seed=0, epoch=3) for i in part) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("prompts", [1, 5, 8])
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 7])
+def test_minibatches_hold_every_prompt_whole_and_once_per_epoch(prompts: int, parts: int) -> None:
+    made = [
+        RolloutGroup(Prompt(g, text="a"), [rollout(2, 1.0, sample=i) for i in range(1 + g % 3)]) for g in range(prompts)
+    ]
+    x = Experience.of(made)
+    seen = []
+    for epoch in range(4):
+        sets = x.minibatches(parts, seed=1, epoch=epoch)
+        assert len(sets) == min(parts, prompts)
+        assert sorted(i for part in sets for i in part) == list(range(x.size))
+        owners = [{x.group_B[i] for i in part} for part in sets]
+        assert sum(map(len, owners)) == prompts, "a prompt's completions were torn apart"
+        assert max(map(len, owners)) - min(map(len, owners)) <= 1
+        assert sets == x.minibatches(parts, seed=1, epoch=epoch)
+        seen.append([sorted(part) for part in sets])
+    if parts > 1 and prompts > 2:
+        assert any(sets != seen[0] for sets in seen[1:]), "every epoch has the same minibatches"
+        assert any(x.minibatches(parts, seed=s, epoch=0) != x.minibatches(parts, seed=1, epoch=0) for s in (2, 3, 4))
+
+
+def with_a_tool() -> list[RolloutGroup]:
+    """A rollout in which a tool put two of five tokens, and a plain one; sampled by a filtered distribution."""
+    nan = float("nan")
+    mask = [True, False, False, True, True]
+    own, drawn = [-1.0, nan, nan, -2.0, -3.0], [-0.5, nan, nan, -1.5, -2.5]
+    odd = Rollout([1, 2], [11, 12, 13, 14, 15], mask, drawn, own, "stop", "", 0, reward=Reward(1.0))
+    plain = Rollout([1, 2], [21, 22], [True, True], [-0.25, -0.75], [-4.0, -5.0], "stop", "", 1, reward=Reward(0.0))
+    return [RolloutGroup(Prompt(0, text="a"), [odd]), RolloutGroup(Prompt(1, text="b"), [plain])]
+
+
+def test_observed_tokens_are_read_and_never_trained_on() -> None:
+    x = Experience.of(with_a_tool())
+    assert x.num_trained == 5
+    assert x.flat["rollout_logp"].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
+    assert x.flat["sampling_logp"].tolist() == [-0.5, -1.5, -2.5, -0.25, -0.75]
+    assert x.padded(x.flat["rollout_logp"]).tolist() == [[-1.0, -2.0, -3.0], [-4.0, -5.0, 0.0]]
+    assert torch.equal(x.unpadded(x.padded(x.flat["rollout_logp"])), x.flat["rollout_logp"])
+    x.flat["place"] = torch.arange(5)
+    for budget in (1, 100):
+        batches, _ = x.batches(range(2), budget)
+        found = {int(i): int(t) for b in batches for i, t in zip(b.fields["place"], b.targets_N, strict=True)}
+        assert found == {0: 11, 1: 14, 2: 15, 3: 21, 4: 22}
+        for batch in batches:  # each target follows, in the packed row before it, what really stood before it
+            before = dict(zip(batch.targets_N.tolist(), batch.tokens_T[batch.rows_N].tolist(), strict=True))
+            assert before.items() <= {11: 2, 14: 13, 15: 14, 21: 2, 22: 21}.items()
+
+
+def test_what_a_network_says_comes_back_in_the_experiences_order() -> None:
+    """Whatever the micro-batches' order: here outputs that are the tokens' and the sequences' own numbers."""
+    x = Experience.of(groups()[::-1])  # the longer group last, and packed first
+    x.flat["place"] = torch.arange(x.num_trained)
+    for members in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        batches, order = x.batches(members, 8)
+        said = Outputs(
+            logp_N=torch.cat([b.fields["place"] for b in batches]),
+            values_N=torch.cat([10 * b.fields["place"] for b in batches]),
+            final_B=torch.tensor(order),
+        )
+        assert said.logp_N is not None
+        assert said.logp_N.tolist() != list(range(x.num_trained))
+        back = x.in_order(said, order)
+        assert back.logp_N is not None
+        assert back.values_N is not None
+        assert back.final_B is not None
+        assert back.logp_N.tolist() == list(range(x.num_trained))
+        assert back.values_N.tolist() == [10 * i for i in range(x.num_trained)]
+        assert back.final_B.tolist() == [0, 1, 2, 3]

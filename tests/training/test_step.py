@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from upslope.data.batching import collate, split_by_tokens
 from upslope.errors import RunError
+from upslope.models.attention import PackedContext
 from upslope.models.decoder import Decoder
 from upslope.models.heads import ScalarHead
 from upslope.training.optim import Group, MasterAdamW, decay_groups
@@ -73,8 +75,6 @@ def test_gradient_equals_autograd_of_the_definition() -> None:
     model, head = Decoder(tiny_config()).double(), ScalarHead(32)
     nn.init.normal_(head.score.weight)
     head.double()
-    from upslope.models.attention import PackedContext
-
     total = torch.zeros((), dtype=torch.float64)
     count = sum(sum(e.mask) for e in examples)
     for e in examples:
@@ -116,6 +116,76 @@ def test_values_are_of_the_state_before_the_action() -> None:
     assert second.final_B is not None
     assert torch.equal(first.values_N, second.values_N)
     assert not torch.equal(first.final_B, second.final_B)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_log_probs_are_of_the_sampling_temperature(entropy: bool) -> None:
+    """Scored, and in the update with or without the entropy: log softmax(z / T) of the token, from full logits."""
+    torch.manual_seed(0)
+    model = Decoder(tiny_config(initializer_range=0.3)).double()
+    example = examples_of([12])[0]
+    tokens, mask = torch.tensor(example.tokens), torch.tensor(example.mask)
+    with torch.no_grad():
+        hidden = model(tokens, PackedContext([len(tokens)]))
+        logp = (hidden @ model.head_weight.T / 0.6).log_softmax(-1)[:-1][mask[1:]]
+    expected = logp.gather(1, tokens[mask][:, None])[:, 0]
+    seen: dict[str, Tensor] = {}
+
+    def loss(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        assert out.logp_N is not None
+        seen["logp"] = out.logp_N.detach()
+        if out.entropy_N is not None:
+            seen["entropy"] = out.entropy_N.detach()
+        return -out.logp_N, {}
+
+    accumulate(model, [collate([example])], loss, temperature=0.6, entropy=entropy)
+    torch.testing.assert_close(seen["logp"], expected)
+    if entropy:
+        torch.testing.assert_close(seen["entropy"], -(logp.exp() * logp).sum(-1))
+    scored = score(model, [collate([example])], temperature=0.6).logp_N
+    torch.testing.assert_close(scored, expected)
+
+
+def test_the_value_loss_moves_the_trunk_only_where_it_may() -> None:
+    """detach_trunk keeps it to the head; the value after the last token is a constant unless train_final."""
+    torch.manual_seed(0)
+    model, head = Decoder(tiny_config()), ScalarHead(32)
+    nn.init.normal_(head.score.weight)
+    batch = collate(examples_of([8, 9], torch.float32))
+
+    def moved(what: str, **options: bool) -> tuple[bool, bool]:
+        model.zero_grad()
+        head.zero_grad()
+        getattr(forward(model, batch, head=head, **options), what).sum().backward()
+        return tuple(p.grad is not None and bool(p.grad.any()) for p in (model.model.norm.weight, head.score.weight))  # type: ignore[return-value]
+
+    assert moved("values_N") == (True, True)
+    assert moved("values_N", detach_trunk=True) == (False, True)
+    assert moved("final_B") == (False, True)
+    assert moved("final_B", train_final=True) == (True, True)
+
+
+def test_scoring_knows_no_dropout_and_training_has_it_back() -> None:
+    class Noisy(Decoder):
+        def forward(self, tokens_T: Tensor, context: Any) -> Tensor:
+            return nn.functional.dropout(super().forward(tokens_T, context), 0.5, self.training)
+
+    torch.manual_seed(0)
+    model = Noisy(tiny_config(initializer_range=0.3)).train()
+    batch = collate(examples_of([8, 9], torch.float32))
+    one, other = (score(model, [batch]).logp_N for _ in range(2))
+    assert one is not None
+    assert other is not None
+    assert torch.equal(one, other)
+    assert model.training
+    assert model.model.norm.training
+    noisy, again = (forward(model, batch).logp_N for _ in range(2))
+    assert noisy is not None
+    assert again is not None
+    assert not torch.equal(noisy, again)
+    model.eval()
+    score(model, [batch])
+    assert not model.training
 
 
 def quadratic() -> tuple[nn.Parameter, MasterAdamW]:
