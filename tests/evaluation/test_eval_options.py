@@ -13,10 +13,9 @@ from tiny_model import tiny_folder
 from upslope.build import Policy, load_inference, make_engine
 from upslope.cli import main
 from upslope.data.chat import encode_prompt
-from upslope.evaluation.measurement import Measurement
-from upslope.evaluation.rescore import read_nbest, rescore
 from upslope.evaluation.scorer import Scorer
 from upslope.tasks import load_task
+from upslope.tasks.overlap import edit_distance
 from upslope.types import SamplingParams
 
 TASK = '''
@@ -85,33 +84,25 @@ def test_windows_are_as_wide_and_as_far_apart_as_asked_for(model: str, scorer: S
 
 def test_rescoring_weighs_and_divides_as_asked_for(model: str, scorer: Scorer, tmp_path: Path, capsys) -> None:
     words = ["cat", "the cat sat on a mat", "mat", "a much longer cat sat", "the mat"]
-    path = rows(
-        tmp_path / "n.jsonl",
-        *(
-            {
-                "reference": words[i],
-                "hypotheses": [{"text": w, "score": -float((j * 7 + i) % 5)} for j, w in enumerate(words)],
-            }
-            for i in range(5)
-        ),
-    )
+    lists = [(words[i], [{"text": w, "score": -float((j * 7 + i) % 5)} for j, w in enumerate(words)]) for i in range(5)]
+    path = rows(tmp_path / "n.jsonl", *({"reference": right, "hypotheses": given} for right, given in lists))
+    tokens = {w: [*scorer.tokenizer.encode(w), scorer.tokenizer.eos_token_id] for w in words}
+    logps = {w: scorer.loglikelihood([((), ids)])[0][0] for w, ids in tokens.items()}
 
-    def by_hand(**options: Any) -> float:
-        found = {m.name: m for m in rescore(scorer, read_nbest(path), dataset="n", language="zh", **options)}
-        after = found["cer/after"]
-        assert isinstance(after, Measurement)
-        return after.figure().value
+    def by_hand(weight: float, divided: bool) -> float:
+        """The share of wrong characters after each list's best by log p [/ tokens] + weight * score."""
+        edits = 0
+        for right, given in lists:
+            totals = [
+                logps[h["text"]] / (len(tokens[h["text"]]) if divided else 1) + weight * h["score"] for h in given
+            ]
+            edits += edit_distance(given[totals.index(max(totals))]["text"], right)
+        return edits / sum(len(right) for right, _ in lists)
 
-    plain, weighed = by_hand(), by_hand(weight=30.0)
-    divided, both = by_hand(length_normalized=True), by_hand(weight=0.5, length_normalized=True)
-    assert len({plain, weighed, divided, both}) == 4
-    for options, expected in (
-        (("--score-weight", "30"), weighed),
-        (("--length-normalized",), divided),
-        (("--length-normalized", "--score-weight", "0.5"), both),
-    ):
-        found = figures(capsys, model, "--rescore", path, *options, "--language", "zh")
-        assert found["cer/after"]["value"] == pytest.approx(expected), options
+    expected = by_hand(0.5, True)
+    assert expected not in {by_hand(0.0, False), by_hand(0.5, False), by_hand(0.0, True)}
+    options = ("--rescore", path, "--length-normalized", "--score-weight", "0.5", "--language", "zh")
+    assert figures(capsys, model, *options)["cer/after"]["value"] == pytest.approx(expected)
 
 
 def test_answers_are_drawn_at_the_temperature_and_from_the_seed(
@@ -140,7 +131,9 @@ def test_a_task_is_asked_its_held_out_problems_at_the_temperature_and_from_the_s
     prompts = task.prompts("eval", 4, seed=5)
     engine = make_engine(policy, sequences=12, longest=64)
     params = SamplingParams(max_tokens=6, n=3, temperature=1.5, seed=5)
-    drawn = engine.generate([encode_prompt(policy.tokenizer, p) for p in prompts], params, keys=[p.key for p in prompts])
+    drawn = engine.generate(
+        [encode_prompt(policy.tokenizer, p) for p in prompts], params, keys=[p.key for p in prompts]
+    )
     earned = [x for p, one in zip(prompts, drawn, strict=True) for x in task.rewards([p] * 3, [c.text for c in one])]
     assert found["value"] == pytest.approx(math.fsum(earned) / 12, rel=1e-9)
     assert (found["n"], found["detail"]["samples"]) == (4, 3)
@@ -159,3 +152,13 @@ def test_the_judge_takes_our_answer_for_the_candidate(tmp_path: Path, capsys) ->
         found = figures(capsys, "--hypotheses", answers, "--data", data, "--judge", f"j@{url}")["win_rate"]
     assert (found["value"], found["n"]) == (1.0, 3)
     assert all("Request:\nsystem: Be brief.\n\nuser: hi\n" in one["messages"][1]["content"] for one in asked)
+
+
+def test_a_benchmark_takes_the_items_that_the_seed_chooses(model: str, scorer: Scorer, tmp_path: Path, capsys) -> None:
+    from upslope.evaluation.benchmarks import benchmark_figures
+
+    data = rows(tmp_path / "s.jsonl", *({"sentence": f"a film {i}", "label": i % 2} for i in range(24)))
+    by_hand = [benchmark_figures(scorer, f"sst2:{data}", limit=9, seed=seed)[0].as_json() for seed in (0, 3)]
+    assert by_hand[0] != by_hand[1]
+    found = figures(capsys, model, "--benchmark", f"sst2:{data}", "--limit", "9", "--seed", "3")
+    assert found["accuracy"] == by_hand[1]

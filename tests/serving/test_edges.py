@@ -89,9 +89,7 @@ def test_the_samples_of_several_streamed_prompts(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize(("path", "asked"), [(PATH, {"prompt": "abc"}), (CHAT, {"messages": ASK})])
-def test_an_answer_under_two_weights_names_those_it_began_with(
-    app: FastAPI, path: str, asked: dict[str, Any]
-) -> None:
+def test_an_answer_under_two_weights_names_those_it_began_with(app: FastAPI, path: str, asked: dict[str, Any]) -> None:
     service = app.state.services[NAME]
     service.start()
 
@@ -140,7 +138,7 @@ def stream_of(model_folder: Path) -> Callable[[], Stream]:
 
 
 def test_the_time_between_tokens(stream_of: Callable[[], Stream]) -> None:
-    """Five tokens, the first at 10 s and the last at 14 s, are a second apart; a sample of two tokens changes nothing."""
+    """Five tokens from 10 s to 14 s are a second apart; a sample of two tokens changes nothing."""
 
     async def main() -> None:
         stream = stream_of()
