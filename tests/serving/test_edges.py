@@ -88,6 +88,18 @@ def test_the_samples_of_several_streamed_prompts(client: TestClient) -> None:
     assert whole["usage"] == {"prompt_tokens": 2 + 3 + 1, "completion_tokens": 48, "total_tokens": 54}
 
 
+def test_the_best_are_the_likeliest_per_token_whatever_their_length(client: TestClient) -> None:
+    """A long sample is not worse for its length: by the sum of the log-probs another one would be chosen."""
+    ask = {"seed": 2, "max_tokens": 30, "logit_bias": {"1": 4}}
+    drawn = answered(client, PATH, prompt="abc", n=8, logprobs=0, **ask)["choices"]
+    sums = [sum(choice["logprobs"]["token_logprobs"]) for choice in drawn]
+    means = [total / len(choice["logprobs"]["tokens"]) for total, choice in zip(sums, drawn, strict=True)]
+    likeliest = drawn[means.index(max(means))]["text"]
+    assert likeliest != drawn[sums.index(max(sums))]["text"]
+    (best,) = answered(client, PATH, prompt="abc", n=1, best_of=8, **ask)["choices"]
+    assert best["text"] == likeliest
+
+
 @pytest.mark.parametrize(("path", "asked"), [(PATH, {"prompt": "abc"}), (CHAT, {"messages": ASK})])
 def test_an_answer_under_two_weights_names_those_it_began_with(app: FastAPI, path: str, asked: dict[str, Any]) -> None:
     service = app.state.services[NAME]
