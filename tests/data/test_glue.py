@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.data.glue import FORMS, form_of, labelled, read_items
+from upslope.data.glue_rows import label_of
 from upslope.errors import ConfigError, DataError, UpslopeError
 
 
@@ -354,3 +355,32 @@ def test_any_object_is_items_or_one_clear_error(
     path = tmp_path_factory.mktemp("fuzz") / "x.jsonl"
     path.write_text(json.dumps(row))
     assert whole_or_one_line(f"{name}:{path}")
+
+
+NUMBERED = {
+    "cola": "unacceptable acceptable",
+    "sst2": "negative positive",
+    "mrpc": "not_equivalent equivalent",
+    "qqp": "not_duplicate duplicate",
+    "mnli": "entailment neutral contradiction",
+    "mnli_mismatched": "entailment neutral contradiction",
+    "qnli": "entailment not_entailment",
+    "rte": "entailment not_entailment",
+    "wnli": "not_entailment entailment",
+    "boolq": "false true",
+    "cb": "entailment contradiction neutral",
+    "copa": "choice1 choice2",
+    "multirc": "false true",
+    "wic": "false true",
+    "wsc": "false true",
+}
+"""What the numbers mean in the hub's copies of GLUE and SuperGLUE."""
+
+
+def test_numbers_are_the_labels_that_the_hub_counts() -> None:
+    graded = {name for name, form in FORMS.items() if not form.labels}
+    assert set(NUMBERED) | graded == set(FORMS)
+    for name, names in NUMBERED.items():
+        form = FORMS[name]
+        said = [label_of(form, {form.label[-1]: number}, "row") for number in range(len(names.split()))]
+        assert said == names.split(), name

@@ -20,6 +20,7 @@ from upslope.data.labels import (
     read_conll,
     read_labelled,
     read_rewards,
+    shuffled_by_content,
     split_by_content,
     split_sentences,
     stratified_choice,
@@ -205,3 +206,18 @@ def test_rewards_by_hand_and_their_errors(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=says):
             read_rewards(written(path, json.dumps(table)), ("ham", "spam"))
+
+
+def test_a_shuffle_follows_its_seed_and_not_the_file() -> None:
+    rows = [LabelledText(f"text {i}", "xy"[i % 2]) for i in range(30)]
+    found = [shuffled_by_content(rows, seed=seed) for seed in (0, 1)]
+    assert shuffled_by_content(rows[::-1], seed=1) == found[1]
+    assert found[0] != found[1]
+    assert all(Counter(r.text for r in one) == Counter(r.text for r in rows) for one in found)
+
+
+def test_every_row_that_was_trained_on_is_counted() -> None:
+    """Also one that stands twice; another label makes no other input, another second text does."""
+    train = [LabelledText("a", "x"), LabelledText("b", "x"), LabelledText("c", "x", pair="d")]
+    held = [LabelledText(*row) for row in (("a", "x"), ("a", "y"), ("c", "x"), ("c", "y", "d"), ("e", "x"))]
+    assert count_copies(held, train) == 3

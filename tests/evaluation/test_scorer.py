@@ -158,3 +158,12 @@ def test_weights_that_are_not_numbers_are_an_error(folder: Path) -> None:
     next(iter(policy.model.parameters()))[7] = math.nan
     with pytest.raises(ModelError, match="NaN"):
         Scorer(policy.model, policy.tokenizer).score([([7], [8])])
+
+
+def test_every_context_that_was_cut_is_counted(folder: Path) -> None:
+    policy = load_inference(folder, dtype="float32")
+    scorer = Scorer(policy.model, policy.tokenizer)
+    long, short = random_tokens(POSITIONS + 5, 3), random_tokens(5, 4)
+    scorer.score([(long, [3]), (short, [3]), (long, [4])])
+    scorer.score([(short, [3]), (long, [3]), (short, [4])])
+    assert scorer.truncated == 3

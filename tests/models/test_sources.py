@@ -324,3 +324,29 @@ def test_a_killed_conversion_leaves_nothing_and_two_processes_make_one_folder(ho
     folder = Path(folders.pop())
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 32
     assert _names(home / "models") == [f".{folder.name}.lock", folder.name]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_a_revision_is_that_of_the_hub_and_of_its_cache(
+    tmp_path: Path, offline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each branch is another commit, with another folder; without a name it is the one that the hub calls its own."""
+    commits = {None: "c0", "v2": "c2"}
+    for commit in commits.values():
+        (tmp_path / commit).mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / commit / name).write_text("{}")
+
+    def model_info(api: Any, repo: str, *, revision: str | None, **options: Any) -> _Info:
+        info = _Info("config.json", "model.safetensors")
+        info.sha = commits[revision]
+        return info
+
+    def snapshot_download(repo: str, *, revision: str | None, **options: Any) -> str:
+        return str(tmp_path / commits.get(revision, str(revision)))
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for revision, commit in commits.items():
+        assert resolve("some/model", revision=revision) == tmp_path / commit

@@ -295,3 +295,16 @@ def test_metrics_by_hand() -> None:
         "rewards/q/mean": 2.0,
     }
     assert reward_metrics([]) == {}
+
+
+def test_the_rewards_of_steps_have_their_rewards_weight() -> None:
+    rewards, _ = judged(lambda texts: [Reward(1.5, steps=[(0, 0.5), (2, 1.0)])] * len(texts), ["a b"], ["task@-0.5"])
+    assert (rewards[0].value, rewards[0].steps) == (-0.75, [(0, -0.25), (2, -0.5)])
+
+
+def test_the_verdict_is_the_tasks_wherever_it_stands() -> None:
+    """Without one of the task's own it is the first that there is."""
+    for task, verdict in ((False, False), (None, True)):
+        for specs in (["exact_match", "task"], ["task", "exact_match"]):
+            rewards, _ = judged(lambda texts, task=task: [Reward(0.0, correct=task)] * len(texts), ["a"], specs)
+            assert rewards[0].correct is verdict, (task, specs)

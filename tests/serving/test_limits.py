@@ -69,7 +69,8 @@ def test_every_route_but_health_wants_the_key(guarded: TestClient) -> None:
         ("Bearer", 401),
         ("Basic !!!", 401),
         ("Basic " + base64.b64encode(b"\xff\xfe").decode(), 401),
-        ("Digest x", 401),
+        (f"Digest {KEY}", 401),
+        (f"Token {KEY}", 401),
         (KEY, 401),
     ],
 )

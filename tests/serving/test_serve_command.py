@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from upslope import cli
 from upslope.build import load_inference
@@ -223,3 +224,17 @@ def test_names(tmp_path: Path) -> None:
     assert _names(["smollm2-135m"], "mine") == ["mine"]
     with pytest.raises(ConfigError, match="--served-model-name"):
         _names(["smollm2-135m", "smollm2-135m"], None)
+
+
+def test_the_options_reach_the_engine_and_its_queue(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block of 64 tokens has two layers' keys and values of two heads of width 8, in two bytes each."""
+    served: list[Any] = []
+    monkeypatch.setattr("upslope.serving.server.serve", lambda app, *_: served.append(app) or 0)
+    sizes = ["--max-batch", "3", "--max-queue", "5", "--dtype", "bfloat16", "--kv-cache-gb", str(7.5 * 8192 / 2**30)]
+    assert cli.main(["serve", str(model_folder), "--port", "0", "--served-model-name", "mine", *sizes]) == 0
+    (service,) = served[0].state.services.values()
+    engine = service.engine
+    assert (service.name, service.max_queue, service.capacity) == ("mine", 5, 8)
+    assert (engine.scheduler.max_batch, engine.pool.num_blocks) == (3, 7)
+    assert engine.model.dtype == torch.bfloat16
+    assert service.max_positions == 7 * 64

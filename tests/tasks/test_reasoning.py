@@ -178,6 +178,15 @@ def test_puzzle24_uses_its_own_numbers() -> None:
     assert graders.score(None, "puzzle24", entry, "6*4*1*1") < 1.0
 
 
+def test_the_beginning_of_a_number_is_another_number() -> None:
+    """reasoning-gym's own verifier of coin_flip takes it for right."""
+    task = load_task("coin_flip")
+    for prompt in task.prompts("train", 4, seed=1):
+        assert prompt.answer is not None
+        rewards = task.rewards([prompt] * 3, [prompt.answer, prompt.answer[:1], prompt.answer[:3]])
+        assert [reward.correct for reward in rewards] == [True, False, False], prompt.answer
+
+
 @pytest.mark.parametrize("text", ["x**2 + C", "-6*x**3/5 + sin(2*x)*exp(x) + C", "x**(1/2)", "E**x", "2.5*x"])
 def test_algebra_is_let_through(text: str) -> None:
     assert graders.is_algebra(text)
