@@ -197,8 +197,9 @@ def logp_of(model: CausalModel, row: Sequence[int]) -> Tensor:
 def trained_logp(model: CausalModel, row: Row) -> tuple[Tensor, Tensor]:
     """(log pi of each trained token, the mean of log pi over the vocabulary there), of one sequence alone."""
     tokens, mask = row
-    logp_TV, keep = logp_of(model, tokens), torch.tensor(mask[1:])
-    return logp_TV.gather(1, torch.tensor(tokens[1:])[:, None])[keep, 0], logp_TV.mean(-1)[keep]
+    keep = torch.tensor(mask[1:])
+    logp_NV, chosen_N = logp_of(model, tokens)[keep], torch.tensor(tokens[1:])[keep]
+    return logp_NV.gather(1, chosen_N[:, None])[:, 0], logp_NV.mean(-1)
 
 
 def smoothed(logp: Tensor, mean: Tensor, share: float) -> Tensor:
