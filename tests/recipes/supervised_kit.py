@@ -21,10 +21,13 @@ from torch import Tensor
 from upslope.build import Policy, load_policy
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, MASKED_SPECIALS, train_tokenizer
 from upslope.models.attention import PackedContext
+from upslope.models.encoder import Kind
 from upslope.models.protocol import CausalModel
 from upslope.options import ClassifyOptions, PretrainOptions, Seq2SeqOptions, SFTOptions, TagOptions
-from upslope.recipes import classify, tag
-from upslope.recipes.encoder import load_start
+from upslope.options.common import RunOptions
+from upslope.options.encoder import EncoderOptions
+from upslope.recipes import classify, pair_learner, tag
+from upslope.recipes.encoder import Start, load_start
 from upslope.recipes.pair_learner import PairData
 from upslope.recipes.pretrain import Pretrain, causal_texts
 from upslope.recipes.pretrain_masked import MaskedPretrain
@@ -93,12 +96,13 @@ def sft_learner(folder: Path, **changes: Any) -> SFT:
         tiny_folder(model, initializer_range=0.2)
     options = SFTOptions(**SHARED | {"data": data, "eval_data": data, "model": str(model), "batch_size": 3} | changes)
     options.validate()
-    return SFT(options, double(load_policy(options)))
+    return SFT(options, double(load_policy(options), options))
 
 
-def double(policy: Policy) -> Policy:
-    """In float64, before an optimizer has it."""
-    policy.model.double()
+def double(policy: Policy, options: RunOptions) -> Policy:
+    """In float64, before an optimizer has it; a run in bfloat16 stays there."""
+    if options.dtype == "float32":
+        policy.model.double()
     return policy
 
 
@@ -116,7 +120,7 @@ def pretrain_learner(folder: Path, **changes: Any) -> Pretrain:
     options = pretrain_options(folder, **changes)
     tokenizer = train_tokenizer(TEXTS, "char", 300, special_tokens=CAUSAL_SPECIALS)
     (folder / "new").mkdir(exist_ok=True)
-    policy = double(start_policy(options, tokenizer, folder / "new"))
+    policy = double(start_policy(options, tokenizer, folder / "new"), options)
     return Pretrain(options, policy, causal_texts(options, tokenizer))
 
 
@@ -124,13 +128,22 @@ def masked_learner(folder: Path, **changes: Any) -> MaskedPretrain:
     """Three windows of nine tokens, two of them the frame, a step."""
     options = pretrain_options(folder, **{"architecture": "encoder", "mask_probability": 0.4} | changes)
     tokenizer = train_tokenizer(TEXTS, "char", 300, special_tokens=MASKED_SPECIALS)
-    return MaskedPretrain(options, start_encoder(options, tokenizer).double(), tokenizer)
+    encoder = start_encoder(options, tokenizer)
+    return MaskedPretrain(options, encoder.double() if options.dtype == "float32" else encoder, tokenizer)
 
 
 def bert(folder: Path) -> str:
     if not (folder / "bert").is_dir():
         encoder_folder(folder / "bert", width=16)
     return str(folder / "bert")
+
+
+def double_start(options: EncoderOptions, kind: Kind, labels: Sequence[str]) -> Start:
+    """The encoder in float64 with a head for the labels; a run in bfloat16 stays there."""
+    start = load_start(options, kind, labels)
+    if options.dtype == "float32":
+        start.encoder.double()
+    return start
 
 
 def classify_learner(folder: Path, **changes: Any) -> classify.Classify:
@@ -140,9 +153,7 @@ def classify_learner(folder: Path, **changes: Any) -> classify.Classify:
     options = ClassifyOptions(**shared | {"weight_decay": 0.0} | changes)
     options.validate()
     labels = ("score",) if options.objective == "squared_error" else ("down", "none", "up")
-    start = load_start(options, "classify", labels)
-    start.encoder.double()
-    return classify._prepare(options, start)[0]
+    return classify._prepare(options, double_start(options, "classify", labels))[0]
 
 
 def tag_learner(folder: Path, **changes: Any) -> tag.Tag:
@@ -151,9 +162,7 @@ def tag_learner(folder: Path, **changes: Any) -> tag.Tag:
     shared = SHARED | {"data": data, "eval_data": data, "model": bert(folder), "batch_size": 2, "max_length": 9}
     options = TagOptions(**shared | {"weight_decay": 0.0} | changes)
     options.validate()
-    start = load_start(options, "tag", ("B-LOC", "B-PER", "I-PER", "O"))
-    start.encoder.double()
-    return tag._prepare(options, start)[0]
+    return tag._prepare(options, double_start(options, "tag", ("B-LOC", "B-PER", "I-PER", "O")))[0]
 
 
 def seq2seq_learner(folder: Path, **changes: Any) -> MaximumLikelihood:
@@ -168,9 +177,9 @@ def seq2seq_learner(folder: Path, **changes: Any) -> MaximumLikelihood:
     options = Seq2SeqOptions(**shared | changes)
     options.validate()
     read = PairData.of(options)
-    from upslope.recipes.pair_learner import start_policy as start
-
-    return MaximumLikelihood(options, double(start(options, read, folder / "network")), read)
+    return MaximumLikelihood(
+        options, double(pair_learner.start_policy(options, read, folder / "network"), options), read
+    )
 
 
 LEARNERS: dict[str, Callable[..., Any]] = {

@@ -83,13 +83,14 @@ def alone(encoder: Encoder, tokens: Sequence[int]) -> Tensor:
 # One label per text
 
 
-def text_losses(learner: Any, step: int, rows: Sequence[int], rewards: Tensor) -> Tensor:
-    labels, tokenizer = list(learner.encoder.labels), bert_tokenizer()
+def text_losses(encoder: Encoder, options: Any, step: int, rows: Sequence[int], rewards: Tensor) -> Tensor:
+    """The mean over rows of OPINIONS, one text at a time."""
+    labels, tokenizer = list(encoder.labels), bert_tokenizer()
     losses = []
     for i in rows:
         text, label = OPINIONS[i]
-        logits = alone(learner.encoder, tokenizer(text)["input_ids"])
-        losses.append(objective_of(logits, labels.index(label), rewards, (step, i, 0), learner.options))
+        logits = alone(encoder, tokenizer(text)["input_ids"])
+        losses.append(objective_of(logits, labels.index(label), rewards, (step, i, 0), options))
     return torch.stack(losses).mean()
 
 
@@ -107,7 +108,7 @@ def test_a_classifiers_step_is_the_mean_of_its_objective_over_the_rows(case: str
         rows = rows_of_step(learner, step)
         result = learner.step(step)
         with at(learner.encoder, steps[step]):
-            loss = text_losses(learner, step, rows, table)
+            loss = text_losses(learner.encoder, learner.options, step, rows, table)
             assert_gradient(steps[step], loss, dict(learner.encoder.named_parameters()))
             with torch.no_grad():
                 logits = [alone(learner.encoder, bert_tokenizer()(OPINIONS[i][0])["input_ids"]) for i in rows]
