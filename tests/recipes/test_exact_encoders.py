@@ -20,6 +20,7 @@ from supervised_kit import (
     SENTENCES,
     Row,
     classify_learner,
+    conll_file,
     pairs_file,
     rows_of_step,
     seq2seq_learner,
@@ -32,6 +33,8 @@ from torch import Tensor
 
 from upslope.engine.sampling import draw, uniforms
 from upslope.models.encoder import Encoder
+from upslope.recipes.encoder_report import finish
+from upslope.recipes.session import Evaluation, begin, train
 from upslope.types import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -353,3 +356,43 @@ def test_passes_over_the_rows_set_the_number_of_steps(make: Any, epochs: float, 
     for step in range(steps):
         result = learner.step(step)
     assert result.metrics["learning_rate"] == pytest.approx(1e-2 / steps)
+
+
+def test_the_share_held_out_is_the_one_asked_for(tmp_path: Path) -> None:
+    texts = table_file(
+        tmp_path / "x.csv", [(f"the film {a} {b}", "up") for a in "abcd" for b in "efghi"] + [*OPINIONS[1:]]
+    )
+    words = conll_file(tmp_path / "x.conll", [((w, "O"), ("ann", "B-PER")) for w in "abcdefghijklmnopqrst"])
+    for share in (0.1, 0.5):
+        for make, data in ((classify_learner, texts), (tag_learner, words)):
+            learner = make(tmp_path, data=data, eval_data=None, eval_share=share)
+            total = len(learner.rows) + len(learner.dev)
+            assert len(learner.dev) / total == pytest.approx(share, abs=0.1)
+
+
+def test_a_new_encoder_decoder_has_the_sizes_it_was_given(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 24, "num_layers": 2, "num_heads": 3, "vocab_size": 6, "norm": "pre", "dropout": None}
+    learner = seq2seq_learner(tmp_path, max_length=17, **sizes)
+    config = learner.policy.model.config
+    assert (config.hidden_size, config.encoder_layers, config.decoder_layers) == (24, 2, 2)
+    assert (config.num_attention_heads, config.norm, config.intermediate_size) == (3, "pre", 96)
+    assert (config.vocab_size, config.dropout, config.max_position_embeddings) == (6, 0.1, 17)
+
+
+def test_dev_and_test_are_scored_with_the_best_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of four steps the second is the best by what is said here, whatever the weights."""
+    values = iter([0.5, 0.9, 0.1, 0.2])
+    learner = classify_learner(
+        tmp_path, learning_rate=0.3, eval_every=1, output_dir=str(tmp_path / "run"), lr_scheduler_type="constant"
+    )
+    steps, measured = watch(learner.optimizer), learner.measure
+    monkeypatch.setattr(type(learner), "evaluate", lambda self, step: Evaluation(next(values), {}))
+    with begin(learner.options) as begun:
+        summary = train("classify", learner.options, learner, begun)
+    whole = finish(learner, summary, {"dev": learner.dev, "test": learner.dev[:4]})
+    last = measured(learner.dev)[0]
+    with at(learner.encoder, steps[2]):
+        wanted = [measured(rows)[0] for rows in (learner.dev, learner.dev[:4])]
+    assert wanted[0] != last
+    assert [whole["dev"], whole["test"]] == wanted
+    assert whole["best_step"] == 2

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from upslope.options import SFTOptions
 from upslope.recipes.kept import DataAccount
+from upslope.recipes.plan import plan_of
 from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.training.checkpoint import list_checkpoints, resolve
 
@@ -281,3 +282,20 @@ def test_the_schedule_begins_at_the_resume_where_it_was(tmp_path: Path) -> None:
     assert (summary["steps"], summary["trained_tokens"]) == (5, 50)
     assert summary["stopped"].startswith("patience")
     assert resolve(tmp_path / "run/checkpoints", "best").step == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"eval_every": 3}, "evaluation runs 3 times on up to 200 samples"),
+        ({"eval_every": 0}, "evaluation runs 1 time on up to 200 samples"),
+        ({"num_epochs": 3.0}, "num_epochs = 3 over 10 sequences sets max_steps to 8."),
+        ({"batch_size": 5}, "7 steps see 35 sequences: 3.5 passes over the data."),
+    ],
+)
+def test_the_plan_counts_as_the_run_does(changes: dict[str, Any], said: str) -> None:
+    """Of seven steps, four of ten rows each."""
+    plan = plan_of(SFTOptions(data="x", max_steps=7, **{"batch_size": 4} | changes), examples=10)
+    assert said in " ".join(plan.words)
+    assert plan.optimizer_steps == (8 if "num_epochs" in changes else 7)
+    assert plan.sequences_per_step == changes.get("batch_size", 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from supervised_kit import (
     masked_learner,
     pair_row,
     pretrain_learner,
+    pretrain_options,
     rows_of_step,
     sft_learner,
     smoothed,
@@ -30,6 +32,7 @@ from torch import Tensor
 from upslope.data.masking import Masking
 from upslope.errors import ConfigError
 from upslope.models.protocol import CausalModel
+from upslope.recipes.pretrain_start import objective_of, start_encoder, start_policy, start_tokenizer
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -300,3 +303,55 @@ def test_the_seed_chooses_the_order_of_the_rows(make: Any, tmp_path: Path) -> No
 def test_dft_with_label_smoothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dft has no smoothed form"):
         sft_learner(tmp_path, loss="dft", label_smoothing=0.1)
+
+
+class Seen:
+    """Keeps what an evaluation decoded."""
+
+    def record_rollouts(self, step: int, groups: Any, *, split: str) -> None:
+        self.rollouts = [g.rollouts[0] for g in groups]
+
+
+def test_sft_on_a_task_takes_its_demonstrations_and_measures_greedy_accuracy(tmp_path: Path) -> None:
+    task = "chain_sum:min_terms=2,max_terms=2"
+    sizes = {"num_examples": 7, "eval_samples": 3, "max_completion_length": 4}
+    learner = sft_learner(tmp_path, data=None, eval_data=None, task=task, **sizes)
+    assert len(learner.train_examples) == 7
+    learner.run = Seen()
+    found = learner.evaluate(0)
+    assert found.value == found.metrics["accuracy"]["value"]
+    assert learner.higher_is_better
+    assert [len(r.tokens) for r in learner.run.rollouts] == [4, 4, 4]
+    for rollout in learner.run.rollouts:
+        row = [*rollout.prompt_tokens, *rollout.tokens]
+        with torch.no_grad():
+            likeliest = logp_of(learner.policy.model, row).argmax(-1).tolist()
+        assert likeliest[-4:] == rollout.tokens
+
+
+SIZES = {"hidden_size": 24, "num_layers": 3, "tokenizer": "bpe", "vocab_size": 261}
+
+
+@pytest.mark.parametrize("architecture", ["decoder", "lstm", "encoder"])
+def test_a_new_network_has_the_sizes_it_was_given_and_weights_by_the_seed(architecture: str, tmp_path: Path) -> None:
+    more = {} if architecture == "lstm" else {"num_heads": 3, "intermediate_size": 40}
+    options = pretrain_options(tmp_path, architecture=architecture, **SIZES, **more)
+    objective = objective_of(options)
+    tokenizer = start_tokenizer(options, objective)
+    assert len(tokenizer) == 261
+
+    def started(options: Any) -> Any:
+        if objective == "masked":
+            return start_encoder(options, tokenizer)
+        return start_policy(options, tokenizer, tmp_path).model
+
+    network = started(options)
+    config = network.config
+    assert (config.vocab_size, config.hidden_size, config.num_hidden_layers) == (261, 24, 3)
+    if architecture != "lstm":
+        assert (config.num_attention_heads, config.intermediate_size) == (3, 40)
+        assert config.max_position_embeddings == 9
+    first = next(network.parameters())
+    again, other = (next(started(replace(options, seed=seed)).parameters()) for seed in (0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
