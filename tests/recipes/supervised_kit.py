@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from encoder_kit import encoder_folder
+from encoder_kit import bert_tokenizer, encoder_folder
 from exact_kit import Taken
 from tiny_model import tiny_folder, tiny_tokenizer
 from torch import Tensor
@@ -50,9 +52,31 @@ SENTENCES = (
 REVERSED = (("a b c", "c b a"), ("d", "d"), ("e a", "a e"), ("f b b d", "d b b f"), ("c c", "c c"))
 
 
+byte_tokenizer = cache(tiny_tokenizer)
+word_tokenizer = cache(bert_tokenizer)
+
+
+@cache
+def models() -> tempfile.TemporaryDirectory[str]:
+    """Where the folders of the models lie that runs start from, each made once."""
+    return tempfile.TemporaryDirectory(prefix="upslope-models-")
+
+
+def tiny() -> str:
+    """A random decoder."""
+    path = Path(models().name) / "tiny"
+    return str(path if path.is_dir() else tiny_folder(path, initializer_range=0.2))
+
+
+def bert() -> str:
+    """A random encoder."""
+    path = Path(models().name) / "bert"
+    return str(path if path.is_dir() else encoder_folder(path, width=16))
+
+
 def ids(text: str) -> list[int]:
     """The bytes' tokens."""
-    return tiny_tokenizer()(text, add_special_tokens=False)["input_ids"]
+    return byte_tokenizer()(text, add_special_tokens=False)["input_ids"]
 
 
 def pair_row(prompt: str, completion: str) -> Row:
@@ -91,10 +115,7 @@ SHARED: dict[str, Any] = {"dtype": "float32", "eval_every": 0, "max_steps": 4, "
 def sft_learner(folder: Path, **changes: Any) -> SFT:
     """Three of five rows a step."""
     data = pairs_file(folder / "rows.jsonl")
-    model = folder / "tiny"
-    if not model.is_dir():
-        tiny_folder(model, initializer_range=0.2)
-    options = SFTOptions(**SHARED | {"data": data, "eval_data": data, "model": str(model), "batch_size": 3} | changes)
+    options = SFTOptions(**SHARED | {"data": data, "eval_data": data, "model": tiny(), "batch_size": 3} | changes)
     options.validate()
     return SFT(options, double(load_policy(options), options))
 
@@ -115,10 +136,16 @@ def pretrain_options(folder: Path, **changes: Any) -> PretrainOptions:
     return options
 
 
+@cache
+def letters(specials: tuple[str, ...]) -> Any:
+    """One token per letter."""
+    return train_tokenizer(TEXTS, "char", 300, special_tokens=specials)
+
+
 def pretrain_learner(folder: Path, **changes: Any) -> Pretrain:
     """Three windows of nine tokens a step."""
     options = pretrain_options(folder, **changes)
-    tokenizer = train_tokenizer(TEXTS, "char", 300, special_tokens=CAUSAL_SPECIALS)
+    tokenizer = letters(CAUSAL_SPECIALS)
     (folder / "new").mkdir(exist_ok=True)
     policy = double(start_policy(options, tokenizer, folder / "new"), options)
     return Pretrain(options, policy, causal_texts(options, tokenizer))
@@ -127,15 +154,9 @@ def pretrain_learner(folder: Path, **changes: Any) -> Pretrain:
 def masked_learner(folder: Path, **changes: Any) -> MaskedPretrain:
     """Three windows of nine tokens, two of them the frame, a step."""
     options = pretrain_options(folder, **{"architecture": "encoder", "mask_probability": 0.4} | changes)
-    tokenizer = train_tokenizer(TEXTS, "char", 300, special_tokens=MASKED_SPECIALS)
+    tokenizer = letters(MASKED_SPECIALS)
     encoder = start_encoder(options, tokenizer)
     return MaskedPretrain(options, encoder.double() if options.dtype == "float32" else encoder, tokenizer)
-
-
-def bert(folder: Path) -> str:
-    if not (folder / "bert").is_dir():
-        encoder_folder(folder / "bert", width=16)
-    return str(folder / "bert")
 
 
 def double_start(options: EncoderOptions, kind: Kind, labels: Sequence[str]) -> Start:
@@ -149,7 +170,7 @@ def double_start(options: EncoderOptions, kind: Kind, labels: Sequence[str]) -> 
 def classify_learner(folder: Path, **changes: Any) -> classify.Classify:
     """Four of six texts a step."""
     data = table_file(folder / "rows.csv")
-    shared = SHARED | {"data": data, "eval_data": data, "model": bert(folder), "batch_size": 4, "max_length": 32}
+    shared = SHARED | {"data": data, "eval_data": data, "model": bert(), "batch_size": 4, "max_length": 32}
     options = ClassifyOptions(**shared | {"weight_decay": 0.0} | changes)
     options.validate()
     labels = ("score",) if options.objective == "squared_error" else ("down", "none", "up")
@@ -159,7 +180,7 @@ def classify_learner(folder: Path, **changes: Any) -> classify.Classify:
 def tag_learner(folder: Path, **changes: Any) -> tag.Tag:
     """Two of three sentences a step, the longest in pieces."""
     data = conll_file(folder / "rows.conll")
-    shared = SHARED | {"data": data, "eval_data": data, "model": bert(folder), "batch_size": 2, "max_length": 9}
+    shared = SHARED | {"data": data, "eval_data": data, "model": bert(), "batch_size": 2, "max_length": 9}
     options = TagOptions(**shared | {"weight_decay": 0.0} | changes)
     options.validate()
     return tag._prepare(options, double_start(options, "tag", ("B-LOC", "B-PER", "I-PER", "O")))[0]

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_kit import bert_tokenizer
 from exact_kit import assert_gradient, at, watch
 from supervised_kit import (
     OPINIONS,
@@ -28,6 +27,7 @@ from supervised_kit import (
     table_file,
     tag_learner,
     trained_logp,
+    word_tokenizer,
 )
 from torch import Tensor
 
@@ -88,7 +88,7 @@ def alone(encoder: Encoder, tokens: Sequence[int]) -> Tensor:
 
 def text_losses(encoder: Encoder, options: Any, step: int, rows: Sequence[int], rewards: Tensor) -> Tensor:
     """The mean over rows of OPINIONS, one text at a time."""
-    labels, tokenizer = list(encoder.labels), bert_tokenizer()
+    labels, tokenizer = list(encoder.labels), word_tokenizer()
     losses = []
     for i in rows:
         text, label = OPINIONS[i]
@@ -114,13 +114,13 @@ def test_a_classifiers_step_is_the_mean_of_its_objective_over_the_rows(case: str
             loss = text_losses(learner.encoder, learner.options, step, rows, table)
             assert_gradient(steps[step], loss, dict(learner.encoder.named_parameters()))
             with torch.no_grad():
-                logits = [alone(learner.encoder, bert_tokenizer()(OPINIONS[i][0])["input_ids"]) for i in rows]
+                logits = [alone(learner.encoder, word_tokenizer()(OPINIONS[i][0])["input_ids"]) for i in rows]
         assert result.metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-9)
         right = [learner.encoder.labels.index(OPINIONS[i][1]) for i in rows]
         gained = [float((z.softmax(-1) * table[y]).sum()) for z, y in zip(logits, right, strict=True)]
         assert result.metrics["reward"] == pytest.approx(sum(gained) / 4)
         assert result.metrics["accuracy"] == sum(int(z.argmax()) == y for z, y in zip(logits, right, strict=True)) / 4
-        assert result.tokens == sum(len(bert_tokenizer()(OPINIONS[i][0])["input_ids"]) for i in rows)
+        assert result.tokens == sum(len(word_tokenizer()(OPINIONS[i][0])["input_ids"]) for i in rows)
 
 
 def test_a_regression_lowers_the_mean_squared_error(tmp_path: Path) -> None:
@@ -131,12 +131,12 @@ def test_a_regression_lowers_the_mean_squared_error(tmp_path: Path) -> None:
     rows = rows_of_step(learner)
     result = learner.step(0)
     with at(learner.encoder, steps[0]):
-        said = [alone(learner.encoder, bert_tokenizer()(text)["input_ids"])[0] for text, _ in numbers]
+        said = [alone(learner.encoder, word_tokenizer()(text)["input_ids"])[0] for text, _ in numbers]
         loss = torch.stack([(said[i] - numbers[i][1]).square() for i in rows]).mean()
         assert_gradient(steps[0], loss, dict(learner.encoder.named_parameters()))
     assert result.metrics["loss"] == pytest.approx(float(loss.detach()), rel=1e-9)
     with torch.no_grad():
-        said = torch.stack([alone(learner.encoder, bert_tokenizer()(text)["input_ids"])[0] for text, _ in numbers])
+        said = torch.stack([alone(learner.encoder, word_tokenizer()(text)["input_ids"])[0] for text, _ in numbers])
     truth = torch.tensor([y for _, y in numbers])
     assert learner.evaluate(1).value == pytest.approx(float(torch.corrcoef(torch.stack([said, truth]))[0, 1]), rel=1e-6)
 
@@ -150,7 +150,7 @@ def test_the_best_classifier_is_the_one_with_most_accuracy_or_reward_on_dev(rewa
     learner = classify_learner(tmp_path, micro_batch_tokens=16, **changes)
     labels = list(learner.encoder.labels)
     with torch.no_grad():
-        said = [int(alone(learner.encoder, bert_tokenizer()(text)["input_ids"]).argmax()) for text, _ in OPINIONS]
+        said = [int(alone(learner.encoder, word_tokenizer()(text)["input_ids"]).argmax()) for text, _ in OPINIONS]
     truth = [labels.index(label) for _, label in OPINIONS]
     table = reward_table(labels, REWARDS)
     right = [y == a for y, a in zip(truth, said, strict=True)]
@@ -198,7 +198,7 @@ def test_a_taggers_step_is_the_mean_of_its_objective_over_the_words(case: str, t
     learner = tag_learner(tmp_path, micro_batch_tokens=20, seed=3, **changes)
     labels = list(learner.encoder.labels)
     table = reward_table(labels, TAG_REWARDS if "rewards" in changes else {})
-    steps, inputs = watch(learner.optimizer), tag_inputs(bert_tokenizer())
+    steps, inputs = watch(learner.optimizer), tag_inputs(word_tokenizer())
     for step in (0, 1):
         rows = rows_of_step(learner, step)
         result = learner.step(step)
@@ -227,7 +227,7 @@ def test_the_best_tagger_is_the_one_with_most_accuracy_or_reward_on_dev(rewarded
     learner = tag_learner(tmp_path, micro_batch_tokens=20, **changes)
     labels, table = list(learner.encoder.labels), reward_table(learner.encoder.labels, TAG_REWARDS)
     right, gained = [], []
-    for row, first, tokens, places in tag_inputs(bert_tokenizer()):
+    for row, first, tokens, places in tag_inputs(word_tokenizer()):
         with torch.no_grad():
             said = alone(learner.encoder, tokens).argmax(-1)
         for i, place in enumerate(places):

@@ -33,8 +33,18 @@ RATES: dict[str, list[float]] = {
 RECIPES = sorted(LEARNERS)
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", RATES)
+@pytest.mark.parametrize(
+    ("kind", "recipe"),
+    [
+        ("constant", "tag"),
+        ("linear", "pretrain"),
+        ("linear", "masked"),
+        ("linear", "sft"),
+        ("cosine", "sft"),
+        ("cosine", "classify"),
+        ("cosine", "seq2seq"),
+    ],
+)
 def test_every_step_is_adamws_at_its_rate_with_clipping_and_decay(kind: str, recipe: str, tmp_path: Path) -> None:
     """The whole accumulated gradient is clipped, once; matrices decay, norms and biases do not; a head has its rate."""
     head = {"head_lr_factor": 5.0} if recipe in ("classify", "tag") else {}
@@ -63,7 +73,7 @@ def is_head(name: str) -> bool:
     return name.startswith(("classifier.", "bert.pooler."))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", ["sft", "masked", "tag"])
 def test_no_clipping_without_a_limit(recipe: str, tmp_path: Path) -> None:
     learner = LEARNERS[recipe](tmp_path, max_grad_norm=0.0)
     steps = watch(learner.optimizer)
