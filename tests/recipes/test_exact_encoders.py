@@ -302,12 +302,13 @@ def replies(learner: Any) -> list[list[int]]:
 
 
 def test_decoding_after_a_step_is_that_of_the_new_weights(tmp_path: Path) -> None:
-    """Nothing that the engine keeps of the sources outlives the weights it was computed with."""
-    learner = seq2seq_learner(tmp_path, learning_rate=0.3)
+    """Nothing that the engine keeps of the sources, longer than a block of its cache, outlives the weights it is of."""
+    held = pairs_file(tmp_path / "long.jsonl", [("a b c d e f " * 7, "f"), ("f e d c " * 9, "a b")])
+    learner = seq2seq_learner(tmp_path, learning_rate=0.3, eval_data=held, max_length=64)
     before = replies(learner)
     learner.step(0)
     after = replies(learner)
-    fresh = seq2seq_learner(tmp_path)
+    fresh = seq2seq_learner(tmp_path, eval_data=held, max_length=64)
     fresh.policy.model.load_state_dict(learner.policy.model.state_dict())
     assert before != after == replies(fresh)
 
