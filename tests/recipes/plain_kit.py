@@ -17,6 +17,7 @@ from upslope.data.batching import PromptStream
 from upslope.models.attention import PackedContext
 from upslope.models.loading import load_model
 from upslope.models.protocol import CausalModel
+from upslope.types import RolloutGroup
 
 TOKENIZER = tiny_tokenizer()
 
@@ -72,6 +73,20 @@ def taken_by(learner: Any, steps: int) -> tuple[list[Taken], list[dict[str, floa
     found = watch(learner.optimizer)
     metrics = [dict(learner.step(step).metrics) for step in range(steps)]
     return found, metrics
+
+
+def sampled_by(learner: Any) -> list[list[RolloutGroup]]:
+    """What the learner samples from now on, call by call."""
+    seen: list[list[RolloutGroup]] = []
+    original = learner.sample
+
+    def sample(*given: Any, **named: Any) -> Any:
+        found = original(*given, **named)
+        seen.append(found[0] if isinstance(found, tuple) else found)
+        return found
+
+    learner.sample = sample
+    return seen
 
 
 def return_to(model: nn.Module, taken: Taken) -> None:
