@@ -35,9 +35,11 @@ def opened() -> Iterator[ExitStack]:
         yield stack
 
 
-def learner_of(tmp_path: Path, opened: ExitStack, **changes: Any) -> MinimumRisk:
+def learner_of(
+    tmp_path: Path, opened: ExitStack, rows: list[dict[str, str]] | None = None, **changes: Any
+) -> MinimumRisk:
     """An encoder-decoder of a handful of words, in float64."""
-    data = write(tmp_path / "rows.jsonl", ROWS)
+    data = write(tmp_path / "rows.jsonl", ROWS if rows is None else rows)
     shape: dict[str, Any] = {"tokenizer": "word", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "max_length": 8}
     held_out = write(tmp_path / "held.jsonl", [{"prompt": "b b b", "completion": "b"}])
     common: dict[str, Any] = {"data": data, "eval_data": held_out, "eval_samples": 0, "dtype": "float32"}
@@ -110,11 +112,11 @@ def test_over_all_targets_it_is_the_risk(tmp_path: Path, opened: ExitStack) -> N
     risks, alike = [], []
     for row in batches_of([p.text for p, _ in learner.prompts], 2, 1)[0]:
         head = tokenizer.source_ids(row)
-        p = target_logps(learner, head, targets).exp()
-        assert float(p.sum().detach()) == pytest.approx(1.0), "these are all"
-        risks.append((p * torch.tensor([cost_of(y) for y in targets])).sum())
-        q = target_logps(learner, head, drawn)
-        alike.append(risk(q, torch.tensor([cost_of(y) for y in drawn]), 1.0))
+        logp, costs = target_logps(learner, head, targets), torch.tensor([cost_of(y) for y in targets])
+        assert float(logp.exp().sum().detach()) == pytest.approx(1.0), "these are all"
+        risks.append((logp.exp() * costs).sum())
+        again = [targets.index(y) for y in drawn]
+        alike.append(risk(logp[again], costs[again], 1.0))
     named = trained(learner.policy.model)
     assert metrics[0]["risk/distinct"] == len(targets)
     assert metrics[0]["loss"] == pytest.approx(torch.stack(risks).mean().item(), rel=1e-6)
@@ -125,7 +127,7 @@ def test_over_all_targets_it_is_the_risk(tmp_path: Path, opened: ExitStack) -> N
 @pytest.mark.parametrize("reference", [True, False], ids=["with the reference", "without"])
 def test_two_steps_over_sampled_sets(reference: bool, tmp_path: Path, opened: ExitStack) -> None:
     """The second step's set is drawn by the moved model; its costs are the task's, 1 - reward."""
-    learner = learner_of(tmp_path, opened, include_reference=reference)
+    learner = learner_of(tmp_path, opened, include_reference=reference, num_samples=6 if reference else 24)
     model, tokenizer, seen = learner.policy.model, learner.policy.tokenizer, sampled_by(learner)
     taken, metrics = taken_by(learner, 2)
     assert [t.learning_rate for t in taken] == pytest.approx([0.02, 0.01])
@@ -134,7 +136,7 @@ def test_two_steps_over_sampled_sets(reference: bool, tmp_path: Path, opened: Ex
         sets: list[tuple[Tensor, Tensor]] = []
         for group in groups:
             head = tokenizer.source_ids(group.prompt.text)
-            assert len(group.rollouts) == 4
+            assert len(group.rollouts) == learner.options.num_samples
             found: dict[tuple[int, ...], float] = {}
             for r in group.rollouts:
                 found[tuple(r.tokens)] = 1 - float(r.reward.value or 0.0)
@@ -158,6 +160,15 @@ def test_each_step_draws_other_targets(tmp_path: Path, opened: ExitStack) -> Non
     first, second = ({g.prompt.key: [r.tokens for r in g.rollouts] for g in groups} for groups in seen)
     assert first.keys() == second.keys()
     assert all(first[key] != second[key] for key in first)
+
+
+def test_the_reference_is_a_source_s_first_target(tmp_path: Path, opened: ExitStack) -> None:
+    """A source with several targets is one source, and the nearest of them judges."""
+    rows = [{"prompt": "a b", "completion": text} for text in ("b a", "a", "b")]
+    learner = learner_of(tmp_path, opened, rows, max_completion_length=6, batch_size=1)
+    ((prompt, tokens),) = learner.prompts
+    assert prompt.text == "a b"
+    assert tokens == learner.policy.tokenizer.target_ids("b a")
 
 
 def test_another_reward_is_the_cost_that_is_lowered(tmp_path: Path, opened: ExitStack) -> None:
