@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from upslope.models.protocol import CausalModel
 from upslope.types import RolloutGroup
 
 TOKENIZER = tiny_tokenizer()
+
+
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    """Rows as a file of JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def asked(i: int) -> list[dict[str, str]]:
+    """A prompt."""
+    return [{"role": "user", "content": f"Say {i}"}]
 
 
 def double_policy(options: Any) -> Policy:

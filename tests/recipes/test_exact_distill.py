@@ -11,6 +11,7 @@ import pytest
 import torch
 from exact_kit import assert_gradient
 from plain_kit import (
+    asked,
     assert_first_update,
     assert_other,
     batches_of,
@@ -21,8 +22,8 @@ from plain_kit import (
     sampled_by,
     taken_by,
     trained,
+    write,
 )
-from preference_kit import asked, write
 from tiny_model import tiny_folder
 from torch import Tensor
 

@@ -11,8 +11,17 @@ from typing import Any
 import pytest
 import torch
 from exact_kit import assert_gradient
-from plain_kit import assert_first_update, assert_other, batches_of, logps, return_to, sampled_by, taken_by, trained
-from preference_kit import write
+from plain_kit import (
+    assert_first_update,
+    assert_other,
+    batches_of,
+    logps,
+    return_to,
+    sampled_by,
+    taken_by,
+    trained,
+    write,
+)
 from torch import Tensor
 
 from upslope.options import Seq2SeqOptions

@@ -12,6 +12,7 @@ import torch
 from exact_kit import assert_gradient
 from plain_kit import (
     answer_logps,
+    asked,
     assert_first_update,
     assert_other,
     batches_of,
@@ -20,8 +21,8 @@ from plain_kit import (
     return_to,
     taken_by,
     trained,
+    write,
 )
-from preference_kit import asked, write
 from torch import Tensor
 
 from upslope.models.protocol import CausalModel

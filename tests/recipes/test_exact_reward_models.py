@@ -10,6 +10,7 @@ import pytest
 import torch
 from exact_kit import assert_gradient
 from plain_kit import (
+    asked,
     assert_first_update,
     assert_other,
     batches_of,
@@ -19,8 +20,8 @@ from plain_kit import (
     states,
     taken_by,
     trained,
+    write,
 )
-from preference_kit import asked, write
 from torch import Tensor
 
 from upslope.models.reward_folder import SCORE
