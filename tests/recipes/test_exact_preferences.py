@@ -236,24 +236,24 @@ def test_kto_takes_the_papers_gradient(sign: int, small: Path, tmp_path: Path) -
         for weight, slope in zip(trained(model).values(), slopes, strict=True):
             weight += sign * 0.02 * slope
     taken, metrics = taken_by(learner, 2)
-    rows = batches_of(list(range(len(LABELLED))), 3, 2)[1]
+    numbers = {"beta": 0.3, "good": 1.5, "bad": 0.6}
 
     def logps_of(prompt: Any, text: str) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             base = answer_logps(start, prompt, text)
         return answer_logps(model, prompt, text), base
 
-    return_to(model, taken[1])
-    parts = [(LABELLED[i]["label"], *logps_of(LABELLED[i]["prompt"], LABELLED[i]["completion"])) for i in rows]
-    others = [logps_of(LABELLED[i]["prompt"], LABELLED[NEXT[i]]["completion"]) for i in rows]
-    kl = torch.stack([y.sum() - ry.sum() for y, ry in others]).mean()
-    assert float(kl.detach()) * sign > 0.2
-    z = kl.detach().clamp(min=0)
-    numbers = {"beta": 0.3, "good": 1.5, "bad": 0.6}
-    loss = labels_loss(parts, z, **numbers)
-    assert metrics[1]["loss"] == pytest.approx(loss.item(), rel=1e-6)
-    assert metrics[1]["objective/kl"] == pytest.approx(float(z), rel=1e-6)
-    assert_gradient(taken[1], loss, trained(model), tolerance=1e-5)
+    for one, rows, said in zip(taken, batches_of(list(range(len(LABELLED))), 3, 2), metrics, strict=True):
+        return_to(model, one)
+        parts = [(LABELLED[i]["label"], *logps_of(LABELLED[i]["prompt"], LABELLED[i]["completion"])) for i in rows]
+        others = [logps_of(LABELLED[i]["prompt"], LABELLED[NEXT[i]]["completion"]) for i in rows]
+        kl = torch.stack([y.sum() - ry.sum() for y, ry in others]).mean()
+        assert float(kl.detach()) * sign > 0.2
+        z = kl.detach().clamp(min=0)
+        loss = labels_loss(parts, z, **numbers)
+        assert said["loss"] == pytest.approx(loss.item(), rel=1e-6)
+        assert said["objective/kl"] == pytest.approx(float(z), rel=1e-6)
+        assert_gradient(one, loss, trained(model), tolerance=1e-5)
     for wrong in ({"beta": 0.1}, {"good": 1.0}, {"bad": 1.0}):
         assert_other(taken[1], labels_loss(parts, z, **numbers | wrong), trained(model))
     assert_other(taken[1], labels_loss(parts, kl if sign > 0 else kl.detach(), **numbers), trained(model))
