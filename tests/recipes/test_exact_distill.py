@@ -11,7 +11,6 @@ import pytest
 import torch
 from exact_kit import assert_gradient
 from plain_kit import (
-    asked,
     assert_first_update,
     assert_other,
     batches_of,
@@ -32,8 +31,14 @@ from upslope.recipes.distill import Distill
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
+
+def asked_at_length(i: int) -> list[dict[str, str]]:
+    """A prompt of more than a block of the cache, so that a second answer to it may begin from what is cached."""
+    return [{"role": "user", "content": f"Say {i} " + "and more " * 8}]
+
+
 ANSWERS = ["aab", "b", "cdcd", "dd"]
-ROWS = [{"prompt": asked(i), "completion": ANSWERS[i]} for i in range(4)]
+ROWS = [{"prompt": asked_at_length(i), "completion": ANSWERS[i]} for i in range(4)]
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +110,11 @@ def test_two_steps_of_distillation(kind: str, share: float, small: Path, guide: 
     for one, said, groups, met in zip(taken, metrics, seen, batches_of(list(range(4)), 4, 2), strict=True):
         return_to(model, one)
         own = round(4 * share)
-        rows = [(ids_of(asked(i), ANSWERS[i]), len(ids_of(asked(i)))) for i in met[own:]]
+        rows = [(ids_of(asked_at_length(i), ANSWERS[i]), len(ids_of(asked_at_length(i)))) for i in met[own:]]
         assert [g.prompt.key for g in groups] == met[:own]
         for group in groups:
             assert len(group.rollouts) == 2
-            head = ids_of(asked(group.prompt.key))
+            head = ids_of(asked_at_length(group.prompt.key))
             for r in group.rollouts:
                 assert r.prompt_tokens == head
                 assert len(r.tokens) <= 5

@@ -230,6 +230,8 @@ def test_every_round_is_drawn_by_the_trained_model(restart: bool, small: Path, o
 
     learner.sample = sample  # type: ignore[method-assign]
     taken_by(learner, 3)
+    versions = [{r.version for group in groups for r in group.rollouts} for groups in held]
+    assert versions == ([{0}, {1}, {3}] if restart else [{0}, {1}, {2}]), "one more for every time the weights moved"
     for weights, groups in zip(seen, held, strict=True):
         with torch.no_grad():
             for name, p in trained(model).items():

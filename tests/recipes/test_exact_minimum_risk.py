@@ -95,8 +95,9 @@ def cost_of(target: list[int]) -> float:
 
 
 def test_over_all_targets_it_is_the_risk(tmp_path: Path, opened: ExitStack) -> None:
-    """With alpha = 1, Q over every possible target is P itself; drawn twice counts once, drawn last counts as much."""
-    learner = learner_of(tmp_path, opened, alpha=1.0, include_reference=False, max_steps=1)
+    """With alpha = 1, Q over every possible target is P itself; what is drawn twice, the reference too, counts once."""
+    rows = [{"prompt": source, "completion": text} for source, text in (("a b", "b"), ("b", "a"), ("a a b", "b"))]
+    learner = learner_of(tmp_path, opened, rows, alpha=1.0, max_steps=1)
     tokenizer, vocab = learner.policy.tokenizer, learner.policy.model.spec.vocab_size
     eos = tokenizer.eos_token_id
     targets = [[eos], *([x, y] for x, y in itertools.product(range(vocab), repeat=2) if x != eos)]
