@@ -141,6 +141,7 @@ def test_two_steps_over_sampled_sets(reference: bool, tmp_path: Path, opened: Ex
     model, tokenizer, seen = learner.policy.model, learner.policy.tokenizer, sampled_by(learner)
     taken, metrics = taken_by(learner, 2)
     assert [t.learning_rate for t in taken] == pytest.approx([0.02, 0.01])
+    assert [{r.version for g in groups for r in g.rollouts} for groups in seen] == [{0}, {1}]
     for one, said, groups in zip(taken, metrics, seen, strict=True):
         return_to(model, one)
         sets: list[tuple[Tensor, Tensor]] = []
@@ -182,14 +183,24 @@ def test_the_reference_is_a_source_s_first_target(tmp_path: Path, opened: ExitSt
 
 
 def test_another_reward_is_the_cost_that_is_lowered(tmp_path: Path, opened: ExitStack) -> None:
-    """A length's reward instead of likeness."""
-    learner = learner_of(tmp_path, opened, reward=("exact_match",), max_steps=1)
+    """Two words are what is wanted, whatever the references say; the reference is judged by it, too."""
+    learner = learner_of(tmp_path, opened, reward=("length:target=2",), max_steps=1, num_samples=12)
     seen = sampled_by(learner)
-    taken_by(learner, 1)
+    taken, metrics = taken_by(learner, 1)
+    return_to(learner.policy.model, taken[0])
+    tokenizer, losses, wishes = learner.policy.tokenizer, [], set()
     for group in seen[0]:
         (text,) = [row["completion"] for row in ROWS if row["prompt"] == group.prompt.text]
-        for r in group.rollouts:
-            assert r.reward.value == float(r.text.strip() == text)
+        words = {tuple(r.tokens): len(r.text.split()) for r in group.rollouts}
+        words[tuple(tokenizer.target_ids(text))] = len(text.split())
+        costs = [abs(count - 2) / 2 for count in words.values()]
+        wishes |= set(costs)
+        logp = target_logps(learner, tokenizer.source_ids(group.prompt.text), [list(y) for y in words])
+        losses.append(risk(logp, torch.tensor(costs), 0.5))
+    assert len(wishes) > 1
+    loss = torch.stack(losses).mean()
+    assert metrics[0]["loss"] == pytest.approx(loss.item(), rel=1e-6)
+    assert_gradient(taken[0], loss, trained(learner.policy.model), tolerance=1e-6)
 
 
 def test_the_first_update_is_cut_and_decays(tmp_path: Path, opened: ExitStack) -> None:
