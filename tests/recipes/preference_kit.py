@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from plain_kit import asked as asked
+from plain_kit import write as write
 from torch import Tensor
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-
-def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def asked(i: int) -> list[dict[str, str]]:
-    return [{"role": "user", "content": f"Say {i}"}]
 
 
 def pair_rows(count: int = 60, seed: int = 0) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.kept import within_context
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.recipes.sft import held_out_groups
+from upslope.rollout.collect import sampling_keys
 from upslope.runs.folder import Run
 from upslope.tasks.loading import load_task
 from upslope.training.schedule import learning_rate
@@ -167,9 +168,10 @@ class Distill:
             seed=seed,
         )
         encoded = [self._prompt_tokens(item) for item in items]
+        keys = sampling_keys([item.prompt for item in items if item.prompt is not None])
         self.policy.model.eval()
         with torch.no_grad():
-            completions = self.engine.generate(encoded, params, keys=[item.key for item in items])
+            completions = self.engine.generate(encoded, params, keys=keys)
         groups = []
         for item, tokens, some in zip(items, encoded, completions, strict=True):
             assert item.prompt is not None
