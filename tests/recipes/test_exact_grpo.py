@@ -235,23 +235,6 @@ def test_minibatches_are_whole_prompts_each_with_its_own_denominator(table_model
     assert sorted(seen[:2]) == sorted(seen[2:]) == [0, 1]
 
 
-def test_a_step_samples_anew(table_model: Path) -> None:
-    """What is sampled depends on (seed, step, round, prompt, sample), and on nothing else."""
-
-    def tokens(step: int, round_: int, **options: Any) -> dict[Any, list[list[int]]]:
-        learner = learner_of(GRPO, table_model, num_train_prompts=2, **options)
-        groups, _ = learner.sample(step, round_=round_)
-        return {g.prompt.key: [r.tokens for r in g.rollouts] for g in groups}
-
-    first = tokens(0, 0)
-    assert tokens(0, 0) == first
-    for other in (tokens(1, 0), tokens(0, 1)):
-        assert all(other[key] != first[key] for key in first)
-    assert not {str(x) for x in tokens(0, 0, seed=1).values()} & {str(x) for x in first.values()}
-    assert len({str(x) for x in first.values()}) == 2
-    assert all(len({str(one) for one in group}) > 5 for group in first.values())
-
-
 def test_dynamic_sampling_trains_on_groups_that_differ(table_model: Path) -> None:
     """Rounds of as many prompts as are still missing; the first that differ are kept, in their order."""
 

@@ -28,9 +28,7 @@ from exact_kit import (
 from torch import Tensor
 
 from upslope.models.attention import PackedContext
-from upslope.recipes import policy_gradient
 from upslope.recipes.ppo import PPO
-from upslope.rollout.collect import collect
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -336,34 +334,6 @@ def test_the_reference_has_the_temperature(table_model: Path) -> None:
     with before(learner, taken[0], temperature=2.0) as (x, _):
         kl_ST = x.logp_ST - exact(learner.reference, temperature=2.0).logp_ST
         assert metrics["objective/kl"] == pytest.approx(float(x.expected((kl_ST * x.mask_ST).sum(1)).detach()))
-
-
-def test_rates_follow_the_schedule_by_steps_and_not_by_passes(table_model: Path) -> None:
-    learner = ppo(table_model, learning_rate=0.04, lr_scheduler_type="linear", max_steps=4, num_epochs=2)
-    taken, _ = stepped(learner, sampled(REWARDS), steps=4)
-    assert [one.learning_rate for one in taken] == pytest.approx([0.04, 0.04, 0.03, 0.03, 0.02, 0.02, 0.01, 0.01])
-
-
-def test_evaluation_is_greedy_and_leaves_the_training_alone(table_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Any] = []
-
-    def spy(engine: Any, tokenizer: Any, judge: Any, prompts: Any, params: Any) -> Any:
-        asked.append((prompts, params))
-        return collect(engine, tokenizer, judge, prompts, params)
-
-    monkeypatch.setattr(policy_gradient, "collect", spy)
-    tokens = []
-    for evaluates in (True, False):
-        learner = ppo(table_model, eval_samples=3, temperature=2.0, num_generations=8)
-        if evaluates:
-            assert learner.evaluate(0) is not None
-            ((prompts, params),) = asked
-            assert params.temperature == 0.0
-            assert prompts == learner.task.prompts("eval", 3, seed=0)
-            assert not {p.key for p in prompts} & {p.key for p in learner.train_prompts}
-        groups, _ = learner.sample(0)
-        tokens.append([r.tokens for g in groups for r in g.rollouts])
-    assert tokens[0] == tokens[1]
 
 
 def test_observed_tokens_are_passed_over(table_model: Path) -> None:

@@ -72,8 +72,13 @@ def test_every_baseline_has_the_gradient_of_the_expected_reward(
         assert_gradient(taken[-1], -(probabilities(x) * x.of(REWARDS)).sum() / LENGTH, own)
 
 
-def test_reinforce_plus_plus_divides_that_gradient_by_the_deviation_of_the_returns(table_model: Path) -> None:
-    learner = learner_of(Reinforce, table_model, baseline="reinforce++")
+@pytest.mark.parametrize(
+    "options", [{"baseline": "reinforce++"}, {"baseline": "none", "whiten_advantages": True}], ids=str
+)
+def test_whitening_divides_that_gradient_by_the_deviation_of_the_returns(
+    options: dict[str, Any], table_model: Path
+) -> None:
+    learner = learner_of(Reinforce, table_model, **options)
     taken, _ = stepped(learner, sampled(REWARDS))
     with before(learner, taken[0]) as (x, named):
         returns = x.to_go(x.last(x.of(REWARDS)))

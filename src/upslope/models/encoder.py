@@ -249,6 +249,7 @@ def new_encoder(
     labels: Sequence[str] | None = None,
     pad_token_id: int = 0,
     seed: int = 0,
+    gradient_checkpointing: bool = False,
     **more: Any,
 ) -> Encoder:
     """A random encoder of a transformers model type, in float32; `more` goes into its configuration.
@@ -284,6 +285,8 @@ def new_encoder(
         with_labels(config, tuple(labels or ()))
     with _seeded(seed):
         network = auto_class(kind).from_config(config)
+    if gradient_checkpointing:
+        _enable_checkpointing(network)
     return Encoder(network, kind, labels=labels or (), dropout=dropout)
 
 

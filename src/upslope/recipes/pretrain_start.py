@@ -148,9 +148,8 @@ def start_encoder(options: PretrainOptions, tokenizer: Any) -> Encoder:
         max_positions=options.context_length,
         pad_token_id=tokenizer.pad_token_id,
         seed=options.seed,
+        gradient_checkpointing=options.gradient_checkpointing,
     )
-    if options.gradient_checkpointing:
-        encoder.network.gradient_checkpointing_enable({"use_reentrant": False})
     return encoder.to_compute(dtype, device)
 
 
