@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +36,30 @@ def test_every_fault_can_be_planted_and_its_tests_exist(mutants: Any, root: Path
                 functions[file] = {n.name for n in ast.walk(tree) if isinstance(n, kinds)}
             last = rest.rpartition("::")[2]
             assert not last or last in functions[file], f"{mutant.name}: there is no {test}"
+
+
+PLACES = {
+    *("model", "output_dir", "data", "eval_data", "test_data", "cache_dir", "task", "tokenizer"),
+    *("text_column", "label_column", "pair_column", "token_column", "tag_column", "tag_scheme"),
+}
+"""Options that say where things are and what they are called."""
+SIZES = {
+    *("architecture", "vocab_size", "shared_vocabulary", "hidden_size", "intermediate_size"),
+    *("num_layers", "num_heads", "norm", "lora_rank"),
+}
+"""Options that say what a new network looks like: its file says whether they were followed."""
+LAUNCH = {"resume", "allow_changed_data", "dry_run", "json"}
+
+
+def test_every_option_of_training_has_a_fault_that_ignores_or_bends_it(mutants: Any) -> None:
+    import upslope.options as options
+
+    verbs = [x for x in vars(options).values() if isinstance(x, type) and issubclass(x, options.RunOptions)]
+    assert len(verbs) > 10
+    names = {field.name for verb in verbs for field in dataclasses.fields(verb)} - PLACES - SIZES - LAUNCH
+    planted = " ".join(mutant.old for mutant in mutants.listed())
+    bare = sorted(name for name in names if not re.search(rf"\.{name}\b", planted))
+    assert not bare, f"give tests/mutants.toml faults in which these options are ignored: {', '.join(bare)}"
 
 
 ENTRY = {
