@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for this process, before torch is imported, and for its children
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin for each other stall on a busy machine
 
 import hypothesis
 import numpy as np
