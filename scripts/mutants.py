@@ -1,16 +1,19 @@
 """Plant the faults of tests/mutants.toml, one at a time, and see whether the tests named there notice.
 
-    make mutants                                  all of them; an hour or so on two cores
-    .venv/bin/python scripts/mutants.py NAME ...  only these
+    make mutants                                      all of them; an hour or so on two cores
+    .venv/bin/python scripts/mutants.py NAME ...      only these
+    .venv/bin/python scripts/mutants.py --list FILE   another list
 
 A fault is one replacement in one file of src/upslope. It is planted in a copy of the repository, never in the
-repository itself, and counts as noticed when a test fails on it: a fault that merely cannot be imported, or whose
-tests are red without it, is an error of the list. The exit code is 0 only when every fault was noticed.
+repository itself, and is noticed when one of its tests fails, or hangs. One that cannot be imported or that names
+what does not exist is broken, and not noticed. Exit codes: 0 every fault was noticed, 1 some were not, 2 the list or
+the command is wrong or a test fails without any fault.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import itertools
 import json
@@ -22,18 +25,19 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "mutants.toml"
 QUIET = ("-q", "-x", "--no-header", "--tb=line", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 PYTEST = (*QUIET, "-p", "no:cacheprovider", "-o", "timeout=120")
 LIMIT = 900.0
-"""Seconds after which the tests of one fault are ended; a fault that hangs them was noticed."""
-PASSED, FAILED = 0, 1  # exit codes of pytest; others say that something could not be collected
+"""Seconds after which the tests of one fault are stopped: it hangs them, and was noticed."""
+PASSED, FAILED, BROKEN = 0, 1, -1  # 0 and 1 are pytest's; its others say that something could not be collected
 
 
 def preload() -> None:
@@ -48,10 +52,7 @@ def preload() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """A fault: in `file` (under src/upslope), `old` becomes `new`; one of `tests` must fail.
-
-    options: the options it is about, as PPOOptions.kl_coef.
-    """
+    """A fault: in `file` (under src/upslope), `old` becomes `new`; one of `tests` must fail."""
 
     name: str
     fault: str
@@ -59,7 +60,6 @@ class Mutant:
     old: str
     new: str
     tests: tuple[str, ...]
-    options: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -73,31 +73,47 @@ class Mutant:
         missing = [test for test in self.tests if not (ROOT / test.partition("::")[0]).is_file()]
         if missing:
             return f"there is no {missing[0]}"
-        if not (ROOT / self.path).is_file():
+        if ".." in self.path.parts or not (ROOT / self.path).is_file():
             return f"there is no {self.path}"
+        if self.old == self.new:
+            return "its new text is the old one"
         found = (ROOT / self.path).read_text(encoding="utf-8").count(self.old)
-        if found != 1 or self.old == self.new:
-            return f"its old text occurs {found} times in {self.path}; it must occur once, and the new text be another"
-        return None
+        return None if found == 1 else f"its old text occurs {found} times in {self.path}; it must occur once"
 
 
 def listed(path: Path = LIST) -> list[Mutant]:
-    """The faults of a list. Raises SystemExit with one line for an entry that cannot be planted."""
-    entries = tomllib.loads(path.read_text(encoding="utf-8"))["mutant"]
-    mutants = []
-    for entry in entries:
-        try:
-            lists = {name: tuple(entry[name]) for name in ("tests", "options") if name in entry}
-            mutants.append(Mutant(**entry | lists))
-        except (KeyError, TypeError) as error:
-            sys.exit(f"{path.name}: {entry.get('name', entry)}: {error}")
+    """The faults of a list. Raises SystemExit with one line for a list or an entry that cannot be planted."""
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8")).get("mutant")
+    except (OSError, ValueError) as error:
+        refuse(f"{path}: {error}")
+    if not isinstance(entries, list) or not entries:
+        refuse(f"{path}: it has no [[mutant]]")
+    mutants = [_mutant(path, entry) for entry in entries]
     seen: set[str] = set()
     for mutant in mutants:
         wrong = "the name is taken" if mutant.name in seen else mutant.complaint()
         if wrong:
-            sys.exit(f"{path.name}: {mutant.name}: {wrong}")
+            refuse(f"{path.name}: {mutant.name}: {wrong}")
         seen.add(mutant.name)
     return mutants
+
+
+def _mutant(path: Path, entry: Any) -> Mutant:
+    name = entry.get("name") if isinstance(entry, dict) else entry
+    fields = [field.name for field in dataclasses.fields(Mutant)]
+    if not isinstance(entry, dict) or set(entry) != set(fields):
+        refuse(f"{path.name}: {name}: an entry has {', '.join(fields)}, and nothing else")
+    texts = [value for key, value in entry.items() if key != "tests"]
+    if not isinstance(entry["tests"], list) or not all(isinstance(x, str) for x in [*texts, *entry["tests"]]):
+        refuse(f"{path.name}: {name}: tests is a list of texts, everything else a text")
+    return Mutant(**entry | {"tests": tuple(entry["tests"])})
+
+
+def refuse(why: str) -> NoReturn:
+    """End with one line and the exit code of a list that is wrong."""
+    print(why, file=sys.stderr)
+    raise SystemExit(2)
 
 
 class Bench:
@@ -156,18 +172,71 @@ class Bench:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def ended(started: dict[int, float]) -> tuple[int, int]:
-    """The process id and exit code of the next of these to end; FAILED where it had to be killed."""
-    while True:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            return pid, os.waitstatus_to_exitcode(status)
-        for pid, since in started.items():
-            if time.monotonic() - since > LIMIT:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                return pid, FAILED
-        time.sleep(0.05)
+class Running:
+    """The forks that run: what each of them tests, and since when."""
+
+    def __init__(self) -> None:
+        self.forks: dict[int, tuple[Bench, float]] = {}
+
+    def start(self, bench: Bench, tests: Iterable[str]) -> int:
+        """Run the tests on the bench as it is; the fork's process id."""
+        pid = bench.start(tests)
+        self.forks[pid] = (bench, time.monotonic())
+        return pid
+
+    def next(self, limit: float = LIMIT) -> tuple[int, int, float]:
+        """The process id and exit code of the next fork to end, and its seconds; FAILED where it had to be stopped."""
+        while True:
+            for pid, (_, since) in self.forks.items():
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                seconds = time.monotonic() - since
+                if ended:
+                    del self.forks[pid]
+                    return pid, os.waitstatus_to_exitcode(status), seconds
+                if seconds > limit:
+                    self.stop(pid)
+                    return pid, FAILED, seconds
+            time.sleep(0.05)
+
+    def stop(self, pid: int) -> None:
+        """End a fork and what it started."""
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        del self.forks[pid]
+
+
+def red_without_a_fault(running: Running, benches: Sequence[Bench], tests: Sequence[str]) -> Bench | None:
+    """The bench on which the tests, shared among the benches, do not all pass; None where they do."""
+    shares = {
+        running.start(bench, share): bench for i, bench in enumerate(benches) if (share := tests[i :: len(benches)])
+    }
+    ends = {pid: code for pid, code, _ in (running.next(limit=float("inf")) for _ in shares)}
+    return next((shares[pid] for pid, code in ends.items() if code != PASSED), None)
+
+
+def plant_all(running: Running, benches: list[Bench], mutants: Sequence[Mutant]) -> list[str]:
+    """Plant each fault, tell whether it was noticed, and return the names of those that were not."""
+    todo, planted, missed = list(reversed(mutants)), {}, []
+    while todo or planted:
+        while todo and benches:
+            mutant, bench = todo.pop(), benches.pop()
+            bench.plant(mutant)
+            planted[running.start(bench, mutant.tests)] = (mutant, bench)
+        pid, code, seconds = running.next()
+        mutant, bench = planted.pop(pid)
+        if code == FAILED and ": NameError: " in bench.said:
+            code = BROKEN
+        verdict = {FAILED: "noticed", PASSED: "NOT NOTICED", BROKEN: "BROKEN (it names what does not exist)"}.get(
+            code, f"BROKEN (pytest ended with {code})"
+        )
+        number = len(mutants) - len(todo) - len(planted)
+        print(f"{number:4} {verdict}  {mutant.name}: {mutant.fault}  ({seconds:.0f} s)", flush=True)
+        if code != FAILED:
+            missed.append(mutant.name)
+            print(bench.said, flush=True)
+        bench.restore(mutant)
+        benches.append(bench)
+    return missed
 
 
 def main() -> int:
@@ -175,46 +244,38 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these faults (default: all)")
     parser.add_argument("--list", type=Path, default=LIST, metavar="FILE", help="another list of faults")
-    parser.add_argument(
-        "--workers", type=int, default=os.cpu_count(), metavar="N", help="at a time (default: one a core)"
-    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), metavar="N", help="faults at a time")
     parser.add_argument("--json", action="store_true", help='end with {"planted": ..., "noticed": ...}')
     arguments = parser.parse_args()
+    if arguments.workers < 1:
+        parser.error(f"--workers is {arguments.workers}; it must be at least 1")
     mutants = listed(arguments.list)
-    unknown = set(arguments.names) - {mutant.name for mutant in mutants}
+    unknown = sorted(set(arguments.names) - {mutant.name for mutant in mutants})
     if unknown:
-        parser.error(f"no fault is called {sorted(unknown)[0]}")
+        parser.error(f"no fault is called {', '.join(unknown)}")
     mutants = [mutant for mutant in mutants if not arguments.names or mutant.name in arguments.names]
     preload()
-    began, missed = time.monotonic(), []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    began, running = time.monotonic(), Running()
     with tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True) as folder:
-        benches = [Bench(Path(folder) / str(i)) for i in range(max(1, min(arguments.workers, len(mutants))))]
-        tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-        print(f"{len(mutants)} faults; first their {len(tests)} tests without any", flush=True)
-        pid = benches[0].start(tests)
-        if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != PASSED:
-            print(benches[0].said)
-            print("the tests are red without a fault: mend them first")
-            return 2
-        todo, running, started, done = list(reversed(mutants)), {}, {}, 0
-        while todo or running:
-            while todo and benches:
-                mutant, bench = todo.pop(), benches.pop()
-                bench.plant(mutant)
-                pid = bench.start(mutant.tests)
-                running[pid], started[pid] = (mutant, bench), time.monotonic()
-            pid, code = ended(started)
-            mutant, bench = running.pop(pid)
-            seconds, done = time.monotonic() - started.pop(pid), done + 1
-            verdict = {FAILED: "noticed", PASSED: "NOT NOTICED"}.get(code, f"BROKEN (pytest ended with {code})")
-            print(f"{done:4} {verdict}  {mutant.name}: {mutant.fault}  ({seconds:.0f} s)", flush=True)
-            if code != FAILED:
-                missed.append(mutant.name)
-                print(bench.said, flush=True)
-            bench.restore(mutant)
-            benches.append(bench)
+        try:
+            benches = [Bench(Path(folder) / str(i)) for i in range(min(arguments.workers, len(mutants)))]
+            tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
+            print(f"planting {len(mutants)}; first the tests that must notice, without a fault", flush=True)
+            red = red_without_a_fault(running, benches, tests)
+            if red is not None:
+                print(red.said)
+                print("a test fails, is too slow here or does not exist, without any fault: mend that first")
+                return 2
+            missed = plant_all(running, benches, mutants)
+        except KeyboardInterrupt:
+            print("\nstopped; nothing was changed", file=sys.stderr)
+            return 130
+        finally:
+            for pid in list(running.forks):
+                running.stop(pid)
     noticed = len(mutants) - len(missed)
-    print(f"{len(mutants)} planted, {noticed} noticed, in {(time.monotonic() - began) / 60:.0f} min")
+    print(f"{len(mutants)} planted, {noticed} noticed, in {(time.monotonic() - began) / 60:.1f} min")
     if missed:
         print(f"not noticed: {', '.join(missed)}")
     if arguments.json:

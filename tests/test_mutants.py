@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 
@@ -48,17 +53,39 @@ SIZES = {
     *("num_layers", "num_heads", "norm", "lora_rank"),
 }
 """Options that say what a new network looks like: its file says whether they were followed."""
-LAUNCH = {"resume", "allow_changed_data", "dry_run", "json"}
 
 
-def test_every_option_of_training_has_a_fault_that_ignores_or_bends_it(mutants: Any) -> None:
+def test_every_option_of_training_has_a_fault_that_ignores_or_bends_it(mutants: Any, root: Path) -> None:
+    """In a file that knows the verb's options, where there are such files: PPO's `lam` is not REINFORCE's."""
     import upslope.options as options
 
-    verbs = [x for x in vars(options).values() if isinstance(x, type) and issubclass(x, options.RunOptions)]
-    assert len(verbs) > 10
-    names = {field.name for verb in verbs for field in dataclasses.fields(verb)} - PLACES - SIZES - LAUNCH
-    planted = " ".join(mutant.old for mutant in mutants.listed())
-    bare = sorted(name for name in names if not re.search(rf"\.{name}\b", planted))
+    planted: dict[str, str] = {}
+    for mutant in mutants.listed():
+        planted[mutant.file] = planted.get(mutant.file, "") + mutant.old + "\n"
+    texts = {file: (root / "src/upslope" / file).read_text(encoding="utf-8") for file in planted}
+    kinds = {
+        kind
+        for verb in vars(options).values()
+        if isinstance(verb, type) and issubclass(verb, options.RunOptions)
+        for kind in verb.__mro__
+        if dataclasses.is_dataclass(kind) and kind.__name__ != "LaunchOptions"
+    }
+    assert len(kinds) > 12
+    bare = []
+    for kind in sorted(kinds, key=lambda kind: kind.__name__):
+        bases = [base for base in kind.__mro__[1:] if dataclasses.is_dataclass(base)]
+        family = [*bases, kind, *kind.__subclasses__()]
+        names = {member.__name__ for member in family} - {"LaunchOptions", "RunOptions", "RLOptions"}
+        files = (
+            texts
+            if kind.__name__ in ("RunOptions", "RLOptions")
+            else [file for file, text in texts.items() if any(name in text for name in names)]
+        )
+        said = "\n".join(planted[file] for file in files)
+        anew = {name for base in bases for name in inspect.get_annotations(base)}  # another default, the same option
+        for name in sorted(set(inspect.get_annotations(kind)) - anew - PLACES - SIZES):
+            if not re.search(rf"\.{name}\b", said):
+                bare.append(f"{kind.__name__}.{name}")
     assert not bare, f"give tests/mutants.toml faults in which these options are ignored: {', '.join(bare)}"
 
 
@@ -83,29 +110,47 @@ def written(path: Path, *entries: dict[str, Any]) -> Path:
     [
         ({"old": "self.coef"}, r"occurs \d+ times"),
         ({"old": "no such line"}, "occurs 0 times"),
-        ({"new": "factor = 1.0 + error"}, "the new text be another"),
+        ({"new": "factor = 1.0 + error"}, "its new text is the old one"),
         ({"file": "functional/no.py"}, "there is no src/upslope/functional/no.py"),
         ({"tests": ["tests/no.py::test_it"]}, "there is no tests/no.py"),
+        ({"file": "../../scripts/mutants.py"}, r"there is no src/upslope/\.\."),
         ({"tests": []}, "no test is named"),
-        ({"fautl": "a typing error"}, "fautl"),
+        ({"tests": "tests/functional/test_kl.py"}, "tests is a list of texts"),
+        ({"file": 3}, "tests is a list of texts"),
+        ({"fautl": "a typing error"}, "an entry has name, fault, file, old, new, tests, and nothing else"),
     ],
     ids=lambda x: str(x)[:30],
 )
-def test_an_entry_that_does_not_fit_is_named(change: dict[str, Any], said: str, mutants: Any, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f"kl-horizon: .*{said}"):
+def test_an_entry_that_does_not_fit_is_named(
+    change: dict[str, Any], said: str, mutants: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
         mutants.listed(written(tmp_path / "list.toml", ENTRY | change))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(f"kl-horizon: .*{said}", line)
 
 
-def test_two_faults_of_one_name_are_refused(mutants: Any, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="kl-horizon: the name is taken"):
-        mutants.listed(written(tmp_path / "list.toml", ENTRY, ENTRY))
+def test_a_list_that_cannot_be_read_is_one_line(
+    mutants: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twice = written(tmp_path / "twice.toml", ENTRY, ENTRY)
+    (tmp_path / "broken.toml").write_text("[[mutant]]\nname = ")
+    (tmp_path / "empty.toml").write_text("mutant = []")
+    (tmp_path / "texts.toml").write_text('mutant = ["x"]')
+    for path in (twice, *(tmp_path / name for name in ("broken.toml", "empty.toml", "texts.toml", "absent.toml"))):
+        with pytest.raises(SystemExit):
+            mutants.listed(path)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert path.name in line
 
 
 @pytest.mark.slow
 def test_what_is_noticed_what_is_not_and_what_is_broken(root: Path, tmp_path: Path) -> None:
-    harmless = ENTRY | {"name": "harmless", "new": "factor = error + 1.0"}
+    harmless = ENTRY | {"name": "harmless", "new": "factor = +1.0 + error"}
     broken = ENTRY | {"name": "broken", "new": "factor = = error"}
-    path = written(tmp_path / "list.toml", ENTRY, harmless, broken)
+    crash = ENTRY | {"name": "crash", "new": "factor = eror"}
+    path = written(tmp_path / "list.toml", ENTRY, harmless, broken, crash)
     before = (root / "src/upslope/functional/kl.py").read_text()
     command = [sys.executable, "scripts/mutants.py", "--list", str(path), "--json"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
@@ -113,9 +158,34 @@ def test_what_is_noticed_what_is_not_and_what_is_broken(root: Path, tmp_path: Pa
     assert " noticed  kl-horizon" in done.stdout
     assert " NOT NOTICED  harmless" in done.stdout
     assert " BROKEN (pytest ended with 4)  broken" in done.stdout
-    assert "not noticed: " in done.stdout
-    assert json.loads(done.stdout.splitlines()[-1]) == {"planted": 3, "noticed": 1}
+    assert " BROKEN (it names what does not exist)  crash" in done.stdout
+    assert json.loads(done.stdout.splitlines()[-1]) == {"planted": 4, "noticed": 1}
     assert (root / "src/upslope/functional/kl.py").read_text() == before
+    red = written(tmp_path / "red.toml", ENTRY | {"tests": ["tests/functional/test_kl.py::test_no_such"]})
+    wrong = subprocess.run([*command[:3], str(red)], cwd=root, capture_output=True, text=True, timeout=240)
+    assert wrong.returncode == 2
+    assert "does not exist" in wrong.stdout
     alone = subprocess.run([*command, "kl-horizon"], cwd=root, capture_output=True, text=True, timeout=240)
     assert alone.returncode == 0
     assert json.loads(alone.stdout.splitlines()[-1]) == {"planted": 1, "noticed": 1}
+
+
+@pytest.mark.slow
+def test_stopping_ends_the_forks_and_leaves_nothing(root: Path, tmp_path: Path) -> None:
+    slow = ["tests/functional/test_unbiased.py", "tests/functional/test_kl.py", "tests/functional/test_returns.py"]
+    path = written(tmp_path / "list.toml", ENTRY | {"tests": slow})
+    command = [sys.executable, "scripts/mutants.py", "--list", str(path)]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert "planting 1" in process.stdout.readline()
+    time.sleep(0.5)
+    forks = [child.pid for child in psutil.Process(process.pid).children()]
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "\nstopped; nothing was changed\n")
+    assert forks
+    assert not any(psutil.pid_exists(pid) for pid in forks)
+    assert not list(tmp_path.glob("mutants-*"))

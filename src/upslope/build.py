@@ -183,11 +183,12 @@ def make_optimizer(policy: Policy, options: RunOptions, extra: list[Group] | Non
 
 
 def load_reference(policy: Policy, options: RunOptions) -> CausalModel | None:
-    """A frozen copy of the start model; None under LoRA, where `Policy.as_reference` is it."""
+    """A frozen copy of the policy as it is now; None under LoRA, where `Policy.as_reference` is it."""
     if options.lora_rank:
         return None
-    model = load_model(resolve(options.model), dtype=policy.model.dtype).to(policy.model.device)
-    model.keep_tokens(policy.model.spec.vocab_size, options.model)
+    model = load_model(policy.folder, dtype=policy.model.dtype).to(policy.model.device)
+    model.keep_tokens(policy.model.spec.vocab_size, policy.folder)
+    model.load_state_dict(policy.model.state_dict())  # of a policy that was handed over they are not the folder's
     return model.requires_grad_(False).eval()
 
 

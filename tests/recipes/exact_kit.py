@@ -247,6 +247,15 @@ class Exact:
         rows = [torch.tensor(logps(table, PROMPTS[g], tokens)) for g, tokens in self.keys]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
+    def importance(self, table: Table, level: str, cap: float) -> Tensor:
+        """min(cap, pi / mu), mu the table that sampled: of a token, of all tokens, of their geometric mean [S, T]."""
+        log_ratio = (self.logp_ST.detach() - self.logps(table)) * self.mask_ST
+        if level == "sequence":
+            log_ratio = log_ratio.sum(1, keepdim=True).expand(self.mask_ST.shape)
+        if level == "geometric":
+            log_ratio = (log_ratio.sum(1) / self.lengths_S)[:, None].expand(self.mask_ST.shape)
+        return log_ratio.exp().clamp(max=cap)
+
     def expected(self, x_S: Tensor) -> Tensor:
         """The mean over the batch of something that each completion has."""
         return (self.weight_S * x_S).sum()

@@ -23,16 +23,6 @@ RECIPES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def weights(x: Exact, level: str, cap: float) -> Tensor:
-    """min(cap, pi / mu): of the token, of the completion up to its end, of its tokens' geometric mean."""
-    log_ratio = (x.logp_ST.detach() - x.logps(OTHER)) * x.mask_ST
-    if level == "sequence":
-        log_ratio = log_ratio.sum(1, keepdim=True).expand(x.mask_ST.shape)
-    if level == "geometric":
-        log_ratio = (log_ratio.sum(1) / x.lengths_S)[:, None].expand(x.mask_ST.shape)
-    return log_ratio.exp().clamp(max=cap)
-
-
 def objective(name: str, x: Exact, learner: Any, weight_ST: Tensor) -> Tensor:
     """Of the batch that the other weights sampled, as the recipe without correction has it, each token weighted."""
     scores = x.of(REWARDS)
@@ -72,7 +62,7 @@ def test_every_level_and_its_cap(name: str, sampler: str, level: str, cap: float
     groups = sampled(REWARDS, table=OTHER, policy=None if stale else TABLE)
     taken, (metrics,) = stepped(learner, groups)
     with before(learner, taken[0], table=OTHER) as (x, named):
-        chosen = weights(x, "token" if level == "auto" else level, cap)
+        chosen = x.importance(OTHER, "token" if level == "auto" else level, cap)
         chosen = torch.ones(chosen.shape) if level == "none" else chosen
         assert cap > 2 or level == "none" or bool((chosen == cap).any()), "the cap must act"
         assert_gradient(taken[0], objective(name, x, learner, chosen), policy_of(named))

@@ -107,6 +107,7 @@ def test_every_pass_of_every_loss(name: str, beta: float, table_model: Path) -> 
     learner = learner_of(GRPO, table_model, num_iterations=3, learning_rate=0.03, beta=beta, **o)
     taken, metrics = stepped(learner, sampled(REWARDS))
     assert len(taken) == metrics[0]["optimizer_steps"] == 3
+    shares = []
     low, high = o.get("epsilon", 0.2), o.get("epsilon_high", o.get("epsilon", 0.2))
     normalizer = "sequence" if name in ("gspo", "sapo") else "token"
     with before(learner, taken[0]) as (x, _):
@@ -128,6 +129,8 @@ def test_every_pass_of_every_loss(name: str, beta: float, table_model: Path) -> 
                 loss_ST, plain = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * a, -ratio * a
             else:
                 loss_ST, plain = clipped(ratio, a, low, high), -ratio * a
+            beyond = ((a > 0) & (ratio > 1 + high)) | ((a < 0) & (ratio < 1 - low))
+            shares.append(float(aggregate(x, normalizer, beyond.double())))
             acted = max(acted, float((loss_ST - plain).abs().max().detach()))
             loss = aggregate(x, normalizer, loss_ST)
             if beta:
@@ -139,6 +142,7 @@ def test_every_pass_of_every_loss(name: str, beta: float, table_model: Path) -> 
                 loss = loss + beta * kl
             assert_gradient(one, loss, named)
     assert acted > 1e-3, "the clip must act"
+    assert metrics[0]["policy/clipfrac"] == pytest.approx(sum(shares) / 3)
 
 
 def test_kl_is_measured_per_completion(table_model: Path) -> None:
@@ -262,3 +266,27 @@ def test_dynamic_sampling_trains_on_groups_that_differ(table_model: Path) -> Non
     assert drawn(rounds, 4) == ([1, 4], 5.0, [(0, 2), (1, 1), (2, 1), (3, 1)])
     with pytest.raises(DataError, match="4 prompts in 3 rounds gave 1 groups"):
         drawn(rounds, 3)
+
+
+def test_dynamic_sampling_goes_by_what_is_compared(table_model: Path) -> None:
+    """Rewards with their penalties, of the completions that will be trained on."""
+
+    def signal(rewards: list[tuple[float | None, str]], **options: Any) -> bool:
+        learner = learner_of(GRPO, table_model, dynamic_sampling=True, **options)
+
+        def one(value: float | None, done: Any) -> Rollout:
+            return Rollout([5], [7, 8], [True, True], [0.0] * 2, [0.0] * 2, done, "", 0, reward=Reward(value))
+
+        group = RolloutGroup(Prompt(key=0, text=""), [one(*each) for each in rewards])
+        learner.sample = lambda step, **_: ([group, group], {})
+        try:
+            return len(learner.draw(0).groups) == 2
+        except DataError:
+            return False
+
+    assert not signal([(1.0, "stop"), (1.0, "stop"), (0.0, "length")], truncated="mask")
+    assert signal([(1.0, "stop"), (0.0, "stop"), (0.0, "length")], truncated="mask")
+    assert not signal([(1.0, "length"), (0.0, "length")], truncated="mask")
+    assert not signal([(None, "stop"), (None, "stop")])
+    assert signal([(0.0, "stop"), (0.0, "length")], missing_eos_penalty=0.5)
+    assert not signal([(0.0, "stop"), (0.0, "length")])

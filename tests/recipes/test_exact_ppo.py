@@ -285,22 +285,22 @@ def test_value_pretraining_moves_the_critic_only(critic: str, table_model: Path)
         assert_gradient(taken[1], x.token_mean(loss_ST), named)
 
 
-@pytest.mark.parametrize(("rho", "c"), [(1.0, 1.0), (1.5, 1.2)])
-def test_vtrace_over_rollouts_of_other_weights(rho: float, c: float, table_model: Path) -> None:
+@pytest.mark.parametrize(("rho", "c", "truncated"), [(1.0, 1.0, "terminate"), (1.5, 1.2, "bootstrap")])
+def test_vtrace_over_rollouts_of_other_weights(rho: float, c: float, truncated: str, table_model: Path) -> None:
     """vs_t and the advantage of arXiv 1802.01561, section 4.1, by their sums; no further importance weight."""
-    learner = ppo(
-        table_model, advantage="vtrace", rollout_lag=1, rho_clip=rho, c_clip=c, gamma=0.9, lam=0.8, vf_coef=0.4
-    )
+    common: dict[str, Any] = {"gamma": 0.9, "lam": 0.8, "vf_coef": 0.4, "truncated": truncated}
+    learner = ppo(table_model, advantage="vtrace", rollout_lag=1, rho_clip=rho, c_clip=c, **common)
     taken, _ = stepped(learner, sampled(REWARDS, table=OTHER))
     with ExitStack() as stack:
         x, named = stack.enter_context(before(learner, taken[0], table=OTHER))
         mu = x.logps(OTHER)
         ratio = (x.logp_ST.detach() - mu).exp()
         assert ratio[x.mask_ST].max() > 1.5
-        v, r = x.values(learner.critic.head)[0], x.last(x.of(REWARDS))
+        (v, final_S), r = x.values(learner.critic.head), x.last(x.of(REWARDS))
+        after = torch.where(x.cut_S & (truncated == "bootstrap"), final_S, 0.0).tolist()
         vs, advantages = torch.zeros(r.shape), torch.zeros(r.shape)
         for s, n in enumerate(x.lengths_S.tolist()):
-            values = [*v[s, :n].tolist(), 0.0]
+            values = [*v[s, :n].tolist(), after[s]]
             w = [min(rho, float(ratio[s, k])) for k in range(n)]
             delta = [w[k] * (float(r[s, k]) + 0.9 * values[k + 1] - values[k]) for k in range(n)]
             for t in range(n):
@@ -310,7 +310,7 @@ def test_vtrace_over_rollouts_of_other_weights(rho: float, c: float, table_model
                     trace *= 0.8 * min(c, float(ratio[s, k]))
                 vs[s, t] = total
             for t in range(n):
-                following = float(vs[s, t + 1]) if t + 1 < n else 0.0
+                following = float(vs[s, t + 1]) if t + 1 < n else after[s]
                 advantages[s, t] = w[t] * (float(r[s, t]) + 0.9 * following - values[t])
         loss_ST = -advantages * x.logp_ST + 0.4 * 0.5 * (v - vs) ** 2
         assert_gradient(taken[0], x.token_mean(loss_ST), named)

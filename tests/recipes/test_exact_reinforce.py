@@ -205,12 +205,11 @@ def test_masked_truncation_leaves_the_cut_completions_out_of_loss_and_denominato
 
 
 @pytest.mark.parametrize("truncated", ["terminate", "bootstrap"])
-@pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_actor_critic(critic: str, truncated: str, table_model: Path) -> None:
+@pytest.mark.parametrize(("critic", "whiten"), [("shared", False), ("shared", True), ("separate", False)])
+def test_actor_critic(critic: str, whiten: bool, truncated: str, table_model: Path) -> None:
     """GAE by its definition; V of the state after a completion that was cut, and of none that ended."""
-    learner = learner_of(
-        Reinforce, table_model, baseline="learned", critic=critic, truncated=truncated, gamma=0.9, lam=0.6, vf_coef=0.3
-    )
+    o: dict[str, Any] = {"critic": critic, "truncated": truncated, "whiten_advantages": whiten}
+    learner = learner_of(Reinforce, table_model, baseline="learned", gamma=0.9, lam=0.6, vf_coef=0.3, **o)
     apart = watch(learner.critic_optimizer) if critic == "separate" else []
     taken, _ = stepped(learner, sampled(REWARDS))
     with ExitStack() as stack:
@@ -219,7 +218,7 @@ def test_actor_critic(critic: str, truncated: str, table_model: Path) -> None:
         v_ST, final_S = c.values(learner.critic.head)
         after = torch.where(x.cut_S, final_S, 0.0).detach() if truncated == "bootstrap" else 0.0
         a_ST = x.gae(x.last(x.of(REWARDS)), v_ST.detach(), gamma=0.9, lam=0.6, after_S=after)
-        policy = -x.token_mean(a_ST * x.logp_ST)
+        policy = -x.token_mean((x.whitened(a_ST) if whiten else a_ST) * x.logp_ST)
         value = x.token_mean(0.5 * (v_ST - a_ST - v_ST.detach()) ** 2)
         if apart:
             assert_gradient(apart[0], value, its_own)

@@ -47,7 +47,7 @@ def test_filters_act_on_the_rollouts(options: dict[str, Any], table_model: Path)
         return max(len({str(r.tokens) for r in g.rollouts}) for g in groups)
 
     assert kinds() > 8
-    assert kinds(**options, rollout_correction="token") <= 4
+    assert kinds(**options, rollout_correction="token") <= 2  # two first tokens are equally likely
 
 
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
@@ -84,13 +84,15 @@ def test_evaluation_is_greedy_and_leaves_the_training_alone(table_model: Path, m
     monkeypatch.setattr(policy_gradient, "collect", spy)
     tokens = []
     for evaluates in (True, False):
-        learner = learner_of(PPO, table_model, eval_samples=3, temperature=2.0, num_generations=8)
+        learner = learner_of(PPO, table_model, eval_samples=3, temperature=2.0, num_generations=8, seed=5)
         if evaluates:
             assert learner.evaluate(0) is not None
             ((prompts, params),) = asked
             assert params.temperature == 0.0
             assert prompts == learner.task.prompts("eval", 3, seed=0)
             assert not {p.key for p in prompts} & {p.key for p in learner.train_prompts}
+            assert params.seed == learner.options.seed == 5
+            assert learner.train_prompts == learner.task.prompts("train", 4, seed=5)
         groups, _ = learner.sample(0)
         tokens.append([r.tokens for g in groups for r in g.rollouts])
     assert tokens[0] == tokens[1]
@@ -108,11 +110,23 @@ def test_rates_follow_the_schedule_by_steps_and_not_by_passes(table_model: Path)
 def test_the_gradient_is_scaled_down_to_its_norm(make: Any, table_model: Path) -> None:
     """AdamW's first moment is (1 - beta_1) times the gradient it was given."""
     for limit in (0.01, 0.0):
-        learner = learner_of(make, table_model, max_grad_norm=limit)
+        passes = {"num_epochs": 1} if make is PPO else {"num_iterations": 1}
+        learner = learner_of(make, table_model, max_grad_norm=limit, **passes)
         taken, (metrics,) = stepped(learner, sampled(REWARDS))
         moments = {k.removesuffix("|exp_avg"): x for k, x in learner.optimizer.state().items() if "exp_avg" in k}
         norm = float(torch.cat([10 * moments[name].flatten() for name in taken[-1].gradients]).norm())
-        if make is GRPO:  # one pass
-            assert norm == pytest.approx(limit or metrics["grad_norm"])
-        assert limit == 0 or norm < 0.02
+        assert len(taken) == 1
+        assert norm == pytest.approx(limit or metrics["grad_norm"])
         assert metrics["grad_norm"] > 0.05
+
+
+def test_held_out_replies_that_were_not_judged_are_in_no_mean(table_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.py").write_text(
+        "def some(prompts, completions):\n    return [2.0 if p.key % 2 else None for p in prompts]\n"
+    )
+    learner = learner_of(PPO, table_model, eval_samples=8, reward=(f"{tmp_path}/some.py:some",))
+    try:
+        assert 0 < sum(p.key % 2 for p in learner.eval_prompts) < 8
+        assert learner.evaluate(0).metrics["reward"] == 2.0
+    finally:
+        learner.close()

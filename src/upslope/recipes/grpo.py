@@ -44,7 +44,7 @@ from upslope.recipes.dry_run import show_policy_gradient
 from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics, rollout_metrics
 from upslope.recipes.rollout_queue import Sampled
 from upslope.recipes.session import StepResult, begin, conclude, train
-from upslope.training.experience import Experience, Normalizer, group_rewards, shaped_rewards
+from upslope.training.experience import Experience, Normalizer, group_rewards, shaped_rewards, trainable
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch, RolloutGroup
 
@@ -73,13 +73,14 @@ class GRPO(PolicyGradient):
     def __init__(self, options: GRPOOptions, policy: Policy) -> None:
         super().__init__(options, policy)
         self.reference = load_reference(policy, options) if options.beta else None
+        self.drop_truncated = options.truncated == "mask"
 
     def step(self, step: int) -> StepResult:
         """Sample, judge, compare within groups, update."""
         sampled = self.rollouts(step)
         groups, metrics = sampled.groups, sampled.metrics
         started = time.perf_counter()
-        experience = Experience.of(groups, drop_truncated=self.options.truncated == "mask")
+        experience = Experience.of(groups, drop_truncated=self.drop_truncated)
         metrics |= rollout_metrics(groups, experience)
         metrics |= self.estimate(experience, len(groups))
         metrics |= self.optimize(experience, step)
@@ -95,13 +96,13 @@ class GRPO(PolicyGradient):
         groups, metrics = self.sample(index)
         if not o.dynamic_sampling:
             return Sampled(groups, metrics)
-        kept, tried = [g for g in groups if _has_signal(g)], len(groups)
+        kept, tried = [g for g in groups if self._has_signal(g)], len(groups)
         for round_ in range(1, o.dynamic_sampling_rounds):
             if len(kept) >= o.num_prompts:
                 break
             more, extra = self.sample(index, round_=round_, count=o.num_prompts - len(kept))
             tried += len(more)
-            kept += [g for g in more if _has_signal(g)]
+            kept += [g for g in more if self._has_signal(g)]
             metrics = {name: value + extra.get(name, 0.0) for name, value in metrics.items()}
         if len(kept) < o.num_prompts:
             raise DataError(
@@ -123,16 +124,28 @@ class GRPO(PolicyGradient):
             flat["ref_logp"] = self.reference_logp(experience, self.reference)
             metrics["objective/kl"] = float(experience.sequence_sums(k1(flat["old_logp"], flat["ref_logp"])).mean())
 
-        scores_B, shaping = shaped_rewards(
+        scores_B, shaping = self._scores(experience)
+        rewards_PG, mask_PG, place_B = group_rewards(experience, scores_B, num_groups)
+        advantages_B = self._advantages(rewards_PG, mask_PG).flatten()[place_B]
+        flat["advantages"] = experience.per_sequence(advantages_B)
+        return metrics | shaping
+
+    def _scores(self, experience: Experience) -> tuple[Tensor, dict[str, float]]:
+        """What is compared within groups [B]: the rewards with their penalties; and the penalties' means."""
+        o = self.options
+        return shaped_rewards(
             experience,
             missing_eos_penalty=o.missing_eos_penalty,
             overlong_buffer=o.overlong_buffer,
             max_completion_length=o.max_completion_length,
         )
-        rewards_PG, mask_PG, place_B = group_rewards(experience, scores_B, num_groups)
-        advantages_B = self._advantages(rewards_PG, mask_PG).flatten()[place_B]
-        flat["advantages"] = experience.per_sequence(advantages_B)
-        return metrics | shaping
+
+    def _has_signal(self, group: RolloutGroup) -> bool:
+        """Whether what is compared differs among those trained on (max > min: a deviation is fooled by rounding)."""
+        if not any(trainable(r, drop_truncated=self.drop_truncated) for r in group.rollouts):
+            return False
+        scores_B, _ = self._scores(Experience.of([group], drop_truncated=self.drop_truncated))
+        return bool(scores_B.max() > scores_B.min())
 
     def _advantages(self, rewards_PG: Tensor, mask_PG: Tensor) -> Tensor:
         kind = self.options.advantage
@@ -230,9 +243,3 @@ def _sequence_loss(batch: Batch, logp_N: Tensor, *, clip_low: float, clip_high: 
         logp_BT, old_BT, advantages_BT[:, 0], mask_BT, clip_low=clip_low, clip_high=clip_high
     )
     return loss_B[batch.sequence_N]
-
-
-def _has_signal(group: RolloutGroup) -> bool:
-    """Whether the group's rewards differ (max > min; a deviation would be fooled by rounding)."""
-    values = [r.reward.value for r in group.rollouts if r.reward.value is not None]
-    return bool(values) and max(values) > min(values)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from upslope.atomic import write_atomic
-from upslope.build import Policy, load_policy, load_reference, make_engine
+from upslope.build import Policy, load_inference, load_policy, make_engine
 from upslope.config import load
 from upslope.data.chat import encode_prompt
 from upslope.errors import ConfigError, RunError
@@ -265,8 +265,7 @@ def _kl_from_start(policy: Policy, options: RunOptions, sampled: Sequence[Rollou
     experience = Experience.of(sampled)
     batches, order = experience.batches(range(experience.size), options.micro_batch_tokens, device=policy.model.device)
     own = experience.in_order(score(policy.model, batches), order).logp_N
-    start = load_reference(policy, replace(options, lora_rank=0))
-    assert start is not None
+    start = load_inference(options.model, dtype=options.dtype).model
     reference = experience.in_order(score(start, batches), order).logp_N
     assert own is not None
     assert reference is not None

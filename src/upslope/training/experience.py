@@ -24,7 +24,7 @@ from upslope.functional.shaping import at_last_token, soft_overlong_penalty
 from upslope.training.step import Outputs
 from upslope.types import Batch, Example, Rollout, RolloutGroup
 
-__all__ = ["Experience", "group_rewards", "shaped_rewards", "token_rewards"]
+__all__ = ["Experience", "group_rewards", "shaped_rewards", "token_rewards", "trainable"]
 
 Normalizer = Literal["token", "sequence", "constant"]
 
@@ -46,15 +46,14 @@ class Experience:
 
     @classmethod
     def of(cls, groups: Sequence[RolloutGroup], *, drop_truncated: bool = False) -> Experience:
-        """Take every rollout that was judged and has a token to train on; optionally leave out the truncated ones.
+        """Take every rollout that is `trainable`.
 
         Raises DataError when nothing is left.
         """
         kept, owner = [], []
         for g, group in enumerate(groups):
             for rollout in group.rollouts:
-                usable = rollout.reward.value is not None and any(rollout.mask)
-                if usable and not (drop_truncated and rollout.finish_reason == "length"):
+                if trainable(rollout, drop_truncated=drop_truncated):
                     kept.append(rollout)
                     owner.append(g)
         if not kept:
@@ -172,6 +171,12 @@ class Experience:
             values_N=sorted_by(outputs.values_N, place_N),
             final_B=sorted_by(outputs.final_B, place_B),
         )
+
+
+def trainable(rollout: Rollout, *, drop_truncated: bool = False) -> bool:
+    """Whether it was judged and has a token to train on; optionally only where it was not truncated."""
+    usable = rollout.reward.value is not None and any(rollout.mask)
+    return usable and not (drop_truncated and rollout.finish_reason == "length")
 
 
 def shaped_rewards(
