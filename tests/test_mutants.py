@@ -103,7 +103,7 @@ def test_two_faults_of_one_name_are_refused(mutants: Any, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_what_is_noticed_what_is_not_and_what_is_broken(root: Path, tmp_path: Path) -> None:
-    harmless = ENTRY | {"name": "harmless", "new": "factor = error + 1.0"}
+    harmless = ENTRY | {"name": "harmless", "new": "factor = 1.0 + 1.0 * error"}
     broken = ENTRY | {"name": "broken", "new": "factor = = error"}
     path = written(tmp_path / "list.toml", ENTRY, harmless, broken)
     before = (root / "src/upslope/functional/kl.py").read_text()
