@@ -185,3 +185,10 @@ def test_the_first_update_of_distillation_is_cut_and_decays(small: Path, guide: 
         max_norm=0.001,
         decay=lambda name: 0.0 if "norm" in name else 0.5,
     )
+
+
+def test_rows_beyond_max_length_are_left_out_and_counted(small: Path, guide: Path, tmp_path: Path) -> None:
+    longest = len(ids_of(ROWS[2]["prompt"], ROWS[2]["completion"])) + 1  # the template's last newline
+    for given, kept in ((longest, 4), (longest - 1, 3)):
+        learner = distilled(small, guide, tmp_path, on_policy_fraction=0.0, max_length=given)
+        assert len(learner.items) == kept

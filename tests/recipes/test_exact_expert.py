@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from plain_kit import (
     asked,
     assert_first_update,
     assert_other,
+    batches_of,
     double_policy,
     ids_of,
     logits,
@@ -29,6 +30,7 @@ from torch import Tensor
 from upslope.models.protocol import CausalModel
 from upslope.options import ExpertOptions
 from upslope.recipes.expert import Expert
+from upslope.runs import Run
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -47,8 +49,8 @@ SAMPLES = [
 """Prompt, text, reward, verdict."""
 
 
-def groups_of(samples: list[tuple[int, str, float, bool]]) -> list[RolloutGroup]:
-    groups = {key: RolloutGroup(Prompt(key, tuple()), []) for key, *_ in samples}
+def groups_of(samples: Sequence[tuple[int, str, float | None, bool | None]]) -> list[RolloutGroup]:
+    groups = {key: RolloutGroup(Prompt(key, text=f"Say {key}"), []) for key, *_ in samples}
     for key, text, value, correct in samples:
         cut, head = text.endswith("..."), ids_of(asked(key))
         text = text.removesuffix("...")
@@ -255,3 +257,142 @@ def test_the_first_update_is_cut_and_decays(small: Path, opened: ExitStack) -> N
         max_norm=0.01,
         decay=lambda name: 0.0 if "norm" in name else 0.5,
     )
+
+
+def sampling(learner: Expert, *rounds: Sequence[tuple[int, str, float | None, bool | None]]) -> list[int]:
+    """Let the learner meet these samples, round by round (the last ones again and again); the steps that sampled."""
+    calls: list[int] = []
+
+    def sample(step: int) -> Any:
+        calls.append(step)
+        return groups_of(rounds[min(len(calls), len(rounds)) - 1]), {}
+
+    learner.sample = sample  # type: ignore[method-assign,assignment]
+    return calls
+
+
+def test_only_what_was_judged_counts_and_the_report_tells_kept_from_all(small: Path, opened: ExitStack) -> None:
+    """Five of seven samples have a reward; two are kept, of one of the two prompts that have a judged one."""
+    samples = [
+        (0, "a b", 1.0, True),
+        (0, "a c...", 1.0, True),
+        (0, "d", None, None),
+        (0, "a b a", 0.25, False),
+        (1, "b", 0.0, False),
+        (1, "b", 0.5, False),
+        (2, "e", None, None),
+    ]
+    changes: dict[str, Any] = {"truncated": "terminate", "missing_eos_penalty": 0.2, "normalizer": "sample"}
+    learner = learner_of(small, opened, batch_size=2, **changes)
+    sampling(learner, samples)
+    taken, metrics = taken_by(learner, 1)
+    expected = {
+        "expert/candidates": 5,
+        "expert/kept": 2,
+        "expert/kept_share": 2 / 5,
+        "expert/prompts_kept": 1 / 2,
+        "reward": (1 + 1 + 0.25 + 0 + 0.5) / 5,
+        "expert/reward_all": (1 + 0.8 + 0.25 + 0 + 0.5) / 5,
+        "expert/reward_kept": (1 + 0.8) / 2,
+        "rewards/missing_eos": -0.2 / 5,
+        "expert/kept/distinct_1": 3 / 4,
+        "expert/kept/distinct_2": 2 / 2,
+        "expert/kept/unique_share": 1,
+        "expert/kept/self_bleu": 0,
+        "expert/all/distinct_1": 3 / 9,
+        "expert/all/distinct_2": 3 / 4,
+        "expert/all/unique_share": 4 / 5,
+    }
+    assert {name: metrics[0][name] for name in expected} == pytest.approx(expected)
+    assert metrics[0]["expert/all/self_bleu"] > 0.3  # "b" is there twice
+    assert [row.origin["reward"] for row in learner.kept] == pytest.approx([1.0, 0.8])
+    model = learner.policy.model
+    return_to(model, taken[0])
+    total = -(likelihood(model, 0, "a b").sum() + likelihood(model, 0, "a c...").sum())
+    assert_gradient(taken[0], total / 5, trained(model))
+    assert_other(taken[0], total / 7, trained(model))
+
+
+def test_what_the_environment_said_is_not_imitated(small: Path, opened: ExitStack) -> None:
+    groups = groups_of([(0, "abc", 1.0, True)])
+    groups[0].rollouts[0].mask = [True, False, True, True]
+    learner = learner_of(small, opened, batch_size=1)
+    learner.sample = lambda step: (groups, {})  # type: ignore[method-assign,assignment,misc]
+    taken, metrics = taken_by(learner, 1)
+    model = learner.policy.model
+    return_to(model, taken[0])
+    logp = likelihood(model, 0, "abc")
+    assert metrics[0]["num_tokens"] == 3
+    whole = metrics[0]["tokens_per_second"] * metrics[0]["seconds/update"]
+    assert whole == pytest.approx(len(ids_of(asked(0), "abc")))
+    assert_gradient(taken[0], -logp[[0, 2, 3]].mean(), trained(model))
+    assert_other(taken[0], -logp.mean(), trained(model))
+
+
+def test_mixed_rows_follow_one_another_through_steps_and_rounds(small: Path, opened: ExitStack, tmp_path: Path) -> None:
+    """Two corpus rows a step, in the order that the seed gives all five, beside the one sample that is kept."""
+    corpus = [(10 + i, letter * (i + 1)) for i, letter in enumerate("bcdef")]
+    rows = [{"prompt": asked(key), "completion": text} for key, text in corpus]
+    data = write(tmp_path / "mix.jsonl", rows)
+    changes: dict[str, Any] = {"batch_size": 3, "mix_ratio": 2 / 3, "train_steps": 2, "max_steps": 4, "seed": 3}
+    learner = learner_of(small, opened, mix_data=data, learning_rate=0.0, **changes)
+    sampling(learner, OTHERS[1:])
+    taken, _ = taken_by(learner, 4)
+    model = learner.policy.model
+    for one, mixed in zip(taken, batches_of(corpus, 2, 4, seed=3), strict=True):
+        logp = [likelihood(model, *each) for each in [(1, "ad"), *mixed]]
+        assert_gradient(one, -torch.cat(logp).mean(), trained(model))
+    share = learner_of(small, opened, mix_data=data, batch_size=50, mix_ratio=0.58)
+    sampling(share, OTHERS)
+    share.step(0)
+    assert len(share.corpus) == 29  # 50 * 0.58 < 29 in binary
+
+
+def test_every_round_and_every_seed_has_its_own_order(small: Path, opened: ExitStack) -> None:
+    """The same four samples kept, one a step: all of them in each round, and never in the order of another."""
+    orders = []
+    for seed in (0, 1):
+        changes: dict[str, Any] = {"batch_size": 1, "train_steps": 4, "max_steps": 8, "seed": seed}
+        learner = learner_of(small, opened, learning_rate=0.0, **changes)
+        sampling(learner, SAMPLES)
+        losses = [round(m["loss"], 9) for m in taken_by(learner, 8)[1]]
+        orders += [tuple(losses[:4]), tuple(losses[4:])]
+    assert len({tuple(sorted(order)) for order in orders}) == 1
+    assert len(set(orders[0])) == 4
+    assert len(set(orders)) == len(orders)
+
+
+def test_a_finished_run_stands_in_for_the_first_round_alone(small: Path, opened: ExitStack, tmp_path: Path) -> None:
+    """Its training rollouts that have a reward, a group for each step and prompt; what it evaluated stays out."""
+    masked = groups_of([(0, "abc", 0.5, True)])
+    masked[0].rollouts[0].mask = [True, False, True, True]
+    with Run.create(output_dir=tmp_path / "run", verb="grpo", config_toml="") as run:
+        run.record_rollouts(1, groups_of([(0, "aa", 0.75, True), (0, "b", 0.75, True), (1, "f", 0.5, False)]))
+        run.record_rollouts(2, masked)
+        run.record_rollouts(2, groups_of([(0, "dd", 0.5, False), (2, "g", None, None)]), split="train")
+        run.record_rollouts(2, groups_of([(0, "ccc", 1.0, True), (3, "h", 1.0, True)]), split="eval")
+        run.record_rollouts(3, groups_of([(4, "i", 0.0, False)] * 100))
+    changes: dict[str, Any] = {"from_run": str(tmp_path / "run"), "batch_size": 3, "max_steps": 2}
+    learner = learner_of(small, opened, learning_rate=0.0, **changes)
+    calls = sampling(learner, OTHERS)
+    taken, metrics = taken_by(learner, 1)
+    model = learner.policy.model
+    found = [(row.origin["completion"], row.origin["step"], row.origin["rollout"]) for row in learner.kept]
+    assert found == [("aa", 1, 1), ("b", 1, 2), ("abc", 2, 4)]
+    assert metrics[0]["expert/candidates"] == 105
+    assert metrics[0]["frac_reward_zero_std"] == 1.0, "of a prompt each step's rewards are all alike"
+    logp = [likelihood(model, 0, "aa"), likelihood(model, 0, "b"), likelihood(model, 0, "abc")[[0, 2, 3]]]
+    assert_gradient(taken[0], -torch.cat(logp).mean(), trained(model))
+    assert calls == []
+    learner.step(1)
+    assert calls == [1], "the second round is the policy's own"
+    assert [row.origin["completion"] for row in learner.kept] == ["c", "ad"]
+
+
+def test_mixed_rows_beyond_max_length_are_left_out(small: Path, opened: ExitStack, tmp_path: Path) -> None:
+    rows = [{"prompt": asked(7), "completion": "h" * n} for n in (3, 9)]
+    data = write(tmp_path / "mix.jsonl", rows)
+    longest = len(ids_of(asked(7), "h" * 9)) + 1  # the template's last newline
+    for given, kept in ((longest, 2), (longest - 1, 1)):
+        learner = learner_of(small, opened, mix_data=data, mix_ratio=0.5, max_length=given)
+        assert len(learner.mix) == kept

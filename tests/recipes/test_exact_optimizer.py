@@ -302,3 +302,15 @@ def test_the_plan_counts_as_the_run_does(changes: dict[str, Any], said: str) -> 
     assert said in " ".join(plan.words)
     assert plan.optimizer_steps == (8 if "num_epochs" in changes else 7)
     assert plan.sequences_per_step == changes.get("batch_size", 4)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_epochs_are_passes_over_the_rows(recipe: str, tmp_path: Path) -> None:
+    learner = LEARNERS[recipe](tmp_path, num_epochs=2.0)
+    size = learner.options.batch_size
+    rows = {"sft": 5, "classify": 6, "tag": 3, "seq2seq": 5}.get(recipe)
+    if rows is None:  # windows of nine tokens that share one with the next, or of seven within a frame of two
+        text = len(learner.texts.train.tokens)
+        rows = math.ceil(text / 7) if recipe == "masked" else math.ceil((text - 1) / 8)
+    assert rows > size
+    assert learner.options.max_steps == round(2 * rows / size)

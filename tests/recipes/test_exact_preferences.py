@@ -350,3 +350,21 @@ def test_held_out_rows_are_measured_by_the_same_formulas(small: Path, tmp_path: 
     assert found.metrics["objective/kl"] == pytest.approx(float(kl), rel=1e-5)
     right = sum(((y.sum() - ry.sum()).item() > float(kl)) == label for label, y, ry in parts)
     assert found.value == pytest.approx(right / 3)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto"])
+def test_a_tie_is_not_a_right_judgement(loss: str, small: Path, tmp_path: Path) -> None:
+    """Where all tokens are equally likely, now and under the reference, nothing is told from anything: 0, not 1."""
+    pairs = [{"prompt": asked(i), "chosen": "aab", "rejected": "bcd"} for i in range(3)]
+    rows = write(tmp_path / "rows.jsonl", LABELLED if loss == "kto" else pairs)
+    changes: dict[str, Any] = {"loss": loss, "model": str(small), "data": rows, "eval_data": rows}
+    o = DPOOptions(**changes, batch_size=3, max_steps=1, eval_samples=9, dtype="float32")
+    policy = double_policy(o)
+    for weight in policy.model.parameters():
+        weight.data.zero_()
+    learner = DPO(o, policy)
+    found = learner.evaluate(0)
+    assert found is not None
+    assert found.value == 0.0
+    _, metrics = taken_by(learner, 1)
+    assert metrics[0]["rewards/accuracies"] == 0.0

@@ -183,3 +183,38 @@ def test_held_out_comparisons_have_their_margins(small: Path, tmp_path: Path) ->
     assert found.value == pytest.approx(sum(g.item() > b.item() for g, b, _ in parts) / 3)
     sure = [torch.sigmoid(g - b).item() for g, b, _ in parts]
     assert found.metrics["brier"] == pytest.approx(sum((1 - p) ** 2 for p in sure) / 3, rel=1e-5)
+
+
+def test_a_tie_is_not_a_right_judgement(small: Path, tmp_path: Path) -> None:
+    """A head of zeros prefers neither answer: never right, a coin's Brier score, and off by the half it claims."""
+    held = write(tmp_path / "held.jsonl", PAIRS)
+    learner = learner_of(small, tmp_path, PAIRS, eval_samples=9, eval_data=held)
+    parameters(learner)[SCORE].data.zero_()
+    found = learner.evaluate(0)
+    assert found is not None
+    assert found.value == 0.0
+    assert (found.metrics["brier"], found.metrics["calibration_error"]) == pytest.approx((0.25, 0.5))
+    _, metrics = taken_by(learner, 1)
+    assert metrics[0]["rewards/accuracies"] == 0.0
+
+
+def test_a_step_is_right_above_a_half(small: Path, tmp_path: Path) -> None:
+    """Accuracy, mean probability and Brier score are over steps; a label of 0.5 stands for a wrong step."""
+    learner = learner_of(small, tmp_path, STEPS, kind="process", batch_size=4)
+    p = [torch.sigmoid(x).item() for row in STEPS for x in steps_of(learner, row)]
+    labels = [float(label) for row in STEPS for label in row["labels"]]
+    _, metrics = taken_by(learner, 1)
+    right = [(x > 0.5) == (label > 0.5) for x, label in zip(p, labels, strict=True)]
+    expected = {
+        "rewards/accuracies": sum(right) / len(p),
+        "rewards/steps": sum(p) / len(p),
+        "brier": sum((x - label) ** 2 for x, label in zip(p, labels, strict=True)) / len(p),
+    }
+    assert {name: metrics[0][name] for name in expected} == pytest.approx(expected, rel=1e-5)
+
+
+def test_pairs_beyond_max_length_are_left_out(small: Path, tmp_path: Path) -> None:
+    lengths = [max(len(ids_of(row["prompt"], row[side])) for side in ("chosen", "rejected")) for row in PAIRS]
+    longest = max(lengths)
+    for given, kept in ((longest, len(PAIRS)), (longest - 1, sum(n < longest for n in lengths))):
+        assert len(learner_of(small, tmp_path, PAIRS, max_length=given).units) == kept

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_model import tiny_folder
 
 from upslope.cli import main
 from upslope.data.masking import Masking
@@ -273,6 +274,8 @@ def test_masking_has_its_shares() -> None:
     assert masking.apply(tokens, 1) != replace(masking, seed=4).apply(tokens, 1)
 
 
+FOLLOWED = {"model": "{decoder}"} | dict.fromkeys(("tokenizer", "vocab_size", "hidden_size", "num_layers"))
+"""A model of its own brings its tokenizer and its sizes along."""
 BAD: dict[str, tuple[dict[str, Any], type[UpslopeError], str]] = {
     "no data": ({"data": ()}, ConfigError, "data is missing"),
     "absent data": ({"data": ("{tmp}/absent.txt",)}, DataError, r"absent\.txt: no such file"),
@@ -285,6 +288,7 @@ BAD: dict[str, tuple[dict[str, Any], type[UpslopeError], str]] = {
     "small vocabulary": ({"vocab_size": 100}, ConfigError, "at least 257"),
     "unknown tokenizer": ({"tokenizer": "bpee", "vocab_size": None}, ConfigError, "'bpee'"),
     "sizes of a model that has its own": ({"model": "{tmp}"}, ConfigError, "describes a new model"),
+    "masked from a decoder": (FOLLOWED | {"objective": "masked"}, ConfigError, "is no encoder"),
     "mask share of a decoder": ({"objective": "causal", "mask_probability": 0.2}, ConfigError, "mask_probability"),
     "stride": ({"eval_stride": 48}, ConfigError, "eval_stride"),
     "held-out text trained on": ({"eval_data": ("{data}",)}, DataError, "both in data and in eval_data"),
@@ -297,12 +301,14 @@ BAD: dict[str, tuple[dict[str, Any], type[UpslopeError], str]] = {
 def test_bad_input_is_one_clear_line(name: str, texts: Path, tmp_path: Path) -> None:
     change, error, said = BAD[name]
     (tmp_path / "one.txt").write_text("abc")
+    if "decoder" in str(change):
+        tiny_folder(tmp_path / "decoder")
     (tmp_path / "bad.jsonl").write_text('{"text": "x"}\n{"text": ')
 
     def filled(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(map(filled, value))
-        places = {"{tmp}": str(tmp_path), "{data}": str(texts / "train.txt")}
+        places = {"{tmp}": str(tmp_path), "{data}": str(texts / "train.txt"), "{decoder}": str(tmp_path / "decoder")}
         for mark, path in places.items():
             value = value.replace(mark, path) if isinstance(value, str) else value
         return value

@@ -356,3 +356,22 @@ def test_a_decoder_or_a_task_of_conversations_is_refused(tiny: Path, pairs: str,
     task = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
     with pytest.raises((ConfigError, DataError), match="asks in conversations"):
         seq2seq(Seq2SeqOptions(task=task, num_examples=5, output_dir=str(tmp_path / "run")))
+
+
+def test_pairs_beyond_max_length_are_left_out(tmp_path: Path) -> None:
+    data, held = tmp_path / "pairs.jsonl", tmp_path / "held.jsonl"
+    texts = ("a b", "c d e f", "a b c d e f")
+    data.write_text("".join(json.dumps({"prompt": text, "completion": "a"}) + "\n" for text in texts))
+    held.write_text('{"prompt": "f", "completion": "f"}\n')
+    given = settings(str(data), tmp_path / "run", eval_data=str(held))
+    options = Seq2SeqOptions(**given)
+    read = PairData.of(options)
+    policy = start_policy(options, read, tmp_path / "network")  # it has room for 12
+    for longest, kept in ((12, 3), (6, 2)):  # the tokens that begin and end a side count
+        shorter = Seq2SeqOptions(**given | {"max_length": longest})
+        assert len(MaximumLikelihood(shorter, policy, read).examples) == kept
+
+
+def test_as_many_problems_of_the_task_are_trained_on(tmp_path: Path) -> None:
+    given = settings("", tmp_path / "run", task="phonemes", num_examples=7, eval_samples=2)
+    assert len(PairData.of(Seq2SeqOptions(**given | {"data": None})).train) == 7

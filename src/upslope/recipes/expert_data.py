@@ -63,7 +63,7 @@ def select(candidates: Sequence[Candidate], options: ExpertOptions) -> list[Cand
         left = _first_of_equals(candidates, left)
     left.sort(key=lambda i: (-candidates[i].value, i))
     if o.keep == "top":
-        left = left[: math.ceil(o.keep_share * len(left))]
+        left = left[: math.ceil(o.keep_share * len(left) - 1e-9)]
     most = 1 if o.keep == "best" else o.max_per_prompt
     taken: Counter[int] = Counter()
     chosen = []
