@@ -90,12 +90,16 @@ def listed(path: Path = LIST) -> list[Mutant]:
     if not isinstance(entries, list) or not entries:
         refuse(f"{path}: it has no [[mutant]]")
     mutants = [_mutant(path, entry) for entry in entries]
-    seen: set[str] = set()
+    names: set[str] = set()
+    changes: dict[tuple[str, str, str], str] = {}
     for mutant in mutants:
-        wrong = "the name is taken" if mutant.name in seen else mutant.complaint()
+        twin = changes.setdefault((mutant.file, mutant.old, mutant.new), mutant.name)
+        wrong = "the name is taken" if mutant.name in names else mutant.complaint()
+        if not wrong and twin != mutant.name:
+            wrong = f"it is {twin} once more"
         if wrong:
             refuse(f"{path.name}: {mutant.name}: {wrong}")
-        seen.add(mutant.name)
+        names.add(mutant.name)
     return mutants
 
 

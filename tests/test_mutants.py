@@ -135,10 +135,15 @@ def test_a_list_that_cannot_be_read_is_one_line(
     mutants: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     twice = written(tmp_path / "twice.toml", ENTRY, ENTRY)
+    twins = written(tmp_path / "twins.toml", ENTRY, ENTRY | {"name": "another"})
     (tmp_path / "broken.toml").write_text("[[mutant]]\nname = ")
     (tmp_path / "empty.toml").write_text("mutant = []")
     (tmp_path / "texts.toml").write_text('mutant = ["x"]')
-    for path in (twice, *(tmp_path / name for name in ("broken.toml", "empty.toml", "texts.toml", "absent.toml"))):
+    for path in (
+        twice,
+        twins,
+        *(tmp_path / name for name in ("broken.toml", "empty.toml", "texts.toml", "absent.toml")),
+    ):
         with pytest.raises(SystemExit):
             mutants.listed(path)
         (line,) = capsys.readouterr().err.splitlines()

@@ -53,7 +53,7 @@ NEVER = -2000.0
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """New tensors are float64, so that a step rounds nothing to float32 on its way."""
+    """Make float64 the default, so that nothing in a step is rounded to float32."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -98,7 +98,7 @@ def completions() -> list[tuple[int, ...]]:
 
 
 def probability(table: Table, prompt: Sequence[int], tokens: Sequence[int]) -> Fraction:
-    """Of one completion, exactly."""
+    """The exact probability of one completion."""
     chain = [prompt[-1], *tokens]
     p = Fraction(1)
     for before, token in itertools.pairwise(chain):
@@ -156,10 +156,11 @@ def sampled(
 
 
 def learner_of(make: Any, folder: Path, *, temperature: float = 1.0, **options: Any) -> Any:
-    """A recipe's learner over the table policy; its reference model and its critic are not the policy's like."""
+    """A recipe's learner over the table policy. Its reference model and its critic have tables of their own."""
     kind = get_type_hints(make)["options"]
     common: dict[str, Any] = {"num_train_prompts": 4, "num_prompts": len(PROMPTS), "num_generations": 4**LENGTH}
     common |= {"max_completion_length": LENGTH, "eval_samples": 0, "dtype": "float32", "activations_gb": 0.0}
+    # float32 is what the weights are loaded in; `tabulate` then writes them anew in float64
     common |= {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "micro_batch_tokens": 150}
     chosen = kind(model=str(folder), temperature=temperature, **common | options)
     chosen.validate()

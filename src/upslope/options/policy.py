@@ -199,7 +199,7 @@ class GRPOOptions(RLOptions):
     entropy_coef: float = 0.0
     """Weight of an entropy bonus."""
     dynamic_sampling: bool = False
-    """Replace prompts whose rewards are all equal by fresh ones until the batch is full (DAPO)."""
+    """Replace prompts whose completions all have one reward, penalties included, until the batch is full (DAPO)."""
     dynamic_sampling_rounds: int = 8
     """Give up with an error after this many rounds."""
 
