@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,23 @@ def test_the_tokenizer_beside_adapters_goes_along(tmp_path: Path) -> None:
     assert load_tokenizer(out).chat_template == "{# another #}" + before
     assert load_tokenizer(base).chat_template == before
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+CLOSED_AT_ONCE = """
+import os, sys
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from pathlib import Path
+from upslope.commands.llama_cpp import LlamaCpp
+for _ in range(60):
+    with LlamaCpp(Path(sys.argv[1]), context=64, threads=1):
+        pass
+"""
+
+
+def test_a_server_that_is_closed_at_once_ends(tmp_path: Path) -> None:
+    """On one core its loop may not have begun when it is destroyed; nothing in this process could end it then."""
+    pytest.importorskip("xllamacpp")
+    decoder_folder(tmp_path / "m")
+    assert main(["export", str(tmp_path / "m"), "--output", str(tmp_path / "m.gguf"), "--format", "gguf"]) == 0
+    command = [sys.executable, "-c", CLOSED_AT_ONCE, str(tmp_path / "m.gguf")]
+    subprocess.run(command, check=True, capture_output=True, timeout=60)

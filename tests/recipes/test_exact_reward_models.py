@@ -24,7 +24,7 @@ from plain_kit import (
 )
 from torch import Tensor
 
-from upslope.models.reward_folder import SCORE
+from upslope.models.reward_folder import SCORE, load_reward_folder
 from upslope.options import RewardOptions
 from upslope.recipes.reward import RewardLearner
 
@@ -218,3 +218,10 @@ def test_pairs_beyond_max_length_are_left_out(small: Path, tmp_path: Path) -> No
     longest = max(lengths)
     for given, kept in ((longest, len(PAIRS)), (longest - 1, sum(n < longest for n in lengths))):
         assert len(learner_of(small, tmp_path, PAIRS, max_length=given).units) == kept
+
+
+def test_the_folder_says_how_steps_become_one_reward(small: Path, tmp_path: Path) -> None:
+    for aggregate in ("min", "prod", "last"):
+        learner = learner_of(small, tmp_path, STEPS, kind="process", aggregate=aggregate)
+        learner.write_model(tmp_path / aggregate)
+        assert load_reward_folder(tmp_path / aggregate)[2].aggregate == aggregate

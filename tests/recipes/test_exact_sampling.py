@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from exact_kit import LENGTH, learner_of, rewards_of, sampled, stepped
 
+from upslope.options import PPOOptions
 from upslope.recipes import policy_gradient
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import PPO
@@ -130,3 +133,18 @@ def test_held_out_replies_that_were_not_judged_are_in_no_mean(table_model: Path,
         assert learner.evaluate(0).metrics["reward"] == 2.0
     finally:
         learner.close()
+
+
+def test_activations_have_the_room_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In GB of 10^9 bytes; left out: a third of what is free."""
+    asked: list[int] = []
+
+    def of(model: Any, *, tokens: int, limit_bytes: int) -> None:
+        asked.append(limit_bytes)
+
+    monkeypatch.setattr(policy_gradient.Activations, "of", of)
+    policy: Any = SimpleNamespace(model=SimpleNamespace(exact=True), lora=None)
+    for given in (2.5, 0.0, None):
+        policy_gradient.room_for_activations(PPOOptions(activations_gb=given), policy, 10)
+    assert asked[:2] == [2_500_000_000, 0]
+    assert 0.2 < asked[2] / psutil.virtual_memory().available < 0.5

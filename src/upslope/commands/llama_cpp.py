@@ -54,6 +54,9 @@ class LlamaCpp:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A server that is destroyed before its loop has begun waits for it for ever: what its loop answers proves it.
+        with suppress(RunError):
+            self._complete([self._plain], n_predict=0)
         del self._server
 
     def tokenize(self, text: str, *, frame: bool = True) -> list[int]:

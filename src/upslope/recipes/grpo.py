@@ -105,9 +105,10 @@ class GRPO(PolicyGradient):
             kept += [g for g in more if self._has_signal(g)]
             metrics = {name: value + extra.get(name, 0.0) for name, value in metrics.items()}
         if len(kept) < o.num_prompts:
+            cut = ", or too few completions end within max_completion_length" if self.drop_truncated else ""
             raise DataError(
                 f"dynamic_sampling: {tried} prompts in {o.dynamic_sampling_rounds} rounds gave {len(kept)} groups with "
-                f"different rewards of {o.num_prompts} wanted; the task is too easy or too hard for this model"
+                f"different rewards of {o.num_prompts} wanted; the task is too easy or too hard for this model{cut}"
             )
         return Sampled(kept[: o.num_prompts], {**metrics, "rollout/prompts_tried": float(tried)})
 
