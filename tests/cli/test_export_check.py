@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from upslope.cli import main
 from upslope.commands.export_verify import Gap
+from upslope.commands.llama_cpp import LlamaCpp
 from upslope.data.chat import load_tokenizer
 from upslope.errors import RunError
 
@@ -46,6 +47,22 @@ def test_the_tokenizer_beside_adapters_goes_along(tmp_path: Path) -> None:
     assert load_tokenizer(out).chat_template == "{# another #}" + before
     assert load_tokenizer(base).chat_template == before
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
+
+
+def test_a_server_has_answered_before_it_is_destroyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What /completion says comes from the loop that must have begun."""
+    happened: list[str] = []
+
+    class Server:
+        def __del__(self) -> None:
+            happened.append("destroyed")
+
+    held = LlamaCpp.__new__(LlamaCpp)
+    held._server, held._plain = Server(), 7
+    monkeypatch.setattr(held, "_post", lambda path, body: happened.append(path), raising=False)
+    with held:
+        pass
+    assert happened == ["/completion", "destroyed"]
 
 
 CLOSED_AT_ONCE = """
