@@ -19,7 +19,7 @@ help:
 	@echo "make test      set up and run the default test suite"
 	@echo "make test-all  the same with the slow tests and those that want an accelerator"
 	@echo "make check     ruff, pyright, import-linter, then the default test suite"
-	@echo "make mutants   plant the faults of tests/mutants.toml and see that the tests notice (an hour; before a release)"
+	@echo "make mutants   plant the faults of tests/mutants.toml and see that the tests notice (15 minutes on two cores; before a release)"
 	@echo "make bench     speed: roofline, scaling, exactness, serving, and the comparison with TRL (hours on two cores)"
 	@echo "make .venv     set up only"
 	@echo "make lock      write requirements/ anew (for maintainers; ARGS=--upgrade takes the newest versions)"

@@ -1,6 +1,6 @@
 """Plant the faults of tests/mutants.toml, one at a time, and see whether the tests named there notice.
 
-    make mutants                                      all of them; an hour or so on two cores
+    make mutants                                      all of them; a quarter of an hour on two cores
     .venv/bin/python scripts/mutants.py NAME ...      only these
     .venv/bin/python scripts/mutants.py --list FILE   another list
 
