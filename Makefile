@@ -18,7 +18,7 @@ help:
 	@echo "make demo      set up and run the demo: a small real model learns a task (ARGS=\"...\" for its options)"
 	@echo "make test      set up and run the default test suite"
 	@echo "make test-all  the same with the slow tests and those that want an accelerator"
-	@echo "make check     ruff, pyright, import-linter, then the default test suite"
+	@echo "make check     ruff, pyright, import-linter, the default test suite, then the advisories on every pin"
 	@echo "make mutants   plant the faults of tests/mutants.toml and see that the tests notice (15 minutes on two cores; before a release)"
 	@echo "make bench     speed: roofline, scaling, exactness, serving, and the comparison with TRL (hours on two cores)"
 	@echo "make .venv     set up only"
@@ -27,13 +27,13 @@ help:
 
 .venv: .venv/.ready
 
-.venv/.ready: requirements/torch.txt requirements/build.txt requirements/locked.txt requirements/compiled.txt pyproject.toml scripts/set_up.py
+.venv/.ready: requirements/torch.txt requirements/cuda.txt requirements/build.txt requirements/locked.txt requirements/compiled.txt pyproject.toml scripts/set_up.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "upslope needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is %d.%d; name another one: make PYTHON=python3.12 ..." % v)'
 	@$(PYTHON) scripts/set_up.py
 	@touch $@
 
 .venv/.ready-check: .venv/.ready requirements/check.txt
-	@echo "== the checkers: ruff and pyright"
+	@echo "== the checkers: ruff, pyright and pip-audit"
 	@$(BIN)/python -m pip --disable-pip-version-check install -qq --require-hashes --no-deps -r requirements/check.txt
 	@touch $@
 
@@ -52,6 +52,7 @@ check: .venv/.ready-check
 	$(BIN)/pyright
 	$(BIN)/lint-imports
 	$(PYTEST) -m "not slow and not gpu"
+	$(BIN)/python scripts/audit.py
 
 bench: .venv/.ready
 	$(BIN)/python benchmarks/roofline.py --json

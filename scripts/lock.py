@@ -2,9 +2,9 @@
 
 Run by a maintainer: `make lock`, which keeps the pins that still fit, or `make lock ARGS=--upgrade`, which takes the
 newest. It makes a throwaway environment with the resolver `uv`, resolves once for Python 3.11 to 3.13 and all
-platforms, and takes out torch with the libraries that only torch's own accelerator builds need: torch is installed
-before, by its version alone, so that pip may choose the platform's build. The files name versions and hashes, never an
-address.
+platforms, and sets apart torch (torch.txt, whose version is the maintainer's choice) and the libraries that only its
+CUDA build needs (cuda.txt): pip may be set up to take another index's build of it, which brings its own. The files name
+versions and hashes, never an address.
 
 What exists as a source archive only is built on the user's machine, without build isolation, so what builds it must be
 pinned too: every such archive is unpacked and its build backend asked (PEP 517), and the answers are what build.txt
@@ -37,9 +37,10 @@ PYTHONS = ("3.11", "3.12", "3.13")
 PLATFORMS = ("x86_64-manylinux_2_31", "aarch64-manylinux_2_31")  # the C library that README asks for
 
 TORCH = re.compile(r"(torch|triton|pytorch-triton.*|nvidia-.*|cuda-.*)")
-FILES = ("build.txt", "locked.txt", "compiled.txt", "check.txt")  # together all pins, each once
+# Together all pins, each once.
+FILES = ("torch.txt", "cuda.txt", "build.txt", "locked.txt", "compiled.txt", "check.txt")
 COMPILED = {"pycosat"}  # source only, in C: installed where a compiler is, see upslope/extras.py
-CHECK = {"pyright", "ruff"}  # `make check` only
+CHECK = {"pip-audit", "pyright", "ruff"}  # `make check` only
 ELSEWHERE = re.compile(r"sys_platform == 'emscripten'|python_full_version >= '3\.1[4-9]'")
 
 Pins = list[tuple[str, list[str]]]
@@ -65,7 +66,7 @@ def main(upgrade: bool) -> None:
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
     wanted = [line for line in wanted if not line.startswith("upslope[")]
-    wanted += [line for line in (OUT / "torch.txt").read_text().splitlines() if not line.startswith("#")]
+    wanted.append(set_up.torch_pin(OUT))
     checkers = [line for line in wanted if name_of(line) in CHECK]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
@@ -85,7 +86,10 @@ def main(upgrade: bool) -> None:
         chosen = usable(everything)
         new = work / "requirements"
         new.mkdir()
-        shutil.copy(OUT / "torch.txt", new)
+        torch = [pin for pin in everything if TORCH.fullmatch(name_of(pin[0])) and not elsewhere(pin[0])]
+        cuda = {name_of(head) for head, _ in torch} - {"torch"}
+        write(new / "torch.txt", "torch, as the package index has it.", torch, {"torch"})
+        write(new / "cuda.txt", "What torch's CUDA build needs.", torch, cuda)
         write(new / "build.txt", "What builds the parts that come as source, and upslope itself.", chosen, build_names)
         write(new / "locked.txt", "Everything upslope and its tests run on, torch excepted.", chosen, run_names)
         what = "What the container image runs on: the pins of locked.txt that `serve` needs."

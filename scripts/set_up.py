@@ -6,11 +6,13 @@ Standard library only, because it runs before anything is installed.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 import venv
 from collections.abc import Mapping
@@ -33,19 +35,17 @@ def main() -> None:
     try:
         say(1, f"an environment for Python {sys.version_info[0]}.{sys.version_info[1]} in .venv")
         python = environment(folder)
-        torch = next(line for line in (requirements / "torch.txt").read_text().splitlines() if line.startswith("torch"))
-        say(2, f"{torch} (some 200 MB as a build for CPUs; with CUDA libraries several GB)")
-        (folder / "constraints.txt").write_text("".join(f"{pin}\n" for pin in pins(requirements)))
-        pip(python, "-c", str(folder / "constraints.txt"), "-r", str(requirements / "torch.txt"))
-        say(3, f"{len(pins(requirements))} pinned parts, each checked against its hash")
+        say(2, f"{len(pins(requirements))} pinned parts, each checked against its hash")
         pinned_parts(python, requirements)
         if can_compile():
-            say(4, "the parts in C that are compiled here")
+            say(3, "the parts in C that are compiled here")
             compiled_parts(python, requirements)
         else:
-            say(4, "no C compiler with Python's headers: a few puzzles of reasoning-gym are left out")
+            say(3, "no C compiler with Python's headers: a few puzzles of reasoning-gym are left out")
+        say(4, f"{torch_pin(requirements)} (some 200 MB as a build for CPUs; with CUDA libraries several GB)")
+        torch_and_its_libraries(python, requirements)
         say(5, "upslope itself, from src/")
-        pip(python, "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+        pip(python, "install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
     except Failed as failure:
         print(failure, file=sys.stderr)
         sys.exit("== set-up failed: the reason is above; when it is mended, run the same command again, it goes on")
@@ -78,26 +78,56 @@ def environment(folder: Path) -> Path:
 
 def pinned_parts(python: Path, requirements: Path, variables: Variables = None) -> None:
     """Everything but torch: first what builds the parts that come as source, then all the rest."""
-    pip(python, *PINNED, "-r", str(requirements / "build.txt"), variables=variables)
-    pip(python, *PINNED, "-r", str(requirements / "locked.txt"), variables=variables)
+    pip(python, "install", *PINNED, "-r", str(requirements / "build.txt"), variables=variables)
+    pip(python, "install", *PINNED, "-r", str(requirements / "locked.txt"), variables=variables)
 
 
 def compiled_parts(python: Path, requirements: Path, variables: Variables = None) -> None:
     """What has to be compiled and can be done without."""
-    pip(python, *PINNED, "-r", str(requirements / "compiled.txt"), variables=variables)
+    pip(python, "install", *PINNED, "-r", str(requirements / "compiled.txt"), variables=variables)
+
+
+def torch_and_its_libraries(python: Path, requirements: Path) -> None:
+    """torch: the package index's own build by its hash; another index's build by its version, and said.
+
+    A build such as 2.13.0+cpu cannot be in the public index, which takes no such versions: it comes from an index or a
+    folder that this machine's pip was told of, and brings that index's libraries.
+    """
+    pin = torch_pin(requirements)
+    asked = [python, "-c", "from importlib import metadata; print('torch==' + metadata.version('torch'))"]
+    have = subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    if have.partition("+")[0] != pin:
+        with tempfile.TemporaryDirectory(dir=python.parent.parent) as folder:
+            pip(python, "download", "--no-deps", "--only-binary", ":all:", "--dest", folder, pin)
+            (wheel,) = Path(folder).iterdir()
+            have = f"torch=={wheel.name.split('-')[1]}"
+            if "+" in have:
+                digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+                print(f"   {wheel.name}: from an index of your own, not checked; sha256 {digest}", flush=True)
+                pip(python, "install", str(wheel))
+            else:
+                local = ("--no-index", "--find-links", folder)
+                pip(python, "install", *PINNED, *local, "-r", str(requirements / "torch.txt"))
+    if "+" not in have:
+        pip(python, "install", *PINNED, "-r", str(requirements / "cuda.txt"))
+
+
+def torch_pin(requirements: Path) -> str:
+    """`torch==version`, as torch.txt pins it."""
+    return next(iter(re.findall(r"^torch==[^ \\\n]+", (requirements / "torch.txt").read_text(), re.MULTILINE)))
 
 
 def pip(python: Path, *arguments: str, variables: Variables = None) -> None:
-    """`pip install` into that Python's environment; Failed with what pip said where it fails.
+    """`pip` of that Python, with these arguments; Failed with what pip said where it fails.
 
     variables: the environment variables; None: this process's own.
     """
-    command = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", "install", "--quiet", *arguments]
+    command = [python, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments, "--quiet"]
     done = subprocess.run(
         command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8", errors="replace"
     )
     with (python.parent.parent / "set-up.log").open("a", encoding="utf-8") as log:
-        log.write(f"$ pip install {' '.join(arguments)}\n{done.stdout}")
+        log.write(f"$ pip {' '.join(arguments)}\n{done.stdout}")
     if done.returncode:
         raise Failed("\n".join(line for line in done.stdout.splitlines() if not IDLE.match(line)))
 

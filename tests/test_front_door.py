@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -52,11 +53,11 @@ def offer(index: Path, name: str, file: str, content: bytes) -> str:
     return f"{name}==1.0 --hash=sha256:{hashlib.sha256(content).hexdigest()}\n"
 
 
-def wheel(name: str, module: str) -> bytes:
-    content, info = io.BytesIO(), f"{name}-1.0.dist-info"
+def wheel(name: str, module: str, version: str = "1.0") -> bytes:
+    content, info = io.BytesIO(), f"{name}-{version}.dist-info"
     with zipfile.ZipFile(content, "w") as archive:
         archive.writestr(f"{name}.py", module)
-        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
     return content.getvalue()
@@ -103,9 +104,81 @@ def test_a_failed_step_says_what_pip_said_and_nothing_of_idle_folders(scripts: N
     python.write_text(f'#!/bin/sh\necho "{noise}"\necho "ERROR: no such part"\necho "its last words" >&2\nexit 1\n')
     python.chmod(0o755)
     with pytest.raises(set_up.Failed) as failure:
-        set_up.pip(python, "-r", "x.txt")
+        set_up.pip(python, "install", "-r", "x.txt")
     assert str(failure.value).splitlines() == ["ERROR: no such part", "its last words"]
     assert noise in (tmp_path / "set-up.log").read_text()
+
+
+def test_torch_is_the_one_that_was_pinned_or_said_to_be_another(
+    scripts: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import set_up
+
+    python, offered, files = tmp_path / "env/bin/python", new(tmp_path / "offered"), new(tmp_path / "requirements")
+    for name, value in (("CONFIG_FILE", os.devnull), ("NO_INDEX", "1"), ("FIND_LINKS", str(offered))):
+        monkeypatch.setenv(f"PIP_{name}", value)
+    set_up.environment(tmp_path / "env")
+
+    def put(version: str) -> str:
+        content = wheel("torch", "", version)
+        (offered / f"torch-{version}-py3-none-any.whl").write_bytes(content)
+        return hashlib.sha256(content).hexdigest()
+
+    def installed() -> str:
+        ask = "from importlib import metadata; print(*(d.version for d in metadata.distributions(name='torch')))"
+        return subprocess.run([python, "-c", ask], capture_output=True, text=True).stdout.strip()
+
+    digest = put("2.13.0")
+    (files / "cuda.txt").write_text("")
+    (files / "torch.txt").write_text(f"# torch\ntorch==2.13.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(set_up.Failed, match=rf"(?s)DO NOT MATCH THE HASHES.*{digest}"):
+        set_up.torch_and_its_libraries(python, files)
+    assert installed() == ""
+    (files / "torch.txt").write_text(f"torch==2.13.0 \\\n    --hash=sha256:{digest}\n")
+    set_up.torch_and_its_libraries(python, files)
+    assert (installed(), capsys.readouterr().out) == ("2.13.0", "")
+    (offered / "torch-2.13.0-py3-none-any.whl").unlink()
+    (files / "cuda.txt").write_text(f"nvidia-none==1.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    with pytest.raises(set_up.Failed, match="nvidia-none"):  # torch is there, what it needs is still to be had
+        set_up.torch_and_its_libraries(python, files)
+    digest = put("2.14.0+cpu")
+    (files / "torch.txt").write_text(f"torch==2.14.0 \\\n    --hash=sha256:{'0' * 64}\n")
+    set_up.torch_and_its_libraries(python, files)
+    said = f"torch-2.14.0+cpu-py3-none-any.whl: from an index of your own, not checked; sha256 {digest}"
+    assert (installed(), capsys.readouterr().out.strip()) == ("2.14.0+cpu", said)
+    (offered / "torch-2.14.0+cpu-py3-none-any.whl").unlink()
+    set_up.torch_and_its_libraries(python, files)
+    assert capsys.readouterr().out == ""
+
+
+AUDITED = {
+    "dependencies": [
+        {"name": "sound", "version": "1.0", "vulns": []},
+        {"name": "weak", "version": "2.0", "vulns": [{"id": "PYSEC-1", "fix_versions": ["2.1"]}]},
+        {"name": "unheard-of", "version": "3.0", "skip_reason": "not found"},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("answer", "code", "said"),
+    [
+        (AUDITED, 1, "weak 2.0: PYSEC-1, mended in 2.1\naudit: 2 of 3 pins looked up, 1 known vulnerabilities; this"),
+        ({"dependencies": AUDITED["dependencies"][:1]}, 0, "audit: 1 of 1 pins looked up, 0 known vulnerabilities\n"),
+        (None, 0, "audit: the advisories could not be read, so no pin was looked up: no way to the index\n"),
+    ],
+)
+def test_the_audit_says_what_it_found_and_what_it_could_not_look_up(
+    answer: dict[str, object] | None, code: int, said: str, root: Path, tmp_path: Path
+) -> None:
+    fake(tmp_path, "python", f'exec {sys.executable} "$@"')
+    fake(tmp_path, "pip-audit", "cat answer.json; echo no way to the index >&2; exit 1")
+    (tmp_path / "answer.json").write_text("" if answer is None else json.dumps(answer))
+    run = f"import sys; sys.executable = {str(tmp_path / 'python')!r}; sys.path.insert(0, {str(root / 'scripts')!r})"
+    command = [sys.executable, "-c", f"{run}; import audit; sys.exit(audit.main())"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.startswith(said)
 
 
 def test_every_pin_has_hashes_and_no_address(root: Path, scripts: None) -> None:
