@@ -7,20 +7,22 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from upslope.errors import ConfigError, UpslopeError
-from upslope.tasks.base import Task
+from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.tasks.base import Split, Task
 from upslope.tasks.forks import ending_forks
 from upslope.tasks.specs import Spec, check_params, format_spec, parse_spec, suggest
+from upslope.types import Prompt
 
 TASKS: dict[str, tuple[str, str]] = {
     "reasoning": ("upslope.tasks.reasoning", "ReasoningTask"),
@@ -84,6 +86,36 @@ def load_task(spec: str, **params: Any) -> Task:
         task = _reasoning_alias(parsed)
     task.spec = format_spec(_absolute(parsed))
     return task
+
+
+def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
+    """The task's prompts, checked; of an endless stream the first `n`.
+
+    Raises DataError that names the task's file and class: `prompts` is missing, fails, or gives none or other things.
+    """
+    cls = type(task)
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
+    where = f"{file}: {cls.__name__}.prompts"
+    if cls.prompts is Task.prompts:
+        raise DataError(f"{where} is not written: give it prompts(self, split, n, *, seed) -> list[Prompt]")
+    try:
+        with ending_forks():
+            given = task.prompts(split, n, seed=seed)
+            found = list(itertools.islice(given, n)) if isinstance(given, Iterator) else given
+    except UpslopeError:
+        raise
+    except Exception as error:
+        line = _line_in(error, Path(file))
+        raise DataError(f"{where}, line {line}: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(found, list | tuple):
+        raise DataError(f"{where} must give a list of upslope.Prompt objects; it gave a {type(found).__name__}")
+    if n and not found:
+        raise DataError(f"{where}({split!r}, {n}) gave no prompt: it must give {n}")
+    wrong = next((i for i, prompt in enumerate(found) if not isinstance(prompt, Prompt)), None)
+    if wrong is not None:
+        got = f"number {wrong + 1} is a {type(found[wrong]).__name__}"
+        raise DataError(f"{where} must give upslope.Prompt objects, as chat_prompt makes them; {got}")
+    return list(found)
 
 
 def load_reward(spec: str) -> RewardFunction:
