@@ -22,13 +22,14 @@ from torch import Tensor
 
 from upslope.backends.hardware import choose_dtype
 from upslope.build import device_of_machine
-from upslope.config import dump
+from upslope.config import LAUNCH, OBJECT, check, dump
 from upslope.data.template import clock_at
 from upslope.errors import ConfigError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
 from upslope.recipes.kept import DataAccount
 from upslope.recipes.last_words import last_words
+from upslope.recipes.look import look
 from upslope.runs.folder import Run
 from upslope.runs.progress import Progress
 from upslope.runs.resume import check_resume
@@ -117,11 +118,13 @@ class Learner(Protocol):
 
 @contextmanager
 def begin(options: RunOptions) -> Iterator[Begun]:
-    """Around a whole recipe: in it the learner is made and trained.
+    """Around a whole recipe: in it the learner is made and trained. The options are checked as the command does it.
 
     Within it chat templates read the run's clock: the local time at which the run began, also in a resumed one.
     RunError: a run that is resumed has other files than its last checkpoint, and --allow-changed-data is not given.
     """
+    check(options)
+    look(options, skip=("model",))  # a recipe may be given its policy
     files, clock = fingerprint.of_files(options), now()
     found = checkpoint.peek(Path(options.output_dir or "") / "checkpoints") if options.resume else None
     if found is not None:
@@ -290,8 +293,8 @@ def _began_in(run: Run) -> str | None:
 
 
 def _of_run(options: RunOptions) -> RunOptions:
-    """The options as the run folder keeps them: how one launch takes the run up is not the run's."""
-    return replace(options, resume=False, allow_changed_data=False)
+    """The options as the run folder keeps them: what one launch is told is not the run's."""
+    return replace(options, **LAUNCH)
 
 
 def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, marks: Mapping[str, Any]) -> None:
@@ -359,6 +362,8 @@ def _rescued(
         return "upslope: no step is saved: the run begins anew"
     since = " (the weights had moved before the error)" if moved else ""
     again = f"upslope {run.verb} --resume --output-dir {shlex.quote(str(run.folder))}"
+    if f'"{OBJECT}' in run.config_toml:
+        again = f"resume=True, output_dir={str(run.folder)!r} with the same objects"
     return f"upslope: step {saved} is saved{since}; once the error below is mended: {again}"
 
 
