@@ -175,19 +175,11 @@ def hints_of(options: type[Options]) -> dict[str, Any]:
 
 
 ELSEWHERE = {
-    "lr": "learning_rate",
-    "bs": "batch_size num_prompts",
-    "per_device_train_batch_size": "batch_size num_prompts",
-    "train_batch_size": "batch_size num_prompts",
-    "epochs": "num_epochs max_steps",
-    "num_train_epochs": "num_epochs max_steps",
-    "steps": "max_steps",
-    "model_name_or_path": "model",
-    "model_name": "model",
-    "dataset": "data task",
-    "dataset_name": "data task",
-    "output": "output_dir",
-    "out": "output_dir",
+    **{"lr": "learning_rate", "steps": "max_steps", "model_name": "model", "model_name_or_path": "model"},
+    **dict.fromkeys(("bs", "train_batch_size", "per_device_train_batch_size"), "batch_size num_prompts"),
+    **dict.fromkeys(("epochs", "num_train_epochs"), "num_epochs max_steps"),
+    **dict.fromkeys(("dataset", "dataset_name"), "data task"),
+    **dict.fromkeys(("out", "output"), "output_dir"),
 }
 """What other tools call an option, and what it may be called here: the first that the verb has."""
 

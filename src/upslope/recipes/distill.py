@@ -104,7 +104,8 @@ class Distill:
         found = load_items(fitting, policy.tokenizer, self.task)
         self.items, self.held_out, self.account, longest = with_room(options, policy, *found)
         if self.task is not None:
-            held_out_of(self.task, policy, options.eval_samples, options.max_completion_length)
+            held, _ = held_out_of(self.task, policy, options.eval_samples, options.max_completion_length)
+            self.account = self.account.and_held_out(held)
         self.teacher = load_teacher(str(options.teacher), policy)
         self.order = PromptStream(len(self.items), seed=options.seed)
         self.optimizer = make_optimizer(policy, options)

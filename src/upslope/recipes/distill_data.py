@@ -13,7 +13,7 @@ from upslope.data.template import Tools
 from upslope.errors import ConfigError
 from upslope.options import DistillOptions
 from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long
+from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
 from upslope.recipes.prompts import fitting
 from upslope.recipes.sft import demonstrations
 from upslope.tasks.base import Task
@@ -50,7 +50,7 @@ def load_items(
         else:
             shown = demonstrations(tokenizer, task, prompts, o.max_length)
             found = replace(shown, rows=[Item(p.key, p, example) for p, example in shown.rows])
-        return found.rows, [], DataAccount({"train": Split(found.source, len(found.rows), found.dropped, found.notes)})
+        return found.rows, [], DataAccount({"train": found.split})
     assert o.data is not None
     data = _items(o, tokenizer, o.data)
     given = _items(o, tokenizer, o.eval_data) if o.eval_data is not None else None

@@ -228,7 +228,8 @@ def show_sft(options: SFTOptions) -> int:
     policy = load_policy(options)
     task = load_task(options.task) if options.task else None
     examples, rows, account = load_examples(within_context(options, policy), policy.tokenizer, task)
-    held_out = check_held_out(options, policy, task) if task is not None else len(rows)
+    held = check_held_out(options, policy, task) if task is not None else None
+    held_out, account = len(rows if held is None else held.rows), account.and_held_out(held)
     prediction = predict_sft(options, policy, examples)
     print(statistics(examples), file=sys.stderr)
     report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, held_out, account)

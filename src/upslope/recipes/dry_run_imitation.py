@@ -69,8 +69,8 @@ def _material(options: DistillOptions, policy: Policy) -> tuple[list[list[int]],
     asked = items[: options.num_prompts] if options.on_policy_fraction else []
     prompts = [encode_prompt(policy.tokenizer, i.prompt, tools=i.tools) for i in asked if i.prompt is not None]
     given = [item.example for item in items if item.example is not None]
-    held = len(held_out) if task is None else check_held_out(options, policy, task)
-    return prompts, given, held, account
+    held = check_held_out(options, policy, task) if task is not None else None
+    return prompts, given, len(held_out if held is None else held.rows), account.and_held_out(held)
 
 
 def predict_imitation(

@@ -9,6 +9,7 @@ from typing import Any
 from upslope.build import Policy
 from upslope.evaluation.accuracy import evaluate
 from upslope.options import DistillOptions, SFTOptions
+from upslope.recipes.kept import Kept
 from upslope.recipes.prompts import held_out_of
 from upslope.rollout.judge import Scorer
 from upslope.tasks.base import Task
@@ -52,16 +53,15 @@ def judge_one(judge: Scorer, prompt: Prompt, tokens: Sequence[int], completions:
     return Judged(known.text, known.reward, len(rollouts), len(errors), "".join(errors[:1]), said["reward/seconds"])
 
 
-def check_held_out(options: SFTOptions | DistillOptions, policy: Policy, task: Task) -> int:
-    """How many held-out problems a supervised run measures, after two were answered and judged as it will do it.
+def check_held_out(options: SFTOptions | DistillOptions, policy: Policy, task: Task) -> Kept[Prompt] | None:
+    """The held-out problems a supervised run measures, after two were answered and judged as it will do it.
 
     DataError: fewer exist, none fits the model, or there is no verdict.
     """
     o = options
     held_out, _ = held_out_of(task, policy, o.eval_samples, o.max_completion_length)
-    if held_out is None:
-        return 0
-    from upslope.recipes.sft import held_out_groups
+    if held_out is not None:
+        from upslope.recipes.sft import held_out_groups
 
-    evaluate(held_out_groups(policy, task, min(2, o.eval_samples), o.max_completion_length))
-    return len(held_out.rows)
+        evaluate(held_out_groups(policy, task, min(2, o.eval_samples), o.max_completion_length))
+    return held_out

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from upslope.build import Policy
 from upslope.data.chat import encode_prompt
@@ -15,7 +15,7 @@ from upslope.engine.request import check_prompt
 from upslope.errors import ConfigError, DataError
 from upslope.options import RLOptions
 from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import DataAccount, Kept, Split
+from upslope.recipes.kept import DataAccount, Kept
 from upslope.tasks.base import Task
 from upslope.tasks.loading import prompts_of
 from upslope.types import Prompt
@@ -47,14 +47,12 @@ def ask(options: RLOptions, policy: Policy, task: Task) -> Asked:
     """All the prompts that a run asks its task for. DataError: fewer exist, one cannot be encoded, or none fits."""
     o, source = options, f"task {task.name}"
     found = prompts_of(task, "train", o.num_train_prompts, seed=o.seed)
-    train, longest = fitting(policy, source, found, o.max_completion_length, as_prompt)
+    train, longest = fitting(policy, source, found, o.max_completion_length)
     held_out, longest_held_out = held_out_of(task, policy, o.eval_samples, o.max_completion_length)
     tell_task(task, o.eval_samples)
-    splits = {"train": Split(source, len(train.rows), train.dropped, train.notes)}
-    if held_out is not None:
-        splits["eval"] = Split(held_out.source, len(held_out.rows), held_out.dropped, held_out.notes)
+    account = DataAccount({"train": train.split}).and_held_out(held_out)
     rows = held_out.rows if held_out is not None else []
-    return Asked(train.rows, rows, max(longest, longest_held_out), DataAccount(splits))
+    return Asked(train.rows, rows, max(longest, longest_held_out), account)
 
 
 def held_out_of(task: Task, policy: Policy, samples: int, max_tokens: int) -> tuple[Kept[Prompt] | None, int]:
@@ -62,12 +60,7 @@ def held_out_of(task: Task, policy: Policy, samples: int, max_tokens: int) -> tu
     if not samples:
         return None, 0
     found = prompts_of(task, "eval", samples, seed=0)
-    return fitting(policy, f"task {task.name}, held out", found, max_tokens, as_prompt)
-
-
-def as_prompt(prompt: Prompt) -> tuple[Prompt, Tools]:
-    """For `fitting`, where the rows are prompts."""
-    return prompt, ()
+    return fitting(policy, f"task {task.name}, held out", found, max_tokens)
 
 
 def fitting(
@@ -75,7 +68,7 @@ def fitting(
     source: str,
     rows: Sequence[Row],
     max_tokens: int,
-    prompt_of: Callable[[Row], tuple[Prompt | None, Tools]],
+    prompt_of: Callable[[Any], tuple[Prompt | None, Tools]] = lambda prompt: (prompt, ()),
 ) -> tuple[Kept[Row], int]:
     """The rows whose prompt leaves `max_tokens` of the model's context, and the tokens of the longest of them.
 

@@ -28,7 +28,7 @@ from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
 from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long, within_context
+from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long, within_context
 from upslope.recipes.prompts import held_out_of
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.rollout.collect import collect
@@ -69,7 +69,8 @@ class SFT:
         fitting = within_context(options, policy)
         self.train_examples, self.eval_examples, self.account = load_examples(fitting, policy.tokenizer, self.task)
         if self.task is not None:
-            held_out_of(self.task, policy, options.eval_samples, options.max_completion_length)
+            held_out, _ = held_out_of(self.task, policy, options.eval_samples, options.max_completion_length)
+            self.account = self.account.and_held_out(held_out)
         if options.num_epochs is not None:
             steps = max(1, round(options.num_epochs * len(self.train_examples) / options.batch_size))
             options = replace(options, max_steps=steps, num_epochs=None)
@@ -166,8 +167,7 @@ def load_examples(
         prompts = prompts_of(task, "train", o.num_examples, seed=o.seed)
         tell_task(task, o.eval_samples)
         shown = demonstrations(tokenizer, task, prompts, o.max_length)
-        split = Split(shown.source, len(shown.rows), shown.dropped, shown.notes)
-        return [example for _, example in shown.rows], [], DataAccount({"train": split})
+        return [example for _, example in shown.rows], [], DataAccount({"train": shown.split})
     assert o.data is not None
     data = encoded(o.data, tokenizer, o.max_length)
     if o.eval_data is not None:
