@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from contextlib import closing
@@ -48,7 +49,7 @@ class Long(Task):
     def rewards(self, prompts, completions):
         if Path(__file__).with_name("broken").exists():
             return [None for _ in completions]
-        return [Reward(text.count("a") / 4, correct="a" in text) for text in completions]
+        return [Reward(sum(map(ord, text)) % 7 / 7, correct="a" in text) for text in completions]
 """
 VERBS: dict[str, tuple[Any, Callable[..., dict[str, Any]]]] = {
     "reinforce": (ReinforceOptions, reinforce),
@@ -71,6 +72,10 @@ def options(verb: str, tiny: Path, task: str, folder: Path, **changes: Any) -> A
     common |= {"eval_every": 0, "learning_rate": 3e-3, "dtype": "float32"}
     common |= {"expert": {"train_steps": 1, "keep": "best"}, "distill": {"teacher": str(tiny)}}.get(verb, {})
     return VERBS[verb][0](**{**common, **changes})
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -147,6 +152,7 @@ def test_a_foreseen_error_inside_a_step_saves_the_state_before_it(
     again = recipe(options(verb, tiny, f"{task}:late=false", folder, resume=True, **given))
     one, two = (load_file(Path(summary["model"]) / "model.safetensors") for summary in (whole, again))
     assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [line["reward"] for line in lines(tmp_path / "whole")] == [line["reward"] for line in lines(folder)]
     assert again["steps"] == 4
 
 
