@@ -233,17 +233,18 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
 def make_engine(policy: Policy, *, sequences: int, longest: int, max_batch: int = 256) -> Engine:
     """An engine over the policy's own weights, with a cache for `sequences` of up to `longest` tokens each.
 
-    The cache is capped at a gigabyte (what does not fit waits its turn) and never smaller than two whole contexts of
-    up to 2,048 tokens, so that a prompt longer than expected still runs.
+    The cache is capped at a gigabyte (what does not fit waits its turn) and never smaller than one such sequence and
+    two whole contexts of up to 2,048 tokens, so that a prompt longer than expected still runs.
     """
     spec = policy.model.spec
     least = 2 * -(-min(spec.max_positions, 2048) // BLOCK)
-    wanted = min(sequences, max_batch) * -(-(longest + 1) // BLOCK)
+    one = -(-(longest + 1) // BLOCK)
+    wanted = min(sequences, max_batch) * one
     most = int(1e9) // KVCache.bytes_per_block(spec, policy.model.dtype)
     return Engine(
         policy.model,
         policy.tokenizer,
         eos_token_ids=policy.eos_token_ids,
         max_batch=max_batch,
-        num_blocks=max(least, min(wanted, most)),
+        num_blocks=max(least, one, min(wanted, most)),
     )

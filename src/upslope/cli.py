@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_origin
 
-from upslope.config import Setting, build, from_text, hints_of, read_toml
+from upslope.config import Setting, build, from_text, hints_of, meant, read_toml
 from upslope.errors import ConfigError, RunError, UpslopeError
+from upslope.recipes.look import look
 from upslope.version import __version__
 
 
@@ -63,7 +64,9 @@ VERBS: dict[str, Verb] = {
     "export": Verb("ExportOptions", "upslope.commands.export:run", "write a model for use elsewhere", "model"),
     "fetch": Verb("FetchOptions", "upslope.commands.fetch:run", "bring a model into the cache, for work offline"),
     "doctor": Verb("DoctorOptions", "upslope.commands.doctor:run", "what this machine has and what runs on it"),
-    "explain": Verb("ExplainOptions", "upslope.commands.explain:run", "the batch arithmetic of a recipe, in words"),
+    "explain": Verb(
+        "ExplainOptions", "upslope.commands.explain:run", "the batch arithmetic of a recipe, in words", "verb"
+    ),
     "runs": Verb("RunsOptions", "upslope.commands.runs:run", "list the run folders and what came out"),
 }
 
@@ -109,6 +112,7 @@ def _main(argv: list[str]) -> int:
     options = parse(name, options_class, arguments)
     if options is None:
         return 0
+    look(options)
     module, _, function = verb.target.partition(":")
     run: Callable[[Any], int | None] = getattr(importlib.import_module(module), function)
     return run(options) or 0
@@ -191,7 +195,8 @@ def _scan(
             continue
         if key not in hints:
             known = [f"--{_kebab(other)}" for other in [*hints, "config", "help"]]
-            raise ConfigError(f"unknown option {flag!r} for upslope {name}{_or_all(flag, known, all_of='')}")
+            nearest = f"--{_kebab(meant(key, hints))}"
+            raise ConfigError(f"unknown option {flag!r} for upslope {name}{_or_all(nearest, known, all_of='')}")
         flags.append(key)
         if get_origin(hints[key]) is tuple:
             own = lists.setdefault(key, [])

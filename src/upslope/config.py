@@ -21,9 +21,26 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from upslope.errors import ConfigError
 
-__all__ = ["Setting", "build", "coerce", "dump", "from_text", "hints_of", "load", "read_toml", "suggestion"]
+__all__ = [
+    "OBJECT",
+    "Setting",
+    "build",
+    "check",
+    "coerce",
+    "dump",
+    "from_text",
+    "hints_of",
+    "load",
+    "read_toml",
+    "suggestion",
+]
 
 NONE = "none"
+LAUNCH = {"output_dir": None, "resume": False, "allow_changed_data": False, "dry_run": False, "json": False}
+"""What one launch is told, with its defaults: a run's config.toml does not hold it, and where an old one does it is
+not read."""
+OBJECT = "python:"
+"""How the name of a task or reward begins that is an object of a Python program: MODULE:NAME follows."""
 
 
 class Options(Protocol):
@@ -81,7 +98,9 @@ def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
                 if isinstance(value, dict)
                 else (f"unknown key {key!r}")
             )
-            raise ConfigError(f"{where}: {what}{suggestion(name, hints)}")
+            raise ConfigError(f"{where}: {what}{suggestion(meant(name, hints), hints)}")
+        if name in LAUNCH and (Path(path).parent / "env.json").is_file():
+            continue
         if name in settings:
             raise ConfigError(f"{where}: {key!r} is given twice, also at {settings[name].where}")
         settings[name] = Setting(coerce(name, value, hints[name], where), where)
@@ -110,6 +129,25 @@ def build(options: type[T], settings: Mapping[str, Setting]) -> T:
     return made
 
 
+def check(options: Options) -> None:
+    """What `load` checks of a file, of options made in Python. Errors: ConfigError."""
+    for name, hint in hints_of(type(options)).items():
+        coerce(name, _in_text(name, getattr(options, name)), hint, type(options).__name__)
+    if hasattr(options, "validate"):
+        options.validate()
+
+
+def _in_text(name: str, value: Any) -> Any:
+    """The value of an option as a file has it: python:MODULE:NAME for a task or reward that is an object."""
+    if name in ("task", "reward") and isinstance(value, list | tuple):
+        pairs = [item if isinstance(item, tuple) else (item, None) for item in value]
+        return tuple(_in_text("task", x) if w is None else f"{_in_text('task', x)}@{w:g}" for x, w in pairs)
+    if name not in ("task", "reward") or value is None or isinstance(value, str):
+        return value
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{OBJECT}{named.__module__}:{named.__qualname__}"
+
+
 def dump(options: Options) -> str:
     """TOML text that `load` reads back to an equal object; every key is written, None as "none".
 
@@ -119,12 +157,14 @@ def dump(options: Options) -> str:
     hints = hints_of(type(options))
     lines = []
     for field in dataclasses.fields(options):
-        value = getattr(options, field.name)
+        value = _in_text(field.name, getattr(options, field.name))
         if value is None:
             value = NONE
         elif isinstance(value, str) and value.lower() == NONE and _allows_none(hints[field.name]):
             raise ConfigError(f"{field.name}: the text {value!r} cannot be told from no value")
         lines.append(f"{field.name} = {_toml_value(field.name, value)}\n")
+        if f'"{OBJECT}' in lines[-1]:
+            lines[-1] = f"# An object of the Python program: this file alone cannot repeat the run.\n{lines[-1]}"
     return "".join(lines)
 
 
@@ -132,6 +172,22 @@ def hints_of(options: type[Options]) -> dict[str, Any]:
     """Field names to their types, `Annotated` stripped, in field order."""
     hints = typing.get_type_hints(options)
     return {field.name: hints[field.name] for field in dataclasses.fields(options)}
+
+
+ELSEWHERE = {
+    **{"lr": "learning_rate", "steps": "max_steps", "model_name": "model", "model_name_or_path": "model"},
+    **dict.fromkeys(("bs", "train_batch_size", "per_device_train_batch_size"), "batch_size num_prompts"),
+    **dict.fromkeys(("epochs", "num_train_epochs"), "num_epochs max_steps"),
+    **dict.fromkeys(("dataset", "dataset_name"), "data task"),
+    **dict.fromkeys(("out", "output"), "output_dir"),
+}
+"""What other tools call an option, and what it may be called here: the first that the verb has."""
+
+
+def meant(name: str, known: Mapping[str, Any]) -> str:
+    """The option of this project that another tool calls `name`, where the verb has it; else the name."""
+    names = {*known} - ({"num_epochs"} if "num_prompts" in known else set())  # there it passes over a step's rollouts
+    return next((here for here in ELSEWHERE.get(name, "").split() if here in names), name)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
@@ -256,7 +312,7 @@ def _allows_none(hint: Any) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
+        return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --config wants the path of a TOML file") from None
     except OSError as error:

@@ -101,16 +101,15 @@ def test_what_the_run_would_stop_at_stops_the_dry_run(
     assert message in error
 
 
-def test_a_prompt_that_does_not_fit_is_found_wherever_it_stands(tiny: Path, files: Path, capsys) -> None:
-    assert dry("grpo", tiny, files, long=140) == 3
-    assert "train prompt 141 of 150 ('xxxxx" in capsys.readouterr().err
-    assert dry("grpo", tiny, files, long=1007) == 3
-    error = capsys.readouterr().err
-    assert "eval prompt 8 of 20 ('xxxxx" in error
-    assert "the model's context holds" in error
-    assert dry("grpo", tiny, files, "--max-completion-length", "5000") == 0
+def test_a_prompt_that_does_not_fit_is_counted_wherever_it_stands(tiny: Path, files: Path, capsys) -> None:
+    assert dry("grpo", tiny, files, long=140) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "170 of them leave the reply less of the model's context than max_completion_length" in shown
+    assert "kept 149 of 150 rows of task few: 1 too long for the context" in shown
+    assert "149 problems to train on and 20 held out" in shown
+    assert dry("grpo", tiny, files, long=1007) == 0
+    assert "kept 19 of 20 rows of task few, held out: 1 too long" in " ".join(capsys.readouterr().out.split())
+    assert dry("grpo", tiny, files, "--max-completion-length", "5000") == 2
+    assert "max_completion_length 5000 leaves no room for a prompt" in capsys.readouterr().err
 
 
 def test_time_limit_and_errors_are_those_of_the_run(tiny: Path, files: Path, capsys) -> None:

@@ -190,7 +190,8 @@ def test_expert(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         **QUICK,
     )
     facts, lines = told(expert.run, expert.expert, o, capsys)
-    assert facts == {"rows": {"mix": 6}, "dropped": {"mix": {"longer than max_length": 1}}}
+    assert facts["rows"] == {"train": 4, "eval": 3, "mix": 6}
+    assert facts["dropped"] == {"train": {}, "eval": {}, "mix": {"longer than max_length": 1}}
     assert len(lines) == 1
 
 

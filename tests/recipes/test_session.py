@@ -67,7 +67,7 @@ class Walk:
 
 
 def go(folder: Path, learner: Walk, **changes: Any) -> dict[str, Any]:
-    common: dict[str, Any] = {"data": "rows.jsonl", "output_dir": str(folder), "eval_every": 1, "keep_last": 1}
+    common: dict[str, Any] = {"data": "owner/rows", "output_dir": str(folder), "eval_every": 1, "keep_last": 1}
     options = SFTOptions(**{**common, **changes})
     with begin(options) as begun:
         return train("sft", options, learner, begun)

@@ -22,7 +22,7 @@ from upslope.models.weights import read_config
 from upslope.options import EvalOptions
 from upslope.runs.progress import Progress
 from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task
+from upslope.tasks.loading import load_task, prompts_of
 from upslope.types import Prompt
 
 __all__ = ["Inputs", "Kind", "check_kind", "kind_of", "progress"]
@@ -86,7 +86,7 @@ class Inputs:
             for line in task.remarks():
                 print(line, file=sys.stderr)
             n = (limit or TASK_PROBLEMS) if size is None else max(1, min(limit or size, size))
-            prompts = task.prompts("eval", n, seed=self.options.seed)
+            prompts = prompts_of(task, "eval", n, seed=self.options.seed)
             self.available[spec] = len(prompts) if size is None else size
             found.append((spec, task, prompts))
         return found

@@ -16,7 +16,8 @@ def run(options: ExplainOptions) -> int:
     if options.verb not in CLASSES:
         raise ConfigError(f"verb is {options.verb!r}; the recipes are {', '.join(CLASSES)}")
     rows = {"data": "pairs.jsonl"}
-    needed = {"sft": {"task": DemoOptions.task}} | dict.fromkeys(("dpo", "reward", "classify", "tag"), rows)
+    needed = {"sft": {"task": DemoOptions.task}} | dict.fromkeys(("dpo", "reward", "classify", "tag", "seq2seq"), rows)
+    needed |= {"distill": {"task": DemoOptions.task, "teacher": "teacher"}, "pretrain": {"data": ("texts/",)}}
     overrides = needed.get(options.verb, {}) if options.config is None else {}
     loaded = load(CLASSES[options.verb], *([options.config] if options.config else []), overrides=overrides)
     plan = plan_of(loaded)

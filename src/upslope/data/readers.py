@@ -38,7 +38,7 @@ def rows_of(source: str | Path, *, split: str | None = None) -> Iterator[Row]:
     elif path.is_dir():
         raise DataError(f"{source}: is a folder; name one data file in it")
     elif _names_a_file(str(source)):
-        raise DataError(f"{source}: no such file{_near_file(path)}")
+        raise DataError(f"{source}: no such file{near_file(path)}")
     else:
         yield from _hub_rows(str(source), split or "train")
 
@@ -56,7 +56,8 @@ def _names_a_file(source: str) -> bool:
     return name.endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(source)
 
 
-def _near_file(path: Path) -> str:
+def near_file(path: Path) -> str:
+    """What to add to "no such file": the nearest name in its folder, or that there is no such folder."""
     folder = path.parent
     if not folder.is_dir():
         return f" (the folder {folder} does not exist)"

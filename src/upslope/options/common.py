@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from upslope.config import OBJECT
 from upslope.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
+if TYPE_CHECKING:
+    Named = Any
+else:
+    Named = str  # a name; in Python also the task or reward itself
 
 
 def check(options: Any, **bounds: tuple[float | None, float | None]) -> None:
@@ -39,12 +45,25 @@ class LaunchOptions:
     json: bool = False
     """Print the summary as one JSON object on standard output."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Path):
+                object.__setattr__(self, name, str(value))
+
     def validate(self) -> None:
-        """Raise ConfigError for a run that is to be taken up and is not named."""
+        """Raise ConfigError for a run that is to be taken up and is not named, and for the name of an object."""
         if self.resume and self.output_dir is None:
             raise ConfigError("resume needs output_dir: name the run folder to continue")
         if self.allow_changed_data and not self.resume:
             raise ConfigError("allow_changed_data goes with resume: a new run takes the data as they are")
+        for name in ("task", "reward"):
+            value = getattr(self, name, None)
+            for item in value if isinstance(value, list | tuple) else (value,):
+                if isinstance(item, str) and item.startswith(OBJECT):
+                    raise ConfigError(
+                        f"{name} = {item} is an object of the Python program that began the run: call the recipe there "
+                        "with it; a file or the command line cannot make it"
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +137,9 @@ class RunOptions(LaunchOptions):
 class RLOptions(RunOptions):
     """What every recipe that samples shares: the task, the rewards, the sampling."""
 
-    task: str = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
+    task: Named = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
     """Name of a task with parameters, or a file: chain_sum:min_terms=2, gsm8k:path=x.jsonl, my_task.py:MyTask."""
-    reward: tuple[str, ...] = ()
+    reward: tuple[Named, ...] = ()
     """Rewards instead of the task's own: names or my_rewards.py:fn, each with a weight (length:target=20@0.5)."""
     reward_workers: int = 0
     """Processes that compute rewards; 0 computes them in this process where they are safe, else in one worker."""

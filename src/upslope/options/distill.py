@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import RunOptions, check
+from upslope.options.common import Named, RunOptions, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +15,7 @@ class DistillOptions(RunOptions):
 
     teacher: str | None = None
     """The model to learn from, with the student's vocabulary: a folder, a hub id, a .gguf file or an alias."""
-    task: str | None = None
+    task: Named | None = None
     """Prompts (and demonstrations) of a task, which also measures accuracy. Give this or --data."""
     data: str | None = None
     """Rows with prompts, or prompts and completions: a .jsonl/.csv/.parquet/.txt file or a hub id."""

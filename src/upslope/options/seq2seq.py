@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import RunOptions, check
+from upslope.options.common import Named, RunOptions, check
 
 SCRATCH = "scratch"
 _NETWORK = ("tokenizer", "vocab_size", "shared_vocabulary", "hidden_size", "num_layers", "num_heads", "norm")
@@ -26,7 +26,7 @@ class Seq2SeqOptions(RunOptions):
     """Rows with prompt (the source) and completion (the target): .jsonl, .csv, .parquet or a hub id. This or --task."""
     eval_data: str | None = None
     """Held-out rows in the same forms; left out with --data: a tenth of the sources, chosen by content."""
-    task: str | None = None
+    task: Named | None = None
     """Train on the demonstrations of a task of plain texts, such as phonemes, and measure on its held-out problems."""
     num_examples: int = 1000
     """How many problems to take from --task."""
@@ -66,7 +66,7 @@ class Seq2SeqOptions(RunOptions):
     """Minimum risk: sharpness of the distribution over the sampled set, proportional to P ** alpha."""
     include_reference: bool = True
     """Minimum risk: the reference joins the sampled set."""
-    reward: tuple[str, ...] = ()
+    reward: tuple[Named, ...] = ()
     """Minimum risk: rewards in [0, 1] instead of the task's own (edit_similarity, chrf, bleu), each with a weight."""
 
     def validate(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import RunOptions, check
+from upslope.options.common import Named, RunOptions, check
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class SFTOptions(RunOptions):
     """Training rows: a .jsonl/.csv/.parquet/.txt file or a hub id. Give this or --task."""
     eval_data: str | None = None
     """Held-out rows in the same forms; left out with --data: the last tenth of the data."""
-    task: str | None = None
+    task: Named | None = None
     """Train on the demonstrations of a task, and measure its accuracy on held-out problems."""
     num_examples: int = 1000
     """How many demonstrations to take from --task."""

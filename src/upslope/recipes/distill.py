@@ -36,10 +36,11 @@ from upslope.models.loading import load_model
 from upslope.models.protocol import CausalModel
 from upslope.models.sources import resolve
 from upslope.options import DistillOptions
-from upslope.recipes.distill_data import Item, load_items
+from upslope.recipes.distill_data import Item, load_items, with_room
 from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.kept import within_context
+from upslope.recipes.prompts import held_out_of
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.recipes.sft import held_out_groups
 from upslope.rollout.collect import sampling_keys
@@ -100,12 +101,14 @@ class Distill:
         self.task = load_task(options.task) if options.task else None
         self.higher_is_better = self.task is not None
         fitting = within_context(options, policy)
-        self.items, self.held_out, self.account = load_items(fitting, policy.tokenizer, self.task)
+        found = load_items(fitting, policy.tokenizer, self.task)
+        self.items, self.held_out, self.account, longest = with_room(options, policy, *found)
+        if self.task is not None:
+            held, _ = held_out_of(self.task, policy, options.eval_samples, options.max_completion_length)
+            self.account = self.account.and_held_out(held)
         self.teacher = load_teacher(str(options.teacher), policy)
         self.order = PromptStream(len(self.items), seed=options.seed)
         self.optimizer = make_optimizer(policy, options)
-        some = [*self.items[:100], *self.held_out[:100]]
-        longest = max((len(self._prompt_tokens(item)) for item in some if item.prompt is not None), default=1)
         self.engine = make_engine(
             policy,
             sequences=max(options.num_prompts * options.num_generations, len(self.held_out)),

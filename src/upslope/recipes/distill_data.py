@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from upslope.build import Policy
 from upslope.data.chat import TooLongError
 from upslope.data.kinds import Content, Record
 from upslope.data.records import example_of, read_records
@@ -12,12 +13,14 @@ from upslope.data.template import Tools
 from upslope.errors import ConfigError
 from upslope.options import DistillOptions
 from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long
-from upslope.recipes.sft import demonstrated
+from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
+from upslope.recipes.prompts import fitting
+from upslope.recipes.sft import demonstrations
 from upslope.tasks.base import Task
+from upslope.tasks.loading import prompts_of
 from upslope.types import Example, Prompt
 
-__all__ = ["Item", "load_items"]
+__all__ = ["Item", "load_items", "with_room"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +43,14 @@ def load_items(
     """
     o = options
     if task is not None:
-        prompts = task.prompts("train", o.num_train_prompts, seed=o.seed)
+        prompts = prompts_of(task, "train", o.num_train_prompts, seed=o.seed)
         tell_task(task, o.eval_samples)
-        items = [Item(p.key, p, _demonstration(o, tokenizer, task, p)) for p in prompts]
-        return items, [], DataAccount({"train": Split(f"task {task.name}", len(items))})
+        if o.on_policy_fraction == 1:
+            found = Kept(f"task {task.name}", [Item(p.key, p, None) for p in prompts])
+        else:
+            shown = demonstrations(tokenizer, task, prompts, o.max_length)
+            found = replace(shown, rows=[Item(p.key, p, example) for p, example in shown.rows])
+        return found.rows, [], DataAccount({"train": found.split})
     assert o.data is not None
     data = _items(o, tokenizer, o.data)
     given = _items(o, tokenizer, o.eval_data) if o.eval_data is not None else None
@@ -53,10 +60,26 @@ def load_items(
     return items, held_out, account
 
 
-def _demonstration(options: DistillOptions, tokenizer: Any, task: Task, prompt: Prompt) -> Example | None:
-    if options.on_policy_fraction == 1:
-        return None
-    return demonstrated(tokenizer, task, prompt, max_length=options.max_length)
+def with_room(
+    options: DistillOptions, policy: Policy, items: list[Item], held_out: list[Item], account: DataAccount
+) -> tuple[list[Item], list[Item], DataAccount, int]:
+    """The items whose prompt, where the student may have to answer it, leaves room for the reply; the longest's tokens.
+
+    The held-out ones come second, as in `load_items`; the account tells of those left out.
+    """
+    o, splits, kept, longest = options, dict(account.splits), [], 1
+
+    def asked(item: Item) -> tuple[Prompt | None, Tools]:
+        return (item.prompt if o.on_policy_fraction or item.example is None else None), item.tools
+
+    for name, some in (("train", items), ("eval", held_out)):
+        if some:
+            found, length = fitting(policy, splits[name].source, some, o.max_completion_length, asked)
+            longest, some, split = max(longest, length), found.rows, splits[name]
+            lost, notes = {**split.dropped, **found.dropped}, {**split.notes, **found.notes}
+            splits[name] = replace(split, rows=len(some), dropped=lost, notes=notes)
+        kept.append(some)
+    return kept[0], kept[1], DataAccount(splits, account.further), longest
 
 
 def _items(options: DistillOptions, tokenizer: Any, source: str) -> Kept[Item]:

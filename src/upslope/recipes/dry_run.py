@@ -19,15 +19,17 @@ from torch import Tensor
 
 from upslope.build import Policy, load_critic, load_policy, make_engine
 from upslope.data.batching import collate
+from upslope.data.chat import encode_prompt
 from upslope.data.preview import mask_view, statistics
 from upslope.models.activations import bytes_per_token
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
-from upslope.recipes.dry_run_task import Asked, Judged, ask, check_held_out, judge_one
+from upslope.recipes.dry_run_task import Judged, check_held_out, judge_one
 from upslope.recipes.kept import NO_DATA, DataAccount, within_context
 from upslope.recipes.plan import Plan, plan_of
 from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy, scorer_of
+from upslope.recipes.prompts import Asked, ask
 from upslope.recipes.session import resident_memory_gb
 from upslope.training.step import forward
 from upslope.types import Completion, Example, SamplingParams
@@ -226,7 +228,8 @@ def show_sft(options: SFTOptions) -> int:
     policy = load_policy(options)
     task = load_task(options.task) if options.task else None
     examples, rows, account = load_examples(within_context(options, policy), policy.tokenizer, task)
-    held_out = check_held_out(options, policy, task) if task is not None else len(rows)
+    held = check_held_out(options, policy, task) if task is not None else None
+    held_out, account = len(rows if held is None else held.rows), account.and_held_out(held)
     prediction = predict_sft(options, policy, examples)
     print(statistics(examples), file=sys.stderr)
     report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, held_out, account)
@@ -241,11 +244,12 @@ def show_policy_gradient(verb: str, options: RLOptions) -> int:
     task = load_task(options.task)
     with scorer_of(options, policy, task) as judge:
         asked = ask(options, policy, task)
-        tokens = asked.tokens[: options.num_prompts]
+        tokens = [encode_prompt(policy.tokenizer, prompt) for prompt in asked.train[: options.num_prompts]]
         prediction, sampled = predict_policy_gradient(options, policy, tokens)
-        judged = judge_one(judge, asked.prompts[0], tokens[0], sampled[0])
-    example = Example(tokens[0], [False] * len(tokens[0]))
-    report(options, policy, example, plan_of(options), prediction, asked.held_out, asked=asked, judged=judged)
+        judged = judge_one(judge, asked.train[0], tokens[0], sampled[0])
+    example, held_out = Example(tokens[0], [False] * len(tokens[0])), len(asked.held_out)
+    plan = plan_of(options)
+    report(options, policy, example, plan, prediction, held_out, asked.account, asked=asked, judged=judged)
     return 0
 
 
@@ -266,7 +270,7 @@ def report(
     if options.json:
         said: dict[str, Any] = {"prediction": asdict(prediction), "plan": asdict(plan), "model": asdict(spec)}
         said |= {"held_out": held_out, "data": account.facts()}
-        said |= {"train_prompts": len(asked.prompts)} if asked is not None else {}
+        said |= {"train_prompts": len(asked.train)} if asked is not None else {}
         said |= {"judged": judged.as_json()} if judged is not None else {}
         print(json.dumps(said))
         return

@@ -9,14 +9,16 @@ from dataclasses import replace
 import torch
 
 from upslope.build import Policy, load_policy, make_engine
+from upslope.data.chat import encode_prompt
 from upslope.options import DistillOptions, ExpertOptions
 from upslope.recipes import dry_run
 from upslope.recipes.dry_run import Prediction, probe
-from upslope.recipes.dry_run_task import ask, check_held_out, encode_all, judge_one
+from upslope.recipes.dry_run_task import check_held_out, judge_one
 from upslope.recipes.expert_data import groups_of_run, load_mix
 from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.plan import plan_of
 from upslope.recipes.policy_gradient import scorer_of
+from upslope.recipes.prompts import ask
 from upslope.recipes.session import resident_memory_gb
 from upslope.tasks.loading import load_task
 from upslope.types import Completion, Example, SamplingParams
@@ -42,34 +44,33 @@ def _show_expert(options: ExpertOptions, policy: Policy) -> int:
     task = load_task(options.task)
     with scorer_of(options, policy, task) as judge:
         asked = ask(options, policy, task)
-        _, account = load_mix(within_context(options, policy), policy.tokenizer)
+        _, mixed = load_mix(within_context(options, policy), policy.tokenizer)
         if options.from_run is not None:
             vocabulary = policy.model.spec.vocab_size
             groups_of_run(options.from_run, vocabulary=vocabulary, tokenizer=policy.tokenizer)
-        prompts = asked.tokens[: options.num_prompts]
+        prompts = [encode_prompt(policy.tokenizer, prompt) for prompt in asked.train[: options.num_prompts]]
         prediction, sampled = predict_imitation(options, policy, prompts, [])
-        judged = judge_one(judge, asked.prompts[0], prompts[0], sampled[0])
-    example = Example(prompts[0], [False] * len(prompts[0]))
+        judged = judge_one(judge, asked.train[0], prompts[0], sampled[0])
+    example, held_out = Example(prompts[0], [False] * len(prompts[0])), len(asked.held_out)
+    account = DataAccount({**asked.account.splits, **mixed.splits})
     dry_run.report(
-        options, policy, example, plan_of(options), prediction, asked.held_out, account, asked=asked, judged=judged
+        options, policy, example, plan_of(options), prediction, held_out, account, asked=asked, judged=judged
     )
     return 0
 
 
 def _material(options: DistillOptions, policy: Policy) -> tuple[list[list[int]], list[Example], int, DataAccount]:
     """Encoded prompts to answer, given training sequences, the number of held-out problems or rows, the account."""
-    from upslope.recipes.distill_data import load_items
+    from upslope.recipes.distill_data import load_items, with_room
 
     task = load_task(options.task) if options.task is not None else None
-    items, held_out, account = load_items(within_context(options, policy), policy.tokenizer, task)
-    asked = [i for i in items if i.prompt is not None] if options.on_policy_fraction else []
-    tokens, _ = encode_all(
-        policy, [i.prompt for i in asked if i.prompt], "train", options.max_completion_length, [i.tools for i in asked]
-    )
-    prompts = tokens[: options.num_prompts]
+    found = load_items(within_context(options, policy), policy.tokenizer, task)
+    items, held_out, account, _ = with_room(options, policy, *found)
+    asked = items[: options.num_prompts] if options.on_policy_fraction else []
+    prompts = [encode_prompt(policy.tokenizer, i.prompt, tools=i.tools) for i in asked if i.prompt is not None]
     given = [item.example for item in items if item.example is not None]
-    held = len(held_out) if task is None else check_held_out(options, policy, task)
-    return prompts, given, held, account
+    held = check_held_out(options, policy, task) if task is not None else None
+    return prompts, given, len(held_out if held is None else held.rows), account.and_held_out(held)
 
 
 def predict_imitation(

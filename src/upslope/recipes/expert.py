@@ -36,7 +36,7 @@ from upslope.functional.supervised_losses import nll
 from upslope.options import ExpertOptions
 from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
-from upslope.recipes.kept import within_context
+from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.session import StepResult, begin, conclude, train
 from upslope.rollout.judge import reward_metrics
@@ -75,7 +75,8 @@ class Expert(PolicyGradient):
         self.corpus: list[Row] = []
         self.acceptance = 1.0
         self.file: dict[str, str] = {}
-        self.mix, self.account = load_mix(within_context(options, policy), policy.tokenizer)
+        self.mix, mixed = load_mix(within_context(options, policy), policy.tokenizer)
+        self.account = DataAccount({**self.account.splits, **mixed.splits})
         self.mix_order = PromptStream(len(self.mix), seed=options.seed) if self.mix else None
         self.start = {n: x.clone() for n, x in self.optimizer.weights().items()} if options.restart else {}
 

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -131,7 +132,11 @@ def _named(options: Any) -> Iterator[tuple[str, Iterable[Path]]]:
             yield option, _of_path(value if form is None else form[1])
 
 
-def _of_spec(text: str) -> Iterator[Path]:
+def _of_spec(text: Any) -> Iterator[Path]:
+    if not isinstance(text, str):
+        module = sys.modules.get(text.__module__)  # of an object its class's, of a function its own
+        yield from _python_files(Path(getattr(module, "__file__", None) or ""))
+        return
     spec = parse_spec(text)
     if spec.path is not None:
         yield from _python_files(Path(os.path.expanduser(spec.path)))

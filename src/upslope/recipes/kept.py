@@ -44,6 +44,11 @@ class Kept(Generic[Row]):
         """Counts and reasons in words."""
         return _in_words(self.dropped, self.notes)
 
+    @property
+    def split(self) -> Split:
+        """All of it in use for one purpose."""
+        return Split(self.source, len(self.rows), self.dropped, self.notes)
+
 
 @dataclass(frozen=True, slots=True)
 class Split:
@@ -73,6 +78,10 @@ class DataAccount:
         rows = {name: split.rows for name, split in self.splits.items()}
         dropped = {name: dict(split.dropped) for name, split in self.splits.items()}
         return {"rows": rows, "dropped": dropped, **self.further} if self.splits else dict(self.further)
+
+    def and_held_out(self, held: Kept[Any] | None) -> DataAccount:
+        """With the problems of a task that are measured."""
+        return self if held is None else replace(self, splits={**self.splits, "eval": held.split})
 
     def lines(self) -> list[str]:
         """A line for every split that lost rows."""

@@ -30,7 +30,7 @@ from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
 from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task
+from upslope.tasks.loading import load_task, prompts_of
 from upslope.tasks.overlap import nearest, references_of, similarity
 from upslope.tasks.pairs import Pairs, count_pairs
 from upslope.training import checkpoint
@@ -65,8 +65,8 @@ class PairData:
         o = options
         if o.task is not None:
             task = load_task(o.task)
-            train = [(p, _target(task, p)) for p in task.prompts("train", o.num_examples, seed=o.seed)]
-            held_out = task.prompts("eval", o.eval_samples, seed=0) if o.eval_samples else []
+            train = [(p, _target(task, p)) for p in prompts_of(task, "train", o.num_examples, seed=o.seed)]
+            held_out = prompts_of(task, "eval", o.eval_samples, seed=0) if o.eval_samples else []
             tell_task(task, o.eval_samples)
             return cls(task, train, held_out, (f"task {task.name}", f"task {task.name}, held out"))
         files = {"path": o.data} | ({"eval_path": o.eval_data} if o.eval_data else {})
@@ -184,7 +184,7 @@ class PairLearner:
         self.engine = make_engine(
             policy,
             sequences=max(sequences, len(self.held_out) * options.beam_width, 1),
-            longest=max(len(e.tokens) for e in self.examples) + options.max_completion_length,
+            longest=max(len(e.tokens) for e in [*self.examples, *self.eval_examples]) + options.max_completion_length,
         )
         self.scorer = make_scorer(data.task) if data.task.has_reward else None
 

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from upslope.build import Policy, make_engine, make_optimizer
 from upslope.data.batching import PromptStream
-from upslope.data.chat import encode_prompt
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.policy_losses import importance_weights
 from upslope.models.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
 from upslope.recipes.fingerprint import prompt_row
-from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import NO_DATA
+from upslope.recipes.prompts import ask
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
@@ -62,31 +60,23 @@ class PolicyGradient:
     """
 
     higher_is_better = True
-    account = NO_DATA
 
     def __init__(self, options: RLOptions, policy: Policy, *, extra: Sequence[Group] = ()) -> None:
         self.options, self.policy = options, policy
         self.run: Run | None = None
         self.task = load_task(options.task)
         self.judge = scorer_of(options, policy, self.task)
-        self.train_prompts = self.task.prompts("train", options.num_train_prompts, seed=options.seed)
-        self.eval_prompts = self.task.prompts("eval", options.eval_samples, seed=0) if options.eval_samples else []
-        tell_task(self.task, options.eval_samples)
+        asked = ask(options, policy, self.task)
+        self.train_prompts, self.eval_prompts, self.account = asked.train, asked.held_out, asked.account
         self.order = PromptStream(len(self.train_prompts), seed=options.seed)
         self.queue = RolloutQueue(options.rollout_lag, self.train_prompts)
         self.optimizer = make_optimizer(policy, options, list(extra))
-        longest_prompt = self._longest_prompt()
         self.engine = make_engine(
             policy,
             sequences=max(options.num_prompts * options.num_generations, len(self.eval_prompts)),
-            longest=longest_prompt + options.max_completion_length,
+            longest=asked.longest + options.max_completion_length,
         )
-        self.activations = room_for_activations(options, policy, longest_prompt)
-
-    def _longest_prompt(self) -> int:
-        """In tokens, among the first hundred of either split: a guess that sizes the cache, not a limit."""
-        some = [*self.train_prompts[:100], *self.eval_prompts[:100]]
-        return max(len(encode_prompt(self.policy.tokenizer, prompt)) for prompt in some)
+        self.activations = room_for_activations(options, policy, asked.longest)
 
     def rollouts(self, step: int) -> Sampled:
         """The judged rollouts to train on at this step, sampled `rollout_lag` steps ago."""

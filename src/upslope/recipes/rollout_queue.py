@@ -69,7 +69,7 @@ class RolloutQueue:
         place = {id(prompt): i for i, prompt in enumerate(self.prompts)}
         return [
             {
-                "metrics": batch.metrics,
+                "metrics": dict(batch.metrics),
                 "groups": [_group_state(g, place) for g in batch.groups],
                 "greedy": [_group_state(g, place) for g in batch.greedy],
             }

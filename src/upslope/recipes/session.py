@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,17 +22,19 @@ from torch import Tensor
 
 from upslope.backends.hardware import choose_dtype
 from upslope.build import device_of_machine
-from upslope.config import dump
+from upslope.config import LAUNCH, OBJECT, check, dump
 from upslope.data.template import clock_at
 from upslope.errors import ConfigError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
 from upslope.recipes.kept import DataAccount
 from upslope.recipes.last_words import last_words
+from upslope.recipes.look import look
 from upslope.runs.folder import Run
 from upslope.runs.progress import Progress
 from upslope.runs.resume import check_resume
 from upslope.training import checkpoint
+from upslope.training.optim import MasterAdamW
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
@@ -115,11 +118,13 @@ class Learner(Protocol):
 
 @contextmanager
 def begin(options: RunOptions) -> Iterator[Begun]:
-    """Around a whole recipe: in it the learner is made and trained.
+    """Around a whole recipe: in it the learner is made and trained. The options are checked as the command does it.
 
     Within it chat templates read the run's clock: the local time at which the run began, also in a resumed one.
     RunError: a run that is resumed has other files than its last checkpoint, and --allow-changed-data is not given.
     """
+    check(options)
+    look(options, skip=("model",))  # a recipe may be given its policy
     files, clock = fingerprint.of_files(options), now()
     found = checkpoint.peek(Path(options.output_dir or "") / "checkpoints") if options.resume else None
     if found is not None:
@@ -194,14 +199,19 @@ def _loop(
     evaluation: Evaluation | None = None
     evaluated_at = -1
 
+    @contextmanager
+    def saving_first() -> Iterator[None]:
+        before = _Moment.of(learner)
+        try:
+            yield
+        except UpslopeError:
+            print(_rescued(run, learner, stop, options, marks, before, saved), file=sys.stderr)
+            raise
+
     def look() -> bool:
         nonlocal evaluation, evaluated_at
-        try:
-            with stop.paused():
-                evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
-        except UpslopeError:
-            _save(run, learner, stop, options, marks, best=False)
-            raise
+        with saving_first(), stop.paused():
+            evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
         if evaluation is None:
             return False
         run.record_evaluation(stop.steps, "held-out", evaluation.metrics)
@@ -210,7 +220,8 @@ def _loop(
         return stop.after_evaluation(evaluation.value)
 
     while stop.reason is None and not interrupt.requested:
-        result = learner.step(stop.steps)
+        with saving_first():
+            result = learner.step(stop.steps)
         stop.after_step(tokens=result.tokens)
         run.log(stop.steps, result.metrics)
         progress.advance(1, _headline(result.metrics))
@@ -282,8 +293,8 @@ def _began_in(run: Run) -> str | None:
 
 
 def _of_run(options: RunOptions) -> RunOptions:
-    """The options as the run folder keeps them: how one launch takes the run up is not the run's."""
-    return replace(options, resume=False, allow_changed_data=False)
+    """The options as the run folder keeps them: what one launch is told is not the run's."""
+    return replace(options, **LAUNCH)
 
 
 def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, marks: Mapping[str, Any]) -> None:
@@ -311,16 +322,68 @@ def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, ma
     run.rewind(resolved.step)
 
 
+@dataclass(frozen=True, slots=True)
+class _Moment:
+    """What a checkpoint holds besides the model, and how often the weights have moved; the tensors are not copies."""
+
+    tensors: Mapping[str, dict[str, Tensor]]
+    state: Mapping[str, Any]
+    updates: int
+
+    @classmethod
+    def of(cls, learner: Learner) -> _Moment:
+        tensors, random = capture_random_state()
+        optimizers = [x for x in vars(learner).values() if isinstance(x, MasterAdamW)]
+        return cls(
+            {**learner.tensors(), "random": tensors},
+            {"learner": learner.state(), "random": random},
+            sum(optimizer.updates for optimizer in optimizers),
+        )
+
+
+def _rescued(
+    run: Run,
+    learner: Learner,
+    stop: StopWhen,
+    options: RunOptions,
+    marks: Mapping[str, Any],
+    before: _Moment,
+    saved: int,
+) -> str:
+    """Save what a foreseen error left of the run: its state before the step that failed. How to go on, in words."""
+    moved = before.updates != _Moment.of(learner).updates
+    if stop.steps and saved != stop.steps and not moved:
+        try:
+            _save(run, learner, stop, options, marks, best=False, at=before)
+        except UpslopeError as error:
+            return f"upslope: step {stop.steps} could not be saved: {error}"
+        saved = stop.steps
+    if saved < 1:
+        return "upslope: no step is saved: the run begins anew"
+    since = " (the weights had moved before the error)" if moved else ""
+    again = f"upslope {run.verb} --resume --output-dir {shlex.quote(str(run.folder))}"
+    if f'"{OBJECT}' in run.config_toml:
+        again = f"resume=True, output_dir={str(run.folder)!r} with the same objects"
+    return f"upslope: step {saved} is saved{since}; once the error below is mended: {again}"
+
+
 def _save(
-    run: Run, learner: Learner, stop: StopWhen, options: RunOptions, marks: Mapping[str, Any], *, best: bool
+    run: Run,
+    learner: Learner,
+    stop: StopWhen,
+    options: RunOptions,
+    marks: Mapping[str, Any],
+    *,
+    best: bool,
+    at: _Moment | None = None,
 ) -> None:
     run.flush()
-    random_tensors, random = capture_random_state()
+    at = at or _Moment.of(learner)
     checkpoint.save(
         run.checkpoints,
         stop.steps,
-        tensors={**learner.tensors(), "random": random_tensors},
-        state={"learner": learner.state(), "stop": stop.state_dict(), "random": random, **marks},
+        tensors=at.tensors,
+        state={**at.state, "stop": stop.state_dict(), **marks},
         write_model=learner.write_model,
         keep_last=options.keep_last,
         best=best,

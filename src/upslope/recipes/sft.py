@@ -21,20 +21,21 @@ from torch import Tensor
 
 from upslope.build import Policy, load_policy, make_engine, make_optimizer
 from upslope.data.batching import PromptStream, collate, split_by_tokens
-from upslope.data.chat import encode_completion, encode_conversation, encode_prompt
+from upslope.data.chat import TooLongError, encode_completion, encode_conversation
 from upslope.data.records import examples_of, read_records
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
 from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long, within_context
+from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long, within_context
+from upslope.recipes.prompts import held_out_of
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
 from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task
+from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.schedule import learning_rate
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
@@ -67,6 +68,9 @@ class SFT:
         self.higher_is_better = self.task is not None
         fitting = within_context(options, policy)
         self.train_examples, self.eval_examples, self.account = load_examples(fitting, policy.tokenizer, self.task)
+        if self.task is not None:
+            held_out, _ = held_out_of(self.task, policy, options.eval_samples, options.max_completion_length)
+            self.account = self.account.and_held_out(held_out)
         if options.num_epochs is not None:
             steps = max(1, round(options.num_epochs * len(self.train_examples) / options.batch_size))
             options = replace(options, max_steps=steps, num_epochs=None)
@@ -160,10 +164,10 @@ def load_examples(
     """Training and held-out examples, from a task's demonstrations or from files, and what became of every row."""
     o = options
     if task is not None:
-        prompts = task.prompts("train", o.num_examples, seed=o.seed)
+        prompts = prompts_of(task, "train", o.num_examples, seed=o.seed)
         tell_task(task, o.eval_samples)
-        made = [demonstrated(tokenizer, task, p, max_length=o.max_length) for p in prompts]
-        return made, [], DataAccount({"train": Split(f"task {task.name}", len(made))})
+        shown = demonstrations(tokenizer, task, prompts, o.max_length)
+        return [example for _, example in shown.rows], [], DataAccount({"train": shown.split})
     assert o.data is not None
     data = encoded(o.data, tokenizer, o.max_length)
     if o.eval_data is not None:
@@ -172,12 +176,24 @@ def load_examples(
     return shared_out(data, None, held=len(data.rows) // 10, samples=o.eval_samples)
 
 
-def demonstrated(tokenizer: Any, task: Task, prompt: Prompt, *, max_length: int | None = None) -> Example:
-    """The training sequence of a task's demonstration: a conversation, or a text and its continuation."""
-    turns = task.demonstration(prompt)
-    if prompt.text is not None:
-        return encode_completion(tokenizer, prompt.text, turns[-1].content, max_length=max_length)
-    return encode_conversation(tokenizer, turns, max_length=max_length)
+def demonstrations(tokenizer: Any, task: Task, prompts: list[Prompt], max_length: int) -> Kept[tuple[Prompt, Example]]:
+    """Each prompt with the training sequence of its demonstration: a conversation, or a text and its continuation.
+
+    Those that are too long are left out and counted.
+    """
+    found, lengths = [], []
+    for prompt in prompts:
+        turns = task.demonstration(prompt)
+        try:
+            if prompt.text is not None:
+                example = encode_completion(tokenizer, prompt.text, turns[-1].content, max_length=max_length)
+            else:
+                example = encode_conversation(tokenizer, turns, max_length=max_length)
+        except TooLongError as error:
+            lengths.append(error.length)
+            continue
+        found.append((prompt, example))
+    return Kept(f"task {task.name}", found, *too_long(lengths, max_length))
 
 
 def encoded(source: str, tokenizer: Any, max_length: int) -> Kept[Example]:
@@ -188,8 +204,8 @@ def encoded(source: str, tokenizer: Any, max_length: int) -> Kept[Example]:
 
 def held_out_groups(policy: Policy, task: Task, samples: int, max_tokens: int) -> list[RolloutGroup]:
     """Greedy, judged replies to the task's held-out problems."""
-    prompts = task.prompts("eval", samples, seed=0)
-    longest = max(len(encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
+    found, longest = held_out_of(task, policy, samples, max_tokens)
+    prompts = found.rows if found is not None else []
     engine = make_engine(policy, sequences=samples, longest=longest + max_tokens)
     policy.model.eval()
     with make_scorer(task) as judge, torch.no_grad():

@@ -78,8 +78,9 @@ def split_rewards(rewards: RewardSpecs) -> tuple[list[tuple[str, float]], list[t
     """(specs for `build_scoring`, specs of networks), each with their weights, in order."""
     plain, networks = [], []
     for spec, weight in parse_rewards(rewards):
-        parsed = parse_spec(spec)
-        (networks if parsed.path is None and parsed.name in MODEL_REWARDS else plain).append((spec, weight))
+        parsed = parse_spec(spec) if isinstance(spec, str) else None
+        is_network = parsed is not None and parsed.path is None and parsed.name in MODEL_REWARDS
+        (networks if is_network else plain).append((spec, weight))
     return plain, networks
 
 

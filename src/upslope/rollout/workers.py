@@ -328,6 +328,8 @@ def make_scorer(
 ) -> Scorer:
     """The scorer a recipe uses: in this process where processes is 0 and every part is safe there, else a pool.
 
+    A task made by hand and rewards that are functions are used in this process, without a time limit.
+
     Rewards that are networks (MODEL_REWARDS) are added in this process; they need the policy's `surroundings`.
     """
     rewards, networks = split_rewards(rewards)
@@ -337,10 +339,12 @@ def make_scorer(
         extra = load_model_rewards(networks, surroundings)
         base = make_scorer(task, rewards, processes=processes, timeout_s=timeout_s) if rewards else None
         return CombinedScorer(base, extra)
-    if processes == 0 and build_scoring(task, rewards).inline_safe:
+    objects = [spec for spec, _ in rewards if not isinstance(spec, str)]
+    objects += [task] if isinstance(task, Task) and task.spec is None else []
+    if processes == 0 and (objects or build_scoring(task, rewards).inline_safe):
         return InlineScorer(task, rewards)
-    if isinstance(task, Task) and task.spec is None:
-        raise ConfigError(f"task '{task.name}' was made by hand: load it with load_task(spec), so that workers can too")
+    if objects:
+        raise ConfigError(f"{objects[0]!r:.80} is an object of this process, where a reward worker has none: name it")
     spec = task.spec if isinstance(task, Task) else task
     return RewardPool(spec, rewards, processes=max(1, processes), timeout_s=timeout_s)
 

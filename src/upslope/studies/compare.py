@@ -36,7 +36,7 @@ from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
 from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task
+from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.experience import Experience
 from upslope.training.step import score
 from upslope.types import Prompt, RolloutGroup, SamplingParams
@@ -68,7 +68,7 @@ def compare(o: CompareOptions) -> dict[str, Any]:
     entries = read_entries(o)
     folder = _folder(o)
     task = load_task(_shared(entries, "task"))
-    prompts = task.prompts("eval", o.eval_samples, seed=0)
+    prompts = prompts_of(task, "eval", o.eval_samples, seed=0)
     tell_task(task, len(prompts))
     start_options = entries[0].options
     longest = max(_reply_length(e.options) for e in entries)

@@ -157,7 +157,7 @@ class GSM8K(Task):
 def read_rows(path: str) -> list[dict[str, str]]:
     """Rows with `question`, `solution` (no calculator marks), `gold`, `line`. DataError names file and line."""
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -7,20 +7,22 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import itertools
 import math
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from upslope.errors import ConfigError, UpslopeError
-from upslope.tasks.base import Task
+from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.tasks.base import Split, Task
 from upslope.tasks.forks import ending_forks
 from upslope.tasks.specs import Spec, check_params, format_spec, parse_spec, suggest
+from upslope.types import Prompt
 
 TASKS: dict[str, tuple[str, str]] = {
     "reasoning": ("upslope.tasks.reasoning", "ReasoningTask"),
@@ -64,15 +66,18 @@ class RewardFunction:
     whole_group: bool = False
 
 
-def load_task(spec: str, **params: Any) -> Task:
+def load_task(spec: str | Task, **params: Any) -> Task:
     """The task that `spec` names; keyword arguments go over the parameters in the text.
 
     spec: a built-in ("gsm8k:path=train.jsonl"), a reasoning-gym data set ("chain_sum:min_terms=2,max_terms=2", the
     same as "reasoning:name=chain_sum,..."), or a class of a file ("my_task.py:MyTask:level=3"). The task remembers
-    the full text in `.spec`, from which a worker process builds its equal.
+    the full text in `.spec`, from which a worker process builds its equal. A task is given back as it is.
 
     Raises ConfigError: unknown name or parameter (with the nearest known one), or a file that does not load.
     """
+    if isinstance(spec, Task):
+        spec.name = type(spec).__name__ if spec.name == Task.name else spec.name
+        return spec
     parsed = parse_spec(spec)
     parsed = replace(parsed, params={**parsed.params, **params})
     if parsed.path is not None:
@@ -86,12 +91,48 @@ def load_task(spec: str, **params: Any) -> Task:
     return task
 
 
-def load_reward(spec: str) -> RewardFunction:
+def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
+    """The task's prompts, checked; of an endless stream the first `n`.
+
+    Raises DataError that names the task's file and class: `prompts` is missing, fails, or gives none or other things.
+    """
+    cls = type(task)
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
+    where = f"{file}: {cls.__name__}.prompts"
+    if cls.prompts is Task.prompts:
+        raise DataError(f"{where} is not written: give it prompts(self, split, n, *, seed) -> list[Prompt]")
+    try:
+        with ending_forks():
+            given = task.prompts(split, n, seed=seed)
+            found = list(itertools.islice(given, n)) if isinstance(given, Iterator) else given
+    except UpslopeError:
+        raise
+    except Exception as error:
+        line = _line_in(error, Path(file))
+        raise DataError(f"{where}, line {line}: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(found, list | tuple):
+        raise DataError(f"{where} must give a list of upslope.Prompt objects; it gave a {type(found).__name__}")
+    if n and not found:
+        raise DataError(f"{where}({split!r}, {n}) gave no prompt: it must give {n}")
+    wrong = next((i for i, prompt in enumerate(found) if not isinstance(prompt, Prompt)), None)
+    if wrong is not None:
+        got = f"number {wrong + 1} is a {type(found[wrong]).__name__}"
+        raise DataError(f"{where} must give upslope.Prompt objects, as chat_prompt makes them; {got}")
+    return list(found)
+
+
+def load_reward(spec: str | Callable[..., Any]) -> RewardFunction:
     """The reward function that `spec` names: a built-in ("length:target=20") or one of a file ("my_rewards.py:fn").
+
+    A function itself is judged with in this process.
 
     Raises ConfigError: unknown name or parameter, a file that does not load, or something that cannot be called with
     (prompts, completions).
     """
+    if not isinstance(spec, str) and callable(spec):
+        name = getattr(spec, "__name__", type(spec).__name__)
+        _check_two_arguments(spec, name)
+        return RewardFunction(name, spec, name, inline_safe=True, whole_group=bool(getattr(spec, "whole_group", False)))
     parsed = parse_spec(spec)
     if parsed.path is not None:
         function = _find(load_file(parsed.path), parsed)
@@ -121,8 +162,9 @@ def load_reward(spec: str) -> RewardFunction:
     )
 
 
-def parse_rewards(specs: Iterable[str | tuple[str, float]]) -> list[tuple[str, float]]:
-    """(spec, weight) pairs from texts such as "length:target=20@0.5"; the weight is 1 where none is given.
+def parse_rewards(specs: Iterable[Any]) -> list[tuple[Any, float]]:
+    """(spec, weight) pairs from texts such as "length:target=20@0.5", functions and such pairs; the weight is 1 unless
+    given.
 
     "task" stands for the task's own reward. Raises ConfigError for a weight that is not a finite number.
     """
@@ -231,7 +273,7 @@ def _absolute(parsed: Spec) -> Spec:
 
 
 def _split_weight(text: str) -> tuple[str, float]:
-    match = _WEIGHT.fullmatch(text)
+    match = _WEIGHT.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         return text, 1.0
     try:

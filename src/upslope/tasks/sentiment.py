@@ -109,7 +109,7 @@ def built_in_openings() -> list[str]:
 
 def _read_openings(path: str) -> list[str]:
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: the openings cannot be read ({error})") from error
     openings = [line.strip() for line in lines if line.strip()]

@@ -56,6 +56,7 @@ class MasterAdamW:
         eps: float = 1e-8,
     ) -> None:
         keep_freed_memory()
+        self.updates = 0  # how often the weights have moved
         groups = list(groups)
         self.parameters: dict[str, nn.Parameter] = {}
         for group in groups:
@@ -125,6 +126,7 @@ class MasterAdamW:
             torch._foreach_mul_(grads, max_norm / norm)
         for group, factor in zip(self._adamw.param_groups, self._lr_factors, strict=True):
             group["lr"] = learning_rate * factor
+        self.updates += 1
         self._adamw.step()
         self.zero_grad()
         self.refresh()
@@ -152,6 +154,7 @@ class MasterAdamW:
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
         """Take back what `weights()` and `state()` gave, bit for bit."""
+        self.updates += 1
         missing = self.masters.keys() - weights.keys()
         if missing:
             raise RunError(f"the checkpoint lacks {len(missing)} trained tensors, first {sorted(missing)[0]}")

@@ -1,0 +1,79 @@
+"""What the options name, looked for before anything is loaded: a mistyped path is said at once. Free of torch.
+
+A name that may be a hub's, an alias or a pattern is left to whatever reads it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from upslope.data.readers import near_file
+from upslope.errors import ConfigError, DataError, ModelError, RunError
+from upslope.options import RunOptions
+from upslope.tasks.loading import parse_rewards
+from upslope.tasks.specs import parse_spec
+
+__all__ = ["look"]
+
+ROWS = "data eval_data test_data mix_data rewards prompts rescore hypotheses preferences perplexity benchmark configs"
+MODELS = "model models compare teacher critic base tokenizer"
+_FILE = re.compile(r".*\.(jsonl?|csv|tsv|txt|parquet|conll|tokens|toml)(\.gz)?", re.IGNORECASE)
+
+
+def look(options: Any, *, skip: tuple[str, ...] = ()) -> None:
+    """DataError, ModelError, ConfigError or RunError for the first option that names what is not there."""
+    for option in ROWS.split():
+        for text in _texts(options, option):
+            _file(text, ConfigError if option == "configs" else DataError)
+    for option in set(MODELS.split()) - set(skip):
+        for text in _texts(options, option):
+            path, (run, inside, _) = Path(text).expanduser(), text.partition("/checkpoints")
+            if _is_path(text, text.lower().endswith(".gguf")) and not path.exists() and not (inside and _there(run)):
+                raise ModelError(f"{text}: no such folder; give a model folder, a .gguf file, a hub id or an alias")
+    for option in ("task", "reward"):
+        for text, _ in parse_rewards(_texts(options, option)):
+            spec = parse_spec(text)
+            if spec.path is not None and not _there(spec.path):
+                raise ConfigError(f"{spec.path}: no such file{near_file(Path(spec.path).expanduser())}")
+            for key, value in spec.params.items():
+                if key.endswith(("path", "file")) and isinstance(value, str):
+                    _file(value, DataError)
+    for text in _texts(options, "from_run"):
+        _run(text)
+    if not isinstance(options, RunOptions) or options.output_dir is None:
+        return
+    folder = Path(options.output_dir)
+    if options.resume:
+        _run(folder)
+    elif not options.dry_run and (folder / "config.toml").is_file() and (folder / "env.json").is_file():
+        raise RunError(f"{folder}: already holds a run; continue it with --resume, or choose another --output-dir")
+
+
+def _texts(options: Any, option: str) -> Iterator[str]:
+    value = getattr(options, option, None)
+    yield from (item for item in (value if isinstance(value, list | tuple) else (value,)) if isinstance(item, str))
+
+
+def _file(text: str, error: type[ConfigError] | type[DataError]) -> None:
+    """The file of TEXT or FORM:TEXT, where it is written as one."""
+    bare = text if _there(text) else re.sub(r"\A\w+:(?=.)", "", text)
+    if not _is_path(bare, _FILE.fullmatch(bare) is not None) or _there(bare) or re.search(r"[*?[]", bare):
+        return
+    raise error(f"{bare}: no such file{near_file(Path(bare).expanduser())}")
+
+
+def _is_path(text: str, named: bool) -> bool:
+    return named or text.startswith((".", "~", os.sep)) or text.endswith("/") or text.count("/") > 1
+
+
+def _there(text: str) -> bool:
+    return Path(text).expanduser().exists()
+
+
+def _run(folder: Path | str) -> None:
+    if not (Path(folder) / "config.toml").is_file():
+        raise RunError(f"{folder}: not a run folder (it has no config.toml); look under runs/ for its name")
