@@ -9,6 +9,8 @@ import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from upslope.recipes import session
 from upslope.recipes.kept import NO_DATA
 from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.runs.folder import Run
+from upslope.training import checkpoint
 from upslope.training.stopping import StopWhen
 
 
@@ -144,6 +147,60 @@ def test_a_run_that_died_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
     go(tmp_path / "other", Walk(values), **{**common, "seed": 12, "max_steps": 2})
     drawn = zip(lines(tmp_path / "other"), lines(tmp_path / "whole")[:2], strict=True)
     assert all(a[name] != b[name] for a, b in drawn for name in ("python", "numpy", "torch"))
+
+
+LATE = """
+import importlib, random, sys
+import numpy as np, torch
+import upslope.recipes.session
+from upslope.training.random_state import capture_random_state, seed_everything
+def state():
+    tensors, rest = capture_random_state()
+    return {name: tensor.tolist() for name, tensor in tensors.items()}, rest
+seed_everything(1)
+before = state()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if state() != before:
+        sys.exit(f"loading {name} draws from a generator of the user's task and rewards")
+"""
+
+
+def test_nothing_that_is_loaded_late_draws_from_the_users_generators(tmp_path: Path) -> None:
+    """A resumed run loads it again, after its generators were put back."""
+    late = [
+        "rich.console",
+        "rich.table",
+        "rich.progress",
+        "transformers",
+        "sacrebleu.metrics",
+        "peft",
+        "huggingface_hub",
+    ]
+    done = subprocess.run([sys.executable, "-c", LATE, *late], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow  # three processes
+def test_a_learner_that_shows_a_table_resumes_with_the_same_generators(tmp_path: Path) -> None:
+    """Each launch is a process of its own, as one that has loaded everything would not notice."""
+    script = tmp_path / "launch.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
+        "from test_session import Walk, go\n"
+        "class Shown(Walk):\n"
+        "    def evaluate(self, step):\n"
+        "        import rich.console\n"
+        "        return super().evaluate(step)\n"
+        "go(Path(sys.argv[1]), Shown([0.1] * 4), max_steps=int(sys.argv[2]), resume=len(sys.argv) > 3)\n"
+    )
+    for arguments in (["whole", "4"], ["parts", "2"], ["parts", "4", "--resume"]):
+        subprocess.run([sys.executable, str(script), *arguments], cwd=tmp_path, check=True, timeout=300)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    ends = [checkpoint.load(tmp_path / name / "checkpoints" / "last") for name in ("parts", "whole")]
+    assert ends[0][1]["random"] == ends[1][1]["random"]
+    assert all(torch.equal(tensor, ends[1][0]["random"][name]) for name, tensor in ends[0][0]["random"].items())
 
 
 @pytest.mark.parametrize(

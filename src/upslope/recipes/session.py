@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import rich.style  # noqa: F401  # draws from Python's generator when it is loaded: before the seed, not at a first table
 import torch
 from torch import Tensor
 
