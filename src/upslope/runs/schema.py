@@ -120,6 +120,8 @@ def database_errors(path: Path, action: str) -> Iterator[None]:
         text = str(error)
         if "full" in text:
             remedy = "the disk is full; free some space, then continue with --resume"
+        elif "I/O" in text:  # a quota, or no space for SQLite's shared memory
+            remedy = f"{text}: is the disk full or a quota used up? free some space, then continue with --resume"
         elif "locked" in text or "busy" in text:
             remedy = "another process holds it; stop that process and try again"
         elif "readonly" in text or "unable to open" in text:
