@@ -24,7 +24,6 @@ if sys.argv[2] == "no folder lock":
 run = Run.open(sys.argv[1])
 child = os.fork()
 if child == 0:
-    run.close()  # of no effect on its parent's lock
     time.sleep(60)
     os._exit(0)
 print(child, flush=True)
