@@ -6,12 +6,14 @@ A killed process leaves only hidden temporary entries behind; `clean_leftovers` 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +40,24 @@ def disk_error(error: OSError, path: Path, action: str = "write") -> RunError:
     if error.errno in _FORBIDDEN:
         return RunError(f"{path}: cannot {action}: not writable; choose another --output-dir or change the permissions")
     return RunError(f"{path}: cannot {action}: {error.strerror or error}")
+
+
+def refuse_other_than_file(path: Path) -> None:
+    """RunError for a link, a pipe, a folder or a device where a file is to be written in place; absent is fine."""
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
+            raise RunError(f"{path}: {kind} where a plain file must be; nothing is written through it: move it away")
+
+
+def open_own(path: Path, flags: int) -> int:
+    """A descriptor of the plain file at `path`, made (for its owner alone, whatever the umask) where there is none.
+
+    Never follows a link and never waits. Raises RunError for what is no plain file, OSError as `os.open`.
+    """
+    refuse_other_than_file(path)
+    return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
 
 
 @contextmanager
@@ -74,6 +94,8 @@ def fsync_file(path: Path) -> None:
 def write_atomic(path: Path | str, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
     """Replaces the file at `path` in one step: a reader, or a kill at any moment, sees the old content or the new.
 
+    The new file may be read by whom the old one could be. A link at `path` is replaced, not what it leads to.
+
     Args:
         path: the file; its folder must exist.
         content: bytes, text (written as UTF-8) or a function that writes into the open binary file.
@@ -86,6 +108,8 @@ def write_atomic(path: Path | str, content: bytes | str | Callable[[IO[bytes]], 
     with saving(path):
         try:
             with open(temporary, "xb") as file:
+                if path.is_file() and not path.is_symlink():
+                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
                 if callable(content):
                     content(file)
                 else:
@@ -126,8 +150,11 @@ def publish_folder(target: Path | str) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Deletes a folder so that no moment shows it half deleted under its own name."""
+    """Deletes a folder so that no moment shows it half deleted under its own name; of a link to one, the link alone."""
     with saving(path, "remove"):
+        if path.is_symlink():
+            path.unlink()
+            return
         temporary = _temporary(path)
         os.rename(path, temporary)
         shutil.rmtree(temporary)

@@ -152,7 +152,10 @@ def _file_of_resumed_run(words: Sequence[str]) -> list[str]:
     folder = folders[-1]
     path = os.path.join(folder, "config.toml")
     if not os.path.isfile(path):
-        raise ConfigError(f"--resume: {folder} is not a run folder (it has no config.toml)")
+        raise ConfigError(
+            f"--resume: {folder} is not a run folder (it has no config.toml); a run that was killed while it was made "
+            "starts again without --resume"
+        )
     return [path]
 
 

@@ -77,11 +77,12 @@ def damaged_file(folder: Path, files: Mapping[str, Mapping[str, Any]], *, deep: 
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """The folders named like a checkpoint, whole or not, by name."""
+    """The folders named like a checkpoint, whole or not, by name; a link that leads to none is one that is damaged."""
     if not folder.is_dir():
         return []
     with saving(folder, "read"):
-        return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+        named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        return sorted(path for path in named if path.is_dir() or path.is_symlink())
 
 
 def step_of(path: Path) -> int:
@@ -124,6 +125,8 @@ def read_manifest(path: Path) -> Checkpoint:
         RunError: no manifest (the folder was not written to its end), a damaged one, or one of another format.
     """
     manifest = path / _MANIFEST
+    if path.is_symlink() and not path.exists():
+        raise RunError(f"{path}: a link to {os.readlink(path)}, where nothing is")
     if not manifest.is_file():
         raise RunError(f"{path}: incomplete: {_MANIFEST} is missing")
     try:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from upslope.errors import RunError
 from upslope.options import SFTOptions
 from upslope.recipes import session
 from upslope.recipes.kept import NO_DATA
 from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.runs.folder import Run
+from upslope.training import checkpoint
 from upslope.training.stopping import StopWhen
 
 
@@ -142,6 +147,106 @@ def test_a_run_that_died_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
     go(tmp_path / "other", Walk(values), **{**common, "seed": 12, "max_steps": 2})
     drawn = zip(lines(tmp_path / "other"), lines(tmp_path / "whole")[:2], strict=True)
     assert all(a[name] != b[name] for a, b in drawn for name in ("python", "numpy", "torch"))
+
+
+LATE = """
+import importlib, random, sys
+import numpy as np, torch
+import upslope.recipes.session
+from upslope.training.random_state import capture_random_state, seed_everything
+def state():
+    tensors, rest = capture_random_state()
+    return {name: tensor.tolist() for name, tensor in tensors.items()}, rest
+seed_everything(1)
+before = state()
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+    if state() != before:
+        sys.exit(f"loading {name} draws from a generator of the user's task and rewards")
+"""
+
+
+def test_nothing_that_is_loaded_late_draws_from_the_users_generators(tmp_path: Path) -> None:
+    """A resumed run loads it again, after its generators were put back."""
+    late = [
+        "rich.console",
+        "rich.table",
+        "rich.progress",
+        "transformers",
+        "sacrebleu.metrics",
+        "peft",
+        "huggingface_hub",
+    ]
+    done = subprocess.run([sys.executable, "-c", LATE, *late], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow  # three processes
+def test_a_learner_that_shows_a_table_resumes_with_the_same_generators(tmp_path: Path) -> None:
+    """Each launch is a process of its own, as one that has loaded everything would not notice."""
+    script = tmp_path / "launch.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\n"
+        f"sys.path[:0] = [{str(Path(__file__).parent)!r}, {str(Path(__file__).parents[1])!r}]\n"
+        "from test_session import Walk, go\n"
+        "class Shown(Walk):\n"
+        "    def evaluate(self, step):\n"
+        "        import rich.console\n"
+        "        return super().evaluate(step)\n"
+        "go(Path(sys.argv[1]), Shown([0.1] * 4), max_steps=int(sys.argv[2]), resume=len(sys.argv) > 3)\n"
+    )
+    for arguments in (["whole", "4"], ["parts", "2"], ["parts", "4", "--resume"]):
+        subprocess.run([sys.executable, str(script), *arguments], cwd=tmp_path, check=True, timeout=300)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    ends = [checkpoint.load(tmp_path / name / "checkpoints" / "last") for name in ("parts", "whole")]
+    assert ends[0][1]["random"] == ends[1][1]["random"]
+    assert all(torch.equal(tensor, ends[1][0]["random"][name]) for name, tensor in ends[0][0]["random"].items())
+
+
+@pytest.mark.parametrize(
+    ("damage", "lost"),
+    [
+        (lambda run: (run / "run.db").unlink(), {"run.db": "4 of 4 steps are missing (1 to 4)"}),
+        (lambda run: (run / "run.db").write_bytes(b""), {"run.db": "4 of 4 steps are missing (1 to 4)"}),
+        (lambda run: (run / "metrics.jsonl").unlink(), {"metrics.jsonl": "4 of 4 steps are missing (1 to 4)"}),
+        (lambda run: cut(run / "metrics.jsonl", 3), {"metrics.jsonl": "1 of 4 steps are missing (4 to 4)"}),
+        (lambda run: None, {}),
+    ],
+    ids=["no database", "empty database", "no metrics", "cut metrics", "whole"],
+)
+def test_records_that_were_deleted_are_said_and_the_training_goes_on(
+    damage: Callable[[Path], object], lost: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, values = tmp_path / "run", [0.1] * 6
+    go(run, Walk(values), max_steps=4)
+    go(tmp_path / "whole", Walk(values), max_steps=6)
+    damage(run)
+    capsys.readouterr()
+    go(run, Walk(values), max_steps=6, resume=True)
+    said = [line for line in capsys.readouterr().err.splitlines() if "deleted or cut" in line]
+    assert [line.partition(":")[0] for line in said] == [str(run / name) for name in lost]
+    assert all(words in line for words, line in zip(lost.values(), said, strict=True))
+    assert lines(run)[-2:] == lines(tmp_path / "whole")[-2:]
+    with Run.open(run, read_only=True) as opened:
+        assert (opened.verb, opened.store.last_step()) == ("sft", 6)
+
+
+def cut(path: Path, keep: int) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:keep]))
+
+
+def test_deleted_checkpoints_are_no_reason_to_begin_anew(tmp_path: Path) -> None:
+    """All records would be forgotten; a run that was killed before its first checkpoint does begin anew."""
+    run, values = tmp_path / "run", [0.1] * 6
+    go(run, Walk(values), max_steps=4, save_every=2)
+    before = lines(run)
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(RunError, match=r"checkpoints: empty, though 4 steps are recorded.*put the checkpoints back"):
+        go(run, Walk(values), max_steps=6, save_every=2, resume=True)
+    assert lines(run) == before
+    with pytest.raises(ZeroDivisionError):
+        go(tmp_path / "early", Walk(values, dies_at=2), max_steps=4, save_every=3, eval_every=0)
+    assert go(tmp_path / "early", Walk(values), max_steps=4, save_every=3, resume=True)["steps"] == 4
 
 
 def test_records_are_on_the_disk_before_the_checkpoint_that_counts_on_them(

@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 import sqlite3
 import struct
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,14 @@ def test_many_threads_share_a_store(tmp_path: Path) -> None:
     assert not failures
     assert all(len(store.metric_series(f"m{number}")) == 20 for number in range(4))
     store.close()
+
+
+def test_a_quota_that_sqlite_calls_an_input_output_error_has_a_remedy(tmp_path: Path) -> None:
+    """Tried with a limit on the size of files, and on a disk without space for SQLite's shared memory."""
+    limited = "import resource as r, sys; r.setrlimit(r.RLIMIT_FSIZE, (20_000, 20_000)); "
+    limited += "from upslope.runs.store import Store; Store(sys.argv[1])"
+    done = subprocess.run([sys.executable, "-c", limited, str(tmp_path / "run.db")], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("quota used up? free some space, then continue with --resume")
 
 
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -107,6 +108,21 @@ def test_an_edit_of_nothing_has_no_rejected_side(feedback: Feedback) -> None:
     feedback.edit(edit(original="  "))
     assert rows(feedback, "preferences") == []
     assert len(rows(feedback, "sft")) == 1
+
+
+def test_what_readers_said_is_for_the_owner_alone(feedback: Feedback) -> None:
+    """Also the file that is written anew for a changed judgement."""
+    before = os.umask(0)
+    try:
+        feedback.thumb(thumb())
+        feedback.thumb(thumb(label=False))
+        feedback.edit(edit())
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in feedback.folder.iterdir()}
+    assert modes.keys() >= {"labels.jsonl", "preferences.jsonl"}
+    assert set(modes.values()) == {0o600}
+    assert feedback.folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_votes_are_counted_by_model_whatever_their_side(feedback: Feedback) -> None:

@@ -87,8 +87,8 @@ def origin_of(found: Path, folder: Path, *, base: str | None = None, license: st
 
 
 def _stage(run: Path, model: Path) -> Stage:
-    checkpoint = model.resolve().parent
-    found = re.match(r"step-(\d+)", checkpoint.name)
+    names = (model.parent.name, model.resolve().parent.name)  # a link to a checkpoint has its step, too
+    found = next(filter(None, (re.match(r"step-(\d+)", name) for name in names)), None)
     step = int(found[1]) if found else None
     with Run.open(run, read_only=True) as opened:
         result = opened.result

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
-from upslope.atomic import saving, write_atomic
+from upslope.atomic import refuse_other_than_file, saving, write_atomic
 from upslope.config import dump, load
 from upslope.data.records import Record, read_records
 from upslope.data.template import Tools
@@ -126,6 +126,7 @@ class RowFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists() and not options.resume:
                 raise RunError(f"{self.path}: exists; go on with it by --resume, or choose another --output")
+            refuse_other_than_file(self.path)
             self._lock = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
         self._lines: MetricLines | None = None
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def model_of_run(path: Path, say: Callable[[str], None]) -> Path:
 
 def _pointed(path: Path) -> Path | None:
     """The checkpoint that a path stands for, if it holds a model; `best` and `last` are links, or files with a name."""
-    if path.is_file():
+    if path.is_symlink() and path.name in (
+        "best",
+        "last",
+    ):  # not `resolve`: what it leads to may be a link out of the run
+        path = path.parent / os.readlink(path)
+    elif path.is_file():
         path = path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
-    return path.resolve() if (path / "model").is_dir() else None
+    return path if (path / "model").is_dir() else None

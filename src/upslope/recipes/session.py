@@ -17,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
+import rich.style  # noqa: F401  # draws from Python's generator when it is loaded: before the seed, not at a first table
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from upslope.backends.hardware import choose_dtype
 from upslope.build import device_of_machine
 from upslope.config import LAUNCH, OBJECT, check, dump
 from upslope.data.template import clock_at
-from upslope.errors import ConfigError, UpslopeError
+from upslope.errors import ConfigError, RunError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
 from upslope.recipes.kept import DataAccount
@@ -309,6 +310,12 @@ def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, ma
         notes.extend(said)
 
     found = checkpoint.resume(run.checkpoints, keep_last=options.keep_last, accept=accept)
+    done = run.store.last_step() or 0
+    if found is None and done > run.config.get("save_every", options.save_every):
+        raise RunError(
+            f"{run.checkpoints}: empty, though {done:,} steps are recorded, more than are done without one; "
+            "put the checkpoints back, or start again with another --output-dir"
+        )
     run.replace_config(dump(_of_run(options)))
     if found is None:
         run.rewind(0)
@@ -316,7 +323,8 @@ def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, ma
     resolved, tensors, state = found
     stop.load_state_dict(state["stop"])
     learner.load(resolved.path / "model", tensors, state["learner"])
-    for note in [*notes, resolved.note, *restore_random_state(tensors.get("random", {}), state["random"])]:
+    notes += [resolved.note, *run.lost_records(resolved.step)]
+    for note in [*notes, *restore_random_state(tensors.get("random", {}), state["random"])]:
         if note:
             print(note, file=sys.stderr)
     run.rewind(resolved.step)

@@ -11,6 +11,7 @@ summary.json    the result, written when the run ends
 from __future__ import annotations
 
 import json
+import os
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,17 +20,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from upslope.atomic import clean_leftovers, is_temporary, saving, write_atomic
+from upslope.atomic import clean_leftovers, is_temporary, refuse_other_than_file, saving, write_atomic
 from upslope.errors import RunError
 from upslope.runs.encoding import as_number, to_json
 from upslope.runs.environment import describe_environment
 from upslope.runs.lines import MetricLines, read_lines
-from upslope.runs.lock import LOCK_NAME, FolderLock, writer_of
+from upslope.runs.lock import LOCK_NAME, FolderLock, owner_of, writer_of
 from upslope.runs.store import Store
 from upslope.types import RolloutGroup
 
-# What a process killed while it made the folder may have left: config.toml is written last.
-_BEFORE_CONFIG = {LOCK_NAME, "env.json", "metrics.jsonl", "run.db", "run.db-wal", "run.db-shm", "checkpoints"}
+# What a process killed while it made the folder may have left, after the signed lock; config.toml is written last.
+_FILES = {LOCK_NAME, "env.json", "metrics.jsonl", "run.db", "run.db-wal", "run.db-shm", "run.db-journal"}
+_BEFORE_CONFIG = _FILES | {"checkpoints"}
+_NOT_EMPTY = "{}: not empty ({} ...) and not a run; choose another --output-dir or empty it"
 
 
 class Run:
@@ -80,7 +83,7 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
         else:
             folder = _new_folder(Path(root), verb, name)
-        _refuse_occupied(folder)
+        _refuse_foreign(folder)
         lock = FolderLock(folder)
         try:
             _refuse_occupied(folder)  # Again: another process may have been faster.
@@ -89,7 +92,6 @@ class Run:
             raise
         run = cls._start(folder, lock, {"verb": verb, **(environment or {})})
         try:
-            run.store.set_meta("verb", verb)
             write_atomic(folder / "config.toml", config_toml)
         except BaseException:
             run.close()
@@ -105,7 +107,10 @@ class Run:
         """
         folder = Path(folder)
         if not (folder / "config.toml").is_file():
-            raise RunError(f"{folder}: not a run folder (it has no config.toml); look under runs/ for its name")
+            raise RunError(
+                f"{folder}: not a run folder (it has no config.toml); look under runs/ for its name; "
+                "a run that was killed while it was made starts again without --resume"
+            )
         if read_only:
             return cls(folder, store=Store(folder / "run.db", read_only=True), lines=None, lock=None)
         return cls._start(folder, FolderLock(folder), environment or {})
@@ -116,6 +121,12 @@ class Run:
         checkpoints = folder / "checkpoints"
         with ExitStack() as on_failure:
             on_failure.callback(lock.release)
+            for name in sorted(_FILES | {"config.toml", "summary.json"}):
+                refuse_other_than_file(folder / name)
+            if checkpoints.is_symlink() and not checkpoints.is_dir():
+                raise RunError(
+                    f"{checkpoints}: a link to {os.readlink(checkpoints)}, where no folder is; bring it back"
+                )
             with saving(checkpoints, "make the folder"):
                 checkpoints.mkdir(exist_ok=True)
             clean_leftovers(folder, exclusive=True)
@@ -124,6 +135,9 @@ class Run:
             lines = MetricLines(folder / "metrics.jsonl")
             on_failure.callback(lines.close)
             run = cls(folder, store=Store(folder / "run.db"), lines=lines, lock=lock)
+            on_failure.callback(run.store.close)
+            if verb := run.environment.get("verb"):
+                run.store.set_meta("verb", verb)
             on_failure.pop_all()
         return run
 
@@ -167,6 +181,20 @@ class Run:
         """The records of metrics.jsonl so far."""
         path = self.folder / "metrics.jsonl"
         return list(read_lines(path)) if path.is_file() else []
+
+    def lost_records(self, step: int) -> list[str]:
+        """A line for each file that lacks metrics of the steps 1 to `step`, which a checkpoint says were done."""
+        known = {
+            "metrics.jsonl": {line.get("step") for line in self.metric_lines()},
+            "run.db": self.store.metric_steps(),
+        }
+        lost = {name: [each for each in range(1, step + 1) if each not in steps] for name, steps in known.items()}
+        return [
+            f"{self.folder / name}: deleted or cut: the records of {len(steps):,} of {step:,} steps are missing "
+            f"({steps[0]} to {steps[-1]}); the training goes on from its checkpoint and loses nothing"
+            for name, steps in lost.items()
+            if steps
+        ]
 
     # Writing
 
@@ -257,8 +285,9 @@ class Run:
         self.close()
 
     def _writable(self) -> MetricLines:
-        if self._lines is None:
+        if self._lines is None or self._lock is None:
             raise RunError(f"{self.folder}: opened read-only; use Run.open(folder) to continue the run")
+        self._lock.confirm()
         return self._lines
 
 
@@ -280,6 +309,15 @@ def _new_folder(root: Path, verb: str, name: str | None) -> Path:
     raise RunError(f"{root}: no free name for a run; choose --output-dir")
 
 
+def _refuse_foreign(folder: Path) -> None:
+    """Refuses what holds a run or anything else; files named like a run's are one only beside a lock that is signed."""
+    _refuse_occupied(folder)
+    with saving(folder, "read the folder"):
+        sizes = {path.name: path.lstat().st_size for path in sorted(folder.iterdir()) if path.name != "checkpoints"}
+    if sizes and sizes != {LOCK_NAME: 0} and not owner_of(folder):
+        raise RunError(_NOT_EMPTY.format(folder, next(iter(sizes))))
+
+
 def _refuse_occupied(folder: Path) -> None:
     with saving(folder, "read the folder"):
         names = {path.name for path in folder.iterdir()}
@@ -287,9 +325,7 @@ def _refuse_occupied(folder: Path) -> None:
             raise RunError(f"{folder}: already holds a run; continue it with --resume, or choose another --output-dir")
         foreign = sorted(name for name in names - _BEFORE_CONFIG if not is_temporary(name))
         if foreign:
-            raise RunError(
-                f"{folder}: not empty ({foreign[0]} ...) and not a run; choose another --output-dir or empty it"
-            )
+            raise RunError(_NOT_EMPTY.format(folder, foreign[0]))
         metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
         if (metrics.is_file() and metrics.stat().st_size) or (checkpoints.is_dir() and any(checkpoints.iterdir())):
             raise RunError(f"{folder}: holds a run without config.toml; restore that, or choose another --output-dir")

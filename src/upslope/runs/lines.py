@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from upslope.atomic import saving, write_atomic
+from upslope.atomic import open_own, refuse_other_than_file, saving, write_atomic
 from upslope.errors import RunError
 from upslope.runs.encoding import to_json
 
@@ -17,12 +17,13 @@ class MetricLines:
     """Appends to the file; a last line torn by a kill is repaired on construction.
 
     Raises:
-        RunError: unwritable file, full disk (the file is cut back to its last whole line).
+        RunError: unwritable file, a link or a pipe, full disk (the file is cut back to its last whole line).
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = -1
+        refuse_other_than_file(path)
         with saving(path):
             _repair(path)
             self._reopen()
@@ -66,7 +67,7 @@ class MetricLines:
 
     def _reopen(self) -> None:
         self.close()
-        self._descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -1,8 +1,10 @@
 """One writer per run folder.
 
-A POSIX record lock on the file `.lock`: the kernel drops it when its process ends, however it ends, so a lock can
-never be stale; and forked workers do not inherit it, so an orphan cannot keep a run locked. The file's content
-(process id, host, start) only serves the messages.
+Two locks that the kernel drops when their process ends, however it ends, so that they can never be stale: a POSIX
+record lock on the file `.lock`, which also works between machines, and one on the folder itself (flock), which outlives
+that file's removal; some network filesystems lack the second. Forked workers hold neither, so that an orphan cannot
+keep a run locked. The file's content (process id, host, start) serves the messages, and tells a folder that a kill left
+half made from one of the user's.
 """
 
 from __future__ import annotations
@@ -12,70 +14,121 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import Any
 
-from upslope.atomic import saving
+from upslope.atomic import open_own, saving
 from upslope.errors import RunError
 
 LOCK_NAME = ".lock"
 _BUSY = {errno.EACCES, errno.EAGAIN}
+_NO_FOLDER_LOCK = {errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 # Record locks belong to the process: a second one in the same process would be granted, and closing any descriptor of
-# the file would drop the first. Hence this table of (process, device, inode).
-_HELD: dict[tuple[int, int, int], dict[str, Any]] = {}
+# the file would drop the first. Hence this table by the folder's (device, inode).
+_HELD: dict[tuple[int, int], FolderLock] = {}
 
 
 class FolderLock:
     """The exclusive right to write a run folder, from construction until `release` or the end of the process.
 
     Raises:
-        RunError: another process (named by its id), or this one, already writes the run.
+        RunError: another process (named by its id), or this one, already writes the run; `.lock` is no plain file.
     """
 
     def __init__(self, folder: Path) -> None:
-        path = folder / LOCK_NAME
-        with saving(path, "lock the run"):
-            owner = _held_here(path)
-            if owner is not None:
+        self._path = folder / LOCK_NAME
+        self.owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
+        with saving(self._path, "lock the run"):
+            self._key = _key(folder)
+            if self._key in _HELD:
                 raise RunError(f"{folder}: this process already has the run open for writing; close it first")
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            self._folder, self._file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), -1
             try:
-                self._acquire(folder)
-                self._key = _key(os.fstat(self._descriptor))
-                _HELD[self._key] = self._sign()
+                self._acquire()
             except BaseException:
-                os.close(self._descriptor)
+                self._close()
                 raise
+            _HELD[self._key] = self
 
-    def _acquire(self, folder: Path) -> None:
+    def _acquire(self) -> None:
         for attempt in range(10):
-            try:
-                fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError as error:
-                if error.errno not in _BUSY:
-                    raise
-            if attempt < 9:
+            if attempt:
                 time.sleep(0.05)  # A viewer that asks `writer_of` holds the lock for a moment.
-        owner = _read_owner(self._descriptor)
+            if self._lock_folder() and self._lock_file():
+                return
+        owner = owner_of(self._path.parent)
         raise RunError(
-            f"{folder}: process {owner.get('pid', '?')} on {owner.get('host', '?')} is writing this run; "
+            f"{self._path.parent}: process {owner.get('pid', '?')} on {owner.get('host', '?')} is writing this run; "
             "wait until it ends, stop it, or choose another --output-dir"
         )
 
-    def _sign(self) -> dict[str, Any]:
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "started": time.time()}
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(owner).encode(), 0)
-        return owner
+    def _lock_folder(self) -> bool:
+        try:
+            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            if error.errno not in _NO_FOLDER_LOCK:
+                raise
+        return True
+
+    def _lock_file(self) -> bool:
+        if self._file < 0:
+            self._file = open_own(self._path, os.O_RDWR)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _BUSY:
+                return False
+            raise
+        # In this order a kill in between leaves a signature, too; it is on the disk before what it accounts for.
+        signature = json.dumps(self.owner).encode()
+        os.pwrite(self._file, signature, 0)
+        os.ftruncate(self._file, len(signature))
+        os.fsync(self._file)
+        return True
+
+    def confirm(self) -> None:
+        """Makes the file again where someone deleted it; RunError where another has taken its place."""
+        with saving(self._path, "lock the run"):
+            try:
+                same = os.path.samestat(os.lstat(self._path), os.fstat(self._file))
+            except FileNotFoundError:
+                if self._path.parent.is_dir():  # else the whole folder was moved: nobody else is in it
+                    os.close(self._file)
+                    self._file = -1
+                    same = self._lock_file()
+                else:
+                    same = True
+        if not same:
+            raise RunError(
+                f"{self._path}: replaced while this process wrote the run, so that another may write it, too; stopped: "
+                "see that only one is left, then continue with --resume"
+            )
 
     def release(self) -> None:
         """Gives the lock back; may be called twice."""
-        if self._descriptor >= 0:
-            _HELD.pop(self._key, None)
-            os.close(self._descriptor)
-            self._descriptor = -1
+        if _HELD.get(self._key) is self:
+            del _HELD[self._key]
+        self._close()
+
+    def _close(self) -> None:
+        for descriptor in (self._file, self._folder):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._file = self._folder = -1
+
+
+def _disown() -> None:
+    """In a forked child: the folder's lock, unlike the file's, would be the child's as well."""
+    for lock in _HELD.values():
+        lock._close()
+    _HELD.clear()
+
+
+os.register_at_fork(after_in_child=_disown)
 
 
 def writer_of(folder: Path) -> dict[str, Any] | None:
@@ -83,10 +136,12 @@ def writer_of(folder: Path) -> dict[str, Any] | None:
     path = folder / LOCK_NAME
     with saving(path, "read the lock"):
         try:
-            owner = _held_here(path)
-            if owner is not None:
-                return dict(owner)
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            held = _HELD.get(_key(folder))
+            if held is not None:
+                return dict(held.owner)
+            if not stat.S_ISREG(os.lstat(path).st_mode):
+                return None  # no writer would take it
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         except FileNotFoundError:
             return None
         try:
@@ -94,27 +149,25 @@ def writer_of(folder: Path) -> dict[str, Any] | None:
         except OSError as error:
             if error.errno not in _BUSY:
                 raise
-            return _read_owner(descriptor)
+            return owner_of(folder)
         else:
             return None
         finally:
             os.close(descriptor)
 
 
-def _key(status: os.stat_result) -> tuple[int, int, int]:
-    return os.getpid(), status.st_dev, status.st_ino
-
-
-def _held_here(path: Path) -> dict[str, Any] | None:
+def owner_of(folder: Path) -> dict[str, Any]:
+    """What the last writer signed the lock with; empty where there is no such signature."""
+    path = folder / LOCK_NAME
     try:
-        return _HELD.get(_key(os.stat(path)))
-    except FileNotFoundError:
-        return None
-
-
-def _read_owner(descriptor: int) -> dict[str, Any]:
-    try:
-        owner = json.loads(os.pread(descriptor, 4096, 0))
-    except ValueError:
+        if not stat.S_ISREG(os.lstat(path).st_mode):
+            return {}
+        owner, _ = json.JSONDecoder().raw_decode(path.read_bytes()[:4096].decode("utf-8", "replace"))
+    except (FileNotFoundError, ValueError):
         return {}
-    return owner if isinstance(owner, dict) else {}
+    return owner if isinstance(owner, dict) and owner.keys() >= {"pid", "host", "started"} else {}
+
+
+def _key(folder: Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino

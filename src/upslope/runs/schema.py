@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from upslope.atomic import open_own, refuse_other_than_file, saving
 from upslope.errors import RunError
 from upslope.runs.encoding import Kind
 
@@ -118,6 +120,8 @@ def database_errors(path: Path, action: str) -> Iterator[None]:
         text = str(error)
         if "full" in text:
             remedy = "the disk is full; free some space, then continue with --resume"
+        elif "I/O" in text:  # a quota, or no space for SQLite's shared memory
+            remedy = f"{text}: is the disk full or a quota used up? free some space, then continue with --resume"
         elif "locked" in text or "busy" in text:
             remedy = "another process holds it; stop that process and try again"
         elif "readonly" in text or "unable to open" in text:
@@ -147,6 +151,11 @@ def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
 
 
 def _open_writer(path: Path) -> sqlite3.Connection:
+    # SQLite would follow a link; the files that it puts beside this one have this one's permissions.
+    refuse_other_than_file(path)
+    if not path.exists():
+        with saving(path):
+            os.close(open_own(path, os.O_RDWR))
     connection = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")

@@ -140,6 +140,10 @@ class Store:
         """The greatest step with a metric, or None."""
         return self._rows("SELECT max(step) FROM metrics")[0][0]
 
+    def metric_steps(self) -> set[int]:
+        """The steps with a metric."""
+        return {row[0] for row in self._rows("SELECT DISTINCT step FROM metrics")}
+
     def rollout_steps(self, split: str = "train") -> list[tuple[int, int]]:
         """(step, number of rollouts) for each step that has any."""
         query = "SELECT step, count(*) FROM rollouts WHERE split = ? GROUP BY step ORDER BY step"

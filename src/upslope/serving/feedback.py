@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from upslope.atomic import fsync_folder, write_atomic
+from upslope.atomic import fsync_folder, refuse_other_than_file, write_atomic
 from upslope.errors import RunError
 from upslope.runs.encoding import to_json
 from upslope.runs.lines import MetricLines, read_lines
@@ -106,7 +106,7 @@ class Vote(_Judgement):
 
 
 class Feedback:
-    """The rows under `folder`, which is made at the first row. Safe for several threads and processes.
+    """The rows under `folder`, made at the first row for its owner alone. Safe for several threads and processes.
 
     Raises RunError where the folder cannot be written or read, or a file in it is damaged.
     """
@@ -172,6 +172,7 @@ class Feedback:
 
     def _rows(self, name: str) -> Iterator[dict[str, Any]]:
         path = self._path(name)
+        refuse_other_than_file(path)
         return read_lines(path) if path.exists() else iter(())
 
     def _put(self, name: str, key: str, row: Mapping[str, Any] | None) -> None:
@@ -186,8 +187,8 @@ class Feedback:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock"):
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with FileLock(self.folder / ".lock", mode=0o600):
             yield
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -260,7 +261,7 @@ def _free_name(folder: Path, step: int) -> Path:
     if step < 0:
         raise ValueError(f"step must be >= 0, not {step}")
     name, revision = f"step-{step:08d}", 0
-    while (folder / name).exists():
+    while os.path.lexists(folder / name):
         revision += 1
         name = f"step-{step:08d}.{revision}"
     return folder / name
