@@ -61,6 +61,8 @@ class RunOptions(LaunchOptions):
     """Train adapters of this rank instead of all weights; 0 trains all."""
     lora_alpha: float | None = None
     """Scale of the adapters; left out: twice the rank."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, as in q_proj v_proj, or all-linear; left out: the usual ones."""
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -112,6 +114,14 @@ class RunOptions(LaunchOptions):
             keep_last=(1, None),
         )
         LaunchOptions.validate(self)
+        for name in ("lora_alpha", "lora_target_modules"):
+            if not self.lora_rank and getattr(self, name) not in (None, ()):
+                raise ConfigError(f"{name} is about adapters: give lora_rank, too, or leave it out")
+
+    @property
+    def adapter_alpha(self) -> float:
+        """lora_alpha in force."""
+        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
 
 
 @dataclass(frozen=True, kw_only=True)
