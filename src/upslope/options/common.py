@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,20 @@ def check(options: Any, **bounds: tuple[float | None, float | None]) -> None:
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             wanted = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise ConfigError(f"{name} is {value}; it must be {wanted}")
+
+
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "label", "text", "messages", "tools")
+
+
+def column_names(columns: Sequence[str]) -> dict[str, str]:
+    """{name of a record's part: the data's column} of name=column words. ConfigError for others."""
+    found: dict[str, str] = {}
+    for word in columns:
+        name, _, column = word.partition("=")
+        if name not in COLUMNS or not column or name in found:
+            raise ConfigError(f"columns: {word!r} is not NAME=COLUMN, each name once, of {', '.join(COLUMNS)}")
+        found[name] = column
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
