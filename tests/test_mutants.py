@@ -44,7 +44,7 @@ def test_every_fault_can_be_planted_and_its_tests_exist(mutants: Any, root: Path
 
 
 PLACES = {
-    *("model", "output_dir", "data", "eval_data", "test_data", "cache_dir", "task", "tokenizer"),
+    *("model", "output_dir", "data", "eval_data", "test_data", "columns", "cache_dir", "task", "tokenizer"),
     *("text_column", "label_column", "pair_column", "token_column", "tag_column", "tag_scheme"),
 }
 """Options that say where things are and what they are called."""

@@ -16,10 +16,11 @@ from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import turn_ends, write_ends
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError
-from upslope.models.adapters import base_source, merge_adapters
+from upslope.models.adapters import base_folder, merge_adapters
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
 from upslope.models.loading import load_model, save_model
+from upslope.models.lora import add_adapters, save_adapters
 from upslope.models.protocol import CausalModel
 from upslope.models.sources import is_adapter, resolve, say
 from upslope.models.weights import load as load_weights
@@ -27,8 +28,6 @@ from upslope.options import RunOptions
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 
 __all__ = ["Critic", "Policy", "load_critic", "load_inference", "load_policy", "load_reference", "make_engine"]
-
-LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 
 
 def device_of_machine() -> torch.device:
@@ -63,16 +62,7 @@ class Policy:
             save_model(self.model, folder, tensors=dict(trained), source_folder=self.folder, overwrite=True)
             write_ends(folder, self.eos_token_ids)
             return
-        from peft import get_peft_model_state_dict
-        from safetensors.torch import save_file
-
-        adapters = get_peft_model_state_dict(self.model, state_dict=dict(trained), adapter_name="default")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lora.save_pretrained(folder)
-        save_file(
-            {f"base_model.model.{name}": x.contiguous() for name, x in adapters.items()},
-            folder / "adapter_model.safetensors",
-        )
+        save_adapters(self.model, self.lora, folder, trained)
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """The trained float32 weights of a folder that `write` made, by parameter name."""
@@ -103,21 +93,25 @@ class Policy:
                 layer.enable_adapters(True)
 
 
-def load_policy(options: RunOptions) -> Policy:
-    """Load `--model` with float32 masters and a compute copy, or with fresh adapters on frozen weights."""
+def load_policy(options: RunOptions, *, trunk: bool = False) -> Policy:
+    """Load `--model` with float32 masters and a compute copy, or with fresh adapters on frozen weights.
+
+    With `trunk` a reward model may be given, of which the part under its head is taken.
+    """
     device = device_of_machine()
     dtype, _ = choose_dtype(options.dtype, device)
     folder = resolve(options.model)
     tokenizer = load_tokenizer(folder)
-    model = load_model(folder, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)
+    checkpointing = options.gradient_checkpointing
+    model = load_model(folder, dtype=torch.float32, gradient_checkpointing=checkpointing, trunk=trunk)
     _keep_tokens(model, tokenizer, folder)
     turn_ends(folder, tokenizer, vocab_size=model.spec.vocab_size)  # what is wrong is said now, not at a checkpoint
-    lora = _add_adapters(model, options) if options.lora_rank else None
+    lora = _add_adapters(model, folder, options) if options.lora_rank else None
     masters = _to_compute(model, dtype, device)
     return Policy(model=model, tokenizer=tokenizer, folder=folder, masters=masters, lora=lora)
 
 
-def load_inference(source: str | Path, *, dtype: str = "auto", base: str | None = None) -> Policy:
+def load_inference(source: str | Path, *, dtype: str = "auto", base: str | None = None, trunk: bool = False) -> Policy:
     """A model to be used and not trained, in its compute dtype; `source` as for `--model`, or a folder of adapters.
 
     Adapters are merged in float32 into `base`, else into the model their own folder or run names; a tokenizer that
@@ -129,10 +123,10 @@ def load_inference(source: str | Path, *, dtype: str = "auto", base: str | None 
     if not is_adapter(found):
         if base is not None:
             raise ConfigError(f"--base is for adapters, and {found} holds a whole model")
-        model = load_model(found, dtype=chosen)
+        model = load_model(found, dtype=chosen, trunk=trunk)
         folder, tokenizer = found, load_tokenizer(found)
     else:
-        folder = resolve(base if base is not None else base_source(found))
+        folder = resolve(base) if base is not None else base_folder(found)
         say(f"merging the adapters of {found} into {folder}")
         model = load_model(folder, dtype=torch.float32)
         merge_adapters(model, found)
@@ -159,19 +153,12 @@ def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> d
     return masters
 
 
-def _add_adapters(model: CausalModel, options: RunOptions) -> Any:
-    """Inject LoRA layers (Hu et al. 2021, arXiv 2106.09685) with peft, seeded; everything else is frozen."""
-    from peft import LoraConfig, inject_adapter_in_model
-
-    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    targets = sorted(names & set(LORA_TARGETS))
-    if not targets:
-        raise ModelError(f"no layer of this model is called {', '.join(LORA_TARGETS)}: adapters cannot attach")
-    alpha = options.lora_alpha if options.lora_alpha is not None else 2 * options.lora_rank
-    config = LoraConfig(r=options.lora_rank, lora_alpha=alpha, target_modules=targets, base_model_name_or_path=None)
-    torch.manual_seed(options.seed)
-    inject_adapter_in_model(config, model, adapter_name="default")
-    return config
+def _add_adapters(model: CausalModel, folder: Path, options: RunOptions) -> Any:
+    """Adapters as the options ask for them."""
+    targets = options.lora_target_modules
+    return add_adapters(
+        model, folder, rank=options.lora_rank, alpha=options.adapter_alpha, targets=targets, seed=options.seed
+    )
 
 
 def make_optimizer(policy: Policy, options: RunOptions, extra: list[Group] | None = None) -> MasterAdamW:
@@ -214,7 +201,8 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
     if choice == "shared":
         return Critic(head.to(policy.model.device), None, {})
     source = resolve(options.model if choice == "separate" else choice)
-    trunk = load_model(source, dtype=torch.float32, gradient_checkpointing=options.gradient_checkpointing)
+    checkpointing = options.gradient_checkpointing
+    trunk = load_model(source, dtype=torch.float32, gradient_checkpointing=checkpointing, trunk=True)
     rows, own = len(trunk.output_weight), len(policy.model.output_weight)
     if rows != own:
         raise ModelError(

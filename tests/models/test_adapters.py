@@ -192,9 +192,17 @@ def test_a_tokenizer_beside_the_adapters_wins(base: Path, tmp_path: Path) -> Non
     assert load_inference(tmp_path / "a").tokenizer.chat_template == "other"
 
 
-def test_training_from_adapters_says_how(run: Path) -> None:
-    with pytest.raises(ModelError, match=r"merge them first: upslope export .* --output"):
-        resolve(run)
+def test_training_from_adapters_starts_at_the_merged_model(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPSLOPE_HOME", str(tmp_path / "home"))
+    policy = load_policy(SFTOptions(model=str(run), data="unused", dtype="float32"))
+    assert policy.folder == resolve(run)
+    with torch.no_grad():
+        ours = policy.model.logits(policy.model(TOKENS, PackedContext([len(TOKENS)])))
+    trained = torch.load(run / "logits.pt")
+    torch.testing.assert_close(ours.log_softmax(-1), trained.log_softmax(-1), rtol=0, atol=1e-5)
+    assert all(p.requires_grad for p in policy.model.parameters())
 
 
 def test_runs_without_a_model_are_named(base: Path, tmp_path: Path) -> None:

@@ -36,14 +36,14 @@ def asked(i: int) -> list[dict[str, str]]:
 
 def double_policy(options: Any) -> Policy:
     """The policy of the options, before it has an optimizer, in float64."""
-    policy = load_policy(options)
+    policy = load_policy(options, trunk=True)
     policy.model.double()
     return policy
 
 
 def double_model(folder: Path) -> CausalModel:
     """What the folder holds, in float64."""
-    return load_model(folder, dtype=torch.float32).double()
+    return load_model(folder, dtype=torch.float32, trunk=True).double()
 
 
 def ids_of(prompt: Sequence[Mapping[str, str]], answer: str | None = None) -> list[int]:

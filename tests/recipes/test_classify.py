@@ -19,7 +19,7 @@ from upslope.cli import main
 from upslope.errors import ConfigError, DataError
 from upslope.options import ClassifyOptions
 from upslope.recipes.classify import Classify, _prepare, classify
-from upslope.recipes.encoder import collate, groups_of, item_logits
+from upslope.recipes.encoder import collate, groups_of, item_logits, load_start
 from upslope.recipes.encoder_objective import Objective
 
 OBJECTIVES = ("cross_entropy", "policy_gradient", "policy_gradient_sampled")
@@ -206,6 +206,20 @@ def test_it_learns(objective: str, rank: int, bert: Path, tmp_path: Path) -> Non
     assert summary["dev"]["accuracy"]["value"] >= 0.9
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["reward"] > lines[0]["reward"]
+
+
+@pytest.mark.parametrize(("targets", "adapted"), [((), 6), (("query", "value"), 2), (("all-linear",), 6)])
+def test_adapters_go_on_the_layers_that_were_named(
+    targets: tuple[str, ...], adapted: int, bert: Path, tmp_path: Path
+) -> None:
+    """BERT's block has six linear layers: query, key, value, two of name dense and the attention's dense."""
+    o = options(bert, table(tmp_path / "some.csv", opinions(2)), lora_rank=2, lora_target_modules=targets)
+    encoder = load_start(o, "classify", ("bad", "good")).encoder
+    layers = {
+        name.split(".lora_")[0].partition(".layer.")[2] for name, _ in encoder.named_parameters() if "lora_" in name
+    }
+    blocks = {layer.partition(".")[0] for layer in layers}
+    assert len(layers) == adapted * len(blocks)
 
 
 def run_files(folder: Path) -> dict[str, Any]:

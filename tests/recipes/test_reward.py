@@ -215,7 +215,7 @@ def test_adapters_are_merged_into_the_folder(tiny: Path, tmp_path: Path) -> None
     assert not any("lora" in name for name in weights)
     assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], start["model.layers.0.mlp.up_proj.weight"])
     again = options(Path(summary["model"]), str(o.data), tmp_path / "again")
-    _, found = RewardLearner(again, load_policy(again)).measured()
+    _, found = RewardLearner(again, load_policy(again, trunk=True)).measured()
     assert found == pytest.approx(means, rel=1e-4, abs=1e-4)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from upslope.build import load_inference
-from upslope.commands.decoding import has_template, open_engine
+from upslope.commands.decoding import has_template, open_engine, say_suggested
 from upslope.config import from_text, hints_of, suggestion
 from upslope.data.chat import encode_prompt
 from upslope.data.records import Record
@@ -63,6 +63,7 @@ class ChatSession:
         policy = load_inference(source, dtype=self.options.dtype)
         if not has_template(policy.tokenizer):
             raise ModelError(f"{source}: it has no chat template to talk through; use upslope generate")
+        say_suggested(policy, self.options)
         positions, room = policy.model.spec.max_positions, self.options.kv_cache_gb
         self.engine = open_engine(policy, sequences=1, longest=positions, max_batch=1, kv_cache_gb=room)
         self.tokenizer: Any = policy.tokenizer

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from upslope.atomic import write_atomic
-from upslope.commands.evaluate_inputs import Inputs, check_kind, kind_of
+from upslope.commands.evaluate_inputs import Inputs, check_kind
 from upslope.commands.evaluate_model import judge_answers, measure_language_model, measure_reward_model
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError
 from upslope.evaluation.samples import read_hypotheses
 from upslope.evaluation.table import Results, as_json, compared, write
-from upslope.models.sources import resolve
+from upslope.models.kinds import kind_of
+from upslope.models.sources import is_adapter, resolve
 from upslope.options import EvalOptions
 from upslope.version import __version__
 
@@ -45,8 +46,8 @@ def evaluate(options: EvalOptions) -> list[Results]:
     if options.hypotheses:
         answers = [read_hypotheses(path, inputs.samples) for path in options.hypotheses]
         return compared(options.hypotheses, [judge_answers(texts, inputs) for texts in answers], seed=options.seed)
-    folders = [resolve(source) for source in options.models]
-    kinds = [kind_of(folder) for folder in folders]
+    folders = [resolve(source, adapters=True) for source in options.models]
+    kinds = ["language model" if is_adapter(folder) else kind_of(folder) for folder in folders]
     for source, kind in zip(options.models, kinds, strict=True):
         check_kind(source, kind, options)
     if {"language model", "reward model"} & set(kinds):

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from upslope.commands.evaluate_inputs import Inputs, Kind
+from upslope.commands.evaluate_inputs import Inputs
 from upslope.data.labels import TaggedSentence, read_conll, read_labelled
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.measurement import Measurement, out_of
 from upslope.evaluation.metrics import Texts, measure
+from upslope.models.kinds import ModelKind
 from upslope.options import TagOptions
 from upslope.recipes.classify import load_classifier
 from upslope.recipes.encoder import load_start, pads_of, predict
@@ -24,7 +25,7 @@ _LABELS = {"classifier": ("accuracy", "macro_f1"), "tagger": ("entity_f1",)}
 _BATCH_TOKENS = 8192
 
 
-def measure_encoder(kind: Kind, folder: Path, inputs: Inputs) -> list[Measurement | Figure]:
+def measure_encoder(kind: ModelKind, folder: Path, inputs: Inputs) -> list[Measurement | Figure]:
     """Figures of --data (rows {text, label}, or sentences in columns for a tagger) and of --benchmark.
 
     ConfigError: a metric that is not about labels, or options that need texts.

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
-from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from upslope.data.kinds import Record
 from upslope.data.records import read_records
@@ -17,25 +16,24 @@ from upslope.evaluation.metrics import Texts, bleu_metric, check_metrics
 from upslope.evaluation.perplexity import Documents, read_documents
 from upslope.evaluation.rescore import NBest, read_nbest
 from upslope.evaluation.samples import Sample, read_samples
-from upslope.models.reward_folder import stored_score
-from upslope.models.weights import read_config
+from upslope.models.kinds import ModelKind
 from upslope.options import EvalOptions
 from upslope.runs.progress import Progress
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.types import Prompt
 
-__all__ = ["Inputs", "Kind", "check_kind", "kind_of", "progress"]
+__all__ = ["Inputs", "check_kind", "progress"]
 
 TASK_PROBLEMS = 200
 Row = TypeVar("Row")
-Kind = Literal["language model", "classifier", "tagger", "reward model"]
 
-_MEASURED: dict[Kind, tuple[str, ...]] = {
+_MEASURED: dict[ModelKind, tuple[str, ...]] = {
     "language model": ("perplexity", "data", "task", "rescore", "benchmark", "harness"),
     "classifier": ("data", "benchmark"),
     "tagger": ("data",),
     "reward model": ("preferences",),
+    "encoder": (),
 }
 
 
@@ -107,23 +105,14 @@ class Inputs:
         return Texts(str(self.options.data), hypotheses, references, where, self.language)
 
 
-def kind_of(folder: Path) -> Kind:
-    """What a model folder holds."""
-    architecture = str((read_config(folder).get("architectures") or [""])[0])
-    if architecture.endswith("ForTokenClassification"):
-        return "tagger"
-    if stored_score(folder) is not None:
-        return "reward model"
-    return "classifier" if architecture.endswith("ForSequenceClassification") else "language model"
-
-
-def check_kind(source: str, kind: Kind, options: EvalOptions) -> None:
+def check_kind(source: str, kind: ModelKind, options: EvalOptions) -> None:
     """ConfigError where the options ask something of a model that its kind has no answer to."""
     asked = [*options.needs_model, *(["data"] if options.data is not None else [])]
     wrong = [name for name in asked if name not in _MEASURED[kind]]
     if wrong:
         able = ", ".join(f"--{name}" for name in _MEASURED[kind])
-        raise ConfigError(f"{source} is a {kind}: --{wrong[0]} cannot be asked of it, but {able}")
+        instead = f"but {able}" if able else "nor anything else: it has no head yet (upslope classify, tag)"
+        raise ConfigError(f"{source} is a {kind}: --{wrong[0]} cannot be asked of it, {instead}")
 
 
 @contextmanager

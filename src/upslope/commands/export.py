@@ -78,7 +78,7 @@ def load_source(model: str, base: str | None) -> Source:
 
         load_encoder(found, kind).check_tokens(token_count(load_tokenizer(found)), found)
         return Source(found, found, None)
-    policy = load_inference(found, dtype="float32", base=base)
+    policy = load_inference(found, dtype="float32", base=base, trunk=True)
     policy.model.keep_tokens(len(policy.model.output_weight), found)  # other programs compute all rows
     return Source(found, policy.folder, policy)
 

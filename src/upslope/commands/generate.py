@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TextIO
 
 from upslope.build import Policy, load_inference
-from upslope.commands.decoding import has_template, open_engine, shown
+from upslope.commands.decoding import has_template, open_engine, say_suggested, shown
 from upslope.commands.generate_rows import Asked, RowFile, ask, ask_file, row_of
 from upslope.data.chat import encode_prompt
 from upslope.engine import Engine
@@ -30,6 +30,8 @@ def run(options: GenerateOptions) -> int:
     """
     text = None if options.prompts is not None else _text(options)
     policy = load_inference(options.model, dtype=options.dtype)
+    if options.num_beams == 1:
+        say_suggested(policy, options)
     templated = has_template(policy.tokenizer) and not options.raw
     if options.system is not None and not templated:
         raise ConfigError(f"system is a turn of the chat template, and {options.model} has none: leave it out")

@@ -52,6 +52,7 @@ def _names(sources: list[str], first: str | None) -> list[str]:
 def _service(name: str, source: str, options: ServeOptions) -> Service:
     """The model with its engine, warmed up: kernels compiled, cache allocated."""
     from upslope.build import Policy, load_inference
+    from upslope.commands.decoding import suggested
     from upslope.engine import Engine
     from upslope.models.attention import BLOCK, KVCache
     from upslope.serving.service import Service
@@ -63,6 +64,10 @@ def _service(name: str, source: str, options: ServeOptions) -> Service:
     _say(f"{name}: loading {source}")
     began = time.monotonic()
     policy = load(source)
+    if words := suggested(policy.folder, ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")):
+        _say(
+            f"{name}: the model suggests {words.replace('--', '')}; a request that leaves these out gets the API's own"
+        )
     spec, dtype = policy.model.spec, policy.model.dtype
     most = options.max_batch * math.ceil(spec.max_positions / BLOCK)
     engine = Engine(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from upslope.data.messages import described, message_of, remedy, text_of, tools_of, train_of
+from upslope.data.shared_prompts import split_sides
 from upslope.errors import DataError
 from upslope.types import Message, Prompt
 
@@ -23,6 +24,7 @@ KEYS: dict[Kind, tuple[str, ...]] = {
     "prompt": ("prompt",),
     "text": ("text",),
 }
+_ADD = "; add it to every record"
 _FOREIGN = {"conversations", "instruction", "input", "output", "system", "history", "tools"}
 _KNOWN = {key for keys in KEYS.values() for key in keys} | _FOREIGN
 _ACCEPTED = "text | messages | prompt | prompt, completion | prompt, chosen, rejected | prompt, completion, label"
@@ -96,6 +98,8 @@ def record_of(row: Mapping[str, Any], where: str) -> Record:
             raise DataError(f"{where}: {key!r} beside {KEYS[kind][0]!r} would not be read; {_UNUSED[key]}")
     values: dict[str, Any] = {}
     for key in KEYS[kind]:
+        if kind == "preference" and key not in row:  # the sides then begin with the prompt
+            continue
         value = row[key]
         if key == "text":
             values[key] = text_of(value, key, where)
@@ -105,6 +109,9 @@ def record_of(row: Mapping[str, Any], where: str) -> Record:
             values[key] = _label(value, where)
         else:
             values[key] = _content(value, key, where)
+    if kind == "preference":
+        sides = split_sides(values.get("prompt"), values["chosen"], values["rejected"], where)
+        values = dict(zip(KEYS[kind], sides, strict=True))
     return Record(kind, where, **values, tools=tools, extra=_extra(row, *KEYS[kind]))
 
 
@@ -137,7 +144,7 @@ def _kind_of(keys: set[str], where: str) -> Kind | Literal["sharegpt", "alpaca"]
 
 def _complete(kind: Kind, keys: set[str], where: str) -> Kind:
     missing = [key for key in KEYS[kind] if key not in keys]
-    if missing:
+    if missing and not (kind == "preference" and missing == ["prompt"] and _suggest("prompt", keys) == _ADD):
         has = ", ".join(repr(key) for key in KEYS[kind] if key in keys)
         raise DataError(f"{where}: has {has} but no {missing[0]!r}{_suggest(missing[0], keys)}")
     return kind
@@ -147,7 +154,7 @@ def _suggest(missing: str, keys: set[str]) -> str:
     others = [key for key in sorted(keys) if key not in _KNOWN or _SYNONYMS.get(key) == missing]
     near = difflib.get_close_matches(missing, others, n=1, cutoff=0.7)
     near = near or [key for key in others if _SYNONYMS.get(key) == missing]
-    return f"; did you mean {missing!r} where it says {near[0]!r}?" if near else "; add it to every record"
+    return f"; did you mean {missing!r} where it says {near[0]!r}?" if near else _ADD
 
 
 def _extra(row: Mapping[str, Any], *used: str) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def json_of(text: str, where: str, hint: str = "") -> Any:
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
     lines = text_of(path).split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
-    last = max(number for number, line in enumerate(lines, 1) if line.strip())
+    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 
 from upslope.errors import ModelError
 from upslope.models.intact import check_intact
+from upslope.models.loading import load_model, save_model
 from upslope.models.run_folders import run_of
-from upslope.models.sources import ADAPTER_CONFIG
-from upslope.models.weights import check_finite
+from upslope.models.sources import ADAPTER_CONFIG, PROVENANCE, resolve
+from upslope.models.weights import check_finite, copy_companions, new_folder, write_json
 
-__all__ = ["adapter_config", "base_source", "merge_adapters"]
+__all__ = ["adapter_config", "base_folder", "base_source", "merge_adapters", "save_merged"]
 
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 # Options under which the merged weight is not W + scale B A, or the base is not the stored one.
 _OTHER_FORMULAS = (
@@ -59,16 +60,24 @@ def adapter_config(folder: Path | str) -> dict[str, Any]:
 def base_source(folder: Path | str) -> str:
     """What the adapters were trained on: the config's base_model_name_or_path, else the `model` of the run they lie in.
 
-    Raises ModelError where neither says it.
+    A base that is no folder here (the run came from another machine) gives way to the run's word. Raises ModelError
+    where neither says it.
     """
     folder = Path(folder)
-    named = adapter_config(folder).get("base_model_name_or_path") or _model_of_run(folder)
+    named = adapter_config(folder).get("base_model_name_or_path")
+    if not named or not Path(str(named)).is_dir():
+        named = _model_of_run(folder) or named
     if not named:
         raise ModelError(
             f"{folder}: {ADAPTER_CONFIG} has no base_model_name_or_path and no run's config.toml lies above it; "
             "say which model they belong to with --base"
         )
     return str(named)
+
+
+def base_folder(folder: Path) -> Path:
+    """The folder of the model that adapters belong to, in the revision they were trained on."""
+    return resolve(base_source(folder), revision=adapter_config(folder).get("revision"))
 
 
 def _model_of_run(folder: Path) -> str | None:
@@ -116,6 +125,19 @@ def merge_adapters(model: nn.Module, folder: Path | str) -> None:
         parameters[name].copy_(tensor)
 
 
+def save_merged(base: Path, adapters: Path, target: Path, record: Mapping[str, Any]) -> None:
+    """Write the whole model of a folder of adapters in float32, and `record` as its provenance.
+
+    A tokenizer beside the adapters wins over the base's.
+    """
+    model = load_model(base)
+    merge_adapters(model, adapters)
+    with new_folder(target, overwrite=True) as temp:
+        save_model(model, temp, source_folder=base, overwrite=True)
+        copy_companions(adapters, temp)
+        write_json(temp / PROVENANCE, record)
+
+
 def _pair(stored: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> tuple[Tensor, Tensor, float]:
     """B [out, r], A [r, in] and their scale."""
     down, up = stored[layer + _DOWN].float(), stored[layer + _UP].float()
@@ -160,4 +182,4 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: cannot be read, damaged or cut short ({error}); get the file again") from error
     for name, tensor in stored.items():
         check_finite(name, tensor, where=path)
-    return {name.removeprefix(_PREFIX): x for name, x in stored.items()}
+    return {name.removeprefix(PREFIX): x for name, x in stored.items()}

@@ -35,6 +35,7 @@ from upslope.models.encoder_config import (
     with_labels,
 )
 from upslope.models.intact import check_intact
+from upslope.models.lora import ALL, target_layers
 from upslope.models.weights import (
     Tokenizer,
     check_finite,
@@ -118,17 +119,20 @@ class Encoder(nn.Module):
         """Whether a parameter belongs to what reads the trunk (head, pooler) and not to the trunk."""
         return not name.startswith(f"{self.network.base_model_prefix}.") or ".pooler." in name
 
-    def add_adapters(self, rank: int, *, alpha: float, seed: int) -> tuple[str, ...]:
-        """LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer of the trunk; the head stays fully trained.
+    def add_adapters(self, rank: int, *, alpha: float, seed: int, targets: Sequence[str] = ()) -> tuple[str, ...]:
+        """LoRA (Hu et al. 2021, arXiv 2106.09685) on linear layers of the trunk, those that `targets`
+        name or all; the head stays fully trained.
 
         Call it before `to_compute`. Returns the layers' names. Layers that keep their matrices as bare parameters
         (XLNet's attention) get none. ModelError where there is no linear layer at all.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
-        targets = [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and not self.is_head(f"{n}.weight")]
-        if not targets:
+        linear = [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and not self.is_head(f"{n}.weight")]
+        if not linear:
             raise ModelError(f"{self.config.model_type}: no linear layer in its trunk, adapters cannot attach")
+        chosen = target_layers(linear, targets or (ALL,))
+        targets = [name for name in linear if name.endswith(tuple(f".{one}" for one in chosen)) or name in chosen]
         with _seeded(seed):
             inject_adapter_in_model(
                 LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), self.network, adapter_name="default"

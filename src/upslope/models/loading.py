@@ -14,6 +14,7 @@ from torch import Tensor
 from upslope.errors import ModelError
 from upslope.models.decoder import MODEL_TYPES, Decoder, DecoderConfig, rope_frequencies
 from upslope.models.intact import check_intact
+from upslope.models.kinds import SCORE, check_writes
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
 from upslope.models.protocol import CausalModel
@@ -34,7 +35,7 @@ from upslope.models.weights import (
 
 __all__ = ["decoder_config", "load_model", "save_model"]
 
-_HEAD, _EMBEDDING, _SCORE = "lm_head.weight", "model.embed_tokens.weight", "score.weight"
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq",)  # tables that old checkpoints stored; they are computed here
 # Keys whose absence in config.json means the library's default for the architecture, not ours.
 _DEFAULTED = (
@@ -45,16 +46,22 @@ _DEFAULTED = (
 
 
 def load_model(
-    folder: Path | str, *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False
+    folder: Path | str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    gradient_checkpointing: bool = False,
+    trunk: bool = False,
 ) -> CausalModel:
     """The network of a model folder with its weights in `dtype`.
 
     Decoder for llama, mistral, qwen2 and qwen3 folders it can run exactly, LSTM for its own, Seq2Seq for marian and
-    pegasus, TransformersModel for any other causal architecture. A reward model's folder (a `score.weight` in place of
-    the head) gives its trunk; its logits then mean nothing. Raises ModelError, naming the folder and what is missing,
-    misshapen, damaged or unsupported.
+    pegasus, TransformersModel for any other causal architecture. With `trunk` a reward model's folder (a `score.weight`
+    in place of the head) gives what is under it; its logits then mean nothing. Raises ModelError, naming the folder and
+    what is missing, misshapen, damaged or unsupported, or which verb takes a model that writes no text.
     """
     check_intact(folder)
+    if not trunk:
+        check_writes(folder)
     if read_config(folder).get("model_type") == LSTM_TYPE:
         return _filled(LSTM, LSTMConfig.from_hf(read_config(folder)), folder, dtype, gradient_checkpointing)
     if is_seq2seq(read_config(folder)):
@@ -72,7 +79,7 @@ def load_model(
 def _filled(network: type[Any], config: Any, folder: Path | str, dtype: torch.dtype, checkpointing: bool) -> Any:
     """The network of a configuration with the folder's weights, every one of which must be there and fit."""
     found = {n: shape for n, shape in read_shapes(folder).items() if not n.endswith(_IGNORED_ENDINGS)}
-    if found.pop(_SCORE, None) and _HEAD not in found:
+    if found.pop(SCORE, None) and _HEAD not in found:
         config = replace(config, tie_word_embeddings=True)
     with torch.device("meta"):
         model = network(config, gradient_checkpointing=checkpointing)

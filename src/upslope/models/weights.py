@@ -278,7 +278,7 @@ def copy_companions(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
     for name in TOKENIZER_FOLDERS:
         if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
+            shutil.copytree(source / name, target / name, dirs_exist_ok=True)
 
 
 def _by_file(folder: Path) -> dict[Path, set[str] | None]:

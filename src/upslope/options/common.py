@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -26,6 +27,20 @@ def check(options: Any, **bounds: tuple[float | None, float | None]) -> None:
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             wanted = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise ConfigError(f"{name} is {value}; it must be {wanted}")
+
+
+COLUMNS = ("prompt", "completion", "chosen", "rejected", "label", "text", "messages", "tools")
+
+
+def column_names(columns: Sequence[str]) -> dict[str, str]:
+    """{name of a record's part: the data's column} of name=column words. ConfigError for others."""
+    found: dict[str, str] = {}
+    for word in columns:
+        name, _, column = word.partition("=")
+        if name not in COLUMNS or not column or name in found:
+            raise ConfigError(f"columns: {word!r} is not NAME=COLUMN, each name once, of {', '.join(COLUMNS)}")
+        found[name] = column
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +95,8 @@ class RunOptions(LaunchOptions):
     """Train adapters of this rank instead of all weights; 0 trains all."""
     lora_alpha: float | None = None
     """Scale of the adapters; left out: twice the rank."""
+    lora_target_modules: tuple[str, ...] = ()
+    """Names of the linear layers that get adapters, as in q_proj v_proj, or all-linear; left out: the usual ones."""
     learning_rate: float = 1e-5
     """Peak learning rate of AdamW."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
@@ -131,6 +148,14 @@ class RunOptions(LaunchOptions):
             keep_last=(1, None),
         )
         LaunchOptions.validate(self)
+        for name in ("lora_alpha", "lora_target_modules"):
+            if not self.lora_rank and getattr(self, name) not in (None, ()):
+                raise ConfigError(f"{name} is about adapters: give lora_rank, too, or leave it out")
+
+    @property
+    def adapter_alpha(self) -> float:
+        """lora_alpha in force."""
+        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Named, RunOptions, check
+from upslope.options.common import Named, RunOptions, check, column_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +21,8 @@ class DistillOptions(RunOptions):
     """Rows with prompts, or prompts and completions: a .jsonl/.csv/.parquet/.txt file or a hub id."""
     eval_data: str | None = None
     """Held-out rows in the same forms; left out with --data: the last tenth of the data."""
+    columns: tuple[str, ...] = ()
+    """What the rows' own columns are, as in prompt=question completion=answer; left out: those names themselves."""
     divergence: Literal["forward", "reverse", "jsd"] = "reverse"
     """Per token: forward KL(teacher || student), reverse KL(student || teacher), or their generalised JSD."""
     jsd_weight: float = 0.5
@@ -57,8 +59,9 @@ class DistillOptions(RunOptions):
             raise ConfigError("name the teacher: --teacher FOLDER, a model with the student's vocabulary")
         if (self.data is None) == (self.task is None):
             raise ConfigError("give exactly one of data and task")
-        if self.eval_data is not None and self.data is None:
-            raise ConfigError("eval_data goes with data; a task has held-out problems of its own")
+        column_names(self.columns)
+        if (self.eval_data is not None or self.columns) and self.data is None:
+            raise ConfigError("eval_data and columns go with data; a task has held-out problems of its own")
         if not 0 < self.jsd_weight < 1:
             raise ConfigError(f"jsd_weight is {self.jsd_weight}; it must lie between 0 and 1, both excluded")
         if self.jsd_weight != 0.5 and self.divergence != "jsd":

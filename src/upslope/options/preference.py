@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import RunOptions, check
+from upslope.options.common import RunOptions, check, column_names
 
 BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.5}
 """The papers' usual values, where --beta is left out."""
@@ -18,9 +18,11 @@ class PreferenceData(RunOptions):
     """What both verbs read, and how much of it at a time."""
 
     data: str | None = None
-    """Training rows (prompt, chosen, rejected): a .jsonl/.csv/.parquet file or a hub id."""
+    """Rows (prompt, chosen, rejected), or sides that repeat the prompt: a .jsonl/.csv/.parquet file or a hub id."""
     eval_data: str | None = None
     """Held-out rows in the same form; left out: the last tenth of the data."""
+    columns: tuple[str, ...] = ()
+    """What the rows' own columns are, as in prompt=question completion=answer; left out: those names themselves."""
     batch_size: int = 16
     """Rows (pairs) per optimizer step."""
     num_epochs: float | None = None
@@ -32,6 +34,7 @@ class PreferenceData(RunOptions):
         """Raise ConfigError for a value out of range."""
         RunOptions.validate(self)
         check(self, batch_size=(1, None), max_length=(2, None), num_epochs=(0, None))
+        column_names(self.columns)
         if not self.data:
             raise ConfigError("data is not given: name a file of rows, as in --data pairs.jsonl")
 

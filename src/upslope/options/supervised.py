@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Named, RunOptions, check
+from upslope.options.common import Named, RunOptions, check, column_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,6 +17,8 @@ class SFTOptions(RunOptions):
     """Training rows: a .jsonl/.csv/.parquet/.txt file or a hub id. Give this or --task."""
     eval_data: str | None = None
     """Held-out rows in the same forms; left out with --data: the last tenth of the data."""
+    columns: tuple[str, ...] = ()
+    """What the rows' own columns are, as in prompt=question completion=answer; left out: those names themselves."""
     task: Named | None = None
     """Train on the demonstrations of a task, and measure its accuracy on held-out problems."""
     num_examples: int = 1000
@@ -46,7 +48,10 @@ class SFTOptions(RunOptions):
             max_completion_length=(1, None),
             num_epochs=(0, None),
         )
+        column_names(self.columns)
         if (self.data is None) == (self.task is None):
             raise ConfigError("give exactly one of data and task")
+        if self.columns and self.data is None:
+            raise ConfigError("columns is about the rows of data: leave it out with task")
         if self.loss == "dft" and self.label_smoothing:
             raise ConfigError("label_smoothing belongs to loss = nll: dft has no smoothed form; set it to 0 with dft")

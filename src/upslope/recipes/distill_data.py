@@ -84,7 +84,7 @@ def with_room(
 
 def _items(options: DistillOptions, tokenizer: Any, source: str) -> Kept[Item]:
     found, lengths = [], []
-    for key, record in enumerate(read_records(source)):
+    for key, record in enumerate(read_records(source, columns=options.columns)):
         try:
             example = None if record.kind == "prompt" else example_of(record, tokenizer, max_length=options.max_length)
         except TooLongError as error:

@@ -96,8 +96,8 @@ def load_start(options: EncoderOptions, kind: Kind, labels: Sequence[str] | None
     if encoder.fresh:
         print(f"upslope: {folder.name}: fresh, drawn from the seed: {', '.join(encoder.fresh)}", file=sys.stderr)
     if options.lora_rank:
-        alpha = options.lora_alpha if options.lora_alpha is not None else 2 * options.lora_rank
-        encoder.add_adapters(options.lora_rank, alpha=alpha, seed=options.seed)
+        targets = options.lora_target_modules
+        encoder.add_adapters(options.lora_rank, alpha=options.adapter_alpha, targets=targets, seed=options.seed)
     return Start(encoder.to_compute(dtype, device), tokenizer)
 
 

@@ -54,7 +54,7 @@ def read_rows(
 
 
 def _kept(options: PreferenceData, source: str, encode: Callable[[Sequence[Record]], Encoded[Row]]) -> Kept[Row]:
-    found = encode(read_records(source))
+    found = encode(read_records(source, columns=options.columns))
     return Kept(source, found.rows, *too_long(found.too_long, options.max_length))
 
 

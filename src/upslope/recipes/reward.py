@@ -60,7 +60,7 @@ def run(options: RewardOptions) -> int:
 def reward(options: RewardOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place, and becomes a reward model."""
     with begin(options) as begun:
-        learner = RewardLearner(options, policy or load_policy(options))
+        learner = RewardLearner(options, policy or load_policy(options, trunk=True))
         return train("reward", learner.options, learner, begun)
 
 
@@ -206,7 +206,7 @@ def _pad_token(policy: Policy) -> int | None:
 
 
 def _show(options: RewardOptions) -> int:
-    policy = load_policy(options)
+    policy = load_policy(options, trunk=True)
     check_can_be_saved(policy.model)
     units, held_out, account = load_units(within_context(options, policy), policy.tokenizer)
     return show_preference(options, policy, units, len(held_out), account, head=start_head(policy, options.seed))

@@ -11,7 +11,7 @@ for each batch of sequences:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -169,9 +169,10 @@ def load_examples(
         shown = demonstrations(tokenizer, task, prompts, o.max_length)
         return [example for _, example in shown.rows], [], DataAccount({"train": shown.split})
     assert o.data is not None
-    data = encoded(o.data, tokenizer, o.max_length)
+    data = encoded(o.data, tokenizer, o.max_length, o.columns)
     if o.eval_data is not None:
-        return shared_out(data, encoded(o.eval_data, tokenizer, o.max_length), held=0, samples=o.eval_samples or None)
+        held_out = encoded(o.eval_data, tokenizer, o.max_length, o.columns)
+        return shared_out(data, held_out, held=0, samples=o.eval_samples or None)
     # whatever eval_samples is: a resumed run may change that, not what it trains on
     return shared_out(data, None, held=len(data.rows) // 10, samples=o.eval_samples)
 
@@ -196,9 +197,9 @@ def demonstrations(tokenizer: Any, task: Task, prompts: list[Prompt], max_length
     return Kept(f"task {task.name}", found, *too_long(lengths, max_length))
 
 
-def encoded(source: str, tokenizer: Any, max_length: int) -> Kept[Example]:
+def encoded(source: str, tokenizer: Any, max_length: int, columns: Sequence[str] = ()) -> Kept[Example]:
     """The training sequences of a file's rows; those that are too long are left out and counted."""
-    found = examples_of(read_records(source), tokenizer, max_length=max_length)
+    found = examples_of(read_records(source, columns=columns), tokenizer, max_length=max_length)
     return Kept(source, found.examples, *too_long([length for _, length in found.too_long], max_length))
 
 

@@ -1,0 +1,81 @@
+"""LoRA layers (Hu et al. 2021, arXiv 2106.09685): which layers get them, and the folder that peft itself loads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upslope.errors import ConfigError
+from upslope.models.adapters import PREFIX, WEIGHTS
+from upslope.models.protocol import CausalModel
+from upslope.models.seq2seq import Seq2Seq
+from upslope.models.sources import ADAPTER_CONFIG, provenance
+from upslope.models.weights import write_json
+
+__all__ = ["ALL", "add_adapters", "save_adapters", "target_layers"]
+
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
+ALL = "all-linear"
+
+
+def target_layers(linear: Sequence[str], wanted: Sequence[str], usual: Sequence[str] = LORA_TARGETS) -> list[str]:
+    """The entries of `wanted` that peft is to adapt: last names, ends of names from a dot on, or all-linear.
+
+    linear: full names of the linear layers that may be adapted. Nothing wanted: those of the `usual` that are there.
+    ConfigError for an entry that is none of them.
+    """
+    last = sorted({name.rpartition(".")[2] for name in linear})
+    if not wanted:
+        wanted = [name for name in last if name in usual]
+    elif list(wanted) == [ALL]:
+        wanted = last
+    odd = [one for one in wanted if not any(name == one or name.endswith(f".{one}") for name in linear)]
+    if odd or not wanted:
+        what = f"no linear layer is called {odd[0]!r}" if odd else "none of the usual layers is here"
+        raise ConfigError(f"lora_target_modules: {what}; this model has {', '.join(last) or 'none'} (or {ALL})")
+    return sorted(wanted)
+
+
+def add_adapters(
+    model: CausalModel, folder: Path, *, rank: int, alpha: float, targets: Sequence[str], seed: int
+) -> Any:
+    """Inject adapters with peft, seeded; everything else is frozen. The configuration says what `folder` is.
+
+    Never the output layer, which is read as a matrix and not called.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    heads = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight is model.output_weight]
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not any(m.weight is h for h in heads)]
+    record = provenance(folder)
+    hub = record.get("kind") == "hub"
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        target_modules=target_layers(names, targets),
+        base_model_name_or_path=str(record["origin"]) if hub else str(folder.absolute()),
+        revision=record.get("revision") if hub else None,
+        task_type="SEQ_2_SEQ_LM" if isinstance(model, Seq2Seq) else "CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    inject_adapter_in_model(config, model, adapter_name="default")
+    return config
+
+
+def save_adapters(model: nn.Module, config: Any, folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """Write the adapters `trained` (float32 masters) as peft does, so that its auto classes load them."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    state = get_peft_model_state_dict(
+        model, state_dict=dict(trained), adapter_name="default", save_embedding_layers=False
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    told = config.to_dict() | {"inference_mode": True, "target_modules": sorted(config.target_modules)}
+    write_json(folder / ADAPTER_CONFIG, dict(sorted(told.items())))
+    tensors = {f"{PREFIX}{name}": x.contiguous() for name, x in state.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
