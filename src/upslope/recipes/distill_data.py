@@ -14,6 +14,7 @@ from upslope.options import DistillOptions
 from upslope.recipes.held_out import tell_task
 from upslope.recipes.kept import DataAccount, Kept, Split, shared_out, too_long
 from upslope.recipes.sft import demonstrated
+from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.types import Example, Prompt
 
@@ -61,7 +62,7 @@ def _demonstration(options: DistillOptions, tokenizer: Any, task: Task, prompt: 
 
 def _items(options: DistillOptions, tokenizer: Any, source: str) -> Kept[Item]:
     found, lengths = [], []
-    for key, record in enumerate(read_records(source)):
+    for key, record in enumerate(counted(read_records(source), f"encoding {source}")):
         try:
             example = None if record.kind == "prompt" else example_of(record, tokenizer, max_length=options.max_length)
         except TooLongError as error:
