@@ -129,7 +129,9 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
         assert isinstance(options, ReinforceOptions)
         reinforce(options, policy=policy)
     seconds = time.perf_counter() - began
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines() if '"eval/' not in line
+    ]
     batches = ROUNDS if isinstance(options, ExpertOptions) else len(lines)
     optimality = expected_reward(policy, Lottery(seed=seed))
     return Outcome({"optimality": optimality}, batches * options.num_prompts * options.num_generations, seconds)

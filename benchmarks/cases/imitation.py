@@ -184,4 +184,8 @@ def _teacher(folder: Path, model: str) -> Path:
 
 
 def _steps(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if '"eval/' not in line
+    ]

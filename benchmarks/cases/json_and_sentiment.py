@@ -124,7 +124,11 @@ def sentiment(seed: int, folder: Path) -> Outcome:
 
 def steps_of(folder: Path) -> list[dict[str, float]]:
     """The metrics of every step."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line)
+        for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        if '"eval/' not in line
+    ]
 
 
 def mean_of(steps: Sequence[dict[str, float]], name: str) -> float:

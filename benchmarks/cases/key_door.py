@@ -98,7 +98,7 @@ def _options(learner: str, seed: int, model: Path, folder: Path, length: int) ->
 
 
 def _outcome(folder: Path, seconds: float) -> Outcome:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"eval/' not in line]
     per_step = GROUP * PROMPTS
     spent, curve = 0.0, []
     for i, line in enumerate(lines):

@@ -218,7 +218,9 @@ def run(learner: str, seed: int, folder: Path) -> Outcome:
         "distinct_2": after["distinct_2"],
         "distinct_2_start": before["distinct_2"],
     }
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines() if '"eval/' not in line
+    ]
     per_step, spent, curve = options.num_prompts * options.num_generations, 0.0, []
     for i, line in enumerate(lines):
         spent += line["seconds/rollout"] + line["seconds/reward"] + line["seconds/update"]

@@ -25,6 +25,7 @@ from upslope.models.protocol import CausalModel
 from upslope.models.sources import is_adapter, resolve, say
 from upslope.models.weights import load as load_weights
 from upslope.options import RunOptions
+from upslope.runs.progress import told
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 
 __all__ = ["Critic", "Policy", "load_critic", "load_inference", "load_policy", "load_reference", "make_engine"]
@@ -93,6 +94,7 @@ class Policy:
                 layer.enable_adapters(True)
 
 
+@told("loading the model")
 def load_policy(options: RunOptions, *, trunk: bool = False) -> Policy:
     """Load `--model` with float32 masters and a compute copy, or with fresh adapters on frozen weights.
 

@@ -11,8 +11,10 @@ import difflib
 import importlib
 import io
 import itertools
+import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -67,7 +69,7 @@ VERBS: dict[str, Verb] = {
     "explain": Verb(
         "ExplainOptions", "upslope.commands.explain:run", "the batch arithmetic of a recipe, in words", "verb"
     ),
-    "runs": Verb("RunsOptions", "upslope.commands.runs:run", "list the run folders and what came out"),
+    "runs": Verb("RunsOptions", "upslope.commands.runs:run", "list the run folders and what came out", "folder"),
 }
 
 USAGE = "usage: upslope VERB [--config FILE.toml] [--key value ...]"
@@ -132,7 +134,7 @@ def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
     """The options of verb `name` from its arguments, or None when help was asked for (and printed)."""
     words, files, flags, lists = _scan(name, options_class, arguments)
     settings: dict[str, Setting] = {}
-    for file in [*_file_of_resumed_run(words), *files]:
+    for file in [*_file_of_resumed_run(name, words), *files]:
         settings.update(read_toml(options_class, file))
     if {"-h", "--help"} & set(words):
         _tyro(name, options_class, ["--help"], _defaults(options_class, settings))
@@ -143,7 +145,7 @@ def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
     return build(options_class, settings)
 
 
-def _file_of_resumed_run(words: Sequence[str]) -> list[str]:
+def _file_of_resumed_run(name: str, words: Sequence[str]) -> list[str]:
     """With --resume --output-dir X, the configuration of the run in X: what is not said again stays as it was."""
     folders = [word.partition("=")[2] for word in words if word.startswith("--output-dir=")]
     folders += [after for word, after in itertools.pairwise(words) if word == "--output-dir"]
@@ -156,7 +158,19 @@ def _file_of_resumed_run(words: Sequence[str]) -> list[str]:
             f"--resume: {folder} is not a run folder (it has no config.toml); a run that was killed while it was made "
             "starts again without --resume"
         )
+    verb = _verb_of_run(folder)
+    if verb in VERBS and verb != name:
+        again = shlex.join(["upslope", verb, "--resume", "--output-dir", folder])
+        raise ConfigError(f"--resume: {folder} is a run of {verb}, not of {name}; continue it with: {again}")
     return [path]
+
+
+def _verb_of_run(folder: str) -> str:
+    """What a run folder says that it is of; empty where it does not."""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "env.json"), encoding="utf-8") as file:
+        said = json.load(file)
+        return str(said.get("verb", "")) if isinstance(said, dict) else ""
+    return ""
 
 
 def _scan(

@@ -46,7 +46,9 @@ def test_prediction_on_the_bundled_model(verb: str, smollm2_folder: Path, tmp_pa
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
     assert predicted["memory_gb"] == pytest.approx(summary["peak_memory_gb"], rel=0.25)
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"eval/' not in line
+    ]
     if verb == "ppo":
         step = min(line["seconds/rollout"] + line["seconds/update"] for line in lines)
         assert 0.5 < predicted["step_seconds"] / step < 2

@@ -116,7 +116,7 @@ def test_sft_measures_the_plain_likelihood_of_held_out_rows(changes: dict[str, A
     found = learner.evaluate(0)
     with torch.no_grad():
         wanted = sft_losses(learner.policy.model, [pair_row("k", "lm"), pair_row("no", "p")])["nll"]
-    assert found.value == found.metrics["eval_loss"] == pytest.approx(float(wanted), rel=1e-9)
+    assert found.value == found.metrics["eval_loss"]["value"] == pytest.approx(float(wanted), rel=1e-9)
     assert found.metrics["eval_rows"] == 2
     assert not learner.higher_is_better
 

@@ -82,7 +82,7 @@ def options(tiny: Path, task: str, folder: Path, **changes: Any) -> ExpertOption
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text().splitlines() if '"eval/' not in line]
 
 
 def weights(folder: Path) -> dict[str, Tensor]:

@@ -64,7 +64,7 @@ def rl(tiny: Path, task: str, folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if '"eval/' not in line]
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

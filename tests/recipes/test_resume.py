@@ -45,7 +45,8 @@ def comparable(folder: Path) -> dict[str, Any]:
     return {
         "tensors": tensors,
         "state": state,
-        "metrics": metrics,
+        "metrics": [line for line in metrics if not any(name.startswith("eval/") for name in line)],
+        "evaluations": [line for line in metrics if any(name.startswith("eval/") for name in line)],
         "rollouts": rollouts,
         "arrays": [{k: list(map(repr, v)) for k, v in a.items()} for a in arrays],
         "checkpoints": sorted(p.name for p in (folder / "checkpoints").iterdir()),
@@ -86,7 +87,10 @@ def test_killed_runs_end_like_the_run_that_was_never_stopped(tiny: Path, tmp_pat
     assert any("critic" in name for name in expected["tensors"])
     assert expected["state"]["learner"]["kl"] is not None
     for i in range(report["runs"]):
-        assert_same(comparable(tmp_path / f"run-{i}"), expected)
+        found = comparable(tmp_path / f"run-{i}")
+        assert_same(found, expected)
+        assert [line["step"] for line in found["evaluations"]] == [0, 3, 6]
+        assert found["evaluations"] == expected["evaluations"]
 
 
 def arguments(tiny: Path, folder: Path, *more: str) -> list[str]:
@@ -108,7 +112,7 @@ def test_resume_takes_the_configuration_of_the_run(tiny: Path, tmp_path: Path) -
     assert found["metrics"] == expected["metrics"]
 
 
-def test_a_run_resumed_at_its_end_evaluates_again_and_stores_it_once(tiny: Path, tmp_path: Path) -> None:
+def test_a_run_resumed_at_its_end_stays_what_it_is(tiny: Path, tmp_path: Path) -> None:
     """As after a kill between the last checkpoint and the summary."""
     folder = tmp_path / "run"
     assert main(arguments(tiny, folder)) == 0
@@ -130,6 +134,10 @@ def test_resume_refuses_what_would_be_another_run(
     assert change[0].lstrip("-").replace("-", "_") in said[0]
 
 
+def steps_of(metrics: Path) -> int:
+    return metrics.read_text().count('"learning_rate"')
+
+
 def test_ctrl_c_saves_and_ends_with_130(tiny: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -140,7 +148,7 @@ def test_ctrl_c_saves_and_ends_with_130(tiny: Path, tmp_path: Path) -> None:
     )
     metrics = folder / "metrics.jsonl"
     deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+    while not (metrics.is_file() and steps_of(metrics) >= 2):
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -148,10 +156,13 @@ def test_ctrl_c_saves_and_ends_with_130(tiny: Path, tmp_path: Path) -> None:
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "SIGINT" in errors
+    assert "without saving" in errors
+    assert f"interrupted after step {steps_of(metrics)}, which is saved; in {folder}" in errors
+    assert f"upslope ppo --resume --output-dir {folder}\n" in errors
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["stopped"] == "interrupted"
     assert (folder / "checkpoints/last/model/model.safetensors").is_file()
-    steps = len(metrics.read_text().splitlines())
+    steps = steps_of(metrics)
     assert summary["steps"] == steps
     assert main(["ppo", "--resume", "--output-dir", str(folder), "--max-steps", str(steps + 1)]) == 0
 

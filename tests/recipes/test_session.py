@@ -55,8 +55,8 @@ class Walk:
 
     def evaluate(self, step: int) -> Evaluation:
         self.clock += 100.0
-        value = self.values[step - 1]
-        return Evaluation(value, {"measure": value})
+        value = self.values[step - 1] if step else 0.0
+        return Evaluation("measure", {"measure": value})
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         return {"walk": {"total": self.total.clone()}}
@@ -80,7 +80,8 @@ def go(folder: Path, learner: Walk, **changes: Any) -> dict[str, Any]:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "time"} for line in read]
+    steps = [line for line in read if "eval/measure" not in line]
+    return [{name: value for name, value in line.items() if name != "time"} for line in steps]
 
 
 def named(folder: Path) -> dict[str, str]:

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import io
 import sys
+import time
 
 import pytest
 
 from upslope.runs import Progress
-from upslope.runs.progress import format_seconds
+from upslope.runs import progress as progress_module
+from upslope.runs.progress import counted, format_seconds, told
 
 
 class Clock:
@@ -101,3 +103,35 @@ def test_it_writes_to_standard_error(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(("seconds", "text"), [(7.2, "0:07"), (59.6, "1:00"), (754, "12:34"), (3723, "1:02:03")])
 def test_times(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_what_takes_less_than_it_may_is_not_shown(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for steps, shown in ((3, False), (5, True)):
+        clock, stream = Clock(), Terminal() if terminal else io.StringIO()
+        with Progress(9, "encoding", unit="row", stream=stream, clock=clock, after=2.0) as progress:
+            for _ in range(steps):
+                clock.now += 0.5
+                progress.advance()
+        assert ("encoding" in stream.getvalue()) == shown
+        if shown and not terminal:
+            first, last = stream.getvalue().splitlines()
+            assert first.startswith("encoding: 4/9 rows  44%  0:02")
+            assert last.startswith("encoding: 5/9 rows")
+
+
+def test_counted_gives_the_items_and_told_speaks_late(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert list(counted("abc", "letters")) == ["a", "b", "c"]
+    with told("nothing"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress_module, "PATIENCE", 0.01)
+    assert [time.sleep(0.02) or x for x in counted(iter("ab"), "letters", unit="letter")] == ["a", "b"]
+    with told("loading"):
+        time.sleep(0.3)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("letters: 1 letters")
+    assert said[-1] == "upslope: loading ..."

@@ -95,11 +95,6 @@ def _stage(run: Path, model: Path) -> Stage:
         environment: Mapping[str, Any] = {}
         with suppress(UpslopeError):
             environment = opened.environment
-        figures: dict[str, Any] = {}
-        for row in opened.store.evaluations("held-out"):
-            if row.step == step:
-                interval = {"value": row.value, "low": row.low, "high": row.high, "n": row.n, **row.details}
-                figures[row.metric] = row.value if row.low is None else interval
         return Stage(
             name=run.resolve().name,
             verb=opened.verb or str(environment.get("verb", "")),
@@ -108,7 +103,7 @@ def _stage(run: Path, model: Path) -> Stage:
             environment=environment,
             result=result,
             step=step,
-            figures=figures,
+            figures={} if step is None else opened.evaluated(step) or {},
         )
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from upslope.errors import RunError
+from upslope.errors import RunError, UpslopeError
 from upslope.options import RunsOptions
-from upslope.runs.folder import Run
+from upslope.runs.folder import HELD_OUT, Run
+from upslope.runs.lines import in_words
 
 
 def run(options: RunsOptions) -> int:
@@ -18,8 +23,7 @@ def run(options: RunsOptions) -> int:
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; runs are made under runs/ unless --output-dir says otherwise")
     single = (folder / "config.toml").is_file()
-    paths = [folder] if single else sorted(p.parent for p in folder.glob("**/config.toml"))
-    rows = [_describe(path) for path in paths]
+    rows = [_describe(folder)] if single else list(_found(folder))
     if options.json:
         print(json.dumps(rows[0] if single else rows))
     elif not rows:
@@ -31,44 +35,76 @@ def run(options: RunsOptions) -> int:
     return 0
 
 
+def _found(root: Path) -> Iterator[dict[str, Any]]:
+    """A row for every run under the folder, and for whatever cannot be looked into."""
+    closed: list[OSError] = []
+    for folder, inside, files in os.walk(root, onerror=closed.append):
+        inside.sort()
+        if "config.toml" in files:
+            inside[:] = [name for name in inside if name != "checkpoints"]
+            try:
+                yield _describe(Path(folder))
+            except (UpslopeError, OSError, ValueError) as error:
+                yield _damaged(folder, str(error))
+    for error in closed:
+        yield _damaged(str(error.filename), f"cannot be read: {error.strerror}")
+
+
+def _damaged(folder: str, said: str) -> dict[str, Any]:
+    return {"folder": folder, "error": " ".join(said.removeprefix(f"{folder}/").split())}
+
+
 def _describe(folder: Path) -> dict[str, Any]:
     with Run.open(folder, read_only=True) as opened:
         last = opened.metric_lines()[-1:] or [{}]
-        result = opened.result
+        result = opened.result or {}
+        looked = [each.step for each in opened.store.evaluations(HELD_OUT)]
+        launches = [*opened.environment.get("earlier", []), opened.environment]
         return {
             "folder": str(folder),
             "verb": opened.verb,
-            "state": "running" if opened.writer() else (result or {}).get("stopped", "stopped without a summary"),
+            "started": launches[0].get("time"),
+            "state": "running" if opened.writer() else result.get("stopped", "unfinished"),
             "steps": last[0].get("step", 0),
-            "evaluation": (result or {}).get("evaluation"),
+            "measure": opened.measure,
+            "best": result.get("best"),
+            "evaluation": result.get("evaluation") or (opened.evaluated(max(looked)) if looked else None),
             "last": last[0],
             "config": opened.config,
         }
 
 
 def _show_many(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("run", "verb", "steps", "held-out", "state")
+    """Columns; where a terminal is too narrow, a run's name in full, and the rest of its row on the next line."""
+    cells = [_cells(row) for row in rows if "error" not in row]
+    widths = [max(map(len, column)) for column in zip(("run", *[""] * 5), *cells, strict=True)]
+    narrow = sys.stdout.isatty() and sum(widths) + 2 * len(widths) > shutil.get_terminal_size().columns
     for row in rows:
-        table.add_row(row["folder"], row["verb"], str(row["steps"]), _held_out(row), row["state"])
-    Console().print(table)
+        if "error" in row:
+            print(f"{row['folder']}  {row['error']}")
+            continue
+        name, *rest = (cell.ljust(width) for cell, width in zip(_cells(row), widths, strict=True))
+        print(f"{name.rstrip()}\n   {'  '.join(rest)}".rstrip() if narrow else "  ".join([name, *rest]).rstrip())
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
+    started = "" if row["started"] is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row["started"]))
+    return row["folder"], started, row["verb"], f"{row['steps']} steps", _figure(row), row["state"].partition(":")[0]
+
+
+def _figure(row: dict[str, Any]) -> str:
+    """What the run was judged by, of its best checkpoint, else of its last evaluation."""
+    found, name = (row["best"] or {}).get("evaluation") or row["evaluation"] or {}, row["measure"]
+    if name not in found:
+        return "-"
+    value = found[name]
+    if not isinstance(value, dict):
+        return f"{name} {value:.4g}"
+    return f"{name} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 
 def _show_one(row: dict[str, Any]) -> None:
-    print(f"{row['folder']}: {row['verb']}, {row['steps']} steps, {row['state']}; held-out: {_held_out(row)}")
+    held_out = in_words(row["evaluation"] or {}) or "-"
+    print(f"{row['folder']}: {row['verb']}, {row['steps']} steps, {row['state']}; held-out: {held_out}")
     for name, value in sorted(row["last"].items()):
         print(f"  {name:<32} {value:.6g}" if isinstance(value, int | float) else f"  {name:<32} {value}")
-
-
-def _held_out(row: dict[str, Any]) -> str:
-    parts = []
-    for name, value in (row["evaluation"] or {}).items():
-        shown = (
-            f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
-            if isinstance(value, dict)
-            else f"{value:.4g}"
-        )
-        parts.append(f"{name} {shown}")
-    return ", ".join(parts) or "-"

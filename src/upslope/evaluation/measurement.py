@@ -6,6 +6,7 @@ BLEU is not a mean over sentences, but it is a function of sums over sentences, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -53,6 +54,13 @@ class Measurement:
             how = f"bootstrap over {self.n} {self.unit}, {resamples} resamples"
         detail = {**self.detail, "interval": how}
         return Figure(self.name, *interval, self.n, self.dataset, self.better, detail)
+
+    def interval(self) -> dict[str, Any]:
+        """{"value", "low", "high", "n"}: the figure as run folders keep it; without items all but n are NaN."""
+        if not self.n:
+            return {"value": math.nan, "low": math.nan, "high": math.nan, "n": 0}
+        figure = self.figure()
+        return {"value": figure.value, "low": figure.low, "high": figure.high, "n": figure.n}
 
     def difference(self, base: Measurement, *, resamples: int = RESAMPLES, seed: int = 0) -> Figure | None:
         """This value minus that of `base` on the items both have, with its paired bootstrap interval; None: no item."""

@@ -43,6 +43,7 @@ from upslope.recipes.encoder_report import finish, show
 from upslope.recipes.encoder_rows import Rows, account_of
 from upslope.recipes.kept import DataAccount
 from upslope.recipes.session import Evaluation, begin, conclude, train
+from upslope.runs.progress import told
 
 __all__ = ["Classifier", "Classify", "classify", "load_classifier", "run"]
 
@@ -91,8 +92,8 @@ class Classify(EncoderLearner):
         """Accuracy and macro F1 on dev; of numbers Pearson's and Spearman's correlation."""
         metrics, _ = self.measure(self.dev)
         if self.options.objective == "squared_error":
-            return Evaluation(metrics["pearson"]["value"], metrics)
-        return Evaluation(metrics["reward"] if "reward" in metrics else metrics["accuracy"]["value"], metrics)
+            return Evaluation("pearson", metrics, metrics["eval_loss"])
+        return Evaluation("reward" if "reward" in metrics else "accuracy", metrics, metrics["eval_loss"])
 
     def measure(
         self, inputs: Sequence[Input], encoder: Encoder | None = None
@@ -101,10 +102,11 @@ class Classify(EncoderLearner):
         if self.options.objective == "squared_error":
             return self._correlations(inputs, encoder)
         truth = [int(x.targets[0]) for x in inputs]
-        said = [classes[0] for classes in self.predicted(inputs, encoder)]
+        classes, loss = self.predicted(inputs, encoder)
+        said = [own[0] for own in classes]
         names = self.encoder.labels
         report = classification_report([names[i] for i in truth], [names[i] for i in said], names)
-        metrics = {"accuracy": report["accuracy"], "macro_f1": report["averages"]["macro"]["f1"]}
+        metrics = {"accuracy": report["accuracy"], "macro_f1": report["averages"]["macro"]["f1"], "eval_loss": loss}
         if self.options.rewards is not None:
             metrics["reward"] = self.mean_reward(truth, said)
         return metrics, {"labels": report}
@@ -118,7 +120,8 @@ class Classify(EncoderLearner):
         truth = [float(x.targets[0]) for x in inputs]
         found = {"pearson": pearson(truth, said), "spearman": spearman(truth, said)}
         figures = {name: {**interval._asdict(), "n": len(truth)} for name, interval in found.items()}
-        return figures, {"numbers": figures}
+        loss = sum((z - y) ** 2 for z, y in zip(said, truth, strict=True)) / len(truth)
+        return {**figures, "eval_loss": loss}, {"numbers": figures}
 
     def describe(self, report: Mapping[str, Any]) -> str:
         """A report that `measure` gave, as text."""
@@ -191,7 +194,8 @@ def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, D
 
 def read_splits(options: ClassifyOptions) -> tuple[Rows, Rows, Rows]:
     """Training, dev and test rows; dev is held out of the training rows where no file is given."""
-    train = _read(options, options.data, "train")
+    with told(f"reading {options.data}"):
+        train = _read(options, options.data, "train")
     train_rows = train.rows
     if options.eval_data is not None:
         dev = _read(options, options.eval_data, "validation")
@@ -262,7 +266,8 @@ def inputs_of(
         return [], 0
     texts = [row.text for row in rows]
     pairs = [row.pair or "" for row in rows] if rows[0].pair is not None else None
-    whole = tokenizer(texts, pairs, truncation=False, verbose=False)
+    with told(f"encoding {len(texts):,} texts"):
+        whole = tokenizer(texts, pairs, truncation=False, verbose=False)
     long = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
     short = {}
     if long:

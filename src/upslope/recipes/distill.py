@@ -39,12 +39,14 @@ from upslope.options import DistillOptions
 from upslope.recipes.distill_data import Item, load_items, with_room
 from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.fingerprint import prompt_row
+from upslope.recipes.held_out import per_token
 from upslope.recipes.kept import within_context
 from upslope.recipes.prompts import held_out_of
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.recipes.sft import held_out_groups
 from upslope.rollout.collect import sampling_keys
 from upslope.runs.folder import Run
+from upslope.runs.progress import told
 from upslope.tasks.loading import load_task
 from upslope.training.schedule import learning_rate
 from upslope.training.step import Outputs, evaluating, forward, update
@@ -68,6 +70,7 @@ def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[st
         return train("distill", options, learner, begun)
 
 
+@told("loading the teacher")
 def load_teacher(source: str, policy: Policy) -> CausalModel:
     """The frozen teacher in the student's compute dtype. ModelError: its vocabulary is another one."""
     folder = resolve(source)
@@ -225,18 +228,19 @@ class Distill:
             if self.run is not None:
                 self.run.record_rollouts(step, groups, split="eval")
             accuracy = evaluate(groups)
-            return Evaluation(accuracy["value"], {"accuracy": accuracy})
+            return Evaluation("accuracy", {"accuracy": accuracy})
         if not self.held_out:
             return None
         answered = [item for item in self.held_out if item.example is not None]
         groups = self.sample([i for i in self.held_out if i.example is None], seed=o.seed, temperature=0.0)
         examples = [_completion(i) for i in answered] + [_example(g.rollouts[0]) for g in groups]
         values: list[Tensor] = []
+        batches, _ = self._batches(examples, 1.0)
         with evaluating(self.policy.model):
-            for batch in self._batches(examples, 1.0)[0]:
+            for batch in batches:
                 self._loss(batch, forward(self.policy.model, batch, logp=False, hidden=True), values)
-        mean = float(torch.cat(values).double().mean())
-        return Evaluation(mean, {"eval_divergence": mean, "eval_rows": len(examples)})
+        found = per_token(torch.cat(values), batches)
+        return Evaluation("eval_divergence", {"eval_divergence": found, "eval_rows": len(examples)})
 
     def _record(self, step: int, groups: list[RolloutGroup], per_sequence: Sequence[Tensor]) -> None:
         """The student's samples in the store, each token's divergence beside it; the reward is minus their mean."""

@@ -16,6 +16,7 @@ from upslope.recipes.held_out import tell_task
 from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
 from upslope.recipes.prompts import fitting
 from upslope.recipes.sft import demonstrations
+from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.tasks.loading import prompts_of
 from upslope.types import Example, Prompt
@@ -84,7 +85,7 @@ def with_room(
 
 def _items(options: DistillOptions, tokenizer: Any, source: str) -> Kept[Item]:
     found, lengths = [], []
-    for key, record in enumerate(read_records(source, columns=options.columns)):
+    for key, record in enumerate(counted(read_records(source, columns=options.columns), f"encoding {source}")):
         try:
             example = None if record.kind == "prompt" else example_of(record, tokenizer, max_length=options.max_length)
         except TooLongError as error:

@@ -230,7 +230,11 @@ def scores(
 
 def predict(encoder: Encoder, inputs: Sequence[Input], *, pad: int, pad_type: int = 0, budget: int) -> list[list[int]]:
     """The likeliest class of every item, per input, in the order of the inputs; the first of equally likely ones."""
-    found = scores(encoder, inputs, pad=pad, pad_type=pad_type, budget=budget)
+    return likeliest(scores(encoder, inputs, pad=pad, pad_type=pad_type, budget=budget))
+
+
+def likeliest(found: Sequence[Sequence[Sequence[float]]]) -> list[list[int]]:
+    """The place of every item's highest score, the first of equal ones."""
     return [[max(range(len(z)), key=z.__getitem__) for z in items] for items in found]
 
 
@@ -321,11 +325,14 @@ class EncoderLearner:
         """A report that `measure` gave, as text."""
         return format_report(report)
 
-    def predicted(self, inputs: Sequence[Input], encoder: Encoder | None = None) -> list[list[int]]:
-        """The likeliest classes, by the encoder in training or another one."""
+    def predicted(self, inputs: Sequence[Input], encoder: Encoder | None = None) -> tuple[list[list[int]], float]:
+        """The likeliest classes, by the encoder in training or another one, and the mean cross-entropy of the right."""
         pad, pad_type = self.pads
         budget = self.options.micro_batch_tokens
-        return predict(encoder or self.encoder, inputs, pad=pad, pad_type=pad_type, budget=budget)
+        found = scores(encoder or self.encoder, inputs, pad=pad, pad_type=pad_type, budget=budget)
+        logits_NC = torch.tensor([z for items in found for z in items], dtype=torch.float64)
+        targets_N = torch.tensor([target for x in inputs for target in x.targets])
+        return likeliest(found), float(torch.nn.functional.cross_entropy(logits_NC, targets_N))
 
     def mean_reward(self, truth: Iterable[int], said: Iterable[int]) -> float:
         """Mean reward of what was said; with the default rewards it is the accuracy."""

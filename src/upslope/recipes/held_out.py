@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from upslope.evaluation.measurement import Measurement, ratio
 from upslope.tasks.base import Task
+from upslope.types import Batch
 
-__all__ = ["tell_part", "tell_task"]
+__all__ = ["per_token", "tell_part", "tell_task"]
+
+
+def per_token(values_N: Tensor, batches: Sequence[Batch]) -> dict[str, Any]:
+    """The mean of a number per trained token of the batches, with its interval over their sequences."""
+    counts = [count for batch in batches for count in torch.bincount(batch.sequence_N).tolist()]
+    sums = [float(part.sum()) for part in values_N.double().split(counts)]
+    return Measurement("mean", np.asarray([sums, counts], dtype=np.float64).T, ratio).interval()
 
 
 def tell_part(measured: int, size: int | None, what: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from upslope.data.pairs import PairTokenizer
 from upslope.data.train_tokenizer import train_tokenizer
 from upslope.errors import ConfigError, DataError
 from upslope.evaluation.accuracy import evaluate
+from upslope.evaluation.measurement import Measurement
 from upslope.models.loading import save_model
 from upslope.models.seq2seq import Seq2Seq
 from upslope.models.seq2seq_config import Seq2SeqConfig
@@ -29,6 +31,7 @@ from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
+from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.tasks.overlap import nearest, references_of, similarity
@@ -193,7 +196,7 @@ class PairLearner:
         examples: list[Example] = []
         sources: dict[int, tuple[Prompt, list[int]]] = {}
         lengths: list[int] = []
-        for prompt, target in self.data.train:
+        for prompt, target in counted(self.data.train, f"encoding {self.data.sources[0]}", unit="pair"):
             example = encode_pair(self.policy, prompt, target, o.max_length)
             if isinstance(example, int):
                 lengths.append(example)
@@ -253,14 +256,14 @@ class PairLearner:
         groups = self.decode(self.held_out, params)
         if self.run is not None:
             self.run.record_rollouts(step, groups, split="eval")
-        rewards = [g.rollouts[0].reward for g in groups]
+        parts = [g.rollouts[0].reward.parts for g in groups]
+        edits_N2 = [(float(part["edits"]), float(part["reference_length"])) for part in parts]
         metrics: dict[str, Any] = {
             "eval_loss": float(-out.logp_N.double().mean()),
-            "edit_rate": sum(r.parts["edits"] for r in rewards)
-            / max(1, sum(r.parts["reference_length"] for r in rewards)),
+            "edit_rate": Measurement("edit_rate", np.asarray(edits_N2), _edit_rate).interval(),
             "accuracy": evaluate(groups),
         }
-        return Evaluation(metrics["edit_rate"], metrics)
+        return Evaluation("edit_rate", metrics, loss=metrics["eval_loss"])
 
     def decode(self, prompts: list[Prompt], params: SamplingParams) -> list[RolloutGroup]:
         """Judged replies; every judgement has a verdict, "edits" and "reference_length"."""
@@ -302,6 +305,11 @@ class PairLearner:
         network_of(self.policy).use_dropout = False
         if self.scorer is not None:
             self.scorer.__exit__(None, None, None)
+
+
+def _edit_rate(sums_2: np.ndarray) -> float:
+    """Edits over the references' length."""
+    return float(sums_2[0] / max(1.0, sums_2[1]))
 
 
 class _Unjudged:

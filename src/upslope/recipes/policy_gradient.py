@@ -17,6 +17,7 @@ from torch import Tensor
 from upslope.build import Policy, make_engine, make_optimizer
 from upslope.data.batching import PromptStream
 from upslope.evaluation.accuracy import evaluate
+from upslope.evaluation.measurement import mean_of
 from upslope.functional.policy_losses import importance_weights
 from upslope.models.activations import Activations
 from upslope.models.protocol import CausalModel
@@ -219,12 +220,13 @@ class PolicyGradient:
         self.engine.sleep()
         if self.run is not None:
             self.run.record_rollouts(step, groups, split="eval")
-        rewards = [r.reward.value for g in groups for r in g.rollouts if r.reward.value is not None]
-        metrics: dict[str, Any] = {"reward": sum(rewards) / len(rewards) if rewards else float("nan")}
-        if any(r.reward.correct is not None for g in groups for r in g.rollouts):
+        judged = [r.reward for g in groups for r in g.rollouts]
+        rewards = mean_of("reward", [reward.value for reward in judged if reward.value is not None]).interval()
+        metrics: dict[str, Any] = {"reward": {**rewards, "errors": len(judged) - rewards["n"]}}
+        if any(reward.correct is not None for reward in judged):
             metrics["accuracy"] = evaluate(groups)
-            return Evaluation(metrics["accuracy"]["value"], metrics)
-        return Evaluation(metrics["reward"], metrics)
+            return Evaluation("accuracy", metrics, loss=-rewards["value"])
+        return Evaluation("reward", metrics)
 
     def record(self, step: int, groups: Sequence[RolloutGroup], experience: Experience, names: Sequence[str]) -> None:
         """Store the step's rollouts with the trainer's per-token numbers; those left out of the update have none."""

@@ -27,6 +27,7 @@ from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
 from upslope.runs.folder import Run
+from upslope.runs.progress import told
 from upslope.training.optim import Group
 from upslope.training.schedule import learning_rate
 from upslope.training.step import Loss, update
@@ -54,7 +55,8 @@ def read_rows(
 
 
 def _kept(options: PreferenceData, source: str, encode: Callable[[Sequence[Record]], Encoded[Row]]) -> Kept[Row]:
-    found = encode(read_records(source, columns=options.columns))
+    with told(f"reading and encoding {source}"):
+        found = encode(read_records(source, columns=options.columns))
     return Kept(source, found.rows, *too_long(found.too_long, options.max_length))
 
 
@@ -136,7 +138,7 @@ class PreferenceLearner:
         metrics: dict[str, Any] = {"eval_loss": means.pop("loss")}
         metrics["accuracy"] = {"value": value, "low": low, "high": high, "n": n, "errors": 0}
         means.pop("rewards/accuracies")
-        return Evaluation(value, metrics | means | self.calibration(found))
+        return Evaluation("accuracy", metrics | means | self.calibration(found), loss=metrics["eval_loss"])
 
     def calibration(self, found: Mapping[str, Tensor]) -> dict[str, float]:
         """Further held-out numbers of the recipe."""

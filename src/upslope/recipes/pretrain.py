@@ -153,7 +153,7 @@ class Pretrain:
             "eval_loss": total / count,
             **self._unknown(),
         }
-        return Evaluation(metrics["perplexity"], metrics)
+        return Evaluation("perplexity", metrics)
 
     def _unknown(self) -> dict[str, float]:
         """Where words are [UNK] the numbers flatter: predicting that a word is unknown is easier than spelling it."""

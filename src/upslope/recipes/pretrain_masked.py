@@ -155,7 +155,7 @@ class MaskedPretrain:
             "masked_accuracy": right / count,
             "eval_loss": total / count,
         }
-        return Evaluation(metrics["masked_perplexity"], metrics)
+        return Evaluation("masked_perplexity", metrics)
 
     def trained_on(self) -> tuple[Any, Iterator[Any]]:
         """The tokenizer, unless it is the run's own, and the text, for the fingerprint."""

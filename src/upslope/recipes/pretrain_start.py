@@ -25,6 +25,7 @@ from upslope.models.weights import read_config
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.held_out import tell_part
 from upslope.recipes.kept import DataAccount, Split
+from upslope.runs.progress import counted, told
 
 __all__ = ["Texts", "load_texts", "objective_of", "start_encoder", "start_policy", "start_tokenizer"]
 
@@ -73,7 +74,7 @@ def start_tokenizer(options: PretrainOptions, objective: Objective) -> Any:
             raise ConfigError(f"tokenizer {choice!r}: give {', '.join(KINDS)}, or a folder with a tokenizer in it")
         return load_tokenizer(choice)
     return train_tokenizer(
-        texts_of(corpus_files(options.data)),
+        counted(texts_of(corpus_files(options.data)), "training the tokenizer", unit="text"),
         choice,
         options.vocab_size or 4096,
         special_tokens=MASKED_SPECIALS if objective == "masked" else CAUSAL_SPECIALS,
@@ -84,7 +85,8 @@ def load_texts(options: PretrainOptions, tokenizer: Any, *, max_eval_tokens: int
     """The texts as tokens; `max_eval_tokens` of the held-out text are used."""
     cache = Path(options.cache_dir).expanduser() if options.cache_dir else cache_root() / "corpora"
     files = corpus_files(options.data)
-    corpus = open_corpus(files, tokenizer, cache=cache)
+    with told("encoding the text; the next run finds it encoded"):
+        corpus = open_corpus(files, tokenizer, cache=cache)
     if options.eval_data:
         held = corpus_files(options.eval_data)
         if twice := sorted({p.resolve() for p in files} & {p.resolve() for p in held}):

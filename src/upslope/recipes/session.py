@@ -28,11 +28,13 @@ from upslope.data.template import clock_at
 from upslope.errors import ConfigError, RunError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
+from upslope.recipes.closing import closing_words, commands_of, measured, told_when_stopped
 from upslope.recipes.kept import DataAccount
 from upslope.recipes.last_words import last_words
 from upslope.recipes.look import look
-from upslope.runs.folder import Run
-from upslope.runs.progress import Progress
+from upslope.runs.folder import HELD_OUT, Run
+from upslope.runs.lines import in_words
+from upslope.runs.progress import Progress, told
 from upslope.runs.resume import check_resume
 from upslope.training import checkpoint
 from upslope.training.optim import MasterAdamW
@@ -62,10 +64,20 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A held-out measurement; `value` is what `best`, patience and target go by."""
+    """A held-out measurement; `best`, patience and target go by the metric called `measure`.
 
-    value: float
+    loss: of two evaluations of equal value the one with the lower loss is the better one; None: the earlier.
+    """
+
+    measure: str
     metrics: Mapping[str, Any]
+    loss: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The number of `measure`."""
+        found = self.metrics[self.measure]
+        return float(found["value"] if isinstance(found, Mapping) else found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +160,8 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, lab
 
     A first Ctrl-C finishes the step, saves and ends with "interrupted" in the summary; the caller exits with 130.
     """
-    marks = begun.marks(learner)
+    with told("taking the fingerprint of the training rows"):
+        marks = begun.marks(learner)
     run = _open(verb, options)
     mode = "max" if learner.higher_is_better else "min"
     stop = StopWhen(
@@ -156,14 +169,16 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, lab
         Patience(options.patience, mode=mode),
         None if options.target is None else Target(options.target, mode=mode),
     )
-    with run, GracefulInterrupt() as interrupt:
+    with run, told_when_stopped(verb, run), GracefulInterrupt() as interrupt:
         learner.run = run
         for line in learner.account.lines():
             print(f"upslope: {line}", file=sys.stderr)
         seed_everything(options.seed)
         if options.resume:
             _restore(run, learner, stop, options, marks)
-        with Progress(options.max_steps, label or verb, done=stop.steps) as progress:
+            if stop.reason is not None:
+                print(f"{label or verb}: nothing is left to do: {stop.reason}", file=sys.stderr)
+        with Progress(max(options.max_steps, stop.steps), label or verb, done=stop.steps) as progress:
             evaluated = _loop(run, learner, stop, interrupt, options, progress, marks)
         summary = {
             "verb": verb,
@@ -172,7 +187,11 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, lab
             "trained_tokens": stop.tokens,
             "seconds": round(stop.seconds, 3),
             "peak_memory_gb": round(peak_memory_gb(), 3),
-            "evaluation": dict(evaluated.metrics) if evaluated else None,
+            "evaluation": evaluated,
+            **measured(run, stop),
+            "commands": commands_of(
+                verb, options, run.folder, stop, getattr(getattr(learner, "policy", None), "tokenizer", None)
+            ),
             "data": learner.account.facts(),
             "folder": str(run.folder),
             "model": str(run.checkpoints / "last" / "model"),
@@ -194,11 +213,13 @@ def _loop(
     options: RunOptions,
     progress: Progress,
     marks: Mapping[str, Any],
-) -> Evaluation | None:
-    """Steps, each followed by what is due; at the end an evaluation and a checkpoint of the last step."""
+) -> Mapping[str, Any] | None:
+    """Steps, each followed by what is due; at the end an evaluation and a checkpoint of the last step.
+
+    Returns the last evaluation. The start of a run is measured, too, and is no candidate for the best checkpoint.
+    """
     saved = stop.steps or -1
-    evaluation: Evaluation | None = None
-    evaluated_at = -1
+    last = run.evaluated(stop.steps) if stop.evaluated == stop.steps else None
 
     @contextmanager
     def saving_first() -> Iterator[None]:
@@ -209,17 +230,20 @@ def _loop(
             print(_rescued(run, learner, stop, options, marks, before, saved), file=sys.stderr)
             raise
 
-    def look() -> bool:
-        nonlocal evaluation, evaluated_at
-        with saving_first(), stop.paused():
-            evaluation, evaluated_at = learner.evaluate(stop.steps), stop.steps
+    def look(*, candidate: bool = True) -> bool:
+        nonlocal last
+        with saving_first(), stop.paused(), _random_state_kept():
+            evaluation = learner.evaluate(stop.steps)
         if evaluation is None:
             return False
-        run.record_evaluation(stop.steps, "held-out", evaluation.metrics)
+        last, stop.evaluated = dict(evaluation.metrics), stop.steps
+        run.record_evaluation(stop.steps, HELD_OUT, evaluation.metrics, measure=evaluation.measure)
         run.record_evaluation(stop.steps, "spent", {"seconds": stop.seconds, "trained_tokens": stop.tokens})
-        progress.note(f"{progress.label}: step {stop.steps}: {_in_words(evaluation.metrics)}")
-        return stop.after_evaluation(evaluation.value)
+        progress.note(f"{progress.label}: step {stop.steps}: {in_words(evaluation.metrics)}")
+        return candidate and stop.after_evaluation(evaluation.value, evaluation.loss)
 
+    if not stop.steps and stop.evaluated is None and options.eval_every and stop.reason is None:
+        look(candidate=False)
     while stop.reason is None and not interrupt.requested:
         with saving_first():
             result = learner.step(stop.steps)
@@ -230,10 +254,21 @@ def _loop(
         if best or stop.steps % options.save_every == 0:
             _save(run, learner, stop, options, marks, best=best)
             saved = stop.steps
-    best = look() if evaluated_at != stop.steps and not interrupt.requested else False
-    if best or saved != stop.steps:
+    late = (last is None or stop.evaluated != stop.steps) and not interrupt.requested
+    best = look() if late else False
+    if saved != stop.steps or (late and stop.evaluated == stop.steps):  # what is evaluated, the checkpoint knows
         _save(run, learner, stop, options, marks, best=best)
-    return evaluation
+    return last
+
+
+@contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """What an evaluation draws from the global generators, training does not miss."""
+    state = capture_random_state()
+    try:
+        yield
+    finally:
+        restore_random_state(*state)
 
 
 def exit_code(summary: Mapping[str, Any]) -> int:
@@ -242,7 +277,8 @@ def exit_code(summary: Mapping[str, Any]) -> int:
 
 
 def conclude(options: RunOptions, summary: Mapping[str, Any]) -> int:
-    """The end of a training verb: the summary on standard output where --json asks for it, and the exit code."""
+    """The end of a training verb: what came out, the summary on standard output for --json, and the exit code."""
+    print("\n".join(closing_words(summary)), file=sys.stderr)
     if options.json:
         print(json.dumps(summary))
     return exit_code(summary)
@@ -318,7 +354,7 @@ def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, ma
         )
     run.replace_config(dump(_of_run(options)))
     if found is None:
-        run.rewind(0)
+        run.rewind(0, evaluated=False)
         return
     resolved, tensors, state = found
     stop.load_state_dict(state["stop"])
@@ -327,7 +363,7 @@ def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, ma
     for note in [*notes, *restore_random_state(tensors.get("random", {}), state["random"])]:
         if note:
             print(note, file=sys.stderr)
-    run.rewind(resolved.step)
+    run.rewind(resolved.step, evaluated=stop.evaluated == resolved.step)
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,18 +432,6 @@ def _save(
         keep_last=options.keep_last,
         best=best,
     )
-
-
-def _in_words(metrics: Mapping[str, Any]) -> str:
-    """Held-out numbers in one line, intervals in brackets."""
-    parts = []
-    for name, value in metrics.items():
-        if isinstance(value, Mapping):
-            lost = f", {value['errors']} not judged" if value.get("errors") else ""
-            parts.append(f"{name} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}{lost}")
-        else:
-            parts.append(f"{name} {value:.4g}")
-    return ", ".join(parts)
 
 
 def _headline(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -27,13 +27,14 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft, nll
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
-from upslope.recipes.held_out import tell_task
+from upslope.recipes.held_out import per_token, tell_task
 from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long, within_context
 from upslope.recipes.prompts import held_out_of
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
+from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.schedule import learning_rate
@@ -123,9 +124,10 @@ class SFT:
         metrics: dict[str, Any] = {}
         if self.eval_examples:
             trained = sum(sum(e.mask) for e in self.eval_examples)
-            out = score(self.policy.model, self._batches(self.eval_examples, trained))
+            batches = self._batches(self.eval_examples, trained)
+            out = score(self.policy.model, batches)
             assert out.logp_N is not None
-            metrics |= {"eval_loss": float(-out.logp_N.double().mean()), "eval_rows": len(self.eval_examples)}
+            metrics |= {"eval_loss": per_token(-out.logp_N, batches), "eval_rows": len(self.eval_examples)}
         if self.task is not None and self.options.eval_samples:
             groups = held_out_groups(
                 self.policy, self.task, self.options.eval_samples, self.options.max_completion_length
@@ -133,8 +135,8 @@ class SFT:
             if self.run is not None:
                 self.run.record_rollouts(step, groups, split="eval")
             metrics["accuracy"] = evaluate(groups)
-            return Evaluation(metrics["accuracy"]["value"], metrics)
-        return Evaluation(metrics["eval_loss"], metrics) if metrics else None
+            return Evaluation("accuracy", metrics)
+        return Evaluation("eval_loss", metrics) if metrics else None
 
     def trained_on(self) -> tuple[Any, Iterator[Any]]:
         """The tokenizer and the training rows, for the fingerprint."""
@@ -199,7 +201,9 @@ def demonstrations(tokenizer: Any, task: Task, prompts: list[Prompt], max_length
 
 def encoded(source: str, tokenizer: Any, max_length: int, columns: Sequence[str] = ()) -> Kept[Example]:
     """The training sequences of a file's rows; those that are too long are left out and counted."""
-    found = examples_of(read_records(source, columns=columns), tokenizer, max_length=max_length)
+    with told(f"reading {source}"):
+        records = read_records(source, columns=columns)
+    found = examples_of(counted(records, f"encoding {source}"), tokenizer, max_length=max_length)
     return Kept(source, found.examples, *too_long([length for _, length in found.too_long], max_length))
 
 

@@ -37,6 +37,7 @@ from upslope.recipes.encoder_report import finish, show
 from upslope.recipes.encoder_rows import Rows, account_of
 from upslope.recipes.kept import DataAccount
 from upslope.recipes.session import Evaluation, begin, conclude, train
+from upslope.runs.progress import counted
 
 __all__ = ["Tag", "run", "tag"]
 
@@ -85,15 +86,16 @@ class Tag(EncoderLearner):
     def evaluate(self, step: int) -> Evaluation | None:
         """Entity F1 and token accuracy on dev."""
         metrics, _ = self.measure(self.dev)
-        value = metrics["reward"] if "reward" in metrics else metrics.get("f1", metrics["token_accuracy"]["value"])
-        return Evaluation(value, metrics)
+        measure = next(name for name in ("reward", "f1", "token_accuracy") if name in metrics)
+        return Evaluation(measure, metrics, metrics["eval_loss"])
 
     def measure(
         self, sentences: Sentences, encoder: Encoder | None = None
     ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
         """(headline figures, full reports) of greedy tags."""
         inputs = [x for pieces in sentences for x in pieces]
-        classes = iter(self.predicted(inputs, encoder))
+        found, loss = self.predicted(inputs, encoder)
+        classes = iter(found)
         said = [[c for _ in pieces for c in next(classes)] for pieces in sentences]
         truth = [[t for x in pieces for t in x.targets] for pieces in sentences]
         names = self.encoder.labels
@@ -105,7 +107,7 @@ class Tag(EncoderLearner):
             overall = reports["entities"]["averages"]["micro"]
             metrics |= {name: overall[name] for name in ("f1", "precision", "recall")}
         reports["tokens"] = token_report(true_tags, said_tags, names)
-        metrics["token_accuracy"] = reports["tokens"]["accuracy"]
+        metrics |= {"token_accuracy": reports["tokens"]["accuracy"], "eval_loss": loss}
         if self.options.rewards is not None:
             metrics["reward"] = self.mean_reward((t for row in truth for t in row), (s for row in said for s in row))
         return metrics, reports
@@ -188,7 +190,7 @@ def pieces_of(rows: Sequence[TaggedSentence], tokenizer: Any, labels: Sequence[s
     index = {label: i for i, label in enumerate(labels)}
     room = max_length - tokenizer.num_special_tokens_to_add(pair=False)
     made = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(counted(rows, "encoding", unit="sentence")):
         words = _readable(row.words, tokenizer)
         sizes = _sizes(words, tokenizer)
         pieces, start = [], 0

@@ -2,7 +2,7 @@
 
 config.toml     the resolved configuration; `upslope VERB --config config.toml` runs it again
 env.json        versions, machine, command line of the last launch, and under "earlier" of those before
-metrics.jsonl   one JSON object per line: step, time, metrics
+metrics.jsonl   one JSON object per line: step, time, metrics; an evaluation's metrics are called eval/...
 run.db          SQLite: metrics, rollouts with their token arrays, evaluations (see `Store`)
 checkpoints/    step-N folders, `last` and `best`
 summary.json    the result, written when the run ends
@@ -24,7 +24,7 @@ from upslope.atomic import clean_leftovers, is_temporary, refuse_other_than_file
 from upslope.errors import RunError
 from upslope.runs.encoding import as_number, to_json
 from upslope.runs.environment import describe_environment
-from upslope.runs.lines import MetricLines, read_lines
+from upslope.runs.lines import MetricLines, evaluation_keys, is_evaluation, read_lines
 from upslope.runs.lock import LOCK_NAME, FolderLock, owner_of, writer_of
 from upslope.runs.store import Store
 from upslope.types import RolloutGroup
@@ -33,6 +33,9 @@ from upslope.types import RolloutGroup
 _FILES = {LOCK_NAME, "env.json", "metrics.jsonl", "run.db", "run.db-wal", "run.db-shm", "run.db-journal"}
 _BEFORE_CONFIG = _FILES | {"checkpoints"}
 _NOT_EMPTY = "{}: not empty ({} ...) and not a run; choose another --output-dir or empty it"
+
+HELD_OUT = "held-out"
+"""The evaluation that a run's own held-out measures are stored as."""
 
 
 class Run:
@@ -149,6 +152,11 @@ class Run:
         return self.store.meta("verb") or ""
 
     @property
+    def measure(self) -> str | None:
+        """The held-out metric that the run is judged by; None until it was measured."""
+        return self.store.meta("measure")
+
+    @property
     def config_toml(self) -> str:
         """The text of config.toml."""
         with saving(self.folder / "config.toml", "read"):
@@ -178,9 +186,18 @@ class Run:
         return writer_of(self.folder)
 
     def metric_lines(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl so far."""
+        """The steps' records in metrics.jsonl so far, without those of evaluations."""
         path = self.folder / "metrics.jsonl"
-        return list(read_lines(path)) if path.is_file() else []
+        return [line for line in read_lines(path) if not is_evaluation(line)] if path.is_file() else []
+
+    def evaluated(self, step: int) -> dict[str, Any] | None:
+        """What the held-out evaluation of a step said, as it was given to `record_evaluation`; None: there is none."""
+        found: dict[str, Any] = {}
+        for row in self.store.evaluations(HELD_OUT):
+            if row.step == step:
+                interval = {"value": row.value, "low": row.low, "high": row.high, "n": row.n, **row.details}
+                found[row.metric] = row.value if row.low is None else interval
+        return found or None
 
     def lost_records(self, step: int) -> list[str]:
         """A line for each file that lacks metrics of the steps 1 to `step`, which a checkpoint says were done."""
@@ -233,17 +250,30 @@ class Run:
         _check_step(step)
         self.store.add_rollouts(step, groups, split=split, arrays=arrays, advantages=advantages)
 
-    def record_evaluation(self, step: int, name: str, metrics: Mapping[str, float | Mapping[str, Any]]) -> None:
-        """Stores evaluated numbers: metric -> number, or {"value", "low", "high", "n", further details}."""
-        self._writable()
+    def record_evaluation(
+        self, step: int, name: str, metrics: Mapping[str, float | Mapping[str, Any]], *, measure: str | None = None
+    ) -> None:
+        """Stores evaluated numbers: metric -> number, or {"value", "low", "high", "n", further details}.
+
+        The held-out ones also become a line of metrics.jsonl, an interval as eval/NAME/low and eval/NAME/high; of
+        them the one called `measure` is what the run is judged by.
+        """
+        lines = self._writable()
         _check_step(step)
         self.store.add_evaluation(step, name, metrics)
+        if measure is not None:
+            self.store.set_meta("measure", measure)
+        if name == HELD_OUT:
+            lines.append({"step": step, "time": round(time.time(), 3), **evaluation_keys(metrics)})
 
-    def rewind(self, step: int) -> None:
-        """Forgets everything recorded after `step`, because the run continues from the checkpoint of `step`."""
+    def rewind(self, step: int, *, evaluated: bool = True) -> None:
+        """Forgets everything recorded after `step`, because the run continues from the checkpoint of `step`.
+
+        evaluated: that checkpoint knows of the evaluation at its own step; else that is forgotten, too.
+        """
         lines = self._writable()
-        self.store.rewind(step)
-        lines.keep_until(step)
+        self.store.rewind(step, evaluated=evaluated)
+        lines.keep_until(step, evaluated=evaluated)
 
     def replace_config(self, config_toml: str) -> None:
         """Writes the configuration a continued run now has; the one before stays as config.N.toml."""
@@ -342,7 +372,7 @@ def _next_launch(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]
 
 def _read_json(path: Path) -> dict[str, Any]:
     with saving(path, "read"):
-        text = path.read_text()
+        text = path.read_bytes()
     try:
         value = json.loads(text)
     except ValueError as error:

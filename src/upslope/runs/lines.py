@@ -40,14 +40,17 @@ class MetricLines:
                 os.ftruncate(self._descriptor, size)
                 raise
 
-    def keep_until(self, step: int) -> None:
-        """Drops every line of a later step, atomically; the lines that stay are kept byte for byte."""
+    def keep_until(self, step: int, *, evaluated: bool = True) -> None:
+        """Drops every line of a later step, atomically; the lines that stay are kept byte for byte.
+
+        evaluated: whether the line of an evaluation at `step` itself stays.
+        """
 
         def write(file: IO[bytes]) -> None:
             for number, (line, record) in enumerate(_lines(self.path), start=1):
                 if not isinstance(record.get("step"), int):
                     raise RunError(f"{self.path}:{number}: a metrics line without an integer step; delete that line")
-                if record["step"] <= step:
+                if record["step"] < step + (evaluated or not is_evaluation(record)):
                     file.write(line)
 
         write_atomic(self.path, write)
@@ -68,6 +71,36 @@ class MetricLines:
     def _reopen(self) -> None:
         self.close()
         self._descriptor = open_own(self.path, os.O_WRONLY | os.O_APPEND)
+
+
+def evaluation_keys(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Held-out metrics under their names in a line: eval/reward, and of an interval eval/reward/low, high and n."""
+    named: dict[str, Any] = {}
+    for name, given in metrics.items():
+        key = f"eval/{name.removeprefix('eval_')}"
+        if isinstance(given, Mapping):
+            named[key] = given["value"]
+            named |= {f"{key}/{part}": given[part] for part in ("low", "high", "n") if part in given}
+        else:
+            named[key] = given
+    return named
+
+
+def in_words(metrics: Mapping[str, Any]) -> str:
+    """Evaluated numbers in one line, intervals in brackets."""
+    parts = []
+    for name, value in metrics.items():
+        if isinstance(value, Mapping):
+            lost = f", {value['errors']} not judged" if value.get("errors") else ""
+            parts.append(f"{name} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}{lost}")
+        else:
+            parts.append(f"{name} {value:.4g}")
+    return ", ".join(parts)
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Whether a record of the file is that of an evaluation, not of a step."""
+    return any(name.startswith("eval/") for name in record)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self, TextIO, TypeVar
+
+Item = TypeVar("Item")
+PATIENCE = 2.0
+"""Seconds that what comes before the first step may take without a word."""
 
 
 class Progress:
@@ -28,6 +34,7 @@ class Progress:
         done: units already done when it starts (a resumed run); they do not count for the speed.
         stream: where to write.
         every: seconds between plain lines.
+        after: nothing is shown of a job that takes fewer seconds.
         clock: seconds, for tests.
     """
 
@@ -40,12 +47,13 @@ class Progress:
         done: int = 0,
         stream: TextIO | None = None,
         every: float = 5.0,
+        after: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.label, self.unit, self.done = total, label, unit, done
         self._first = done
         self._stream = sys.stderr if stream is None else stream
-        self._every, self._clock = every, clock
+        self._every, self._after, self._clock = every, after, clock
         self._started = self._last_line = clock()
         self._values: dict[str, Any] = {}
         self._bar: Any = None
@@ -54,8 +62,8 @@ class Progress:
 
     def __enter__(self) -> Self:
         self._started = self._last_line = self._clock()
-        if _is_terminal(self._stream):
-            self._start_bar()
+        if not self._after:
+            self._show()
         return self
 
     def __exit__(
@@ -68,6 +76,12 @@ class Progress:
         self.done += units
         if values:
             self._values = dict(values)
+        if self._after:
+            if self._clock() - self._started < self._after:
+                return
+            self._after = 0.0
+            self._show()
+            self._last_line = -math.inf
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, values=self._shown_values(), pace=self._pace())
         elif self._clock() - self._last_line >= self._every:
@@ -89,7 +103,7 @@ class Progress:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.stop()
             self._bar = None
-        else:
+        elif not self._after:
             self._print()
 
     @property
@@ -99,6 +113,10 @@ class Progress:
         if self.total is None or fresh <= 0:
             return None
         return max(0, self.total - self.done) * (self._clock() - self._started) / fresh
+
+    def _show(self) -> None:
+        if _is_terminal(self._stream):
+            self._start_bar()
 
     def _start_bar(self) -> None:
         from rich.console import Console
@@ -146,6 +164,27 @@ class Progress:
             self._stream.flush()
         except (OSError, ValueError):
             self._every = float("inf")  # The reader has gone; the job goes on.
+
+
+def counted(items: Iterable[Item], label: str, *, unit: str = "row") -> Iterator[Item]:
+    """The items, and how many have been taken, shown where that takes longer than PATIENCE."""
+    total = len(items) if isinstance(items, Sized) else None
+    with Progress(total, label, unit=unit, after=PATIENCE) as progress:
+        for item in items:
+            yield item
+            progress.advance()
+
+
+@contextlib.contextmanager
+def told(text: str) -> Iterator[None]:
+    """Around what cannot be counted: says what it is on standard error where it takes longer than PATIENCE."""
+    timer = threading.Timer(PATIENCE, lambda: print(f"upslope: {text} ...", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def format_seconds(seconds: float) -> str:

@@ -99,11 +99,14 @@ class Store:
         with self._transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
 
-    def rewind(self, step: int) -> None:
-        """Drops everything recorded at a step greater than `step`."""
+    def rewind(self, step: int, *, evaluated: bool = True) -> None:
+        """Drops everything recorded at a step greater than `step`, and unless `evaluated` its own evaluation."""
         with self._transaction() as connection:
             for table in ("metrics", "rollouts", "evaluations"):
                 connection.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
+            if not evaluated:
+                connection.execute("DELETE FROM rollouts WHERE step = ? AND split != 'train'", (step,))
+                connection.execute("DELETE FROM evaluations WHERE step = ?", (step,))
 
     def flush(self) -> None:
         """Makes what was written survive a power cut (a kill it survives anyway)."""

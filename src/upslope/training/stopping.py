@@ -44,7 +44,8 @@ class Budget:
     def reason(self, *, steps: int, tokens: int, seconds: float) -> str | None:
         """What is spent, in words, or None."""
         if self.max_steps is not None and steps >= self.max_steps:
-            return f"max_steps: {steps} of {self.max_steps} steps done"
+            past = f"{steps} steps done, and {self.max_steps} are asked for"
+            return f"max_steps: {past if steps > self.max_steps else f'{steps} of {self.max_steps} steps done'}"
         if self.max_tokens is not None and tokens >= self.max_tokens:
             return f"max_tokens: {tokens} of {self.max_tokens} tokens used"
         if self.max_seconds is not None and seconds >= self.max_seconds:
@@ -75,10 +76,14 @@ class Patience:
         self.mode: Mode = mode
         self.best: float | None = None
         self.reference: float | None = None
+        self.loss: float | None = None
         self.waited = 0
 
-    def update(self, value: float) -> bool:
-        """Takes in one evaluation; True when it is the best so far (the checkpoint to keep as `best`)."""
+    def update(self, value: float, loss: float | None = None) -> bool:
+        """Takes in one evaluation; True when it is the best so far (the checkpoint to keep as `best`).
+
+        loss: of two equal values the one with the lower loss is the better one; against patience it does not count.
+        """
         if not math.isnan(value) and (
             self.reference is None or better(value, self.reference, self.mode, self.min_delta)
         ):
@@ -86,9 +91,12 @@ class Patience:
             self.waited = 0
         else:
             self.waited += 1
-        is_best = not math.isnan(value) and (self.best is None or better(value, self.best, self.mode))
+        lower = loss is not None and (self.loss is None or loss < self.loss)
+        is_best = not math.isnan(value) and (
+            self.best is None or better(value, self.best, self.mode) or (value == self.best and lower)
+        )
         if is_best:
-            self.best = value
+            self.best, self.loss = value, loss
         return is_best
 
     @property
@@ -98,11 +106,12 @@ class Patience:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold (JSON)."""
-        return {"best": self.best, "reference": self.reference, "waited": self.waited}
+        return {"best": self.best, "reference": self.reference, "waited": self.waited, "loss": self.loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
         self.best, self.reference, self.waited = state["best"], state["reference"], state["waited"]
+        self.loss = state.get("loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +135,8 @@ class StopWhen:
             stop.after_step(tokens=batch_tokens)
             if evaluate: is_best = stop.after_evaluation(accuracy)
 
-    Attributes: steps, tokens (so far, over all launches), reason (None while the run goes on).
+    Attributes: steps, tokens (so far, over all launches), reason (None while the run goes on), evaluated (the step of
+    the last evaluation) and best_step (that of the best one).
     """
 
     def __init__(
@@ -143,6 +153,8 @@ class StopWhen:
             raise ConfigError(f"target is a {target.mode} and patience a {self.patience.mode}; they need one mode")
         self.steps = 0
         self.tokens = 0
+        self.evaluated: int | None = None
+        self.best_step: int | None = None
         self._clock = clock
         self._started = clock()
         self._seconds_before = 0.0
@@ -172,9 +184,12 @@ class StopWhen:
         self.steps += 1
         self.tokens += tokens
 
-    def after_evaluation(self, value: float) -> bool:
-        """One evaluation is done; True when it is the best so far."""
-        is_best = self.patience.update(value)
+    def after_evaluation(self, value: float, loss: float | None = None) -> bool:
+        """One evaluation is done; True when it is the best so far (`loss` breaks ties)."""
+        self.evaluated = self.steps
+        is_best = self.patience.update(value, loss)
+        if is_best:
+            self.best_step = self.steps
         if self.target is not None and self.target.reached(value):
             self._by_evaluation = f"target: {value:g} reached {self.target.value:g}"
         elif self.patience.exhausted:
@@ -190,6 +205,8 @@ class StopWhen:
             "tokens": self.tokens,
             "seconds": self.seconds,
             "patience": self.patience.state_dict(),
+            "evaluated": self.evaluated,
+            "best_step": self.best_step,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -197,6 +214,9 @@ class StopWhen:
         self.steps, self.tokens = state["steps"], state["tokens"]
         self._seconds_before, self._started = state["seconds"], self._clock()
         self.patience.load_state_dict(state["patience"])
+        # Of an older version: whatever was evaluated by then is recorded.
+        self.evaluated = state.get("evaluated", self.steps)
+        self.best_step = state.get("best_step")
         self._by_evaluation = None
         best = self.patience.best
         if self.target is not None and best is not None and self.target.reached(best):
@@ -220,7 +240,9 @@ class GracefulInterrupt:
 
     exit_code = 130
 
-    def __init__(self, message: str = "finishing this step, then saving; Ctrl-C again stops at once") -> None:
+    def __init__(
+        self, message: str = "finishing this step, then saving; Ctrl-C again stops at once, without saving"
+    ) -> None:
         self.requested = False
         self._message = message
         self._previous: dict[int, Any] = {}
