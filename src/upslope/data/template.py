@@ -11,9 +11,11 @@ no place for, or cuts, is refused by name (data/lost.py).
 
 from __future__ import annotations
 
+import os
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from upslope.data.lost import check_nothing_cut, check_nothing_lost, check_reply_whole, name_of
 from upslope.data.messages import message_of, tools_of
 from upslope.data.pieces import closing_special
+from upslope.data.sandbox import FAULTS, budget, compiled, line_of
 from upslope.errors import DataError
 from upslope.types import Message
 
@@ -33,6 +36,8 @@ Span = tuple[int, int]
 
 _CLOCK: ContextVar[datetime | None] = ContextVar("the clock of chat templates", default=None)
 _HERE = "the conversation"
+_CONVERSATION_SECONDS = 120.0
+_MARKING = threading.Lock()
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -91,7 +96,10 @@ class ChatTemplate:
         """
         if not messages:
             raise DataError("the conversation has no messages")
-        messages = _in_form(messages)
+        with budget(seconds=_CONVERSATION_SECONDS):
+            return self._render(_in_form(messages), add_generation_prompt)
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
         text, marked = self._raw(messages, add_generation_prompt)
         check_nothing_lost(
             messages, self.tools or [], text, lambda m, tools: self._raw(m, add_generation_prompt, tools)[0]
@@ -220,24 +228,37 @@ class ChatTemplate:
     def _raw(
         self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools | None = None
     ) -> tuple[str, list[Span]]:
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import _compile_jinja_template, render_jinja_template
-
+        """The text and the {% generation %} spans, under the limits of data/sandbox.py. DataError: it refuses."""
+        given = {
+            "documents": None,
+            **self.tokenizer.special_tokens_map,
+            **self.variables,
+            "messages": [_shown(message) for message in messages],
+            "tools": self.tools if tools is None else list(tools) or None,
+            "add_generation_prompt": add_generation_prompt,
+        }
+        blocks: list[str] = []
+        marked: list[Span] = []
+        template = None
         try:
-            if "strftime_now" in self.source:  # a variable cannot be a function: only the compiled template takes one
-                _compile_jinja_template(self.source).globals["strftime_now"] = _strftime_now
-            texts, marked = render_jinja_template(
-                conversations=[[_shown(message) for message in messages]],
-                tools=self.tools if tools is None else list(tools) or None,
-                chat_template=self.source,
-                return_assistant_tokens_mask=self.has_marks,
-                add_generation_prompt=add_generation_prompt,
-                **{**self.tokenizer.special_tokens_map, **self.variables},
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            roles = ", ".join(message.role for message in messages)
-            raise DataError(f"the chat template refuses this conversation ({roles}): {_one_line(error)}") from error
-        return texts[0], [(low, high) for low, high in marked[0]] if self.has_marks else []
+            with budget(sum(len(message.content) for message in messages)), ExitStack() as tracked:
+                template = compiled(self.source)
+                template.globals["strftime_now"] = _strftime_now
+                if self.has_marks:  # the tracker is the template's, which threads share
+                    tracked.enter_context(_MARKING)
+                    tracked.enter_context(template.environment.activate_tracker(blocks, marked))
+                for block in template.root_render_func(template.new_context(given)):
+                    blocks.append(block)
+        except FAULTS as error:
+            raise DataError(self._refusal(messages, error, line_of(error, template))) from error
+        return "".join(blocks), marked
+
+    def _refusal(self, messages: Sequence[Message], error: Exception, line: int | None) -> str:
+        path = os.path.join(self.tokenizer.name_or_path or "", "chat_template.jinja")
+        places = [path] * os.path.isfile(path) + [f"line {line}"] * (line is not None)
+        where = f" ({', '.join(places)})" if places else ""
+        roles = ", ".join(message.role for message in messages[:8]) + ", …" * (len(messages) > 8)
+        return f"the chat template{where} refuses this conversation ({roles}): {_one_line(error)[:300]}"
 
 
 def _strftime_now(format: str) -> str:
@@ -258,4 +279,5 @@ def _shown(message: Message) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = error.msg if isinstance(error, SyntaxError) else str(error)
+    return " ".join(said.split()) or type(error).__name__
