@@ -60,8 +60,10 @@ class DistillOptions(RunOptions):
         if (self.data is None) == (self.task is None):
             raise ConfigError("give exactly one of data and task")
         column_names(self.columns)
-        if (self.eval_data is not None or self.columns) and self.data is None:
-            raise ConfigError("eval_data and columns go with data; a task has held-out problems of its own")
+        if self.eval_data is not None and self.data is None:
+            raise ConfigError("eval_data goes with data; a task has held-out problems of its own")
+        if self.columns and self.data is None:
+            raise ConfigError("columns is about the rows of data: leave it out with task")
         if not 0 < self.jsd_weight < 1:
             raise ConfigError(f"jsd_weight is {self.jsd_weight}; it must lie between 0 and 1, both excluded")
         if self.jsd_weight != 0.5 and self.divergence != "jsd":
