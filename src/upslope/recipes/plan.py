@@ -38,7 +38,7 @@ CLASSES: dict[str, type[RunOptions]] = {
     "classify": ClassifyOptions,
     "tag": TagOptions,
 }
-"""The options class of every training verb; configs/VERB_*.toml and `upslope explain --verb VERB` go by it."""
+"""The options class of every training verb; configs/VERB_*.toml and `upslope explain VERB` go by it."""
 
 
 @dataclass(frozen=True, slots=True)
