@@ -23,7 +23,7 @@ from upslope.backends.hardware import choose_dtype
 from upslope.build import device_of_machine
 from upslope.config import dump
 from upslope.data.template import clock_at
-from upslope.errors import ConfigError, UpslopeError
+from upslope.errors import ConfigError, RunError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
 from upslope.recipes.kept import DataAccount
@@ -124,8 +124,9 @@ def begin(options: RunOptions) -> Iterator[Begun]:
     found = checkpoint.peek(Path(options.output_dir or "") / "checkpoints") if options.resume else None
     if found is not None:
         path, state = found
-        clock = datetime.fromisoformat(state["clock"]) if "clock" in state else clock
-        known = {name: digest for name, digest in state.get("fingerprint", {}).items() if name in files}
+        with _state_errors(path.parent):
+            clock = datetime.fromisoformat(state["clock"]) if "clock" in state else clock
+            known = {name: digest for name, digest in state.get("fingerprint", {}).items() if name in files}
         if not options.allow_changed_data:
             fingerprint.refuse(fingerprint.changed(known, {name: files[name] for name in known}), path)
     with clock_at(clock):
@@ -297,18 +298,36 @@ def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, ma
         state["learner"], said = fingerprint.accepted(state, learner.state(), found.path, options, run.config, marks)
         notes.extend(said)
 
-    found = checkpoint.resume(run.checkpoints, keep_last=options.keep_last, accept=accept)
+    with _state_errors(run.checkpoints):
+        found = checkpoint.resume(run.checkpoints, keep_last=options.keep_last, accept=accept)
     run.replace_config(dump(_of_run(options)))
     if found is None:
         run.rewind(0)
         return
     resolved, tensors, state = found
-    stop.load_state_dict(state["stop"])
-    learner.load(resolved.path / "model", tensors, state["learner"])
-    for note in [*notes, resolved.note, *restore_random_state(tensors.get("random", {}), state["random"])]:
+    with _state_errors(run.checkpoints):
+        stop.load_state_dict(state["stop"])
+        learner.load(resolved.path / "model", tensors, state["learner"])
+        notes += [resolved.note, *restore_random_state(tensors.get("random", {}), state["random"])]
+    for note in notes:
         if note:
             print(note, file=sys.stderr)
     run.rewind(resolved.step)
+
+
+@contextmanager
+def _state_errors(checkpoints: Path) -> Iterator[None]:
+    """Turns what a state that this program did not write does to those who take it up into one line."""
+    try:
+        yield
+    except UpslopeError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RunError(
+            f"{checkpoints}: the checkpoint's state.json or its tensors are not as this version of upslope writes "
+            f"them ({what}); use the version named in the run's env.json, or start the run again"
+        ) from error
 
 
 def _save(
