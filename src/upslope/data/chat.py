@@ -61,7 +61,9 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
     try:
         tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         tokenizer("a")  # what is wrong with its settings shows here
-    except Exception as error:  # the Rust reader raises bare Exception; whatever it says is passed on
+    except BaseException as error:  # the Rust reader raises bare Exception, and its panics are not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json")
