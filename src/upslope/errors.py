@@ -6,11 +6,18 @@ The command line prints the message and exits with the class's `exit_code`.
 
 from __future__ import annotations
 
+MESSAGE = 1200
+
 
 class UpslopeError(Exception):
     """Base of every error raised on purpose by this project."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        """One line, its middle left out beyond MESSAGE characters: messages quote names and values of files."""
+        text = " ".join(super().__str__().splitlines())
+        return text if len(text) <= MESSAGE else f"{text[: MESSAGE * 2 // 3]} ... {text[-MESSAGE // 3 :]}"
 
 
 class ConfigError(UpslopeError, ValueError):

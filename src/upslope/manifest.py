@@ -133,7 +133,7 @@ def read_manifest(path: Path) -> Checkpoint:
         content = json.loads(manifest.read_text())
         form, step, serial, best, files = (content[key] for key in ("format", "step", "serial", "best", "files"))
         whole = all(facts.keys() >= {"bytes", "sha256"} for facts in files.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path}: {_MANIFEST} is damaged") from error
     except OSError as error:
         raise disk_error(error, manifest, "read") from error

@@ -267,7 +267,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "no such file"),
     "cut short": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-9]), "damaged or cut short"),
     "no json": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
-    "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "peft_type is 'list'"),
+    "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "holds no JSON object"),
 }
 
 

@@ -242,7 +242,7 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     save_model(model_of(), tmp_path / "m")
     path = tmp_path / "m/config.json"
     good = json.loads(path.read_text())
-    for change, said in (({"hidden_size": 0}, "hidden_size is 0"), ({"num_hidden_layers": 3}, "weight_ih_l2")):
+    for change, said in (({"hidden_size": 0}, "hidden_size = 0"), ({"num_hidden_layers": 3}, "weight_ih_l2")):
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(ModelError, match=said) as caught:
             load_model(tmp_path / "m")

@@ -6,7 +6,6 @@ tokens (`encode_conversation` of the whole): both tokenise the template's text i
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, is_pair_folder, pai
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate, Tools
 from upslope.errors import DataError, ModelError
+from upslope.json_file import read_object
 from upslope.types import Example, Message, Prompt
 
 if TYPE_CHECKING:
@@ -60,7 +60,10 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
     kind = PreTrainedTokenizerFast if pair or _is_ours(path) else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the Rust reader raises bare Exception; whatever it says is passed on
+        tokenizer("a")  # what is wrong with its settings shows here
+    except BaseException as error:  # the Rust reader raises bare Exception, and its panics are not even that
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ModelError(f"{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json")
@@ -78,11 +81,8 @@ def token_count(tokenizer: Any) -> int:
 
 def _is_ours(path: Path) -> bool:
     """Whether config.json names an architecture that transformers does not have, so that it has no tokenizer for it."""
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and str(config.get("model_type", "")).startswith("upslope_")
+    config = path / "config.json"
+    return config.is_file() and str(read_object(config, ModelError).get("model_type")).startswith("upslope_")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Tools = ()) -> list[int]:

@@ -30,6 +30,7 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 
 from upslope.atomic import fsync_folder, fsync_tree
+from upslope.data.readers import LARGEST_ROW
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.manifest import damaged_file
 
@@ -42,6 +43,7 @@ KINDS = (".txt", ".jsonl")
 FILES = ("tokens.bin", "marks.bin")
 _VERSION = 1  # raised when the same files would give another row
 _CHUNK = 1 << 18  # characters encoded at a time
+_LARGEST_ROW = 1 << 27  # bytes of a row of a .jsonl file
 _LONGEST = 1 << 20  # bytes of a .txt line read at a time; what is longer is encoded in such parts
 
 
@@ -80,17 +82,21 @@ def _documents(path: Path) -> Iterator[Iterator[str]]:
     if path.suffix.lower() == ".txt":
         yield _text_lines(path)
         return
-    for number, line in enumerate(_lines(path, -1), 1):
+    for number, line in enumerate(_lines(path, _LARGEST_ROW + 1), 1):
+        if len(line) > _LARGEST_ROW:
+            raise DataError(f"{path}:{number}: a row of more than {_LARGEST_ROW:,} characters; split the document")
         if line.strip():
-            yield _split(_text_column(line, f"{path}:{number}"))
+            yield _split(_text_column(line, f"{path}:{number}"), f"{path}:{number}")
 
 
-def _split(text: str) -> Iterator[str]:
+def _split(text: str, where: str) -> Iterator[str]:
     """Lines with their breaks; only a line feed breaks one (JSON texts may hold other separators)."""
     start = 0
     text = text.replace("\r\n", "\n")
     while start < len(text):
         end = text.find("\n", start) + 1 or len(text)
+        if end - start > LARGEST_ROW:
+            raise DataError(f"{where}: a line of {end - start:,} characters in its text, at most {LARGEST_ROW:,}")
         yield text[start:end]
         start = end
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from upslope.data.pieces import closing_special, encode_pieces
 from upslope.data.template import ChatTemplate
 from upslope.errors import DataError, ModelError
+from upslope.json_file import read_object
 from upslope.types import Message
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def write_ends(folder: Path, ends: Sequence[int]) -> None:
     Where there is no such file it also gets what transformers would have taken from config.json.
     """
     path = folder / _GENERATION
-    config = _object(path) if path.is_file() else _object(folder / _CONFIG)
+    config = read_object(path if path.is_file() else folder / _CONFIG, ModelError)
     if set(_ids(config, path)) == set(ends):
         return
     if not path.is_file():
@@ -116,7 +117,7 @@ def _named(folder: Path) -> tuple[str, list[int]]:
     """What the first of the two files says that says anything, and its name; a text model's part of config.json too."""
     for name in (_GENERATION, _CONFIG):
         path = folder / name
-        if path.is_file() and (ids := _ids(_object(path), path)):
+        if path.is_file() and (ids := _ids(read_object(path, ModelError), path)):
             return f"{path}: eos_token_id", ids
     return "", []
 
@@ -130,13 +131,3 @@ def _ids(config: dict[str, Any], path: Path) -> list[int]:
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
         raise ModelError(f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them")
     return ids
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}); get the file again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds no JSON object; get the file again")
-    return value

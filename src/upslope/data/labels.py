@@ -285,7 +285,7 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise DataError(f"{path}: label {label!r} does not occur in the training data{hint}")
         for said, value in row.items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
                 raise DataError(f"{path}: the reward of {said!r} where {right!r} is right is {value!r}, not a number")
             rewards[index[right]][index[said]] = float(value)
     return rewards
@@ -313,7 +313,7 @@ def _number(row: Mapping[str, Any], column: str, where: str) -> str:
     value = _value(row, column, "label_column", where)
     try:
         number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not abs(number) < float("inf"):
         raise DataError(f"{where}: {column} is {value!r:.60}; squared_error needs a finite number in every row")

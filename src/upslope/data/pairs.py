@@ -7,7 +7,6 @@ of completions asks of a tokenizer (EOS, padding, decode) is the target's.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from upslope.data.pieces import encode_pieces
 from upslope.errors import DataError, ModelError
+from upslope.json_file import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -127,14 +127,14 @@ class PairTokenizer:
 def is_pair_folder(folder: Path) -> bool:
     """True where config.json says that the model is an encoder-decoder."""
     path = folder / "config.json"
-    return path.is_file() and bool(_config(path).get("is_encoder_decoder"))
+    return path.is_file() and bool(read_object(path, ModelError).get("is_encoder_decoder"))
 
 
 def pair_tokenizer(
     folder: Path, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase | None
 ) -> PairTokenizer:
     """The pair of an encoder-decoder's folder. Raises ModelError, naming the folder, where its parts do not fit."""
-    config = _config(folder / "config.json")
+    config = read_object(folder / "config.json", ModelError)
     start, separate = config.get("decoder_start_token_id"), config.get("share_encoder_decoder_embeddings") is False
     if not isinstance(start, int):
         raise ModelError(f"{folder}: config.json has no decoder_start_token_id; get the folder again")
@@ -156,13 +156,3 @@ def pair_tokenizer(
         if isinstance(most, int) and size > most:
             raise ModelError(f"{folder}: the {side} tokenizer has {size} tokens but the model embeds only {most}")
     return pair
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}); get the file again") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{path}: holds no JSON object; get the file again")
-    return config

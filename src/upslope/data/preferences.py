@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from upslope.data.chat import TooLongError, encode_completion
 from upslope.data.kinds import Content, Record
+from upslope.data.messages import text_of
 from upslope.errors import DataError
 from upslope.types import Example
 
@@ -277,7 +278,7 @@ def _margin(record: Record) -> float | None:
 def _as_number(value: Any) -> float | None:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 
@@ -287,7 +288,7 @@ def _list(record: Record, key: str) -> list[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
         try:
             value = json.loads(value)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{record.where}: {key!r} is not valid JSON: {error}") from error
     if not isinstance(value, (list, tuple)) or not value:
         what = "is missing" if value is None else f"must be a list with an entry per step, is {value!r:.40}"
@@ -304,6 +305,7 @@ def _steps(record: Record) -> list[str]:
             raise DataError(
                 f"{record.where}: 'steps[{i}]' holds a newline, which ends a step; split it or join its lines"
             )
+        text_of(step, f"steps[{i}]", record.where)
     return steps
 
 

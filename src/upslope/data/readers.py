@@ -10,15 +10,20 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
 
 Row = tuple[str, Mapping[str, Any]]
 
-_LARGEST_CSV_FIELD = 2**31 - 1
+LARGEST_ROW = 1 << 23  # bytes: no sequence that is trained on has so many, and its tokens take a hundred times as much
+_ROW_COST = 500  # bytes that a row takes beyond its values
+_UNPACKED = 1 << 29  # bytes up to which a packed file may grow, however small it is
+_GROWTH = 100
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
@@ -67,14 +72,9 @@ def near_file(path: Path) -> str:
 
 def text_of(path: Path) -> str:
     """The file's text without a byte-order mark. DataError when unreadable, empty, corrupt or not UTF-8."""
-    try:
-        raw = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            raw = gzip.decompress(raw)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: the gzip file is damaged or cut off ({error}); fetch or pack it again") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    with _reading(path) as file:
+        raw = file.read() if not _packed(path) else file.read(max(_UNPACKED, _GROWTH * path.stat().st_size) + 1)
+        _check_growth(path, len(raw))
     if not raw.strip():
         raise DataError(f"{path}: the file is empty")
     try:
@@ -82,6 +82,66 @@ def text_of(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
+
+
+def _packed(path: Path) -> bool:
+    return path.name.lower().endswith((".gz", ".parquet"))
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, unpacked. DataError for what cannot be read."""
+    try:
+        with path.open("rb") as raw:
+            yield gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: the gzip file is damaged or cut off ({error}); fetch or pack it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def _check_growth(path: Path, held: int) -> None:
+    """DataError for a packed file whose rows take a hundred times its own bytes, and half a gigabyte."""
+    if held > _UNPACKED and _packed(path) and held > _GROWTH * (size := path.stat().st_size):
+        raise DataError(
+            f"{path}: its {size:,} bytes unpack to rows of more than {held:,} bytes, over {_GROWTH} times as many; "
+            "unpack it yourself if that is meant"
+        )
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """(number, line) of those that are not blank, read one by one. DataError as `text_of`, and for a line too long."""
+    number, held, empty = 0, 0, True
+    with _reading(path) as file:
+        while raw := file.readline(LARGEST_ROW + 1):
+            number += 1
+            held += len(raw) + _ROW_COST
+            if len(raw) > LARGEST_ROW:
+                raise DataError(f"{path}:{number}: a line of more than {LARGEST_ROW:,} bytes; split the record")
+            _check_growth(path, held)
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
+            except UnicodeDecodeError as error:
+                byte = f"byte 0x{raw[error.start]:02x}"
+                raise DataError(f"{path}:{number}: not UTF-8 ({byte}); save the file as UTF-8") from error
+            if line.strip():
+                empty = False
+                yield number, line
+    if empty:
+        raise DataError(f"{path}: the file is empty")
+
+
+def _check_row(row: Any, where: str) -> None:
+    """DataError for a row whose texts are too long to be one sequence."""
+    size, rest = 0, [row]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, str | bytes):
+            size += len(value)
+        elif isinstance(value, list | Mapping):
+            rest += value.values() if isinstance(value, Mapping) else value
+    if size > LARGEST_ROW:
+        raise DataError(f"{where}: {size:,} characters in one row, at most {LARGEST_ROW:,}; split the record")
 
 
 def json_of(text: str, where: str, hint: str = "") -> Any:
@@ -100,13 +160,9 @@ def json_of(text: str, where: str, hint: str = "") -> Any:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    lines = text_of(path).split("\n")  # not splitlines(): U+2028 may stand inside a JSON string
-    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for (number, line), after in pairwise(chain(_lines(path), [None])):  # type: ignore[misc]
         where = f"{path}:{number}"
-        cut = number == last and number > 1
+        cut = after is None and number > 1
         row = json_of(line, where, " (the last line: was the file cut off?)" if cut else "")
         yield where, _object(row, where, "each line must be one JSON object")
 
@@ -118,11 +174,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: must be a list of objects, is {_kind(rows)}")
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
+        if len(text) > LARGEST_ROW:
+            _check_row(row, where)
         yield where, _object(row, where, "each entry of the list must be an object")
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(_LARGEST_CSV_FIELD)
+    csv.field_size_limit(LARGEST_ROW)
     reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
     try:
         header = next(reader)
@@ -141,20 +199,24 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _txt_rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(text_of(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", {"text": line.rstrip("\r")}
+    for number, line in _lines(path):
+        yield f"{path}:{number}", {"text": line.rstrip("\r")}
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     pyarrow = require("data", "pyarrow")
     parquet = require("data", "pyarrow.parquet")
-    number = 0
+    number = held = 0
     try:
         with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
+            _check_growth(path, _ROW_COST * file.metadata.num_rows)
+            for batch in file.iter_batches(batch_size=1024):
+                held += batch.nbytes + _ROW_COST * batch.num_rows
+                _check_growth(path, held)
                 for row in batch.to_pylist():
                     number += 1
+                    if batch.nbytes > LARGEST_ROW:
+                        _check_row(row, f"{path}: row {number}")
                     yield f"{path}: row {number}", _as_given(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error

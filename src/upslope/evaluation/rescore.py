@@ -93,7 +93,7 @@ def _hypothesis(where: str, entry: Any) -> Hypothesis:
         raise DataError(f"{where} must be an object with 'text' and, if there is one, 'score'")
     score = entry.get("score") if isinstance(entry, Mapping) else None
     if score is not None and (
-        isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score)
+        isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < math.inf
     ):
         raise DataError(f"{where}: 'score' must be a finite number, is {score!r}")
     return Hypothesis(text, None if score is None else float(score))

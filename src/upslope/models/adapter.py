@@ -17,14 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upslope.errors import ModelError
 from upslope.models.architecture import intermediate_size, logit_scale, max_positions, refusal
 from upslope.models.attention import PackedContext
+from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, one_line, transformers_config
 from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
-from upslope.models.weights import check_finite
+from upslope.models.weights import check_finite, read_shapes
 
 __all__ = ["TransformersModel"]
 
@@ -99,10 +100,15 @@ class TransformersModel(CausalModel):
         config = _quiet_config(folder)
         kind = (config.architectures or [config.model_type])[0]
         try:
+            if reason := refusal(config):
+                raise ModelError(f"it {reason}")
+            shapes = read_shapes(folder)
+            check_sizes(config.to_dict(), shapes, "config.json")
             with torch.device("meta"):
-                skeleton = None if refusal(config) else AutoModelForCausalLM.from_config(config)
+                skeleton = AutoModelForCausalLM.from_config(config)
             if reason := refusal(config, skeleton):
                 raise ModelError(f"it {reason}")
+            check_sizes({}, shapes, "config.json", elements=sum(p.numel() for p in skeleton.parameters()))
             network, report = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 config=config,
@@ -114,8 +120,8 @@ class TransformersModel(CausalModel):
             )
         except ModelError as error:
             raise ModelError(f"{folder}: {kind} cannot run here: {error}") from error
-        except (ValueError, OSError, RuntimeError, KeyError) as error:
-            raise ModelError(f"{folder}: {kind} cannot be loaded ({_line(error)})") from error
+        except LIBRARY_ERRORS as error:
+            raise ModelError(f"{folder}: {kind} cannot be loaded ({one_line(error)})") from error
         _check_report(report, folder)
         for name, parameter in network.named_parameters():
             check_finite(name, parameter.detach(), where=folder)
@@ -124,8 +130,8 @@ class TransformersModel(CausalModel):
             model.check_against_eager()
         except ModelError as error:
             raise ModelError(f"{folder}: {kind} cannot run here: {error}") from error
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError) as error:
-            raise ModelError(f"{folder}: {kind} cannot run here: its forward pass fails ({_line(error)})") from error
+        except LIBRARY_ERRORS as error:
+            raise ModelError(f"{folder}: {kind} cannot run here: its forward pass fails ({one_line(error)})") from error
         return model
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
@@ -271,17 +277,14 @@ def _enable_checkpointing(network: PreTrainedModel) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise ModelError(
-            f"it cannot recompute activations ({_line(error)}); set gradient_checkpointing to false"
+            f"it cannot recompute activations ({one_line(error)}); set gradient_checkpointing to false"
         ) from error
     network.disable_input_require_grads()  # only reentrant checkpoints need them
 
 
 def _quiet_config(folder: Path | str) -> PreTrainedConfig:
     """The folder's configuration with dropout and router noise at 0."""
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}: config.json is not one transformers can run ({_line(error)})") from error
+    config = transformers_config(folder)
     for key, value in config.to_dict().items():
         if isinstance(value, float) and any(word in key for word in _DROPPED):
             setattr(config, key, 0.0)
@@ -303,8 +306,3 @@ def _check_report(report: Mapping[str, Any], folder: Path | str) -> None:
             parts.append(f"{len(names)} {kind} ({', '.join(names[:4])}{more})")
     if parts:
         raise ModelError(f"{folder}: weights do not fit config.json: {'; '.join(parts)}; get the folder again")
-
-
-def _line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

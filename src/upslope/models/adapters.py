@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.errors import ModelError
+from upslope.json_file import read_object
 from upslope.models.intact import check_intact
 from upslope.models.loading import load_model, save_model
 from upslope.models.run_folders import run_of
@@ -42,12 +43,11 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 def adapter_config(folder: Path | str) -> dict[str, Any]:
     """adapter_config.json of a PEFT folder. Raises ModelError for what is no LoRA, or cannot be merged here."""
     path = Path(folder) / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}); get the folder again") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+    config = read_object(path, ModelError)
+    for key in ("rank_pattern", "alpha_pattern"):
+        _check_patterns(config.get(key), f"{path}: {key}")
+    if config.get("peft_type") != "LORA":
+        kind = config.get("peft_type")
         raise ModelError(f"{path}: peft_type is {kind!r}, only LORA can be merged here; merge it with peft")
     used = [key for key in _OTHER_FORMULAS if config.get(key)]
     if (start := config.get("init_lora_weights")) not in _PLAIN_STARTS:
@@ -55,6 +55,19 @@ def adapter_config(folder: Path | str) -> dict[str, Any]:
     if used:
         raise ModelError(f"{path}: {', '.join(used)} cannot be merged here; merge it with peft (merge_and_unload)")
     return config
+
+
+def _check_patterns(patterns: Any, where: str) -> None:
+    """An object of regular expressions (or names of layers) to numbers."""
+    if patterns is None:
+        return
+    if not isinstance(patterns, dict):
+        raise ModelError(f"{where} = {patterns!r:.60}; it must be an object of layers' names to numbers")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ModelError(f"{where}: {pattern!r:.60} is no regular expression ({error})") from error
 
 
 def base_source(folder: Path | str) -> str:
@@ -146,7 +159,7 @@ def _pair(stored: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -
     if down.ndim != 2 or up.ndim != 2 or not isinstance(rank, int) or (down.shape[0], up.shape[1]) != (rank, rank):
         shapes = f"lora_A {list(down.shape)} and lora_B {list(up.shape)}"
         raise ModelError(f"{layer}: {shapes} are not [r, in] and [out, r] with r = {rank} of {ADAPTER_CONFIG}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not abs(alpha) < 1e30:
         raise ModelError(f"{layer}: lora_alpha is {alpha!r} in {ADAPTER_CONFIG}; it must be a number")
     return up, down, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

@@ -16,21 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from upslope.errors import ModelError
+from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, one_line, transformers_config
 from upslope.models.encoder_config import (
     OFFSET_POSITIONS,
     SIZES,
     Kind,
     auto_class,
     check_kind,
-    config_of,
     has_head,
     longest_input,
-    one_line,
     switch_off_dropout,
     with_labels,
 )
@@ -43,6 +41,7 @@ from upslope.models.weights import (
     copy_companions,
     new_folder,
     read_config,
+    read_shapes,
     write_json,
 )
 
@@ -213,7 +212,7 @@ def load_encoder(
     path = Path(folder)
     check_intact(path)
     raw = read_config(path)
-    config = config_of(path)
+    config = transformers_config(path)
     check_kind(config, kind, str(path))
     named = has_head(raw, config, kind)
     stored = tuple(config.id2label[i] for i in range(len(config.id2label))) if named else ()
@@ -281,7 +280,7 @@ def new_encoder(
         raise ModelError(f"a new encoder to {kind} needs labels")
     try:
         config = AutoConfig.for_model(model_type, **sizes)
-    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+    except LIBRARY_ERRORS as error:
         raise ModelError(f"model type {model_type!r}: {one_line(error)}") from error
     check_kind(config, kind, model_type)
     dropout = switch_off_dropout(config, config.to_dict())
@@ -299,7 +298,12 @@ def _outside_trunk(network: PreTrainedModel, name: str) -> bool:
 
 
 def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedModel, list[str]]:
+    shapes = read_shapes(path)
+    check_sizes(config.to_dict(), shapes, path / "config.json")
     try:
+        with torch.device("meta"):
+            skeleton = auto_class(kind).from_config(config)
+        check_sizes({}, shapes, path / "config.json", elements=sum(p.numel() for p in skeleton.parameters()))
         network, report = auto_class(kind).from_pretrained(
             str(path),
             config=config,
@@ -308,7 +312,9 @@ def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedM
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except (ValueError, OSError, RuntimeError, KeyError) as error:
+    except ModelError:
+        raise
+    except LIBRARY_ERRORS as error:
         raise ModelError(f"{path}: cannot be loaded as an encoder ({one_line(error)})") from error
     wrong = sorted(str(key) for key in report.get("mismatched_keys") or ())
     if wrong:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import transformers
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.models.auto import modeling_auto
 
 from upslope.errors import ModelError
@@ -29,13 +28,6 @@ SIZES = {
 
 def auto_class(kind: Kind) -> Any:
     return getattr(transformers, AUTO[kind][0])
-
-
-def config_of(path: Path) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(str(path), trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{path}: config.json is not one transformers can run ({one_line(error)})") from error
 
 
 def check_kind(config: PretrainedConfig, kind: Kind, where: str) -> None:
@@ -80,7 +72,3 @@ def longest_input(config: PretrainedConfig) -> int | None:
     if longest is None or longest <= 0 or config.model_type == "xlnet":
         return None
     return longest - config.pad_token_id - 1 if config.model_type in OFFSET_POSITIONS else longest
-
-
-def one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

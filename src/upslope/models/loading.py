@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from upslope.errors import ModelError
+from upslope.models.config_table import check_config, check_sizes, transformers_config
 from upslope.models.decoder import MODEL_TYPES, Decoder, DecoderConfig, rope_frequencies
 from upslope.models.intact import check_intact
 from upslope.models.kinds import SCORE, check_writes
@@ -60,11 +61,13 @@ def load_model(
     what is missing, misshapen, damaged or unsupported, or which verb takes a model that writes no text.
     """
     check_intact(folder)
+    raw = read_config(folder)
+    check_config(raw, Path(folder) / "config.json")
     if not trunk:
         check_writes(folder)
-    if read_config(folder).get("model_type") == LSTM_TYPE:
-        return _filled(LSTM, LSTMConfig.from_hf(read_config(folder)), folder, dtype, gradient_checkpointing)
-    if is_seq2seq(read_config(folder)):
+    if raw.get("model_type") == LSTM_TYPE:
+        return _filled(LSTM, LSTMConfig.from_hf(raw), folder, dtype, gradient_checkpointing)
+    if is_seq2seq(raw):
         return load_seq2seq(folder, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
     config = decoder_config(folder)
     if config is None:
@@ -79,6 +82,7 @@ def load_model(
 def _filled(network: type[Any], config: Any, folder: Path | str, dtype: torch.dtype, checkpointing: bool) -> Any:
     """The network of a configuration with the folder's weights, every one of which must be there and fit."""
     found = {n: shape for n, shape in read_shapes(folder).items() if not n.endswith(_IGNORED_ENDINGS)}
+    check_sizes(vars(config), found, Path(folder) / "config.json")
     if found.pop(SCORE, None) and _HEAD not in found:
         config = replace(config, tie_word_embeddings=True)
     with torch.device("meta"):
@@ -104,14 +108,9 @@ def decoder_config(folder: Path | str) -> DecoderConfig | None:
         raise ModelError(f"{folder}: holds quantised weights; training needs the unquantised model")
     if raw.get("model_type") not in MODEL_TYPES:
         return None
-    from transformers import AutoConfig
-
     from upslope.models.architecture import sliding_window
 
-    try:
-        full = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder}: config.json is not one transformers can run ({error})") from error
+    full = transformers_config(folder)
     if sliding_window(full) is not None:
         return None
     values: dict[str, Any] = full.to_dict()

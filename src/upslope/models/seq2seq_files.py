@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from upslope.errors import ModelError
+from upslope.models.config_table import check_sizes, transformers_config
 from upslope.models.seq2seq import Seq2Seq
 from upslope.models.seq2seq_config import SEQ2SEQ_TYPES, Seq2SeqConfig
 from upslope.models.seq2seq_layers import sinusoids
@@ -32,16 +33,10 @@ def is_seq2seq(raw: Mapping[str, Any]) -> bool:
 
 def seq2seq_config(folder: Path | str) -> Seq2SeqConfig:
     """The folder's configuration; keys that config.json leaves out get transformers' defaults for the architecture."""
-    from transformers import AutoConfig
-
     raw = read_config(folder)
     if raw.get("quantization_config"):
         raise ModelError(f"{folder}: holds quantised weights; training needs the unquantised model")
-    try:
-        full = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict()
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"{folder}: config.json is not one transformers can run ({reason})") from error
+    full = transformers_config(folder).to_dict()
     defaults = {key: value for key, value in full.items() if value is not None}
     config = Seq2SeqConfig.from_hf({**defaults, **{k: v for k, v in raw.items() if v is not None or k not in defaults}})
     extra = {key: value for key, value in config.extra.items() if key in raw}
@@ -56,6 +51,7 @@ def load_seq2seq(folder: Path | str, *, dtype: torch.dtype, gradient_checkpointi
     """
     config = seq2seq_config(folder)
     found = read_shapes(folder)
+    check_sizes(vars(config), found, Path(folder) / "config.json")
     with torch.device("meta"):
         model = Seq2Seq(config, gradient_checkpointing=gradient_checkpointing)
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}

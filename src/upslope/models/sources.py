@@ -91,6 +91,10 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
     RunError where the cache cannot be written.
     """
     text = str(source)
+    if len(text) > 2000 or "\0" in text:
+        raise ModelError(
+            f"{text[:60]!r}...: no such folder; give a model folder, a .gguf file, a hub id or {_aliases()}"
+        )
     path = Path(text).expanduser()
     if text in ALIASES and not path.is_dir():
         return _from_alias(text, ALIASES[text])

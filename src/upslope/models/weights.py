@@ -22,6 +22,7 @@ from torch import Tensor
 
 from upslope.atomic import fsync_folder, fsync_tree
 from upslope.errors import ModelError, RunError
+from upslope.json_file import read_object
 
 __all__ = [
     "check_finite",
@@ -71,7 +72,7 @@ def read_config(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder}: no config.json, so this is not a model folder in the Hugging Face layout")
-    return _read_json(path)
+    return read_object(path, ModelError)
 
 
 def read_shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
@@ -284,8 +285,8 @@ def copy_companions(source: Path, target: Path) -> None:
 def _by_file(folder: Path) -> dict[Path, set[str] | None]:
     """The folder's weight files, each with the tensors its index assigns to it (None: all it holds)."""
     if (folder / INDEX).is_file():
-        where = _read_json(folder / INDEX).get("weight_map")
-        if not isinstance(where, dict) or not all(Path(str(file)).name == file for file in where.values()):
+        where = read_object(folder / INDEX, ModelError).get("weight_map")
+        if not isinstance(where, dict) or not where or not all(map(_plain_name, where.values())):
             raise ModelError(f"{folder / INDEX}: no usable weight_map; get the folder again")
         files: dict[Path, set[str] | None] = {folder / file: set() for file in sorted(set(where.values()))}
         for name, file in where.items():
@@ -322,14 +323,9 @@ def _listed(kind: str, items: Sequence[str], shown: int = 4) -> str:
     return f"{len(items)} {kind} ({', '.join(items[:shown])}{more})"
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON ({error}); get the file again") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds no JSON object; get the file again")
-    return value
+def _plain_name(file: object) -> bool:
+    """Whether it can be the name of a file in the same folder."""
+    return isinstance(file, str) and file.isprintable() and len(file) < 256 and Path(file).name == file
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -155,6 +155,10 @@ def groups_of_run(folder: str, *, vocabulary: int, tokenizer: Any) -> tuple[list
             if row.reward is None:
                 continue
             arrays = run.store.rollout(row.id).arrays
+            if absent := sorted(
+                {"prompt_tokens", "tokens", "mask", "sampling_logprobs", "policy_logprobs"} - set(arrays)
+            ):
+                raise DataError(f"{folder}, rollout {row.id}: has no {absent[0]}; the run's run.db is damaged")
             rollout = _rollout(row, arrays)
             _check_tokens(f"{folder}, rollout {row.id}", rollout, vocabulary, tokenizer)
             key = (row.step, row.prompt_key)

@@ -142,8 +142,9 @@ def begin(options: RunOptions) -> Iterator[Begun]:
     found = checkpoint.peek(Path(options.output_dir or "") / "checkpoints") if options.resume else None
     if found is not None:
         path, state = found
-        clock = datetime.fromisoformat(state["clock"]) if "clock" in state else clock
-        known = {name: digest for name, digest in state.get("fingerprint", {}).items() if name in files}
+        with _state_errors(path.parent):
+            clock = datetime.fromisoformat(state["clock"]) if "clock" in state else clock
+            known = {name: digest for name, digest in state.get("fingerprint", {}).items() if name in files}
         if not options.allow_changed_data:
             fingerprint.refuse(fingerprint.changed(known, {name: files[name] for name in known}), path)
     with clock_at(clock):
@@ -345,7 +346,8 @@ def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, ma
         state["learner"], said = fingerprint.accepted(state, learner.state(), found.path, options, run.config, marks)
         notes.extend(said)
 
-    found = checkpoint.resume(run.checkpoints, keep_last=options.keep_last, accept=accept)
+    with _state_errors(run.checkpoints):
+        found = checkpoint.resume(run.checkpoints, keep_last=options.keep_last, accept=accept)
     done = run.store.last_step() or 0
     if found is None and done > run.config.get("save_every", options.save_every):
         raise RunError(
@@ -357,10 +359,12 @@ def _restore(run: Run, learner: Learner, stop: StopWhen, options: RunOptions, ma
         run.rewind(0, evaluated=False)
         return
     resolved, tensors, state = found
-    stop.load_state_dict(state["stop"])
-    learner.load(resolved.path / "model", tensors, state["learner"])
-    notes += [resolved.note, *run.lost_records(resolved.step)]
-    for note in [*notes, *restore_random_state(tensors.get("random", {}), state["random"])]:
+    with _state_errors(run.checkpoints):
+        stop.load_state_dict(state["stop"])
+        learner.load(resolved.path / "model", tensors, state["learner"])
+        notes += [resolved.note, *run.lost_records(resolved.step)]
+        notes += restore_random_state(tensors.get("random", {}), state["random"])
+    for note in notes:
         if note:
             print(note, file=sys.stderr)
     run.rewind(resolved.step, evaluated=stop.evaluated == resolved.step)
@@ -409,6 +413,21 @@ def _rescued(
     if f'"{OBJECT}' in run.config_toml:
         again = f"resume=True, output_dir={str(run.folder)!r} with the same objects"
     return f"upslope: step {saved} is saved{since}; once the error below is mended: {again}"
+
+
+@contextmanager
+def _state_errors(checkpoints: Path) -> Iterator[None]:
+    """Turns what a state that this program did not write does to those who take it up into one line."""
+    try:
+        yield
+    except UpslopeError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RunError(
+            f"{checkpoints}: the checkpoint's state.json or its tensors are not as this version of upslope writes "
+            f"them ({what}); use the version named in the run's env.json, or start the run again"
+        ) from error
 
 
 def _save(

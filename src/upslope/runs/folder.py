@@ -10,7 +10,6 @@ summary.json    the result, written when the run ends
 
 from __future__ import annotations
 
-import json
 import os
 import time
 import tomllib
@@ -22,6 +21,7 @@ from typing import Any, Self
 
 from upslope.atomic import clean_leftovers, is_temporary, refuse_other_than_file, saving, write_atomic
 from upslope.errors import RunError
+from upslope.json_file import read_object
 from upslope.runs.encoding import as_number, to_json
 from upslope.runs.environment import describe_environment
 from upslope.runs.lines import MetricLines, evaluation_keys, is_evaluation, read_lines
@@ -167,7 +167,7 @@ class Run:
         """The resolved configuration."""
         try:
             return tomllib.loads(self.config_toml)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{self.folder / 'config.toml'}: not TOML: {error}") from error
 
     @property
@@ -363,7 +363,9 @@ def _refuse_occupied(folder: Path) -> None:
 
 def _next_launch(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
     before = _read_json(folder / "env.json") if (folder / "env.json").is_file() else {}
-    earlier = list(before.pop("earlier", []))
+    earlier = before.pop("earlier", [])
+    if not isinstance(earlier, list) or not all(isinstance(launch, dict) for launch in earlier):
+        raise RunError(f"{folder / 'env.json'}: earlier = {earlier!r:.60} is no list of launches; restore the file")
     if before and (folder / "config.toml").is_file():
         earlier.append(before)
     verb = {"verb": before["verb"]} if "verb" in before else {}
@@ -371,15 +373,7 @@ def _next_launch(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    with saving(path, "read"):
-        text = path.read_bytes()
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise RunError(f"{path}: not JSON: {error}; restore or remove the file") from error
-    if not isinstance(value, dict):
-        raise RunError(f"{path}: not a JSON object; restore or remove the file")
-    return value
+    return read_object(path, RunError, "restore or remove the file")
 
 
 def _check_step(step: int) -> None:

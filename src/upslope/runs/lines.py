@@ -123,7 +123,7 @@ def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None
 

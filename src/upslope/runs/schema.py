@@ -116,7 +116,7 @@ def database_errors(path: Path, action: str) -> Iterator[None]:
     """Turns an error of SQLite into one line that names the file and the remedy."""
     try:
         yield
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         text = str(error)
         if "full" in text:
             remedy = "the disk is full; free some space, then continue with --resume"
@@ -131,6 +131,15 @@ def database_errors(path: Path, action: str) -> Iterator[None]:
         else:
             remedy = text
         raise RunError(f"{path}: cannot {action}: {remedy}") from error
+
+
+@contextmanager
+def row_errors(path: Path) -> Iterator[None]:
+    """Turns what a row that this program did not write does to its reader into one line that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise RunError(f"{path}: a row cannot be read ({error}); the file is damaged: restore it") from error
 
 
 def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
@@ -192,9 +201,9 @@ def _open_reader(path: Path) -> sqlite3.Connection:
 
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:
     row = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-    version = int(row[0]) if row else 0
-    if version != SCHEMA_VERSION:
+    version = row[0] if row else 0
+    if str(version) != str(SCHEMA_VERSION):
         raise RunError(
-            f"{path}: schema version {version}, this program reads {SCHEMA_VERSION}; "
+            f"{path}: schema version {version!s:.40}, this program reads {SCHEMA_VERSION}; "
             "use the version of upslope named in the run's env.json"
         )

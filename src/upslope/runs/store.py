@@ -23,6 +23,7 @@ from upslope.runs.schema import (
     array_kind,
     connect,
     database_errors,
+    row_errors,
 )
 from upslope.types import RolloutGroup
 
@@ -168,7 +169,8 @@ class Store:
             f"SELECT {', '.join(_COLUMNS)} FROM rollouts {where} "
             f"ORDER BY {order} IS NULL, {order} {way}, id LIMIT ? OFFSET ?"
         )
-        return [_row(row) for row in self._rows(query, [*values, limit, offset])]
+        with row_errors(self.path):
+            return [_row(row) for row in self._rows(query, [*values, limit, offset])]
 
     def count_rollouts(self, **filters: Any) -> int:
         """How many rollouts match.
@@ -189,14 +191,16 @@ class Store:
         if not rows:
             raise KeyError(f"{self.path}: no rollout {rollout_id}")
         blobs = self._rows("SELECT name, data FROM token_arrays WHERE rollout = ? ORDER BY name", [rollout_id])
-        return StoredRollout(_row(rows[0]), {name: unpack(blob, array_kind(name)) for name, blob in blobs})
+        with row_errors(self.path):
+            return StoredRollout(_row(rows[0]), {name: unpack(blob, array_kind(name)) for name, blob in blobs})
 
     def evaluations(self, name: str | None = None) -> list[Evaluation]:
         """All evaluated numbers, or those of one evaluation, by step."""
         where, values = ("WHERE name = ?", [name]) if name is not None else ("", [])
         query = f"SELECT step, name, metric, value, low, high, n, details, time FROM evaluations {where}"
         rows = self._rows(query + " ORDER BY step, name, metric", values)
-        return [Evaluation._make([*row[:3], _nan(row[3]), *row[4:7], json.loads(row[7]), row[8]]) for row in rows]
+        with row_errors(self.path):
+            return [Evaluation._make([*row[:3], _nan(row[3]), *row[4:7], json.loads(row[7]), row[8]]) for row in rows]
 
     # Plumbing
 

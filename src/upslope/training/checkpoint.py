@@ -37,6 +37,7 @@ from upslope.atomic import (
     write_atomic,
 )
 from upslope.errors import RunError
+from upslope.json_file import read_object
 from upslope.manifest import (
     Checkpoint,
     damage,
@@ -165,8 +166,8 @@ def peek(folder: Path | str) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint and its state, before its bytes are verified (`resume` does that); None: there is none."""
     for each in reversed(list_checkpoints(folder)):
         if damage(each.path, deep=False) is None:
-            with contextlib.suppress(ValueError):  # not JSON: a damaged one
-                return each.path, json.loads((each.path / "state.json").read_text())
+            with contextlib.suppress(RunError):  # not JSON: a damaged one
+                return each.path, read_object(each.path / "state.json", RunError)
     return None
 
 
@@ -190,9 +191,7 @@ def load(path: Path | str, *, verify: bool = True) -> tuple[Tensors, dict[str, A
         if "/" not in name and name.endswith(".safetensors"):
             with saving(path / name, "read"), _safetensors_errors(path / name, "read"):
                 tensors[name.removesuffix(".safetensors")] = load_file(path / name)
-    with saving(path / "state.json", "read"):
-        state = json.loads((path / "state.json").read_text())
-    return tensors, state
+    return tensors, read_object(path / "state.json", RunError, f"resume from another checkpoint in {path.parent}")
 
 
 def resolve(folder: Path | str, which: str | int = "last") -> Resolved:

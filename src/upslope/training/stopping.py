@@ -211,8 +211,8 @@ class StopWhen:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues the counts of `state`; the limits are those given to this object."""
-        self.steps, self.tokens = state["steps"], state["tokens"]
-        self._seconds_before, self._started = state["seconds"], self._clock()
+        self.steps, self.tokens = int(state["steps"]), int(state["tokens"])
+        self._seconds_before, self._started = float(state["seconds"]), self._clock()
         self.patience.load_state_dict(state["patience"])
         # Of an older version: whatever was evaluated by then is recorded.
         self.evaluated = state.get("evaluated", self.steps)
