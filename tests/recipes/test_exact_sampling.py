@@ -130,7 +130,9 @@ def test_held_out_replies_that_were_not_judged_are_in_no_mean(table_model: Path,
     learner = learner_of(PPO, table_model, eval_samples=8, reward=(f"{tmp_path}/some.py:some",))
     try:
         assert 0 < sum(p.key % 2 for p in learner.eval_prompts) < 8
-        assert learner.evaluate(0).metrics["reward"] == 2.0
+        found = learner.evaluate(0)
+        assert found.value == found.metrics["reward"]["value"] == 2.0
+        assert found.metrics["reward"]["n"] + found.metrics["reward"]["errors"] == 8
     finally:
         learner.close()
 
