@@ -35,3 +35,9 @@ class RunError(UpslopeError, RuntimeError):
     """A run cannot start, continue or save (unwritable folder, full disk, non-finite loss, bad checkpoint)."""
 
     exit_code = 5
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """A message as one line of at most so many characters, control characters escaped; what is cut is its middle."""
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text[: 100 * most].split()))
+    return line if len(line) <= most else f"{line[: most * 2 // 3]}…{line[-(most // 3) + 1 :]}"
