@@ -93,7 +93,9 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(403, f"the Host header {host!r} does not name this server", code="bad_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        scheme = headers.get(b"x-forwarded-proto", scope["scheme"].encode()).decode("latin-1")  # pages cannot send it
+        scheme = headers.get(b"x-forwarded-proto", scope.get("scheme", "http").encode()).decode(
+            "latin-1"
+        )  # pages cannot send it
         if origin and scope["method"] not in ("GET", "HEAD") and origin != f"{scheme}://{host}":
             raise ApiError(403, f"a page of {origin!r} may not send requests here", code="bad_origin")
         path = scope["path"]
