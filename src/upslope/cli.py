@@ -21,7 +21,7 @@ from dataclasses import MISSING, dataclass, fields
 from typing import Any, get_origin
 
 from upslope.config import Setting, build, from_text, hints_of, meant, read_toml
-from upslope.errors import ConfigError, RunError, UpslopeError
+from upslope.errors import ConfigError, RunError, UpslopeError, one_line
 from upslope.recipes.look import look
 from upslope.version import __version__
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"upslope: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"upslope: error: {one_line(message, 2000)}", file=sys.stderr)
     return code
 
 

@@ -6,8 +6,6 @@ The command line prints the message and exits with the class's `exit_code`.
 
 from __future__ import annotations
 
-MESSAGE = 1200
-
 
 class UpslopeError(Exception):
     """Base of every error raised on purpose by this project."""
@@ -15,9 +13,8 @@ class UpslopeError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        """One line, its middle left out beyond MESSAGE characters: messages quote names and values of files."""
-        text = " ".join(super().__str__().splitlines())
-        return text if len(text) <= MESSAGE else f"{text[: MESSAGE * 2 // 3]} ... {text[-MESSAGE // 3 :]}"
+        """One line of bounded length: messages quote names and values of files."""
+        return one_line(super().__str__(), 1200)
 
 
 class ConfigError(UpslopeError, ValueError):
@@ -42,3 +39,13 @@ class RunError(UpslopeError, RuntimeError):
     """A run cannot start, continue or save (unwritable folder, full disk, non-finite loss, bad checkpoint)."""
 
     exit_code = 5
+
+
+def one_line(said: object, most: int = 300) -> str:
+    """A message, or what an error says, as one line of at most so many characters.
+
+    Control characters are escaped, and what is cut is its middle. An error that says nothing is named by its type.
+    """
+    text = str(said) or (type(said).__name__ if isinstance(said, BaseException) else "")
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in " ".join(text[: 100 * most].split()))
+    return line if len(line) <= most else f"{line[: most * 2 // 3]}…{line[-(most // 3) + 1 :]}"

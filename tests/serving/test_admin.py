@@ -124,6 +124,20 @@ def test_corrupt_weights_are_refused(admin: TestClient, tmp_path: Path) -> None:
     assert admin.post(PATH, json={"prompt": "a"}).status_code == 200
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'"x"', b'{"model_type": []}', b"\xff" * 50])
+def test_a_broken_folder_is_refused_and_the_old_weights_go_on(
+    admin: TestClient, tmp_path: Path, name: str, content: bytes
+) -> None:
+    broken = tiny_folder(tmp_path / "broken")
+    (broken / name).write_bytes(content)
+    found = admin.post("/admin/weights", json={"source": str(broken)})
+    if name != "tokenizer_config.json" or not content.startswith(b"{"):
+        assert found.status_code == 400, found.text
+        assert "\n" not in found.json()["error"]["message"]
+    assert admin.post(PATH, json={"prompt": "a"}).status_code == 200
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_refused(admin: TestClient, tmp_path: Path, value: float) -> None:
     """The old weights stay: the same question has the same answer."""

@@ -110,6 +110,10 @@ def test_other_pages_may_not_send_requests(client: TestClient) -> None:
     ask = {"prompt": "abc", "max_tokens": 1}
     for origin in ("https://evil.example", "null", "http://127.0.0.1:9"):
         assert error(client.post(PATH, json=ask, headers={"Origin": origin}), 403)["code"] == "bad_origin"
+    for scheme, status in (("https", 403), ("http", 200)):
+        assert client.post(PATH, json=ask, headers={"Origin": f"{scheme}://127.0.0.1"}).status_code == status
+    behind = {"Origin": "https://127.0.0.1", "X-Forwarded-Proto": "https"}
+    assert client.post(PATH, json=ask, headers=behind).status_code == 200, "TLS is the business of a proxy"
     own = client.post(PATH, json=ask, headers={"Origin": "http://127.0.0.1"})
     assert own.status_code == 200
     assert not [name for name in own.headers if name.lower().startswith("access-control")]
@@ -161,7 +165,7 @@ def test_a_prompt_of_ten_megabytes_over_a_socket(live: Live) -> None:
         (b'{"prompt": "\xff\xfe"}', 400, "not valid UTF-8: invalid start byte at byte 12"),
         (b'{"prompt": "\\ud800"}', 400, "half of a surrogate pair"),
         (b'{"\\udc00": 1}', 400, "half of a surrogate pair"),
-        (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", 400, "nested too deeply"),
+        (b'{"prompt": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", 400, "nested too deeply"),
         ("\ufeff{}".encode(), 400, "not valid JSON"),
     ],
     ids=lambda value: repr(value)[:30],

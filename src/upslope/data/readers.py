@@ -15,7 +15,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any
 
-from upslope.errors import ConfigError, DataError
+from upslope.errors import ConfigError, DataError, one_line
 from upslope.extras import require
 
 Row = tuple[str, Mapping[str, Any]]
@@ -219,7 +219,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                         _check_row(row, f"{path}: row {number}")
                     yield f"{path}: row {number}", _as_given(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {_one_line(error)}") from error
+        raise DataError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:
@@ -230,7 +230,7 @@ def _hub_rows(source: str, split: str) -> Iterator[Row]:
     except Exception as error:  # the hub client raises a dozen unrelated kinds; what it says is passed on
         raise DataError(
             f"{source}: no such file, and as a hub data set (split {split!r}) it cannot be loaded: "
-            f"{_one_line(error)}; offline, pass the path of a local file"
+            f"{one_line(error)}; offline, pass the path of a local file"
         ) from error
     for number, row in enumerate(table, 1):
         where = f"{source}[{split}] row {number}"
@@ -253,10 +253,6 @@ def _object(row: Any, where: str, rule: str) -> Mapping[str, Any]:
 def _kind(value: Any) -> str:
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number" if isinstance(value, (int, float)) else type(value).__name__)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

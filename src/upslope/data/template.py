@@ -25,7 +25,7 @@ from upslope.data.lost import check_nothing_cut, check_nothing_lost, check_reply
 from upslope.data.messages import message_of, tools_of
 from upslope.data.pieces import closing_special
 from upslope.data.sandbox import FAULTS, budget, compiled, line_of
-from upslope.errors import DataError
+from upslope.errors import DataError, one_line
 from upslope.types import Message
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class ChatTemplate:
         try:
             self.source = tokenizer.get_chat_template(tools=self.tools)
         except ValueError as error:
-            raise DataError(f"chat template: {_one_line(error)}") from error
+            raise DataError(f"chat template: {one_line(error)}") from error
         self.has_marks = bool(_MARKED.search(self.source))
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> Rendered:
@@ -258,7 +258,7 @@ class ChatTemplate:
         places = [path] * os.path.isfile(path) + [f"line {line}"] * (line is not None)
         where = f" ({', '.join(places)})" if places else ""
         roles = ", ".join(message.role for message in messages[:8]) + ", …" * (len(messages) > 8)
-        return f"the chat template{where} refuses this conversation ({roles}): {_one_line(error)[:300]}"
+        return f"the chat template{where} refuses this conversation ({roles}): {one_line(error)}"
 
 
 def _strftime_now(format: str) -> str:
@@ -276,8 +276,3 @@ def _in_form(messages: Sequence[Message]) -> list[Message]:
 def _shown(message: Message) -> dict[str, Any]:
     """A message as a template gets it."""
     return replace(message, train=None).as_mapping()
-
-
-def _one_line(error: Exception) -> str:
-    said = error.msg if isinstance(error, SyntaxError) else str(error)
-    return " ".join(said.split()) or type(error).__name__

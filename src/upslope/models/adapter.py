@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from upslope.errors import ModelError
+from upslope.errors import ModelError, one_line
 from upslope.models.architecture import intermediate_size, logit_scale, max_positions, refusal
 from upslope.models.attention import PackedContext
-from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, one_line, transformers_config
+from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, transformers_config
 from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
 from upslope.models.weights import check_finite, read_shapes

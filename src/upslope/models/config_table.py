@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from upslope.errors import ModelError
+from upslope.errors import ModelError, one_line
 from upslope.models.weights import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "one_line", "transformers_config"]
+__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "transformers_config"]
 
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RuntimeError, ImportError),
@@ -125,11 +125,6 @@ def check_sizes(
             f"{where}: describes {elements:,} weights, but the weight files hold {held:,}; correct it, or "
             "get the folder again"
         )
-
-
-def one_line(error: object) -> str:
-    """What an error says, in at most 300 characters of one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _shown(value: Any) -> str:

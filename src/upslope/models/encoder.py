@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from upslope.errors import ModelError
-from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, one_line, transformers_config
+from upslope.errors import ModelError, one_line
+from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, transformers_config
 from upslope.models.encoder_config import (
     OFFSET_POSITIONS,
     SIZES,

@@ -15,11 +15,10 @@ from upslope.serving.errors import ApiError, ClientGone, as_api_error
 from upslope.serving.service import Service
 from upslope.serving.stream import Stream
 
-__all__ = ["encode", "event", "event_stream", "reply", "room", "service_of", "usage", "while_connected"]
+__all__ = ["encode", "encode_all", "event", "event_stream", "reply", "room", "service_of", "usage", "while_connected"]
 
 T = TypeVar("T")
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_LONG_TEXT = 2048  # characters from which tokenising takes longer than going to another thread
 
 
 def service_of(request: Request, name: str | None) -> Service:
@@ -34,10 +33,14 @@ def service_of(request: Request, name: str | None) -> Service:
 
 
 async def encode(service: Service, text: str, *, special: bool = True) -> list[int]:
-    """The tokens of a text (Service.tokens_of); a long one's are made on another thread."""
-    if len(text) < _LONG_TEXT:
-        return service.tokens_of(text, special=special)
-    return await asyncio.to_thread(service.tokens_of, text, special=special)
+    """The tokens of a text (Service.tokens_of)."""
+    return (await encode_all(service, [text], special=special))[0]
+
+
+async def encode_all(service: Service, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    """The tokens of several texts, made beside the event loop where there is much of it."""
+    size = sum(len(text) + 64 for text in texts)
+    return await service.aside(lambda: [service.tokens_of(text, special=special) for text in texts], size=size)
 
 
 def room(service: Service, prompt: Sequence[int], max_tokens: int | None, param: str = "prompt") -> int:
@@ -130,5 +133,5 @@ def event_stream(service: Service, events: AsyncGenerator[str, None], *streams: 
             yield event(as_api_error(error).body)
         yield "data: [DONE]\n\n"
 
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", "X-Weight-Version": str(service.version)}
+    headers = {"X-Accel-Buffering": "no", "X-Weight-Version": str(service.version)}
     return _EventStream(closed(), streams, headers)

@@ -7,28 +7,71 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 __all__ = [
     "Body",
     "CompletionBody",
+    "Items",
+    "Prompt",
     "SamplingBody",
     "StreamOptions",
+    "Strict",
     "Token",
     "WeightsBody",
 ]
 
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
+MAX_BIASES = 4096
 
+Items = Field(fail_fast=True)
+"""A list of which the first wrong item is told; the others are not even looked at."""
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
-class Body(BaseModel):
+def _kind_of_prompt(value: Any) -> str:
+    first = value[0] if isinstance(value, list) and value else ""
+    if not isinstance(value, list):
+        return "(text)"
+    return "(texts)" if isinstance(first, str) else "(token lists)" if isinstance(first, list) else "(tokens)"
+
+
+Prompt = Annotated[
+    Annotated[str, Tag("(text)")]
+    | Annotated[list[str], Items, Tag("(texts)")]
+    | Annotated[list[Token], Items, Tag("(tokens)")]
+    | Annotated[list[Annotated[list[Token], Items]], Items, Tag("(token lists)")],
+    Discriminator(_kind_of_prompt),
+]
+"""A text, texts, tokens, or lists of tokens: what the first item is, so that no other kind is tried."""
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"{len(value)} tokens, at most {MAX_BIASES} are taken")
+    return value
+
+
+class Strict(BaseModel):
     """A JSON object of which every field is known and has the right type, without any conversion."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_surplus_is_enough(cls, data: Any) -> Any:
+        """Of the fields that are not known only the first, so that refusing a hundred thousand is quick."""
+        if not isinstance(data, dict):
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        surplus = next((key for key in data if key not in known), None)
+        return {key: value for key, value in data.items() if key in known or key == surplus}
+
+
+class Body(Strict):
+    """A Strict object in which null means that a field was not given."""
 
     @model_validator(mode="before")
     @classmethod
@@ -61,7 +104,10 @@ class SamplingBody(Body):
     repetition_penalty: float = Field(1.0, ge=0.01, le=100)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]] = {}
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+        BeforeValidator(_few),
+    ] = {}
     best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Draw so many, answer with the n best.")
     use_beam_search: bool = Field(False, description="Beam search of width best_of, else n.")
     length_penalty: float = Field(1.0, ge=-10, le=10, description="Of beam search.")
@@ -88,7 +134,7 @@ class SamplingBody(Body):
 class CompletionBody(SamplingBody):
     """/v1/completions."""
 
-    prompt: str | list[str] | list[Token] | list[list[Token]]
+    prompt: Prompt
     max_tokens: int = Field(16, ge=0, lt=2**31, description="0 only with echo.")
     echo: bool = Field(False, description="Begin with the prompt; with logprobs, with the prompt's log-probs.")
     logprobs: int | None = Field(

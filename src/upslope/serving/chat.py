@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -40,7 +39,8 @@ router = APIRouter(tags=["chat"])
 async def chat_completions(request: Request, body: ChatBody) -> Response:
     """The assistant's next turn: one or several, whole or streamed, free or constrained."""
     service = service_of(request, body.model)
-    asked = await asyncio.to_thread(prepare, service, body)
+    size = 2048 + sum(len(message.text) + 512 for message in body.messages)
+    asked = await while_connected(request, service.aside(prepare, service, body, size=size))
     stream = await service.submit(asked.prompt, asked.params, token_mask=asked.constraint, stream=body.stream)
     if body.stream:
         return event_stream(service, chunks(asked, stream), stream)
@@ -70,7 +70,7 @@ def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
     opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
     template = ChatTemplate(service.tokenizer, tools, body.chat_template_kwargs)
     for name in body.chat_template_kwargs:
-        if name in OWN_VARIABLES or not re.search(rf"\b{re.escape(name)}\b", template.source):
+        if name in OWN_VARIABLES or len(name) > 64 or not re.search(rf"\b{re.escape(name)}\b", template.source):
             says = f"chat_template_kwargs: the chat template of {service.name} has no variable {name[:64]!r}"
             raise ApiError(400, says, "chat_template_kwargs")
     try:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from upslope.serving.bodies import MAX_LOGPROBS, Body, SamplingBody, Token
+from upslope.serving.bodies import MAX_LOGPROBS, Body, Items, Prompt, SamplingBody
 
 __all__ = [
     "ChatBody",
@@ -38,7 +38,7 @@ class TextPart(Body):
 
 
 Content = Annotated[
-    Annotated[str, Tag("text")] | Annotated[list[TextPart], Tag("parts")], Discriminator(_kind_of_content)
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Items, Tag("parts")], Discriminator(_kind_of_content)
 ]
 
 
@@ -63,7 +63,7 @@ class ChatMessage(Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[EarlierCall] = Field([])
+    tool_calls: Annotated[list[EarlierCall], Items] = Field([])
     tool_call_id: str | None = None
     type: Literal["text"] | None = Field(None, description="Sent by lm-evaluation-harness; says nothing more.")
 
@@ -145,12 +145,12 @@ class SchemaFormat(Body):
 class ChatBody(SamplingBody):
     """/v1/chat/completions. Without max_tokens or max_completion_tokens a reply may fill the context."""
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Annotated[list[ChatMessage], Items] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: int | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The same as max_tokens.")
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    tools: list[FunctionTool] = Field([], max_length=128)
+    tools: Annotated[list[FunctionTool], Items] = Field([], max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
     response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] = TextFormat(
@@ -219,7 +219,7 @@ class EmbeddingBody(Body):
     """/v1/embeddings: texts, or texts as tokens."""
 
     model: str | None = None
-    input: str | list[str] | list[Token] | list[list[Token]]
+    input: Prompt
     encoding_format: Literal["float", "base64"] = "float"
     dimensions: int | None = Field(None, ge=1, description="The first so many numbers, made of length 1 again.")
     user: str | None = Field(None, description="Accepted and not used: nothing is kept of who asked.")

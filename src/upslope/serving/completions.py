@@ -14,7 +14,7 @@ from fastapi.responses import Response
 
 from upslope.engine import Event
 from upslope.serving.access import (
-    encode,
+    encode_all,
     event,
     event_stream,
     reply,
@@ -67,10 +67,9 @@ async def _prompts(service: Service, body: CompletionBody) -> list[Prompt]:
     if len(given) > service.capacity:
         raise ApiError(400, f"{len(given)} prompts in one request; at most {service.capacity} are taken", "prompt")
     special = body.add_special_tokens
-    return [
-        Prompt(await encode(service, one, special=special), one) if isinstance(one, str) else Prompt(one)
-        for one in given
-    ]
+    if isinstance(given[0], str):
+        return [Prompt(*pair) for pair in zip(await encode_all(service, given, special=special), given, strict=True)]
+    return [Prompt(one) for one in given]
 
 
 def _params(service: Service, body: CompletionBody, prompts: Sequence[Prompt]) -> SamplingParams:

@@ -17,13 +17,14 @@ from fastapi import APIRouter, Request, Response
 
 from upslope.models.attention import PackedContext
 from upslope.models.protocol import CausalModel
-from upslope.serving.access import encode, reply, service_of, while_connected
+from upslope.serving.access import encode_all, reply, service_of, while_connected
 from upslope.serving.chat_bodies import EmbeddingBody
 from upslope.serving.errors import ApiError
 from upslope.serving.service import Service
 
 __all__ = ["embed", "router"]
 
+MAX_INPUTS = 2048
 BATCH_TOKENS = 2048
 """Tokens of one forward pass; between two of them the engine goes on with what others have asked."""
 
@@ -77,9 +78,11 @@ async def tokens_of(service: Service, body: EmbeddingBody) -> list[list[int]]:
     given: list[Any] = body.input if isinstance(body.input, list) else [body.input]
     if given and isinstance(given[0], int):
         given = [given]
-    prompts = [item if isinstance(item, list) else await encode(service, item) for item in given]
-    if not prompts:
+    if not given:
         raise ApiError(400, "input is an empty list", "input")
+    if len(given) > MAX_INPUTS:
+        raise ApiError(400, f"{len(given)} inputs in one request; at most {MAX_INPUTS} are taken", "input")
+    prompts = await encode_all(service, given) if isinstance(given[0], str) else given
     limit, size = service.engine.model.spec.max_positions, service.vocab_size
     for i, prompt in enumerate(prompts):
         if not prompt:

@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.errors import ConfigError, DataError, UpslopeError, one_line
 from upslope.serving.service import QueueFull, Stopped
 
 __all__ = ["RETRY_SECONDS", "ApiError", "ClientGone", "answer", "as_api_error", "install"]
@@ -36,7 +36,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status, self.code = status, code
-        self.message = _short(" ".join(message.split()), 1000)
+        self.message = one_line(message, 1000)
         self.param = None if param is None else _short(param, 100)
         self.type = type or ("invalid_request_error" if status < 500 else "server_error")
         self.headers = dict(headers or {})

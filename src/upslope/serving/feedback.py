@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from upslope.atomic import fsync_folder, refuse_other_than_file, write_atomic
 from upslope.errors import RunError
 from upslope.runs.encoding import to_json
 from upslope.runs.lines import MetricLines, read_lines
+from upslope.serving.bodies import Items, Strict
 
 __all__ = ["Edit", "Feedback", "Thumb", "Turn", "Vote", "Voted"]
 
@@ -31,20 +32,18 @@ Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Of the 
 Version = Annotated[int, Field(ge=0, description="Weight version that wrote the reply.")]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class Turn(_Body):
+class Turn(Strict):
     """One message of the conversation before the judged reply."""
 
     role: Literal["system", "user", "assistant"]
     content: str
 
 
-class _Judgement(_Body):
+class _Judgement(Strict):
     id: Id
-    messages: Annotated[list[Turn], Field(min_length=1, description="The conversation up to the user's last turn.")]
+    messages: Annotated[
+        list[Turn], Items, Field(min_length=1, description="The conversation up to the user's last turn.")
+    ]
 
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> _Judgement:
@@ -83,7 +82,7 @@ class Edit(_Judgement):
         return self
 
 
-class Voted(_Body):
+class Voted(Strict):
     """One side of a blind comparison."""
 
     model: str

@@ -7,17 +7,19 @@ page may send elsewhere without asking first. There are no CORS headers, so the 
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NoReturn
 
 from upslope.serving.errors import RETRY_SECONDS, ApiError, answer
 from upslope.serving.metrics import Metrics
 
-__all__ = ["Guard", "parse_json"]
+__all__ = ["Guard", "parse_json", "read_body"]
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -25,7 +27,18 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 OPEN_ROUTES = frozenset({"/health"})
+ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+"""Headers of every answer that does not set them itself."""
 DRAIN_ROUTES = frozenset({"/health", "/metrics"})
+SMALLER = {"/admin/weights": 2**16, "/tokenize": 2**20, "/detokenize": 2**20}
+"""Bytes that these routes take at most, whatever --max-body-mb says: what they do is not bounded by the context."""
+BODY_SECONDS = 60.0
+MAX_DEPTH, MAX_PARTS, MAX_VALUES = 100, 25_000, 500_000
+"""Objects and lists in one another, and all together (two thousand messages with calls have half of that); values."""
+MAX_HELD = 256 * 2**20
+"""Bytes of bodies that are being read at one time."""
+_LARGE = 2**16  # bytes from which a body is parsed while no other one is
+_STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _DISCARDED = 64 * 2**20  # bytes of a body too large that are read and dropped, so that the client sees the answer
 
 
@@ -49,6 +62,7 @@ class Guard:
     ) -> None:
         self.app, self.hosts, self.max_body, self.draining, self.metrics = app, hosts, max_body, draining, metrics
         self.key = None if key is None else key.strip().encode("utf-8")
+        self._held, self._parsing = 0, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or hand on with the body read."""
@@ -59,6 +73,8 @@ class Guard:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
+                given = {name.lower() for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(pair for pair in ALWAYS if pair[0] not in given)]
                 self.metrics.answered(getattr(scope.get("route"), "path", "other"), message["status"])
             await send(message)
 
@@ -77,7 +93,10 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(403, f"the Host header {host!r} does not name this server", code="bad_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        if origin and scope["method"] not in ("GET", "HEAD") and origin.partition("://")[2] != host:
+        scheme = headers.get(b"x-forwarded-proto", scope.get("scheme", "http").encode()).decode(
+            "latin-1"
+        )  # pages cannot send it
+        if origin and scope["method"] not in ("GET", "HEAD") and origin != f"{scheme}://{host}":
             raise ApiError(403, f"a page of {origin!r} may not send requests here", code="bad_origin")
         path = scope["path"]
         if self.key is not None and path not in OPEN_ROUTES:
@@ -103,39 +122,74 @@ class Guard:
 
     async def _read(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
         """The whole body, well-formed where there is one; None when the client went away before its end."""
-        length = headers.get(b"content-length", b"")
-        declared = int(length) if length.isdigit() else 0
-        if declared > self.max_body + _DISCARDED:
-            raise self._too_large(close=True)
-        parts, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            size += len(message.get("body", b""))
-            more = message.get("more_body", False)
-            if size <= self.max_body:
-                parts.append(message.get("body", b""))
-            elif size > self.max_body + _DISCARDED:
-                raise self._too_large(close=True)
-        if size > self.max_body:
-            raise self._too_large(close=False)
-        body = b"".join(parts)
-        if body:
-            kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise ApiError(415, f"the body's Content-Type is {kind or 'missing'!r}; send application/json")
-            parse_json(body)
-        return body
+        held = 0
 
-    def _too_large(self, *, close: bool) -> ApiError:
-        message = f"the body has more than the {self.max_body} bytes that are allowed (--max-body-mb)"
-        headers = {"Connection": "close"} if close else {}
-        return ApiError(413, message, code="body_too_large", headers=headers)
+        async def counted() -> Message:
+            nonlocal held
+            message = await receive()
+            more = len(message.get("body", b""))
+            held, self._held = held + more, self._held + more
+            if self._held > MAX_HELD:
+                retry = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
+                raise ApiError(503, "too many bodies are being read; send it again", code="busy", headers=retry)
+            return message
+
+        try:
+            limit = min(self.max_body, SMALLER.get(scope["path"], self.max_body))
+            body = await read_body(headers, counted, limit)
+            if body and len(body) < _LARGE:
+                parse_json(body)
+            elif body:
+                async with self._parsing:  # between two large ones the loop sees to everything else
+                    parse_json(body)
+            return body
+        finally:
+            self._held -= held
+
+
+async def read_body(
+    headers: dict[bytes, bytes], receive: Receive, max_body: int, seconds: float = BODY_SECONDS
+) -> bytes | None:
+    """The body that comes within so many bytes and seconds; None when the client goes away before its end.
+
+    ApiError 413: too large. 408: too slow. 415: something else than JSON.
+    """
+    length = headers.get(b"content-length", b"")
+    declared = int(length) if length.isdigit() and len(length) < 20 else 0
+    if declared > max_body + _DISCARDED:
+        raise _too_large(max_body, close=True)
+    parts, size, more = [], 0, True
+    try:
+        async with asyncio.timeout(seconds):
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    return None
+                size += len(message.get("body", b""))
+                more = message.get("more_body", False)
+                if size <= max_body:
+                    parts.append(message.get("body", b""))
+                elif size > max_body + _DISCARDED:
+                    raise _too_large(max_body, close=True)
+    except TimeoutError as error:
+        says = f"the body did not come within {seconds:g} s"
+        raise ApiError(408, says, code="body_too_slow", headers={"Connection": "close"}) from error
+    if size > max_body:
+        raise _too_large(max_body, close=False)
+    kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+    if size and kind != "application/json":
+        raise ApiError(415, f"the body's Content-Type is {kind or 'missing'!r}; send application/json")
+    return b"".join(parts)
+
+
+def _too_large(max_body: int, *, close: bool) -> ApiError:
+    message = f"the body has more than the {max_body} bytes that are allowed (--max-body-mb)"
+    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"} if close else {})
 
 
 def parse_json(body: bytes) -> Any:
-    """The value of a JSON text. ApiError 400: not UTF-8, NaN or Infinity, lone surrogates, nesting without end."""
+    """The value of a JSON text. ApiError 400: not UTF-8, NaN or Infinity, lone surrogates, too deep, too many parts."""
+    _check_counts(body)
     try:
         value = json.loads(body.decode("utf-8"), parse_constant=_no_constant)
         if b"\\u" in body:
@@ -148,7 +202,32 @@ def parse_json(body: bytes) -> Any:
         raise ApiError(400, "the body is nested too deeply") from error
     except ValueError as error:
         raise ApiError(400, f"the body is not valid JSON: {error}") from error
+    if body.count(b"{") + body.count(b"[") > MAX_DEPTH:
+        _check_depth(value)
     return value
+
+
+def _check_counts(body: bytes) -> None:
+    """Before anything is made of it: the parts and values of a JSON text, counted outside its strings."""
+    parts, values = _counts(body)
+    if parts > MAX_PARTS or values > MAX_VALUES:
+        parts, values = _counts(_STRINGS.sub(b"", body))
+    if parts > MAX_PARTS or values > MAX_VALUES:
+        says = f"the body holds {parts} objects and lists and {values} values; {MAX_PARTS} and {MAX_VALUES} are allowed"
+        raise ApiError(400, says, code="body_too_complex")
+
+
+def _counts(body: bytes) -> tuple[int, int]:
+    return body.count(b"{") + body.count(b"["), body.count(b",")
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [part for part in level if isinstance(part, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ApiError(400, f"the body is nested too deeply (more than {MAX_DEPTH} levels)")
+        level = [item for part in level for item in (part.values() if isinstance(part, dict) else part)]
 
 
 def _no_constant(name: str) -> NoReturn:

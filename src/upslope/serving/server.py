@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from fastapi import FastAPI
 
 from upslope.errors import RunError
 from upslope.options import ServeOptions
+from upslope.serving.connection import Connection, LogLines
 
 __all__ = ["bind", "serve"]
 
@@ -47,6 +49,8 @@ def serve(app: FastAPI, bound: socket.socket, settings: ServeOptions, on_ready: 
     """
     config = uvicorn.Config(
         app,
+        http=Connection,
+        ws="none",
         lifespan="on",
         log_level="warning",
         access_log=False,
@@ -55,6 +59,8 @@ def serve(app: FastAPI, bound: socket.socket, settings: ServeOptions, on_ready: 
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=CLOSING_SECONDS,
     )
+    for name in ("uvicorn.error", "upslope.serving"):
+        logging.getLogger(name).addFilter(LogLines())
     server = _Server(config, app, settings.drain_seconds, lambda: on_ready(url_of(bound)))
     server.run(sockets=[bound])
     for service in app.state.services.values():

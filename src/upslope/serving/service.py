@@ -12,7 +12,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from upslope.backends.threads import apart
@@ -20,7 +22,7 @@ from upslope.data.chat import encode_text
 from upslope.data.pairs import PairTokenizer
 from upslope.data.pieces import encode_pieces
 from upslope.engine import Engine, Event, TokenMask
-from upslope.errors import ModelError, RunError
+from upslope.errors import ModelError, RunError, UpslopeError
 from upslope.serving.pieces import Pieces
 from upslope.serving.stream import Served, Stream
 from upslope.serving.weights import Loaded, check_fits, copy_weights
@@ -29,6 +31,7 @@ from upslope.types import SamplingParams
 __all__ = ["QueueFull", "Served", "Service", "Stopped", "Stream"]
 
 T = TypeVar("T")
+_SMALL, _LARGE = 2048, 65_536  # characters: less is done sooner than handed over; more may take a second
 log = logging.getLogger("upslope.serving")
 
 
@@ -75,6 +78,8 @@ class Service:
         self._thread: threading.Thread | None = None
         self._draining = self._ending = False
         self._failure: Exception | None = None
+        self._asides = 0
+        self._lanes = [ThreadPoolExecutor(2, "light"), ThreadPoolExecutor(1, "heavy")]  # no small job waits for a big
 
     @property
     def version(self) -> int:
@@ -162,6 +167,28 @@ class Service:
             self._wake.notify()
         if self._thread is not None:
             self._thread.join()
+        for lane in self._lanes:
+            lane.shutdown(wait=False, cancel_futures=True)
+
+    async def aside(self, function: Callable[..., T], *arguments: Any, size: int) -> T:
+        """What a function returns, on a thread where `size`, in characters, says that the event loop would wait long.
+
+        QueueFull where as many wait for that as may.
+        """
+        if size < _SMALL:
+            return function(*arguments)
+        if self._asides >= self.max_queue:
+            raise QueueFull(f"{self.max_queue} requests wait to be read already; send the request again in a while")
+        self._asides += 1
+        try:
+            lane = self._lanes[size > _LARGE]
+            return await asyncio.get_running_loop().run_in_executor(lane, partial(function, *arguments))
+        except RuntimeError as error:
+            if not self._ending:
+                raise
+            raise Stopped("the server is shutting down; send the request again elsewhere or later") from error
+        finally:
+            self._asides -= 1
 
     async def submit(
         self,
@@ -206,15 +233,21 @@ class Service:
         """Take the weights of another folder of the same network, without dropping a request; their version.
 
         They are read and checked beside the running engine, then copied in between two steps. Requests go on under
-        the new weights. ModelError where they do not fit, or whatever reading them raises: the old ones stay.
+        the new weights. UpslopeError or OSError where they cannot be read or do not fit: the old ones stay.
         """
         if self._load is None:
             raise ModelError(f"{self.name}: its weights cannot be replaced: it was started without a way to load some")
         load = self._load
 
         def read() -> Loaded:
-            loaded = load(source)
-            check_fits(loaded, self.engine, self.tokenizer, source)
+            try:
+                loaded = load(source)
+                check_fits(loaded, self.engine, self.tokenizer, source)
+            except (UpslopeError, OSError):
+                raise
+            except Exception as error:  # whatever a broken folder makes the libraries raise, bare Exceptions too
+                log.error("new weights cannot be read", exc_info=error)
+                raise ModelError(f"{source}: no model can be read from it: {type(error).__name__}: {error}") from error
             return loaded
 
         async with self._swapping:

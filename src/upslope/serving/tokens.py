@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 import fastapi
@@ -11,9 +11,9 @@ from fastapi.responses import Response
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from upslope.serving.access import encode, reply, service_of
-from upslope.serving.bodies import Body, Token
+from upslope.serving.bodies import Body, Items, Token
 from upslope.serving.chat import prompt_tokens
-from upslope.serving.chat_bodies import ChatBody, ChatMessage, FunctionTool
+from upslope.serving.chat_bodies import MAX_MESSAGES, ChatBody, ChatMessage, FunctionTool
 from upslope.serving.errors import ApiError
 
 __all__ = ["router"]
@@ -36,8 +36,8 @@ class TokenizeTextBody(_Tokenize):
 class TokenizeChatBody(_Tokenize):
     """/tokenize: a conversation, as the chat template writes it."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
-    tools: list[FunctionTool] = Field([])
+    messages: Annotated[list[ChatMessage], Items] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: Annotated[list[FunctionTool], Items] = Field([], max_length=128)
     add_generation_prompt: bool = True
     continue_final_message: bool = False
 
@@ -68,7 +68,7 @@ class DetokenizeBody(Body):
     """/detokenize: tokens."""
 
     model: str | None = None
-    tokens: list[Token]
+    tokens: Annotated[list[Token], Items]
 
 
 @router.post("/tokenize")
@@ -82,8 +82,12 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
             chat = body.chat
         except ValidationError as error:
             raise ApiError(400, error.errors()[0]["msg"], "messages") from error
-        tokens = await asyncio.to_thread(prompt_tokens, service, chat)
-    names = [service.pieces.text(token) for token in tokens] if body.return_token_strs else None
+        tokens = await service.aside(
+            prompt_tokens, service, chat, size=2048 + sum(len(m.text) + 512 for m in chat.messages)
+        )
+    names = None
+    if body.return_token_strs:
+        names = await service.aside(lambda: [service.pieces.text(token) for token in tokens], size=len(tokens))
     answer = {"count": len(tokens), "max_model_len": service.max_positions, "tokens": tokens, "token_strs": names}
     return reply(service, answer)
 
@@ -96,7 +100,8 @@ async def detokenize(request: Request, body: DetokenizeBody) -> Response:
     wrong = next((token for token in body.tokens if token >= limit), None)
     if wrong is not None:
         raise ApiError(400, f"token {wrong} is outside the vocabulary of {limit} tokens", "tokens")
-    return reply(service, {"prompt": service.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+    decode = partial(service.tokenizer.decode, body.tokens, skip_special_tokens=False)
+    return reply(service, {"prompt": await service.aside(decode, size=len(body.tokens))})
 
 
 @router.get("/tokenizer_info")

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from upslope.errors import ConfigError, DataError
+from upslope.errors import ConfigError, DataError, one_line
 from upslope.tasks.base import Task
 from upslope.tasks.forks import ending_forks
 from upslope.tasks.loading import FILLED, TASK_REWARD, first_line, load_reward, load_task, parse_rewards
@@ -253,7 +253,7 @@ def _as_reward(component: Component, value: Any) -> Reward:
 
 def _checked_reward(component: Component, reward: Reward) -> Reward:
     if reward.value is None:
-        return Reward(value=None, error=f"{component.name}: {_one_line(reward.error or 'a Reward without a value')}")
+        return Reward(value=None, error=f"{component.name}: {one_line(reward.error or 'a Reward without a value')}")
     value = _number(reward.value)
     parts = {str(key): _number(part) for key, part in reward.parts.items()}
     steps = [(int(index), _number(step)) for index, step in reward.steps]
@@ -320,15 +320,11 @@ def describe(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if "/upslope/tasks/scoring" not in frame.filename.replace("\\", "/")]
     where = f" ({own[-1].filename.rsplit('/', 1)[-1]}:{own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {_one_line(first_line(error))}{where}"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(str(text).split())[:400]
+    return f"{type(error).__name__}: {one_line(first_line(error))}{where}"
 
 
 def _shown(value: Any) -> str:
-    return _one_line(f"{value!r:.60} ({type(value).__name__})" if isinstance(value, str) else repr(value)[:60])
+    return one_line(f"{value!r:.60} ({type(value).__name__})" if isinstance(value, str) else repr(value)[:60])
 
 
 def _run(coroutine: Any) -> Any:
