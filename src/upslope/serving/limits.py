@@ -93,9 +93,8 @@ class Guard:
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(403, f"the Host header {host!r} does not name this server", code="bad_host")
         origin = headers.get(b"origin", b"").decode("latin-1")
-        scheme = headers.get(b"x-forwarded-proto", scope.get("scheme", "http").encode()).decode(
-            "latin-1"
-        )  # pages cannot send it
+        proxied = headers.get(b"x-forwarded-proto", b"").decode("latin-1")  # a page cannot send it
+        scheme = proxied or scope.get("scheme", "http")
         if origin and scope["method"] not in ("GET", "HEAD") and origin != f"{scheme}://{host}":
             raise ApiError(403, f"a page of {origin!r} may not send requests here", code="bad_origin")
         path = scope["path"]
