@@ -9,6 +9,11 @@ from __future__ import annotations
 MESSAGE = 1200
 
 
+def one_line(error: object) -> str:
+    """What an error says, in at most 300 characters of one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class UpslopeError(Exception):
     """Base of every error raised on purpose by this project."""
 

@@ -10,7 +10,6 @@ figures those of its `hf` model. Importing this module needs the extra `harness`
 
 from __future__ import annotations
 
-import difflib
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -19,9 +18,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from upslope.config import suggestion
 from upslope.data.chat import encode_text
 from upslope.engine.engine import Engine
-from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError
+from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError, one_line
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.harness_figures import group_figures, task_figures
 from upslope.evaluation.scorer import Scorer
@@ -120,7 +120,7 @@ class UpslopeLM(TemplateLM):  # type: ignore[misc, valid-type]
                 continue_final_message=not add_generation_prompt,
             )
         except Exception as error:  # jinja2's errors and transformers' ValueError; what they say is passed on
-            raise ModelError(f"the chat template cannot write the conversation: {_one_line(error)}") from error
+            raise ModelError(f"the chat template cannot write the conversation: {one_line(error)}") from error
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any
@@ -267,7 +267,7 @@ def run_harness(
     except UpslopeError:
         raise
     except Exception as error:  # tasks are code and clients of many kinds; what they raise is passed on in one line
-        raise RunError(f"lm-evaluation-harness stopped: {type(error).__name__}: {_one_line(error)}") from error
+        raise RunError(f"lm-evaluation-harness stopped: {type(error).__name__}: {one_line(error)}") from error
     figures = [x for name, task in loaded["tasks"].items() for x in task_figures(name, task, results, seed)]
     return figures + group_figures(results, figures)
 
@@ -289,8 +289,7 @@ def _load(tasks: Sequence[str], include_path: str | Path | None) -> dict[str, An
     manager = module.TaskManager(include_path=path)
     for name in tasks:
         if name not in manager.task_index and not Path(name).is_file():
-            near = difflib.get_close_matches(name, list(manager.task_index), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = suggestion(name, manager.task_index)
             raise ConfigError(f"lm-evaluation-harness has no task {name!r}{hint} (see `lm-eval ls tasks`)")
     try:
         return _loaded(manager, tasks)
@@ -307,10 +306,6 @@ def _loaded(manager: Any, tasks: Sequence[str]) -> dict[str, Any]:
         raise
     except Exception as error:  # the loader and `datasets` raise a dozen unrelated kinds
         raise DataError(
-            f"{', '.join(tasks)} cannot be loaded: {_one_line(error)}; offline, name local data_files in the task's "
+            f"{', '.join(tasks)} cannot be loaded: {one_line(error)}; offline, name local data_files in the task's "
             "dataset_kwargs"
         ) from error
-
-
-def _one_line(error: object) -> str:
-    return " ".join(str(error).split())[:300]

@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from upslope.errors import ModelError
+from upslope.errors import ModelError, one_line
 from upslope.models.architecture import intermediate_size, logit_scale, max_positions, refusal
 from upslope.models.attention import PackedContext
-from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, one_line, transformers_config
+from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, transformers_config
 from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
-from upslope.models.weights import check_finite, read_shapes
+from upslope.models.weights import check_finite, listed, read_shapes
 
 __all__ = ["TransformersModel"]
 
@@ -302,7 +302,6 @@ def _check_report(report: Mapping[str, Any], folder: Path | str) -> None:
     ):
         names = sorted(str(item[0]) if isinstance(item, tuple) else str(item) for item in report.get(key) or ())
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:4])}{more})")
+            parts.append(listed(kind, names))
     if parts:
         raise ModelError(f"{folder}: weights do not fit config.json: {'; '.join(parts)}; get the folder again")

@@ -7,19 +7,20 @@ a wrong value is named here in one line; whether the sizes are those of the weig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from upslope.errors import ModelError
+from upslope.errors import ModelError, one_line
 from upslope.models.weights import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "one_line", "transformers_config"]
+__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "quiet", "transformers_config"]
 
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RuntimeError, ImportError),
@@ -105,6 +106,22 @@ def transformers_config(folder: Path | str) -> PreTrainedConfig:
         raise ModelError(f"{folder}: config.json is not one transformers can run ({one_line(error)})") from error
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no report of fresh heads from transformers: what did not fit, its callers say."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def check_sizes(
     raw: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: Path | str, *, elements: int = 0
 ) -> None:
@@ -125,11 +142,6 @@ def check_sizes(
             f"{where}: describes {elements:,} weights, but the weight files hold {held:,}; correct it, or "
             "get the folder again"
         )
-
-
-def one_line(error: object) -> str:
-    """What an error says, in at most 300 characters of one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _shown(value: Any) -> str:
