@@ -78,11 +78,7 @@ def origin_of(found: Path, folder: Path, *, base: str | None = None, license: st
         start = folder
     base_model, words, known = _base(source, start)
     return Origin(
-        stages=tuple(stages),
-        base_model=base_model,
-        base_words=words,
-        license=license or known,
-        adapters=adapters,
+        stages=tuple(stages), base_model=base_model, base_words=words, license=license or known, adapters=adapters
     )
 
 

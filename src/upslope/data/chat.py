@@ -122,11 +122,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    max_length: int | None = None,
-    tools: Tools = (),
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, max_length: int | None = None, tools: Tools = ()
 ) -> Example:
     """The training sequence of a conversation; the mask is True on its assistant turns' own tokens.
 

@@ -17,15 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from upslope.config import suggestion
-from upslope.data.glue_rows import (
-    Form,
-    Item,
-    choices_of_copa,
-    items_of_multirc,
-    items_of_record,
-    marked_wsc,
-    with_word,
-)
+from upslope.data.glue_rows import Form, Item, choices_of_copa, items_of_multirc, items_of_record, marked_wsc, with_word
 from upslope.data.labels import LabelledText
 from upslope.data.readers import Row, rows_of, table_rows, text_of
 from upslope.errors import ConfigError, DataError
@@ -188,10 +180,7 @@ _TABLE: dict[str, Form] = {
     ),
     "cb": Form(_NLI, ("label",), ("entailment", "contradiction", "neutral"), _NLI_TEXT),
     "copa": Form(
-        {"premise": ("premise",), "question": ("question",)},
-        ("label",),
-        ("choice1", "choice2"),
-        items=choices_of_copa,
+        {"premise": ("premise",), "question": ("question",)}, ("label",), ("choice1", "choice2"), items=choices_of_copa
     ),
     "multirc": Form(
         {"paragraph": ("paragraph",), "question": ("question",), "answer": ("answer",)},

@@ -39,10 +39,7 @@ def classification_report(truth: Sequence[str], predicted: Sequence[str], labels
         "accuracy": {"value": value, "low": low, "high": high, "n": len(truth)},
         "labels": {name: _row(*values) for name, *values in zip(names, *columns, strict=True)},
         "averages": _averages(metrics, truth, predicted, names),
-        "confusion": {
-            "labels": names,
-            "counts": metrics.confusion_matrix(truth, predicted, labels=names).tolist(),
-        },
+        "confusion": {"labels": names, "counts": metrics.confusion_matrix(truth, predicted, labels=names).tolist()},
     }
 
 

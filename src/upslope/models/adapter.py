@@ -137,10 +137,7 @@ class TransformersModel(CausalModel):
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm (scaled, and with a column of ones where the head has a bias)."""
         output = self.get_submodule(self._base)(
-            input_ids=tokens_T[None],
-            position_ids=context.positions_T[None],
-            use_cache=False,
-            upslope_context=context,
+            input_ids=tokens_T[None], position_ids=context.positions_T[None], use_cache=False, upslope_context=context
         )
         hidden = output.last_hidden_state[0]
         if self._scale != 1.0:

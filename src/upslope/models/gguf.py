@@ -146,10 +146,7 @@ def hf_config(
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": _shortest_float32(key("attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": _shortest_float32(key("rope.freq_base", 10000.0)),
-        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": _shortest_float32(key("rope.freq_base", 10000.0))},
         "tie_word_embeddings": "output.weight" not in shapes,
     }
     if kind != "qwen2":

@@ -47,11 +47,7 @@ _DEFAULTED = (
 
 
 def load_model(
-    folder: Path | str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    gradient_checkpointing: bool = False,
-    trunk: bool = False,
+    folder: Path | str, *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False, trunk: bool = False
 ) -> CausalModel:
     """The network of a model folder with its weights in `dtype`.
 

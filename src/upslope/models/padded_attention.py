@@ -202,11 +202,7 @@ class PagedBuckets:
     """The new tokens of a PagedContext: sequences that bring the same number of them side by side, longest first."""
 
     def __init__(
-        self,
-        tables: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        counts: Sequence[int],
-        device: torch.device,
+        self, tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], device: torch.device
     ) -> None:
         needed = [-(-(s + c) // BLOCK) for s, c in zip(starts, counts, strict=True)]
         *offsets, total = accumulate(counts, initial=0)
