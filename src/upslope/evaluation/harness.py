@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -282,10 +283,8 @@ def _load(tasks: Sequence[str], include_path: str | Path | None) -> dict[str, An
     path = None if include_path is None else str(include_path)
     own = module.TaskManager(include_path=path, include_defaults=False)
     if all(name in own.task_index or Path(name).is_file() for name in tasks):
-        try:
+        with suppress(KeyError):  # a group of the user's with a task of the harness in it
             return _loaded(own, tasks)
-        except KeyError:  # a group of the user's with a task of the harness in it
-            pass
     manager = module.TaskManager(include_path=path)
     for name in tasks:
         if name not in manager.task_index and not Path(name).is_file():

@@ -34,12 +34,7 @@ from upslope.models.protocol import CausalModel, Context, ModelSpec, least_rows,
 __all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+_ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in MODEL_TYPES}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _PLAIN = (*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
 """Fields that a config.json has under the same name, in its order."""
