@@ -71,15 +71,12 @@ def saving(path: Path, action: str = "write") -> Iterator[None]:
 
 def fsync_folder(folder: Path) -> None:
     """Makes the folder's entries (creations, renames) durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        fsync_file(folder)
     except OSError as error:
         # Some network filesystems cannot fsync a folder; there the rename itself is the strongest promise to be had.
         if error.errno not in _NO_FOLDER_SYNC:
             raise
-    finally:
-        os.close(descriptor)
 
 
 def fsync_file(path: Path) -> None:

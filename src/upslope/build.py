@@ -22,6 +22,7 @@ from upslope.models.heads import ScalarHead
 from upslope.models.loading import load_model, save_model
 from upslope.models.lora import add_adapters, save_adapters
 from upslope.models.protocol import CausalModel
+from upslope.models.reward_folder import stored_score
 from upslope.models.sources import is_adapter, resolve, say
 from upslope.models.weights import load as load_weights
 from upslope.options import RunOptions
@@ -212,10 +213,10 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
         )
     head = ScalarHead(trunk.spec.hidden_size)
     if choice != "separate":
-        weights = load_weights(source, torch.float32)
-        if "score.weight" not in weights:
+        weight = stored_score(source)
+        if weight is None:
             raise ModelError(f"{choice}: no score.weight in it; a critic starts from a reward model with a scalar head")
-        head.score.weight.data.copy_(weights["score.weight"])
+        head.score.weight.data.copy_(weight)
     masters = _to_compute(trunk, policy.model.dtype, policy.model.device)
     return Critic(head.to(policy.model.device), trunk, {f"critic.{name}": x for name, x in masters.items()})
 

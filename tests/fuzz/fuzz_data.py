@@ -23,7 +23,6 @@ from upslope.data.labels import labels_of, read_conll, read_labelled, read_rewar
 from upslope.data.preferences import judged_of, pairs_of, solutions_of
 from upslope.data.records import examples_of, read_records
 from upslope.errors import DataError
-from upslope.evaluation.judge import read_comparisons
 from upslope.evaluation.perplexity import read_documents
 from upslope.evaluation.rescore import read_nbest
 from upslope.evaluation.samples import read_hypotheses, read_samples
@@ -54,7 +53,6 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"source": "a", "reference": "b", "hypotheses": [{"text": "b", "score": -1.0}, {"text": "c", "score": 0}]}
     ],
     "samples": [{"prompt": "a", "references": ["b", "c"]}, {"prompt": "x", "references": ["y"]}],
-    "comparisons": [{"prompt": "a", "candidate": "b", "reference": "c"}] * 2,
     "pairs": [{"prompt": "ein Haus", "completion": "a house"}, {"prompt": "zwei", "completion": "two"}],
     "boolq": [{"question": "is it", "passage": "it is", "idx": i, "label": i % 2 == 0} for i in range(3)],
     "copa": [{"premise": "a", "choice1": "b", "choice2": "c", "question": "cause", "label": 0, "idx": 0}] * 2,
@@ -184,7 +182,6 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "text": lambda path: labels_of(read_labelled(path), "x"),
     "nbest": lambda path: read_nbest(str(path)),
     "samples": lambda path: read_samples(str(path)),
-    "comparisons": read_comparisons,
     "pairs": lambda path: read_pairs(str(path)),
     "completion": lambda path: ask_file(str(path), templated=False, system=None),
     "messages": lambda path: ask_file(str(path), templated=True, system="Be kind."),

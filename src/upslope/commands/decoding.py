@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
 from upslope.build import Policy
 from upslope.engine import Engine
+from upslope.errors import ModelError
+from upslope.json_file import read_object
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.sources import say
 from upslope.models.weights import GENERATION_CONFIG
 from upslope.options.generate import DecodingOptions
 
-__all__ = ["has_template", "open_engine", "say_suggested", "shown", "suggested"]
+__all__ = ["DRAWN", "has_template", "open_engine", "say_suggested", "shown", "suggested"]
 
 # A model's text may hold escape sequences, which a terminal would obey: retitle, recolour, overwrite what was said.
 _HARMLESS = {ord("\n"), ord("\t")}
-_DRAWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 _SHOWN: dict[int, int] = {c: 0x2400 + c for c in range(32) if c not in _HARMLESS} | {0x7F: 0x2421}
 _SHOWN |= dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
@@ -43,7 +44,7 @@ def suggested(folder: Path, left: Iterable[str]) -> str:
     Nothing of it is taken: the same options give the same distribution whatever lies in the model's folder.
     """
     path = folder / GENERATION_CONFIG
-    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    said = read_object(path, ModelError) if path.is_file() else {}
     greedy = said.get("do_sample") is False
     names = [n for n in left if not greedy or n == "repetition_penalty"]
     values = [(n, said[n]) for n in names if isinstance(said.get(n), int | float) and said[n] != _OFF.get(n)]
@@ -53,7 +54,7 @@ def suggested(folder: Path, left: Iterable[str]) -> str:
 def say_suggested(policy: Policy, options: DecodingOptions) -> None:
     """One line on standard error where the model suggests what the options leave out."""
     fields = type(options).__dataclass_fields__
-    left = [name for name in _DRAWN if getattr(options, name) == fields[name].default]
+    left = [name for name in DRAWN if getattr(options, name) == fields[name].default]
     if options.temperature == 0:
         left = [name for name in left if name == "repetition_penalty"]
     if words := suggested(policy.folder, left):

@@ -52,11 +52,7 @@ def measure_reward_model(folder: Path, inputs: Inputs) -> Measured:
     """Its accuracy on each file of --preferences."""
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(
-        str(folder),
-        dtype=inputs.options.dtype,
-        tokenizer=tokenizer,
-        device=device_of_machine(),
-        policy_folder=folder,
+        str(folder), dtype=inputs.options.dtype, tokenizer=tokenizer, device=device_of_machine(), policy_folder=folder
     )
     seed = inputs.options.seed
     return [

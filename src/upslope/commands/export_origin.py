@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from upslope.cache import cache_root
-from upslope.errors import ModelError, UpslopeError
+from upslope.errors import ModelError, RunError, UpslopeError
+from upslope.json_file import read_object
 from upslope.models.adapters import adapter_config, base_source
 from upslope.models.run_folders import model_of_run, run_of
 from upslope.models.sources import ALIASES, is_adapter, provenance
@@ -78,11 +78,7 @@ def origin_of(found: Path, folder: Path, *, base: str | None = None, license: st
         start = folder
     base_model, words, known = _base(source, start)
     return Origin(
-        stages=tuple(stages),
-        base_model=base_model,
-        base_words=words,
-        license=license or known,
-        adapters=adapters,
+        stages=tuple(stages), base_model=base_model, base_words=words, license=license or known, adapters=adapters
     )
 
 
@@ -111,8 +107,8 @@ def _started_from(run: Path, config: Mapping[str, Any]) -> tuple[str, Path | Non
     """The run's `model` as written, and its folder where it is a folder that still exists."""
     model = str(config.get("model") or "none")
     launched = ""
-    with suppress(OSError, ValueError):
-        launched = str(json.loads((run / "env.json").read_text(encoding="utf-8")).get("folder", ""))
+    with suppress(RunError):
+        launched = str(read_object(run / "env.json", RunError).get("folder", ""))
     path = Path(launched) / Path(model).expanduser()
     if not path.is_dir():
         return model, None

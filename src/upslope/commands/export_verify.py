@@ -7,8 +7,7 @@ order of rows, a wrong tokenizer. The bounds lie several times above what correc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from upslope.data.chat import load_tokenizer
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.attention import PackedContext
+from upslope.models.config_table import quiet
 from upslope.models.gguf import read_ends
 from upslope.models.gguf_writer import GGUFType, as_stored
 from upslope.models.loading import load_model
@@ -149,20 +149,10 @@ def verify_gguf(written: Path, policy: Policy, kind: GGUFType) -> list[Gap]:
                 differences.append((ours_V[[t for t, _ in top]] - torch.tensor([x for _, x in top])).abs())
                 agreed += int(ours_V.argmax()) == top[0][0]
             total += len(found)
-    gap = torch.cat(differences).double()
-    largest_allowed, mean_allowed = _BOUNDS[f"llama.cpp, {kind}"]
-    return [
-        Gap(
-            name=f"llama.cpp, {kind}",
-            largest=float(gap.max()),
-            mean=float(gap.mean()),
-            n=len(gap),
-            largest_allowed=largest_allowed,
-            mean_allowed=mean_allowed,
-            also=f"the same greedy token at {agreed} of {total} positions; tokens of {len(PROMPTS)} texts, "
-            f"{'chat template, ' if chat else ''}{len(policy.eos_token_ids)} end tokens the same{by_name}",
-        ).check()
-    ]
+    name, template = f"llama.cpp, {kind}", "chat template, " if chat else ""
+    also = f"the same greedy token at {agreed} of {total} positions; tokens of {len(PROMPTS)} texts, {template}"
+    also += f"{len(policy.eos_token_ids)} end tokens the same{by_name}"
+    return [_checked(name, differences, _BOUNDS[name], also)]
 
 
 @torch.no_grad()
@@ -278,25 +268,12 @@ def _transformers(folder: Path, dtype: torch.dtype) -> Any:
     kind = getattr(transformers, name, None)
     if kind is None:
         raise ModelError(f"{folder}: transformers has no {name}, so there is nothing to compare with")
-    with _no_progress_bars():
+    with quiet():
         network, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)
     for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report.get(key):
             raise RunError(f"transformers finds {key.replace('_', ' ')}: {sorted(map(str, report[key]))[0]}")
     return network.eval()
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -318,6 +295,10 @@ def _same_network(written: Path, source: Path, dtype: str) -> Gap:
 
 
 def _gap(name: str, ours: list[Tensor], theirs: list[Tensor], allowed: tuple[float, float]) -> Gap:
-    differences = torch.cat([(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)]).double()
-    largest, mean = float(differences.max()), float(differences.mean())
-    return Gap(name, largest, mean, len(differences), *allowed, also="tokens and chat template the same").check()
+    differences = [(a - b).abs().flatten() for a, b in zip(ours, theirs, strict=True)]
+    return _checked(name, differences, allowed, "tokens and chat template the same")
+
+
+def _checked(name: str, differences: list[Tensor], allowed: tuple[float, float], also: str) -> Gap:
+    gap = torch.cat(differences).double()
+    return Gap(name, float(gap.max()), float(gap.mean()), len(gap), *allowed, also=also).check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, TextIO
 
 from upslope.build import Policy, load_inference
@@ -151,11 +152,7 @@ def _print_texts(completions: Sequence[Completion], out: TextIO) -> None:
 def _to_stdout(engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions) -> None:
     """Rows as they are done. On a terminal the rows themselves are the progress."""
     out = sys.stdout  # the bar takes the name sys.stdout for itself while it is shown
-    if out.isatty():
-        for rows in _rows(engine, asked, encoded, options, None):
-            print(*map(to_json, rows), sep="\n", file=out, flush=True)
-        return
-    with Progress(len(asked), "generate", unit="prompt") as progress:
+    with nullcontext() if out.isatty() else Progress(len(asked), "generate", unit="prompt") as progress:
         for rows in _rows(engine, asked, encoded, options, progress):
             print(*map(to_json, rows), sep="\n", file=out, flush=True)
 

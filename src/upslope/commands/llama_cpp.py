@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from upslope.errors import RunError
+from upslope.errors import RunError, one_line
 from upslope.extras import require
 
 __all__ = ["LlamaCpp"]
@@ -43,7 +43,7 @@ class LlamaCpp:
         try:
             self._server: Any = binding.Server(params)
         except (RuntimeError, ValueError) as error:
-            raise RunError(f"llama.cpp cannot load the file: {' '.join(str(error).split())[:300]}") from error
+            raise RunError(f"llama.cpp cannot load the file: {one_line(error)}") from error
         self._address = self._server.listening_address
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
         self._plain = self.tokenize("a", frame=False)[-1]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -52,37 +50,24 @@ def _names(sources: list[str], first: str | None) -> list[str]:
 def _service(name: str, source: str, options: ServeOptions) -> Service:
     """The model with its engine, warmed up: kernels compiled, cache allocated."""
     from upslope.build import Policy, load_inference
-    from upslope.commands.decoding import suggested
-    from upslope.engine import Engine
-    from upslope.models.attention import BLOCK, KVCache
+    from upslope.commands.decoding import DRAWN, open_engine, suggested
+    from upslope.models.sources import say
     from upslope.serving.service import Service
     from upslope.types import SamplingParams
 
     def load(where: str) -> Policy:
         return load_inference(where, dtype=options.dtype)
 
-    _say(f"{name}: loading {source}")
+    say(f"{name}: loading {source}")
     began = time.monotonic()
     policy = load(source)
-    if words := suggested(policy.folder, ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")):
-        _say(
-            f"{name}: the model suggests {words.replace('--', '')}; a request that leaves these out gets the API's own"
-        )
-    spec, dtype = policy.model.spec, policy.model.dtype
-    most = options.max_batch * math.ceil(spec.max_positions / BLOCK)
-    engine = Engine(
-        policy.model,
-        policy.tokenizer,
-        eos_token_ids=policy.eos_token_ids,
-        max_batch=options.max_batch,
-        num_blocks=min(most, int(options.kv_cache_gb * 2**30 // KVCache.bytes_per_block(spec, dtype))),
-    )
+    if words := suggested(policy.folder, DRAWN):
+        words = words.replace("--", "")
+        say(f"{name}: the model suggests {words}; a request that leaves these out gets the API's own")
+    spec, batch, room = policy.model.spec, options.max_batch, options.kv_cache_gb
+    engine = open_engine(policy, sequences=batch, longest=spec.max_positions - 1, max_batch=batch, kv_cache_gb=room)
     service = Service(name, engine, policy.tokenizer, source=source, load=load, max_queue=options.max_queue)
     engine.generate([service.tokens_of("a")], SamplingParams(max_tokens=2, ignore_eos=True))
-    millions, precision = spec.parameters / 1e6, str(dtype).removeprefix("torch.")
-    _say(f"{name}: {millions:.0f}M parameters in {precision}, ready after {time.monotonic() - began:.1f} s")
+    millions, precision = spec.parameters / 1e6, str(policy.model.dtype).removeprefix("torch.")
+    say(f"{name}: {millions:.0f}M parameters in {precision}, ready after {time.monotonic() - began:.1f} s")
     return service
-
-
-def _say(message: str) -> None:
-    print(f"upslope: {message}", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, is_pair_folder, pair_tokenizer
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate, Tools
-from upslope.errors import DataError, ModelError
+from upslope.errors import DataError, ModelError, one_line
 from upslope.json_file import read_object
 from upslope.types import Example, Message, Prompt
 
@@ -64,7 +64,7 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
     except BaseException as error:  # the Rust reader raises bare Exception, and its panics are not even that
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise ModelError(f"{path}: the tokenizer cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ModelError(f"{path}: the tokenizer cannot be read: {one_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"{path}: {type(tokenizer).__name__} is not a fast tokenizer; save it as tokenizer.json")
     if len(tokenizer) == 0:
@@ -122,11 +122,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: Sequence[Message],
-    *,
-    max_length: int | None = None,
-    tools: Tools = (),
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, max_length: int | None = None, tools: Tools = ()
 ) -> Example:
     """The training sequence of a conversation; the mask is True on its assistant turns' own tokens.
 

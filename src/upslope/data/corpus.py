@@ -30,8 +30,9 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 
 from upslope.atomic import fsync_folder, fsync_tree
-from upslope.data.readers import LARGEST_ROW
+from upslope.data.readers import LARGEST_ROW, json_of
 from upslope.errors import ConfigError, DataError, RunError
+from upslope.json_file import read_object
 from upslope.manifest import damaged_file
 
 if TYPE_CHECKING:
@@ -131,10 +132,7 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
 
 
 def _text_column(line: str, where: str) -> str:
-    try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: invalid JSON: {error}") from error
+    row = json_of(line.strip(), where)
     if not isinstance(row, dict):
         raise DataError(f"{where}: each line must be one JSON object")
     text = row.get("text")
@@ -255,10 +253,10 @@ def _meta(folder: Path) -> dict[str, Any] | None:
     if not folder.is_dir():
         return None
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = read_object(folder / "meta.json", DataError)
         problem = damaged_file(folder, {name: meta["files"][name] for name in FILES})
         whole = isinstance(meta["documents"], int) and meta["sha256"] == meta["files"]["tokens.bin"]["sha256"]
-    except (ValueError, KeyError, TypeError, FileNotFoundError):
+    except (DataError, KeyError, TypeError):
         problem, whole = None, False
     if problem is None and whole:
         return meta

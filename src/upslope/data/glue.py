@@ -11,25 +11,16 @@ Wang et al. 2018 (1804.07461) and 2019 (1905.00537). Free of torch.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from upslope.data.glue_rows import (
-    Form,
-    Item,
-    choices_of_copa,
-    items_of_multirc,
-    items_of_record,
-    marked_wsc,
-    with_word,
-)
+from upslope.config import suggestion
+from upslope.data.glue_rows import Form, Item, choices_of_copa, items_of_multirc, items_of_record, marked_wsc, with_word
 from upslope.data.labels import LabelledText
-from upslope.data.readers import Row, rows_of, text_of
+from upslope.data.readers import Row, rows_of, table_rows, text_of
 from upslope.errors import ConfigError, DataError
-from upslope.extras import require
 
 __all__ = ["FORMS", "Form", "Item", "Items", "Split", "form_of", "labelled", "read_items"]
 
@@ -70,8 +61,7 @@ def read_items(spec: str, *, split: Split = "validation") -> Items:
     found = form_of(spec)
     if found is None:
         name = spec.partition(":")[0]
-        near = difflib.get_close_matches(name, FORMS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = suggestion(name, FORMS)
         raise ConfigError(f"{spec}: no GLUE or SuperGLUE task {name!r}{hint} (there are {', '.join(FORMS)})")
     form, source = found
     broken: list[str] = []
@@ -118,18 +108,9 @@ def _part(form: Form, split: Split) -> str:
 
 def _folder_rows(form: Form, folder: Path, split: Split) -> Iterator[Row]:
     """Rows of a folder laid out as a hub data set is."""
-    datasets = require("data", "datasets")
-    part = _part(form, split)
-    try:
-        table = datasets.load_dataset(str(folder), split=part)
-    except Exception as error:  # the client raises a dozen unrelated kinds; what it says is passed on
-        files = " or ".join(name.format(form.part) for name in _FILES[split])
-        said = " ".join(str(error).split())[:300]
-        raise DataError(
-            f"{folder}: has no {files}, and as a data set (split {part!r}) it cannot be loaded: {said}"
-        ) from error
-    for number, row in enumerate(table, 1):
-        yield f"{folder}[{part}] row {number}", row
+    files = " or ".join(name.format(form.part) for name in _FILES[split])
+    why = f"{folder}: has no {files}, and as a data set"
+    yield from table_rows(str(folder), "", _part(form, split), str(folder), why)
 
 
 def _tsv_rows(form: Form, path: Path, split: Split, broken: list[str]) -> Iterator[Row]:
@@ -199,10 +180,7 @@ _TABLE: dict[str, Form] = {
     ),
     "cb": Form(_NLI, ("label",), ("entailment", "contradiction", "neutral"), _NLI_TEXT),
     "copa": Form(
-        {"premise": ("premise",), "question": ("question",)},
-        ("label",),
-        ("choice1", "choice2"),
-        items=choices_of_copa,
+        {"premise": ("premise",), "question": ("question",)}, ("label",), ("choice1", "choice2"), items=choices_of_copa
     ),
     "multirc": Form(
         {"paragraph": ("paragraph",), "question": ("question",), "answer": ("answer",)},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from upslope.config import suggestion
 from upslope.data.readers import Row
 from upslope.errors import DataError
 
@@ -168,11 +168,9 @@ def label_of(form: Form, values: Mapping[str, Any], where: str) -> str:
         raise DataError(f"{where}: {column} is -1: this split keeps its labels back; use the validation split")
     if text in map(str, range(len(form.labels))):
         return form.labels[int(text)]
-    near = difflib.get_close_matches(text, form.labels, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise DataError(
         f"{where}: {column} is {text!r:.60}; {form.name} has {', '.join(form.labels)} "
-        f"(or 0 to {len(form.labels) - 1} in this order){hint}"
+        f"(or 0 to {len(form.labels) - 1} in this order){suggestion(text, form.labels)}"
     )
 
 

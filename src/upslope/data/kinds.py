@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from upslope.data.messages import described, message_of, remedy, text_of, tools_of, train_of
+from upslope.data.messages import described, message_of, parsed, remedy, text_of, tools_of, train_of
 from upslope.data.shared_prompts import split_sides
 from upslope.errors import DataError
 from upslope.types import Message, Prompt
@@ -181,10 +180,7 @@ def _messages(value: Any, key: str, where: str) -> tuple[Message, ...]:
 
 def _list(value: Any, key: str, where: str) -> Sequence[Any]:
     if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: {key!r} is not valid JSON: {error}") from error
+        value = parsed(value, key, where)
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{where}: {key!r} must be a list of messages, is {described(value)}{remedy(value)}")
     if not value:

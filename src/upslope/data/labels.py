@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from upslope.data.readers import rows_of, text_of
+from upslope.config import suggestion
+from upslope.data.readers import json_of, rows_of, text_of
 from upslope.errors import DataError
 
 __all__ = [
@@ -188,10 +189,8 @@ def check_known(rows: Sequence[LabelledText] | Sequence[TaggedSentence], labels:
     for row in rows:
         for label in _labels_in(row):
             if label not in known:
-                near = difflib.get_close_matches(label, labels, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
                 raise DataError(
-                    f"{row.where}: label {label!r} does not occur in the training data{hint}; "
+                    f"{row.where}: label {label!r} does not occur in the training data{suggestion(label, labels)}; "
                     "correct the row, leave it out, or give training rows of that label"
                 )
 
@@ -233,8 +232,6 @@ def split_sentences(
     A tag that would be left without a training sentence takes its first held-out one back. DataError: too few.
     """
     contents = sorted({row.content for row in rows}, key=lambda c: _hash(c, seed))
-    if len(contents) < 2:
-        raise DataError(f"{len(rows)} sentences are too few to hold some out; give eval_data or more rows")
     held = set(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
     kept = {tag for row in rows if row.content not in held for tag in row.tags}
     for row in rows:
@@ -271,8 +268,6 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
     A JSON object {right label: {said label: reward}}; what is not named is 1 for the right label and 0 for another.
     DataError names the file and the key: an unknown label, a reward that is not a finite number.
     """
-    from upslope.data.readers import json_of
-
     table = json_of(text_of(Path(path).expanduser()), str(path))
     if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
         raise DataError(f'{path}: must be an object of objects, {{"right label": {{"said label": reward}}}}')
@@ -281,8 +276,7 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
     for right, row in table.items():
         for label in (right, *row):
             if label not in index:
-                near = difflib.get_close_matches(label, labels, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                hint = suggestion(label, labels)
                 raise DataError(f"{path}: label {label!r} does not occur in the training data{hint}")
         for said, value in row.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:

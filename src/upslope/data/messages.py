@@ -16,7 +16,7 @@ from typing import Any
 from upslope.errors import DataError
 from upslope.types import Message
 
-__all__ = ["ROLES", "described", "message_of", "remedy", "text_of", "tools_of", "train_of"]
+__all__ = ["ROLES", "described", "message_of", "parsed", "remedy", "text_of", "tools_of", "train_of"]
 
 ROLES = (
     "system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation",
@@ -58,7 +58,7 @@ def tools_of(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
     if not value:
         return ()
     if isinstance(value, str):
-        value = _parsed(value, "tools", where)
+        value = parsed(value, "tools", where)
     if not isinstance(value, (list, tuple)):
         raise DataError(f"{where}: 'tools' must be a list of objects, is {described(value)}")
     return tuple(_tool(tool, f"tools[{i}]", where) for i, tool in enumerate(value))
@@ -162,7 +162,7 @@ def _call(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
     whose = f"{key}.function.arguments" + (f" of call {call['id'][:64]}" if "id" in call else "")
     arguments = given.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _parsed(arguments, whose, where)
+        arguments = parsed(arguments, whose, where)
     return {**call, "function": {"name": name, "arguments": _object(arguments, whose, where)}}
 
 
@@ -191,7 +191,8 @@ def _tool(entry: Any, key: str, where: str) -> Mapping[str, Any]:
     return {"type": "function", "function": _object(kept, f"{key}.function", where)}
 
 
-def _parsed(text: str, key: str, where: str) -> Any:
+def parsed(text: str, key: str, where: str) -> Any:
+    """What a text of JSON holds."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:

@@ -107,10 +107,6 @@ class PairTokenizer:
             parts.append(tokenizer.decode([i - shift for i in run], **options))
         return "".join(parts)
 
-    def batch_decode(self, sequences: Sequence[Sequence[int]], **options: Any) -> list[str]:
-        """`decode` of each sequence."""
-        return [self.decode(ids, **options) for ids in sequences]
-
     def convert_ids_to_tokens(self, token_id: int) -> str:
         """The vocabulary's own name of a token."""
         if self.source_offset and token_id >= self.source_offset:

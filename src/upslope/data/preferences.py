@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from upslope.data.chat import TooLongError, encode_completion
 from upslope.data.kinds import Content, Record
-from upslope.data.messages import text_of
+from upslope.data.messages import parsed, text_of
 from upslope.errors import DataError
 from upslope.types import Example
 
@@ -286,10 +286,7 @@ def _as_number(value: Any) -> float | None:
 def _list(record: Record, key: str) -> list[Any]:
     value = record.extra.get(key)
     if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{record.where}: {key!r} is not valid JSON: {error}") from error
+        value = parsed(value, key, record.where)
     if not isinstance(value, (list, tuple)) or not value:
         what = "is missing" if value is None else f"must be a list with an entry per step, is {value!r:.40}"
         raise DataError(f"{record.where}: {key!r} {what}; a process reward model needs the keys prompt, steps, labels")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import difflib
 import gzip
 import io
 import json
@@ -15,6 +14,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError, one_line
 from upslope.extras import require
 
@@ -66,8 +66,7 @@ def near_file(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f" (the folder {folder} does not exist)"
-    near = difflib.get_close_matches(path.name, [entry.name for entry in folder.iterdir()], n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return suggestion(path.name, (entry.name for entry in folder.iterdir()))
 
 
 def text_of(path: Path) -> str:
@@ -223,18 +222,21 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:
-    datasets = require("data", "datasets")
     name, _, configuration = source.partition(":")
-    try:
-        table = datasets.load_dataset(name, configuration or None, split=split)
-    except Exception as error:  # the hub client raises a dozen unrelated kinds; what it says is passed on
-        raise DataError(
-            f"{source}: no such file, and as a hub data set (split {split!r}) it cannot be loaded: "
-            f"{one_line(error)}; offline, pass the path of a local file"
-        ) from error
-    for number, row in enumerate(table, 1):
-        where = f"{source}[{split}] row {number}"
+    why = f"{source}: no such file, and as a hub data set"
+    for where, row in table_rows(name, configuration, split, source, why, "; offline, pass the path of a local file"):
         yield where, _as_given(_object(row, where, "a row must have named columns"))
+
+
+def table_rows(path: str, configuration: str, split: str, name: str, why: str, remedy: str = "") -> Iterator[Row]:
+    """The rows of what `datasets` loads from a folder or the hub; a DataError begins with `why`."""
+    datasets = require("data", "datasets")
+    try:
+        table = datasets.load_dataset(path, configuration or None, split=split)
+    except Exception as error:  # the client raises a dozen unrelated kinds; what it says is passed on
+        raise DataError(f"{why} (split {split!r}) it cannot be loaded: {one_line(error)}{remedy}") from error
+    for number, row in enumerate(table, 1):
+        yield f"{name}[{split}] row {number}", row
 
 
 def _as_given(value: Any) -> Any:

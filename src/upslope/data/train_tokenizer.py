@@ -47,11 +47,7 @@ _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 
 def train_tokenizer(
-    texts: Iterable[str],
-    kind: TokenizerKind,
-    vocab_size: int,
-    *,
-    special_tokens: Sequence[str] = CAUSAL_SPECIALS,
+    texts: Iterable[str], kind: TokenizerKind, vocab_size: int, *, special_tokens: Sequence[str] = CAUSAL_SPECIALS
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer of at most `vocab_size` tokens, special ones included; `save_pretrained` writes it.
 

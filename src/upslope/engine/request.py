@@ -162,36 +162,21 @@ class Event:
 
 def check_params(params: SamplingParams, vocab_size: int) -> None:
     """Refuse sampling parameters that have no meaning: ConfigError that names the option, its value and its range."""
-    p = params
+    p, least = params, int(params.prompt_logprobs is None)
     ranges = (
-        ("temperature", p.temperature, "a finite number >= 0", math.isfinite(p.temperature) and p.temperature >= 0),
+        ("temperature", p.temperature, "a finite number >= 0", 0 <= p.temperature < math.inf),
         ("top_k", p.top_k, ">= 0 (0 switches it off)", p.top_k >= 0),
         ("top_p", p.top_p, "in (0, 1]", 0 < p.top_p <= 1),
         ("min_p", p.min_p, "in [0, 1]", 0 <= p.min_p <= 1),
-        (
-            "repetition_penalty",
-            p.repetition_penalty,
-            "a finite number > 0",
-            math.isfinite(p.repetition_penalty) and p.repetition_penalty > 0,
-        ),
+        ("repetition_penalty", p.repetition_penalty, "a finite number > 0", 0 < p.repetition_penalty < math.inf),
         ("frequency_penalty", p.frequency_penalty, "in [-2, 2]", -2 <= p.frequency_penalty <= 2),
         ("presence_penalty", p.presence_penalty, "in [-2, 2]", -2 <= p.presence_penalty <= 2),
         ("n", p.n, ">= 1", p.n >= 1),
         ("beam_width", p.beam_width, ">= 1", p.beam_width >= 1),
         ("length_penalty", p.length_penalty, "a finite number", math.isfinite(p.length_penalty)),
-        ("logprobs", p.logprobs, f"in 0..{vocab_size}", p.logprobs is None or 0 <= p.logprobs <= vocab_size),
-        (
-            "prompt_logprobs",
-            p.prompt_logprobs,
-            f"in 0..{vocab_size}",
-            p.prompt_logprobs is None or 0 <= p.prompt_logprobs <= vocab_size,
-        ),
-        (
-            "max_tokens",
-            p.max_tokens,
-            ">= 1 (0 only with prompt_logprobs)",
-            p.max_tokens >= (0 if p.prompt_logprobs is not None else 1),
-        ),
+        ("logprobs", p.logprobs, f"in 0..{vocab_size}", 0 <= (p.logprobs or 0) <= vocab_size),
+        ("prompt_logprobs", p.prompt_logprobs, f"in 0..{vocab_size}", 0 <= (p.prompt_logprobs or 0) <= vocab_size),
+        ("max_tokens", p.max_tokens, ">= 1 (0 only with prompt_logprobs)", p.max_tokens >= least),
         ("stop", p.stop, "a tuple of non-empty strings", not isinstance(p.stop, str) and all(p.stop)),
         (
             "logit_bias",

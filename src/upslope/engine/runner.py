@@ -162,7 +162,7 @@ class Runner:
             targets = request.prompt[first : first + rows.shape[0]]
             logp = log_softmax(self.model.logits(rows, self.packed), policy_temperature(request.params))
             own = logp.gather(1, torch.tensor(targets, device=logp.device)[:, None])[:, 0].tolist()
-            top = top_alternatives(logp, [request.params.prompt_logprobs] * len(targets), targets)
+            top = top_alternatives(logp, [request.params.prompt_logprobs or 0] * len(targets), targets)
             request.prompt_logprobs[first : first + len(targets)] = own
             request.prompt_top_logprobs[first : first + len(targets)] = top
 

@@ -181,7 +181,7 @@ def _alternatives(
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
     if wanted:
         logp = log_softmax(_rows_of(logits_NV, wanted), temperature)
-        counts = [rows[i].params.logprobs for i in wanted]
+        counts = [rows[i].params.logprobs or 0 for i in wanted]
         for i, best in zip(wanted, top_alternatives(logp, counts, [tokens[i] for i in wanted]), strict=True):
             result[i] = best
     return result
@@ -282,20 +282,12 @@ def _nucleus_threshold(scores_NV: Tensor, top_p: Sequence[float]) -> Tensor:
     return threshold
 
 
-def top_alternatives(
-    logp_NV: Tensor, counts: Sequence[int | None], tokens: Sequence[int]
-) -> list[dict[int, float] | None]:
+def top_alternatives(logp_NV: Tensor, counts: Sequence[int], tokens: Sequence[int]) -> list[dict[int, float]]:
     """Per row: the `counts[i]` likeliest tokens with their log-probs, likeliest first, and the given token's own."""
-    result: list[dict[int, float] | None] = [None] * len(counts)
-    wanted = [i for i, n in enumerate(counts) if n is not None]
-    if not wanted:
-        return result
-    rows = logp_NV if len(wanted) == len(counts) else logp_NV[torch.tensor(wanted, device=logp_NV.device)]
-    values, ids = rows.topk(max(n for n in counts if n is not None), dim=-1)
-    own = rows.gather(1, torch.tensor([[tokens[i]] for i in wanted], device=rows.device))[:, 0].tolist()
-    for i, value, row_values, row_ids in zip(wanted, own, values.tolist(), ids.tolist(), strict=True):
-        result[i] = {**dict(zip(row_ids[: counts[i]], row_values, strict=False)), tokens[i]: value}
-    return result
+    values, ids = logp_NV.topk(max(counts), dim=-1)
+    own = logp_NV.gather(1, torch.tensor(tokens, device=logp_NV.device)[:, None])[:, 0]
+    columns = zip(counts, tokens, own.tolist(), values.tolist(), ids.tolist(), strict=True)
+    return [{**dict(zip(best[:n], logps, strict=False)), token: logp} for n, token, logp, logps, best in columns]
 
 
 def beam_candidates(logits_NV: Tensor, rows: Sequence[Row], counts: Sequence[int]) -> list[list[Candidate]]:

@@ -56,12 +56,7 @@ class Prompt:
 
 
 def benchmark_figures(
-    model: Scorer | Classifier,
-    spec: str,
-    *,
-    limit: int | None = None,
-    seed: int = 0,
-    split: Split = "validation",
+    model: Scorer | Classifier, spec: str, *, limit: int | None = None, seed: int = 0, split: Split = "validation"
 ) -> list[Figure]:
     """The official figures of one task, the leading one first.
 

@@ -32,16 +32,14 @@ def classification_report(truth: Sequence[str], predicted: Sequence[str], labels
     _check(truth, predicted)
     metrics = require("eval", "sklearn.metrics")
     names = list(labels)
+    columns = metrics.precision_recall_fscore_support(truth, predicted, labels=names, average=None, zero_division=0)
     right = sum(t == p for t, p in zip(truth, predicted, strict=True))
     value, low, high = wilson(right, len(truth))
     return {
         "accuracy": {"value": value, "low": low, "high": high, "n": len(truth)},
-        "labels": _rows(metrics, truth, predicted, names),
+        "labels": {name: _row(*values) for name, *values in zip(names, *columns, strict=True)},
         "averages": _averages(metrics, truth, predicted, names),
-        "confusion": {
-            "labels": names,
-            "counts": metrics.confusion_matrix(truth, predicted, labels=names).tolist(),
-        },
+        "confusion": {"labels": names, "counts": metrics.confusion_matrix(truth, predicted, labels=names).tolist()},
     }
 
 
@@ -114,13 +112,6 @@ def format_report(report: Mapping[str, Any], *, title: str | None = None) -> str
     return "\n".join(lines)
 
 
-def _rows(metrics: Any, truth: Sequence[str], predicted: Sequence[str], names: list[str]) -> dict[str, Any]:
-    return _table(
-        names,
-        metrics.precision_recall_fscore_support(truth, predicted, labels=names, average=None, zero_division=0),
-    )
-
-
 def _averages(metrics: Any, truth: Sequence[str], predicted: Sequence[str], names: list[str]) -> dict[str, Any]:
     out = {}
     for average in AVERAGES:
@@ -129,10 +120,6 @@ def _averages(metrics: Any, truth: Sequence[str], predicted: Sequence[str], name
         )
         out[average] = _row(*values[:3], len(truth))
     return out
-
-
-def _table(names: Sequence[str], columns: Any) -> dict[str, Any]:
-    return {name: _row(*values) for name, *values in zip(names, *columns, strict=True)}
 
 
 def _counted(right: int, said: int, gold: int) -> dict[str, Any]:

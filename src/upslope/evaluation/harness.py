@@ -10,15 +10,16 @@ figures those of its `hf` model. Importing this module needs the extra `harness`
 
 from __future__ import annotations
 
-import difflib
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from upslope.config import suggestion
 from upslope.data.chat import encode_text
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError, one_line
@@ -282,15 +283,12 @@ def _load(tasks: Sequence[str], include_path: str | Path | None) -> dict[str, An
     path = None if include_path is None else str(include_path)
     own = module.TaskManager(include_path=path, include_defaults=False)
     if all(name in own.task_index or Path(name).is_file() for name in tasks):
-        try:
+        with suppress(KeyError):  # a group of the user's with a task of the harness in it
             return _loaded(own, tasks)
-        except KeyError:  # a group of the user's with a task of the harness in it
-            pass
     manager = module.TaskManager(include_path=path)
     for name in tasks:
         if name not in manager.task_index and not Path(name).is_file():
-            near = difflib.get_close_matches(name, list(manager.task_index), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = suggestion(name, manager.task_index)
             raise ConfigError(f"lm-evaluation-harness has no task {name!r}{hint} (see `lm-eval ls tasks`)")
     try:
         return _loaded(manager, tasks)

@@ -63,12 +63,7 @@ def bootstrap_mean(
 
 
 def paired_bootstrap(
-    after: Sequence[float],
-    before: Sequence[float],
-    *,
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    after: Sequence[float], before: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Bootstrap of mean(after - before), both measured on the same problems in the same order.
 

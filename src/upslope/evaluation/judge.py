@@ -13,16 +13,14 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from upslope.data.readers import rows_of
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.preferences import share
 from upslope.extras import require
 
-__all__ = ["INSTRUCTIONS", "Comparison", "Judge", "Verdict", "read_comparisons", "win_rate"]
+__all__ = ["INSTRUCTIONS", "Comparison", "Judge", "Verdict", "win_rate"]
 
 INSTRUCTIONS = (
     "You compare two answers to the same request. Judge helpfulness, correctness and clarity; neither the order of the "
@@ -202,24 +200,6 @@ def win_rate(judge: Judge, rows: Sequence[Comparison], *, dataset: str = "", see
         error = next(v.error for v in verdicts if v.score is None)
         raise DataError(f"the judge gave no usable pair of verdicts for {len(rows)} rows; the first: {error}")
     return Figure("win_rate", *share(scores, seed), len(scores), dataset, detail=detail)
-
-
-def read_comparisons(source: str | Path) -> list[Comparison]:
-    """Rows {prompt, candidate, reference} of a file, each a text that is not empty. DataError names row and key."""
-    rows = []
-    for where, row in rows_of(source):
-        texts: dict[str, str] = {}
-        for key in ("prompt", "candidate", "reference"):
-            if key not in row:
-                raise DataError(f"{where}: no {key!r} (it has {', '.join(row)}); give prompt, candidate and reference")
-            value = row[key]
-            if not isinstance(value, str) or not value.strip():
-                raise DataError(f"{where}: {key!r} must be a text that is not empty, is {value!r:.60}")
-            texts[key] = value
-        rows.append(Comparison(**texts, where=where))
-    if not rows:
-        raise DataError(f"{source}: holds no rows")
-    return rows
 
 
 def _parsed(text: str) -> Verdict:

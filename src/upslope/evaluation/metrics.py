@@ -140,11 +140,7 @@ def _token_f1(name: str, texts: Texts) -> Measurement:
     prompts = [Prompt(i, text="", metadata={"references": r}) for i, r in enumerate(texts.references)]
     values = token_f1(prompts, texts.hypotheses)
     return mean_of(
-        name,
-        [float(v or 0.0) for v in values],
-        dataset=texts.dataset,
-        unit="answers",
-        detail={"normalised": "SQuAD"},
+        name, [float(v or 0.0) for v in values], dataset=texts.dataset, unit="answers", detail={"normalised": "SQuAD"}
     )
 
 

@@ -133,7 +133,9 @@ def perplexity(scorer: Scorer, documents: Documents, *, context: int, stride: in
     context, stride: of the windows (`Scorer.rolling`). n counts documents, and the interval resamples them; where
     there is one document only, both are over blocks of up to 512 consecutive tokens of it.
     """
-    encoded = [_tokens(scorer.tokenizer, d.text) for d in _for_decoder(scorer, documents).texts]
+    if scorer.model.whole_prompts:
+        raise ModelError("an encoder-decoder predicts a target from a source: it has no perplexity of plain text")
+    encoded = [_tokens(scorer.tokenizer, d.text) for d in documents.texts]
     for document, (ids, _) in zip(documents.texts, encoded, strict=True):
         if not ids:
             raise DataError(f"{document.where}: the text has no tokens; remove it")
@@ -174,12 +176,6 @@ def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     ids, starts = encode_pieces(tokenizer, text, ())
     own = int(ids[:1] == [tokenizer.bos_token_id])
     return ids[own:], starts[own:]
-
-
-def _for_decoder(scorer: Scorer, documents: Documents) -> Documents:
-    if scorer.model.whole_prompts:
-        raise ModelError("an encoder-decoder predicts a target from a source: it has no perplexity of plain text")
-    return documents
 
 
 def _perplexity(column: int) -> Any:

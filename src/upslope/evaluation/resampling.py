@@ -12,12 +12,7 @@ __all__ = ["bootstrap"]
 
 
 def bootstrap(
-    statistic: Callable[[np.ndarray], float],
-    n: int,
-    *,
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
+    statistic: Callable[[np.ndarray], float], n: int, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> Interval:
     """Percentile bootstrap (Efron 1979) of `statistic`, a function of the places 0..n-1 of the items to be counted.
 

@@ -185,12 +185,7 @@ def _unit(language: str) -> str:
 
 
 def _figures(
-    lists: Sequence[NBest],
-    after: Sequence[int],
-    dataset: str,
-    language: str,
-    detail: Mapping[str, Any],
-    seed: int,
+    lists: Sequence[NBest], after: Sequence[int], dataset: str, language: str, detail: Mapping[str, Any], seed: int
 ) -> list[Measurement | Figure]:
     unit = _unit(language)
     rate = "cer" if unit == "characters" else "wer"

@@ -51,7 +51,7 @@ def verdicts(groups: Sequence[RolloutGroup], dataset: str) -> list[Measurement]:
     fields = {"dataset": dataset, "unit": "problems", "detail": detail}
     keys = [group.prompt.key for group in groups]
     some = [(key, group) for key, group in zip(keys, judged, strict=True) if group]
-    means = [math.fsum(_value(r) for r in group) / len(group) for _, group in some]
+    means = [math.fsum(r.value for r in group if r.value is not None) / len(group) for _, group in some]
     found = [mean_of("reward", means, keys=[key for key, _ in some], **fields)]
     return [*_right(some, max(len(g.rollouts) for g in groups), fields), *found] if known else found
 
@@ -67,8 +67,3 @@ def _right(some: Sequence[tuple[int, list[Reward]]], samples: int, fields: dict)
         if values:
             found.append(mean_of(f"pass@{k}", list(values.values()), keys=list(values), **fields))
     return found
-
-
-def _value(reward: Reward) -> float:
-    assert reward.value is not None
-    return reward.value

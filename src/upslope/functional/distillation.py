@@ -43,10 +43,7 @@ def linear_divergence(
         teacher_hidden_NE=teacher_hidden_NE,
         teacher_weight_VE=teacher_weight_VE,
     )
-    for name, hidden, head in (
-        ("student", hidden_ND, weight_VD),
-        ("teacher", teacher_hidden_NE, teacher_weight_VE),
-    ):
+    for name, hidden, head in (("student", hidden_ND, weight_VD), ("teacher", teacher_hidden_NE, teacher_weight_VE)):
         if hidden.shape[1] != head.shape[1] or hidden.dtype != head.dtype:
             raise ValueError(
                 f"the {name}'s states and head must agree in width and dtype: {shape(hidden)} {hidden.dtype}, "

@@ -79,32 +79,6 @@ def linear_token_logprobs(
     *,
     chunk: int = ...,
     temperature: float = ...,
-    with_entropy: Literal[True],
-    with_mean: Literal[False] = ...,
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def linear_token_logprobs(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    tokens_N: Tensor,
-    *,
-    chunk: int = ...,
-    temperature: float = ...,
-    with_entropy: Literal[False] = ...,
-    with_mean: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
-@overload
-def linear_token_logprobs(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    tokens_N: Tensor,
-    *,
-    chunk: int = ...,
-    temperature: float = ...,
     with_entropy: bool = ...,
     with_mean: bool = ...,
 ) -> Tensor | tuple[Tensor, ...]: ...

@@ -64,13 +64,7 @@ def lambda_returns(
 
 
 def n_step_advantages(
-    rewards_BT: Tensor,
-    values_BT: Tensor,
-    mask_BT: Tensor,
-    *,
-    gamma: float,
-    n: int,
-    bootstrap_B: Tensor | None = None,
+    rewards_BT: Tensor, values_BT: Tensor, mask_BT: Tensor, *, gamma: float, n: int, bootstrap_B: Tensor | None = None
 ) -> Tensor:
     """A_t = sum_{k<n} gamma^k r_{t+k} + gamma^n V_{t+n} - V_t (A3C, Mnih et al. 2016, arXiv 1602.01783). -> [B, T].
 

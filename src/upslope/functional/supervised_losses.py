@@ -149,9 +149,7 @@ def kto(
     gap = logp - ref_logp - reference
     # 1 - sigmoid(x) = sigmoid(-x), without the cancellation
     return torch.where(
-        desirable,
-        desirable_weight * torch.sigmoid(-beta * gap),
-        undesirable_weight * torch.sigmoid(beta * gap),
+        desirable, desirable_weight * torch.sigmoid(-beta * gap), undesirable_weight * torch.sigmoid(beta * gap)
     )
 
 

@@ -7,8 +7,7 @@ decoding, scoring and training, in the same order of operations per row: the sam
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from upslope.kernels.build import Unavailable, library
 
-__all__ = ["Unavailable", "functions", "kind_of", "library", "pointer", "problem", "usable"]
+__all__ = ["Functions", "Unavailable", "addresses", "kind_of", "library", "problem", "usable"]
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -40,13 +39,20 @@ def usable(*tensors: Tensor) -> bool:
     return all(x.dtype == first.dtype and x.device.type == "cpu" for x in tensors)
 
 
-def functions(signatures: Mapping[str, Sequence[Any]]) -> ctypes.CDLL:
-    """The library, with the argument types of its functions upslope_NAME declared; none returns anything."""
-    lib = library()
-    for name, arguments in signatures.items():
-        function = getattr(lib, f"upslope_{name}")
-        function.argtypes, function.restype = arguments, None
-    return lib
+class Functions:
+    """The library's functions upslope_NAME as attributes, given NAME=their argument types; none returns anything.
+
+    The library is opened, and compiled where need be, when the first of them is asked for.
+    """
+
+    def __init__(self, **signatures: Sequence[Any]) -> None:
+        self._signatures = signatures
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(library(), f"upslope_{name}")
+        function.argtypes, function.restype = self._signatures[name], None
+        setattr(self, name, function)
+        return function
 
 
 def kind_of(dtype: torch.dtype) -> int:
@@ -54,6 +60,6 @@ def kind_of(dtype: torch.dtype) -> int:
     return _KINDS[dtype]
 
 
-def pointer(x: Tensor | None) -> ctypes.c_void_p:
-    """The address of a contiguous tensor; null for None."""
-    return ctypes.c_void_p(None if x is None else x.data_ptr())
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """Where contiguous tensors lie; None, which is a null pointer, for None."""
+    return [None if x is None else x.data_ptr() for x in tensors]

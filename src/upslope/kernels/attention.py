@@ -8,18 +8,16 @@ Shapes: T rows of tokens, H query heads, K key/value heads, d head width.
 
 from __future__ import annotations
 
-import ctypes
 from array import array
 from collections.abc import Iterable
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from upslope.kernels import functions, kind_of
+from upslope.kernels import Functions, addresses, kind_of
 
 __all__ = [
     "attention_step",
@@ -30,21 +28,16 @@ __all__ = [
     "write_cache",
 ]
 
-_SIGNATURES = {
-    "attention_packed": [c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int, c_float],
-    "attention_packed_backward": [c_int, *[c_void_p] * 10, *[c_int64] * 4, c_int, c_float],
-    "attention_paged": [c_int, *[c_void_p] * 6, c_int64, c_void_p, *[c_int64] * 3, c_float],
-    "attention_step": [
+_lib = Functions(
+    attention_packed=[c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int, c_float],
+    attention_packed_backward=[c_int, *[c_void_p] * 10, *[c_int64] * 4, c_int, c_float],
+    attention_paged=[c_int, *[c_void_p] * 6, c_int64, c_void_p, *[c_int64] * 3, c_float],
+    attention_step=[
         *(c_int, *[c_void_p] * 3, c_float, *[c_void_p] * 6, c_int64),
         *(*[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 3, c_float),
     ],
-    "cache_write": [c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 2, c_int],
-}
-
-
-@cache
-def _functions() -> ctypes.CDLL:
-    return functions(_SIGNATURES)
+    cache_write=[c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 2, c_int],
+)
 
 
 def describe(segments: Iterable[tuple[int, int, int, int]]) -> array[int]:
@@ -73,21 +66,17 @@ def packed_attention(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, segments: array[int], causal: bool, scale: float
 ) -> None:
-    _functions().upslope_attention_packed(
-        kind_of(q.dtype),
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        out.data_ptr(),
-        None if lse is None else lse.data_ptr(),
-        *_sizes(segments, q, k),
-        causal,
-        scale,
-    )
+    tensors = addresses(q, k, v, out, lse)
+    _lib.attention_packed(kind_of(q.dtype), *tensors, *_described(segments), *_sizes(q, k), causal, scale)
 
 
-def _sizes(segments: array[int], q: Tensor, k: Tensor) -> tuple[int, ...]:
-    return segments.buffer_info()[0], len(segments) // 4, q.shape[1], k.shape[1], q.shape[2]
+def _described(segments: array[int]) -> tuple[int, int]:
+    return segments.buffer_info()[0], len(segments) // 4
+
+
+def _sizes(q: Tensor, k: Tensor) -> tuple[int, int, int]:
+    """H, K, d; of keys in blocks [., K, 64, d], too."""
+    return q.shape[1], k.shape[1], q.shape[2]
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -122,13 +111,9 @@ def packed_attention_gradient(
     """Gradients of queries, keys and values from that of the output; lse_TH float32 is the forward pass's."""
     grad = grad_THd.contiguous()
     grads = torch.empty_like(q_THd), torch.empty_like(k_TKd), torch.empty_like(v_TKd)
-    _functions().upslope_attention_packed_backward(
-        kind_of(q_THd.dtype),
-        *(x.data_ptr() for x in (q_THd, k_TKd, v_TKd, out_THd, lse_TH, grad, *grads)),
-        *_sizes(segments, q_THd, k_TKd),
-        causal,
-        scale,
-    )
+    tensors = addresses(q_THd, k_TKd, v_TKd, out_THd, lse_TH, grad, *grads)
+    sizes = _sizes(q_THd, k_TKd)
+    _lib.attention_packed_backward(kind_of(q_THd.dtype), *tensors, *_described(segments), *sizes, causal, scale)
     return grads
 
 
@@ -149,19 +134,8 @@ def write_cache(
     k, v = k_TKd.contiguous(), v_TKd.contiguous()
     if not k.shape[1:] == v.shape[1:] == (keys.shape[1], keys.shape[3]):
         raise ValueError(f"keys {list(k.shape)} and values {list(v.shape)} do not fit blocks {list(keys.shape)}")
-    _functions().upslope_cache_write(
-        kind_of(k.dtype),
-        k.data_ptr(),
-        v.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        segments.buffer_info()[0],
-        len(segments) // 4,
-        blocks.buffer_info()[0],
-        k.shape[1],
-        k.shape[2],
-        by_column,
-    )
+    tensors, tables = addresses(k, v, keys, values), blocks.buffer_info()[0]
+    _lib.cache_write(kind_of(k.dtype), *tensors, *_described(segments), tables, *k.shape[1:], by_column)
 
 
 def paged_attention(
@@ -175,21 +149,8 @@ def paged_attention(
     if q.shape[2] != keys.shape[3] or q.shape[1] % keys.shape[1]:
         raise ValueError(f"queries {list(q.shape)} do not fit blocks {list(keys.shape)}")
     out = torch.empty_like(q)
-    _functions().upslope_attention_paged(
-        kind_of(q.dtype),
-        q.data_ptr(),
-        keys.data_ptr(),
-        values.data_ptr(),
-        out.data_ptr(),
-        None,
-        segments.buffer_info()[0],
-        len(segments) // 4,
-        blocks.buffer_info()[0],
-        q.shape[1],
-        keys.shape[1],
-        q.shape[2],
-        scale,
-    )
+    tensors, tables = addresses(q, keys, values, out, None), blocks.buffer_info()[0]
+    _lib.attention_paged(kind_of(q.dtype), *tensors, *_described(segments), tables, *_sizes(q, keys), scale)
     return out
 
 
@@ -216,28 +177,7 @@ def attention_step(
     """
     q, k, v = qkv
     scales = torch.empty(q.shape[1], dtype=torch.float32)
-    _functions().upslope_attention_step(
-        kind_of(q.dtype),
-        all_TC.data_ptr(),
-        None if norms is None else norms[0].data_ptr(),
-        None if norms is None else norms[1].data_ptr(),
-        eps,
-        scales.data_ptr(),
-        q.data_ptr(),
-        k.data_ptr(),
-        v.data_ptr(),
-        angles[0].data_ptr(),
-        angles[1].data_ptr(),
-        q.shape[0],
-        keys.data_ptr(),
-        values.data_ptr(),
-        out_TC.data_ptr(),
-        None if lse_TH is None else lse_TH.data_ptr(),
-        segments.buffer_info()[0],
-        len(segments) // 4,
-        blocks.buffer_info()[0],
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        scale,
-    )
+    before, tables = addresses(all_TC, *(norms or (None, None))), blocks.buffer_info()[0]
+    room, cached = addresses(scales, q, k, v, *angles), addresses(keys, values, out_TC, lse_TH)
+    sizes = *_described(segments), tables, *_sizes(q, k)
+    _lib.attention_step(kind_of(q.dtype), *before, eps, *room, q.shape[0], *cached, *sizes, scale)

@@ -9,13 +9,12 @@ import ctypes
 from array import array
 from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int64, c_void_p
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from upslope.kernels import functions
+from upslope.kernels import Functions, addresses
 from upslope.kernels.products import Reordered
 
 __all__ = ["BlockWeights", "DecoderBlocks", "DecoderShape", "KeptRows"]
@@ -93,9 +92,7 @@ class _Results(Structure):
     )
 
 
-@cache
-def _functions() -> ctypes.CDLL:
-    return functions({"decode": [c_void_p] * 5})
+_lib = Functions(decode=[c_void_p] * 5)
 
 
 class DecoderBlocks:
@@ -133,35 +130,24 @@ class DecoderBlocks:
         q, k, v = (x_TD.new_empty(rows, n * s.head_dim) for n in (s.heads, s.kv_heads, s.kv_heads))
         scales = torch.empty(max(rows, s.heads), dtype=torch.float32)
         room = (x_TD, normed, delta, gated, q, k, v, scales, cosine, sine, keys, values)
-        call = _Call(
-            rows,
-            *(x.data_ptr() for x in room),
-            keys.stride(0),
-            segments.buffer_info()[0],
-            len(segments) // 4,
-            tables.buffer_info()[0],
-        )
+        described = segments.buffer_info()[0], len(segments) // 4, tables.buffer_info()[0]
+        call = _Call(rows, *addresses(*room), keys.stride(0), *described)
         if kept is None:
             products = x_TD.new_empty(rows, (s.heads + 2 * s.kv_heads) * s.head_dim)
             attended = x_TD.new_empty(rows, s.heads * s.head_dim)
             gates = x_TD.new_empty(rows, 2 * s.intermediate)
-            results = _Results(*(x.data_ptr() for x in (products, attended, x_TD, gates, x_TD)))
+            results = _Results(*addresses(products, attended, x_TD, gates, x_TD))
         else:
             stores = kept[:-1]
             starts = (x.data_ptr() + kept.first * x.stride(1) * x.element_size() for x in stores)
             results = _Results(*starts, *(x.stride(0) for x in stores))
-        addresses = (ctypes.addressof(part) for part in (self._shape, call, results))
-        _functions().upslope_decode(ctypes.addressof(self._blocks), self._last_norm.data_ptr(), *addresses)
+        structures = map(ctypes.addressof, (self._shape, call, results))
+        _lib.decode(ctypes.addressof(self._blocks), self._last_norm.data_ptr(), *structures)
         return normed
 
 
 def _described(block: BlockWeights) -> _Block:
     norms = (block.first_norm, block.second_norm, *(block.head_norms or (None, None)))
     products = (block.attend, block.out, block.widen, block.narrow)
-    return _Block(
-        *(None if x is None else x.data_ptr() for x in norms),
-        *(
-            _Product(weight.weight.data_ptr(), None if bias is None else bias.data_ptr(), weight.block)
-            for weight, bias in products
-        ),
-    )
+    described = (_Product(*addresses(weight.weight, bias), weight.block) for weight, bias in products)
+    return _Block(*addresses(*norms), *described)

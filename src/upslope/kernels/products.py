@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from upslope.kernels import functions, usable
+from upslope.kernels import Functions, addresses, usable
 
 __all__ = ["Reordered", "onednn_bfloat16"]
 
@@ -21,11 +21,11 @@ _COLUMNS = 32  # of a group, as in products.cpp
 _STRIDE = 64  # boundaries of blocks are multiples of it
 _ROWS = 64  # of the products that are compared
 _BIG = 2.0**13  # its square swallows a 1
-_SIGNATURES = {
-    "product_usable": [c_void_p],
-    "product_reorder": [c_void_p, c_void_p, c_int64, c_int64],
-    "product": [*[c_void_p] * 4, *[c_int64] * 4],
-}
+_lib = Functions(
+    product_usable=[c_void_p],
+    product_reorder=[c_void_p, c_void_p, c_int64, c_int64],
+    product=[*[c_void_p] * 4, *[c_int64] * 4],
+)
 
 
 @cache
@@ -37,11 +37,6 @@ def onednn_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-@cache
-def _functions() -> ctypes.CDLL:
-    return functions(_SIGNATURES)
-
-
 class Reordered:
     """A copy of a weight [C, D] whose product has the bits of `F.linear`, laid out [C / 32, D / 2, 32, 2]."""
 
@@ -51,7 +46,7 @@ class Reordered:
         self.block = block
         groups = -(-self.outputs // _COLUMNS)
         self.weight = torch.empty(groups, self.inputs // 2, _COLUMNS, 2, dtype=weight.dtype)
-        _functions().upslope_product_reorder(weight.data_ptr(), self.weight.data_ptr(), self.outputs, self.inputs)
+        _lib.product_reorder(*addresses(weight, self.weight), self.outputs, self.inputs)
 
     @classmethod
     def of(cls, weight_CD: Tensor) -> Reordered | None:
@@ -67,23 +62,15 @@ class Reordered:
         if x.dim() != 2 or x.shape[1] != self.inputs or x.dtype != self.weight.dtype:
             raise ValueError(f"x {list(x.shape)} in {x.dtype} does not fit a weight of {self.inputs} inputs")
         out = x.new_empty(x.shape[0], self.outputs)
-        _functions().upslope_product(
-            x.data_ptr(),
-            self.weight.data_ptr(),
-            None if bias_C is None else bias_C.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            self.outputs,
-            self.inputs,
-            self.block,
-        )
+        tensors = addresses(x, self.weight, bias_C, out)
+        _lib.product(*tensors, x.shape[0], self.outputs, self.inputs, self.block)
         return out
 
 
 @cache
 def _has_instruction() -> bool:
     answer = c_int64()
-    _functions().upslope_product_usable(ctypes.byref(answer))
+    _lib.product_usable(ctypes.byref(answer))
     return bool(answer.value)
 
 

@@ -6,9 +6,7 @@ one dtype, float32 or bfloat16; arithmetic is float32.
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from upslope.kernels import functions, kind_of
+from upslope.kernels import Functions, addresses, kind_of
 
 __all__ = [
     "add_rms_norm",
@@ -34,19 +32,14 @@ __all__ = [
 ]
 
 _SLABS = 16
-_SIGNATURES = {
-    "norm_forward": [c_int, *[c_void_p] * 6, c_int64, c_int64, c_float],
-    "norm_backward": [c_int, *[c_void_p] * 7, c_int64, c_int64],
-    "swiglu_forward": [c_int, c_void_p, c_void_p, c_int64, c_int64],
-    "swiglu_backward": [c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
-    "split_rotate": [c_int, *[c_void_p] * 6, *[c_int64] * 4],
-    "join_rotate": [c_int, *[c_void_p] * 6, *[c_int64] * 4],
-}
-
-
-@cache
-def _functions() -> ctypes.CDLL:
-    return functions(_SIGNATURES)
+_lib = Functions(
+    norm_forward=[c_int, *[c_void_p] * 6, c_int64, c_int64, c_float],
+    norm_backward=[c_int, *[c_void_p] * 7, c_int64, c_int64],
+    swiglu_forward=[c_int, c_void_p, c_void_p, c_int64, c_int64],
+    swiglu_backward=[c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
+    split_rotate=[c_int, *[c_void_p] * 6, *[c_int64] * 4],
+    join_rotate=[c_int, *[c_void_p] * 6, *[c_int64] * 4],
+)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -81,18 +74,8 @@ def norm_into(
     x: Tensor, delta: Tensor | None, weight: Tensor, total: Tensor, out: Tensor, scales: Tensor, eps: float
 ) -> None:
     """x + delta into `total` (which may be x), the norm of it into `out`, its scales float32 [T]. No gradient."""
-    _functions().upslope_norm_forward(
-        kind_of(x.dtype),
-        x.data_ptr(),
-        None if delta is None else delta.data_ptr(),
-        weight.data_ptr(),
-        total.data_ptr(),
-        out.data_ptr(),
-        scales.data_ptr(),
-        scales.shape[0],
-        weight.shape[0],
-        eps,
-    )
+    tensors = addresses(x, delta, weight, total, out, scales)
+    _lib.norm_forward(kind_of(x.dtype), *tensors, scales.shape[0], weight.shape[0], eps)
 
 
 def norm_gradient(
@@ -104,18 +87,8 @@ def norm_gradient(
     through = None if through_TD is None else through_TD.contiguous()
     d_total = torch.empty_like(total_TD)
     slabs = torch.empty(_SLABS, width, dtype=torch.float32)
-    _functions().upslope_norm_backward(
-        kind_of(total_TD.dtype),
-        total_TD.data_ptr(),
-        weight_D.data_ptr(),
-        scales_T.data_ptr(),
-        grad.data_ptr(),
-        None if through is None else through.data_ptr(),
-        d_total.data_ptr(),
-        slabs.data_ptr(),
-        scales_T.shape[0],
-        width,
-    )
+    tensors = addresses(total_TD, weight_D, scales_T, grad, through, d_total, slabs)
+    _lib.norm_backward(kind_of(total_TD.dtype), *tensors, scales_T.shape[0], width)
     return d_total, slabs.sum(0).to(weight_D.dtype)
 
 
@@ -162,7 +135,7 @@ def _swiglu(both: Tensor) -> Tensor:
 
 def swiglu_into(both_TF2: Tensor, out_TF: Tensor) -> None:
     """swiglu(both) into `out`. No gradient."""
-    _functions().upslope_swiglu_forward(kind_of(both_TF2.dtype), both_TF2.data_ptr(), out_TF.data_ptr(), *out_TF.shape)
+    _lib.swiglu_forward(kind_of(both_TF2.dtype), *addresses(both_TF2, out_TF), *out_TF.shape)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -180,10 +153,7 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu_gradient(both: Tensor, grad: Tensor) -> Tensor:
     """The gradient of gate and up side by side from that of `swiglu`."""
     grad, d_both = grad.contiguous(), torch.empty_like(both)
-    rows, width = grad.shape
-    _functions().upslope_swiglu_backward(
-        kind_of(both.dtype), both.data_ptr(), grad.data_ptr(), d_both.data_ptr(), rows, width
-    )
+    _lib.swiglu_backward(kind_of(both.dtype), *addresses(both, grad, d_both), *grad.shape)
     return d_both
 
 
@@ -225,8 +195,7 @@ def split(x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int) -> tup
     rows, width = x.shape[0], x.shape[1] // (heads + 2 * kv_heads)
     q = x.new_empty(rows, heads, width)
     k, v = x.new_empty(rows, kv_heads, width), x.new_empty(rows, kv_heads, width)
-    pointers = (t.data_ptr() for t in (x, q, k, v, cos, sin))
-    _functions().upslope_split_rotate(kind_of(x.dtype), *pointers, rows, heads, kv_heads, width)
+    _lib.split_rotate(kind_of(x.dtype), *addresses(x, q, k, v, cos, sin), rows, heads, kv_heads, width)
     return q, k, v
 
 
@@ -249,6 +218,5 @@ def join_rotate(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, cos_Td: Tensor, sin
     q, k, v = (g.contiguous() for g in (q_THd, k_TKd, v_TKd))
     (rows, heads, width), kv_heads = q.shape, k.shape[1]
     out = q.new_empty(rows, (heads + 2 * kv_heads) * width)
-    pointers = (t.data_ptr() for t in (out, q, k, v, cos_Td, sin_Td))
-    _functions().upslope_join_rotate(kind_of(q.dtype), *pointers, rows, heads, kv_heads, width)
+    _lib.join_rotate(kind_of(q.dtype), *addresses(out, q, k, v, cos_Td, sin_Td), rows, heads, kv_heads, width)
     return out

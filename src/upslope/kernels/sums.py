@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_int, c_int64, c_void_p
-from functools import cache
 
 from torch import Tensor
 
-from upslope.kernels import functions, kind_of, pointer, usable
+from upslope.kernels import Functions, addresses, kind_of, usable
 
 __all__ = ["accumulate_"]
 
-
-_SIGNATURES = {"accumulate": [c_int, c_void_p, c_void_p, c_int64]}
-
-
-@cache
-def _functions() -> ctypes.CDLL:
-    return functions(_SIGNATURES)
+_lib = Functions(accumulate=[c_int, c_void_p, c_void_p, c_int64])
 
 
 def accumulate_(total: Tensor, part: Tensor) -> Tensor:
@@ -26,5 +18,5 @@ def accumulate_(total: Tensor, part: Tensor) -> Tensor:
     fits = usable(total) and usable(part) and total.element_size() == 4 and total.shape == part.shape
     if not fits or not (total.is_contiguous() and part.is_contiguous()):
         return total.add_(part)
-    _functions().upslope_accumulate(kind_of(part.dtype), pointer(total), pointer(part), total.numel())
+    _lib.accumulate(kind_of(part.dtype), *addresses(total, part), total.numel())
     return total

@@ -8,30 +8,23 @@ it, or of -inf alone, has NaN for everything.
 
 from __future__ import annotations
 
-import ctypes
 from ctypes import c_float, c_int, c_int64, c_void_p
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from upslope.kernels import functions, kind_of, pointer
+from upslope.kernels import Functions, addresses, kind_of
 
 __all__ = ["Statistics", "log_softmax", "logits_gradient_", "sample", "statistics"]
 
 _SIZES = [c_int64, c_int64, c_int64, c_float]
-_SIGNATURES = {
-    "log_softmax": [c_int, *[c_void_p] * 2, *_SIZES],
-    "logprobs": [c_int, *[c_void_p] * 7, *_SIZES],
-    "logits_gradient": [c_int, *[c_void_p] * 8, *_SIZES],
-    "sample": [c_int, *[c_void_p] * 4, *_SIZES],
-}
-
-
-@cache
-def _functions() -> ctypes.CDLL:
-    return functions(_SIGNATURES)
+_lib = Functions(
+    log_softmax=[c_int, *[c_void_p] * 2, *_SIZES],
+    logprobs=[c_int, *[c_void_p] * 7, *_SIZES],
+    logits_gradient=[c_int, *[c_void_p] * 8, *_SIZES],
+    sample=[c_int, *[c_void_p] * 4, *_SIZES],
+)
 
 
 class Statistics(NamedTuple):
@@ -52,7 +45,7 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
     """log softmax(logits / temperature) over the last dimension, without gradient. [..., V] -> [..., V]."""
     rows = _rows(logits.reshape(-1, logits.shape[-1]))
     out = torch.empty(rows.shape, dtype=torch.float32)
-    _functions().upslope_log_softmax(kind_of(rows.dtype), pointer(rows), pointer(out), *_sizes(rows), temperature)
+    _lib.log_softmax(kind_of(rows.dtype), *addresses(rows, out), *_sizes(rows), temperature)
     return out.view(logits.shape)
 
 
@@ -63,8 +56,8 @@ def statistics(
     rows, tokens = _rows(logits_NV), tokens_N.contiguous()
     logp, maximum, log_sum = (torch.empty(len(rows), dtype=torch.float32) for _ in range(3))
     entropy, mean = (torch.empty_like(logp) if wanted else None for wanted in (with_entropy, with_mean))
-    pointers = map(pointer, (rows, tokens, logp, maximum, log_sum, entropy, mean))
-    _functions().upslope_logprobs(kind_of(rows.dtype), *pointers, *_sizes(rows), temperature)
+    tensors = addresses(rows, tokens, logp, maximum, log_sum, entropy, mean)
+    _lib.logprobs(kind_of(rows.dtype), *tensors, *_sizes(rows), temperature)
     return Statistics(logp, entropy, mean, maximum, log_sum)
 
 
@@ -84,8 +77,7 @@ def logits_gradient_(
     assert logits_NV.stride(1) == 1, "the rows are overwritten where they lie"
     tensors = (tokens_N, found.maximum, found.log_sum, grad_logp_N, found.entropy, grad_entropy_N, grad_mean_N)
     held = [None if x is None else x.contiguous() for x in tensors]
-    pointers = map(pointer, (logits_NV, *held))
-    _functions().upslope_logits_gradient(kind_of(logits_NV.dtype), *pointers, *_sizes(logits_NV), temperature)
+    _lib.logits_gradient(kind_of(logits_NV.dtype), *addresses(logits_NV, *held), *_sizes(logits_NV), temperature)
     return logits_NV
 
 
@@ -96,8 +88,7 @@ def sample(logits_NV: Tensor, uniform_N: Tensor, temperature: float) -> tuple[Te
     """
     rows, uniform = _rows(logits_NV), uniform_N.contiguous()
     tokens, logp = torch.empty(len(rows), dtype=torch.int64), torch.empty(len(rows), dtype=torch.float32)
-    pointers = map(pointer, (rows, uniform, tokens, logp))
-    _functions().upslope_sample(kind_of(rows.dtype), *pointers, *_sizes(rows), temperature)
+    _lib.sample(kind_of(rows.dtype), *addresses(rows, uniform, tokens, logp), *_sizes(rows), temperature)
     return tokens, logp
 
 

@@ -25,7 +25,7 @@ from upslope.models.attention import PackedContext
 from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, transformers_config
 from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
-from upslope.models.weights import check_finite, read_shapes
+from upslope.models.weights import check_finite, listed, read_shapes
 
 __all__ = ["TransformersModel"]
 
@@ -137,10 +137,7 @@ class TransformersModel(CausalModel):
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm (scaled, and with a column of ones where the head has a bias)."""
         output = self.get_submodule(self._base)(
-            input_ids=tokens_T[None],
-            position_ids=context.positions_T[None],
-            use_cache=False,
-            upslope_context=context,
+            input_ids=tokens_T[None], position_ids=context.positions_T[None], use_cache=False, upslope_context=context
         )
         hidden = output.last_hidden_state[0]
         if self._scale != 1.0:
@@ -302,7 +299,6 @@ def _check_report(report: Mapping[str, Any], folder: Path | str) -> None:
     ):
         names = sorted(str(item[0]) if isinstance(item, tuple) else str(item) for item in report.get(key) or ())
         if names:
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:4])}{more})")
+            parts.append(listed(kind, names))
     if parts:
         raise ModelError(f"{folder}: weights do not fit config.json: {'; '.join(parts)}; get the folder again")

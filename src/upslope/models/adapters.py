@@ -7,7 +7,6 @@ beside the adapters) takes the place of the model's own; forms whose merge is an
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import tomllib
@@ -100,7 +99,7 @@ def _model_of_run(folder: Path) -> str | None:
         return None
     try:
         model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model")
-        started = json.loads((run / "env.json").read_text(encoding="utf-8")).get("folder", "")
+        started = read_object(run / "env.json", ModelError).get("folder", "")
     except (OSError, ValueError) as error:
         raise ModelError(f"{run}: which model it started from cannot be read ({error}); say it with --base") from error
     if not isinstance(model, str):

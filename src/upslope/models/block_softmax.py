@@ -43,12 +43,7 @@ class Plan:
 
 
 def causal_plan(
-    starts: Sequence[int],
-    queries: int,
-    blocks: Sequence[int],
-    group: int,
-    width: int,
-    device: torch.device | str,
+    starts: Sequence[int], queries: int, blocks: Sequence[int], group: int, width: int, device: torch.device | str
 ) -> Plan:
     """Plan for `queries` query positions from starts[i] on, and blocks[i] key blocks (falling), of each sequence.
 

@@ -7,7 +7,8 @@ a wrong value is named here in one line; whether the sizes are those of the weig
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from upslope.models.weights import read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "transformers_config"]
+__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "quiet", "transformers_config"]
 
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RuntimeError, ImportError),
@@ -103,6 +104,22 @@ def transformers_config(folder: Path | str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except LIBRARY_ERRORS as error:
         raise ModelError(f"{folder}: config.json is not one transformers can run ({one_line(error)})") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no report of fresh heads from transformers: what did not fit, its callers say."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def check_sizes(

@@ -34,12 +34,10 @@ from upslope.models.protocol import CausalModel, Context, ModelSpec, least_rows,
 __all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+_ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in MODEL_TYPES}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_PLAIN = (*_SIZES, "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps")
+"""Fields that a config.json has under the same name, in its order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,18 +74,13 @@ class DecoderConfig:
             raise ModelError(f"{kind}: mlp_bias=true is not supported")
         heads = config["num_attention_heads"]
         known = {
-            *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
-            *("num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "hidden_act"),
-            *("rope_theta", "rope_scaling", "rope_parameters", "tie_word_embeddings", "initializer_range"),
-            *("architectures", "dtype", "torch_dtype", "transformers_version", "attention_bias"),
+            *(*_PLAIN, "model_type", "hidden_act", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias"),
+            *("tie_word_embeddings", "initializer_range", "architectures", "dtype", "torch_dtype"),
+            "transformers_version",
         }
         return cls(
             model_type=kind,
-            vocab_size=config["vocab_size"],
-            hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
-            num_hidden_layers=config["num_hidden_layers"],
-            num_attention_heads=heads,
+            **{name: config[name] for name in _SIZES},
             num_key_value_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             max_position_embeddings=config.get("max_position_embeddings", 2048),
@@ -107,15 +100,7 @@ class DecoderConfig:
             **self.extra,
             "architectures": [_ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
+            **{name: getattr(self, name) for name in _PLAIN},
             "hidden_act": "silu",
             "rope_parameters": dict(self.rope),
             "rope_theta": self.rope["rope_theta"],

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from upslope.errors import ModelError, one_line
-from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, transformers_config
+from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, quiet, transformers_config
 from upslope.models.encoder_config import (
     OFFSET_POSITIONS,
     SIZES,
@@ -34,6 +34,7 @@ from upslope.models.encoder_config import (
 )
 from upslope.models.intact import check_intact
 from upslope.models.lora import ALL, target_layers
+from upslope.models.protocol import check_rows
 from upslope.models.weights import (
     Tokenizer,
     check_finite,
@@ -143,12 +144,7 @@ class Encoder(nn.Module):
 
     def check_tokens(self, count: int, where: object) -> None:
         """Raise ModelError, naming `where`, when a tokenizer has more ids than the embedding has rows."""
-        rows = len(self.network.get_input_embeddings().weight)
-        if rows < count:
-            raise ModelError(
-                f"{where}: the tokenizer has ids up to {count - 1} but the model embeds only {rows} tokens; take the "
-                "tokenizer that belongs to the model, or the model that belongs to the tokenizer"
-            )
+        check_rows(len(self.network.get_input_embeddings().weight), count, where)
 
     @torch.no_grad()
     def weights(self, tensors: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -178,7 +174,7 @@ class Encoder(nn.Module):
         expected = {name: tuple(p.shape) for name, p in twin.named_parameters()}
         check_shapes(expected, {n: tuple(t.shape) for n, t in state.items()}, where="weights to save")
         written = next(t.dtype for t in state.values() if t.is_floating_point())
-        with new_folder(folder, overwrite=True) as temp, _quiet():
+        with new_folder(folder, overwrite=True) as temp, quiet():
             twin.save_pretrained(str(temp), state_dict=state)
             config = read_config(temp) | self._dropout | {"dtype": str(written).removeprefix("torch.")}
             if self.source is not None:
@@ -221,7 +217,7 @@ def load_encoder(
     keep = kind == "masked" or (named and (labels is None or set(labels) == set(stored)))
     chosen = stored if keep else tuple(labels or ())
     dropout = switch_off_dropout(config, raw)
-    with _seeded(seed), _quiet():
+    with _seeded(seed), quiet():
         network, missing = _load(path, config, kind)
         if not keep:
             trunk = network.base_model.state_dict()
@@ -337,19 +333,3 @@ def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and no report of fresh heads from transformers: `Encoder.fresh` says it, errors are raised."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -9,7 +9,6 @@ docs/gguf.md; the tokenizer is rebuilt by transformers, with the split of digits
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import tempfile
@@ -17,14 +16,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from upslope.errors import ModelError
-from upslope.models.decoder import Decoder, DecoderConfig
+from upslope.models.decoder import Decoder, DecoderConfig, rope_frequencies
 from upslope.models.weights import check_shapes, save_folder
 
-__all__ = ["convert", "hf_config", "hf_name", "read_ends", "undo_rope_order"]
+__all__ = ["convert", "expected_shapes", "hf_config", "hf_name", "read_ends", "undo_rope_order"]
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -76,7 +76,7 @@ def convert(
     if factors is not None:
         config["rope_parameters"] |= _llama3_scaling(factors, config, path)
     network = DecoderConfig.from_hf(config)
-    check_shapes(_expected(network), {name: t.shape for name, t in tensors.items()}, where=path)
+    check_shapes(expected_shapes(network), {name: t.shape for name, t in tensors.items()}, where=path)
     say(f"{path.name}: converting the tokenizer")
     tokenizer = _tokenizer(path, metadata, config)
     return save_folder(
@@ -146,10 +146,7 @@ def hf_config(
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": _shortest_float32(key("attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": _shortest_float32(key("rope.freq_base", 10000.0)),
-        },
+        "rope_parameters": {"rope_type": "default", "rope_theta": _shortest_float32(key("rope.freq_base", 10000.0))},
         "tie_word_embeddings": "output.weight" not in shapes,
     }
     if kind != "qwen2":
@@ -163,11 +160,7 @@ def hf_config(
 
 def _shortest_float32(value: float) -> float:
     """The short decimal a float32 came from: 9.999999747378752e-06 -> 1e-05."""
-    for digits in range(1, 10):
-        short = float(f"{value:.{digits}g}")
-        if torch.tensor(short) == torch.tensor(value):
-            return short
-    return value
+    return float(str(np.float32(value)))
 
 
 def read_ends(gguf_file: Path | str) -> list[int]:
@@ -180,10 +173,8 @@ def _ends(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def _open(path: Path) -> Any:
-    try:
-        from gguf import GGUFReader
-    except ModuleNotFoundError as error:
-        raise ModelError(f"{path}: reading GGUF needs the gguf package; run: pip install gguf") from error
+    from gguf import GGUFReader
+
     if not path.is_file():
         raise ModelError(f"{path}: no such GGUF file")
     with path.open("rb") as file:
@@ -222,7 +213,7 @@ def _tensors(reader: Any, config: Mapping[str, Any], path: Path) -> dict[str, Te
     return result
 
 
-def _expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the network's tensors."""
     with torch.device("meta"):
         return {name: tuple(t.shape) for name, t in Decoder(config).state_dict().items()}
@@ -237,11 +228,8 @@ def _llama3_scaling(factors: Tensor, config: Mapping[str, Any], path: Path) -> d
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    d = config["head_dim"]
-    frequency = 1.0 / config["rope_parameters"]["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
-    turns = rule["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    share = ((turns - 1.0) / 3.0).clamp(0.0, 1.0)
-    divisors = 1.0 / ((1 - share) / rule["factor"] + share)
+    plain = config["rope_parameters"]
+    divisors = rope_frequencies(plain, config["head_dim"]) / rope_frequencies(plain | rule, config["head_dim"])
     if factors.shape != divisors.shape or not torch.allclose(factors.double(), divisors, rtol=1e-4):
         raise ModelError(f"{path}: {_ROPE_FACTORS} is not Llama 3's rotary scaling; use the model's own folder")
     return rule

@@ -20,6 +20,7 @@ from torch import Tensor
 from upslope.atomic import fsync_file, fsync_folder
 from upslope.errors import ModelError, RunError
 from upslope.models.decoder import DecoderConfig, rope_frequencies
+from upslope.models.gguf import expected_shapes
 from upslope.models.gguf_vocab import Vocab, pinned_template, read_vocab
 from upslope.models.weights import check_shapes
 
@@ -54,9 +55,12 @@ def write_gguf(
     ("name", "license", "description"). The format holds three `eos_token_ids`. Raises ModelError for
     networks, tokenizers, ends and values that would not survive.
     """
-    gguf = _library()
+    import gguf
+
     arch = _architecture(config)
-    check_shapes(_expected(config), {name: tuple(t.shape) for name, t in tensors.items()}, where="weights to export")
+    check_shapes(
+        expected_shapes(config), {name: tuple(t.shape) for name, t in tensors.items()}, where="weights to export"
+    )
     vocab = read_vocab(tokenizer, config.vocab_size, split=split)
     writer = gguf.GGUFWriter(path, arch)
     try:
@@ -112,14 +116,6 @@ def rope_order(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _library() -> Any:
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise ModelError("writing GGUF needs the gguf package; run: pip install gguf") from error
-    return gguf
-
-
 def _architecture(config: DecoderConfig) -> str:
     """llama.cpp's name of the architecture; ModelError for what its graph of that name does not compute."""
     arch = _ARCHITECTURES[config.model_type]
@@ -128,13 +124,6 @@ def _architecture(config: DecoderConfig) -> str:
     if config.rope["rope_type"] == "llama3" and arch != "llama":
         raise ModelError(f"a {arch} network with llama3 rotary scaling cannot be written as GGUF; llama.cpp ignores it")
     return arch
-
-
-def _expected(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    from upslope.models.decoder import Decoder
-
-    with torch.device("meta"):
-        return {name: tuple(t.shape) for name, t in Decoder(config).named_parameters()}
 
 
 def _add_shape(writer: Any, config: DecoderConfig) -> None:

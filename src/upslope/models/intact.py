@@ -10,6 +10,7 @@ from pathlib import Path
 
 from upslope.atomic import write_atomic
 from upslope.errors import ModelError, RunError
+from upslope.json_file import read_object
 from upslope.manifest import damage, damaged_file, inventory, read_manifest, step_of
 
 __all__ = ["RECORD", "check_intact", "damage_of_cached", "seal"]
@@ -46,8 +47,8 @@ def damage_of_cached(folder: Path) -> str | None:
     if not record.is_file():
         return None
     try:
-        return damaged_file(folder, json.loads(record.read_text(encoding="utf-8"))["files"])
-    except (ValueError, KeyError, TypeError, AttributeError, OSError):
+        return damaged_file(folder, read_object(record, ModelError)["files"])
+    except (ModelError, ValueError, KeyError, TypeError, AttributeError, OSError):
         return f"{RECORD} is damaged"
 
 

@@ -47,11 +47,7 @@ _DEFAULTED = (
 
 
 def load_model(
-    folder: Path | str,
-    *,
-    dtype: torch.dtype = torch.float32,
-    gradient_checkpointing: bool = False,
-    trunk: bool = False,
+    folder: Path | str, *, dtype: torch.dtype = torch.float32, gradient_checkpointing: bool = False, trunk: bool = False
 ) -> CausalModel:
     """The network of a model folder with its weights in `dtype`.
 
@@ -142,7 +138,12 @@ def save_model(
     expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
     state = dict(model.named_parameters()) if tensors is None else dict(tensors)
     check_shapes(expected, {name: tuple(t.shape) for name, t in state.items()}, where="weights to save")
-    if isinstance(model, Decoder | LSTM):
+    if isinstance(model, Decoder | LSTM | Seq2Seq):
+        generation = None
+        if isinstance(model, Seq2Seq):
+            state = stored_tensors(model, state)
+            if source_folder is None or not (Path(source_folder) / GENERATION_CONFIG).is_file():
+                generation = model.config.generation_config()
         return save_folder(
             folder,
             model.config.to_hf(),
@@ -151,19 +152,7 @@ def save_model(
             max_shard_bytes=max_shard_bytes,
             source_folder=source_folder,
             tokenizer=tokenizer,
-            overwrite=overwrite,
-        )
-    if isinstance(model, Seq2Seq):
-        own = source_folder is not None and (Path(source_folder) / GENERATION_CONFIG).is_file()
-        return save_folder(
-            folder,
-            model.config.to_hf(),
-            stored_tensors(model, state),
-            dtype=dtype,
-            max_shard_bytes=max_shard_bytes,
-            source_folder=source_folder,
-            tokenizer=tokenizer,
-            generation_config=None if own else model.config.generation_config(),
+            generation_config=generation,
             overwrite=overwrite,
         )
     from upslope.models.adapter import TransformersModel

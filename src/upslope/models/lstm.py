@@ -37,6 +37,7 @@ from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, pa
 __all__ = ["LSTM", "MODEL_TYPE", "LSTMConfig"]
 
 MODEL_TYPE = "upslope_lstm"
+_SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class LSTMConfig:
         """Read a config.json. Raises ModelError for another model_type or a size that is missing or below 1."""
         if config.get("model_type") != MODEL_TYPE:
             raise ModelError(f"model_type {config.get('model_type')!r} is not {MODEL_TYPE}")
-        sizes = {name: config.get(name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+        sizes = {name: config.get(name) for name in _SIZES}
         sizes["max_position_embeddings"] = config.get("max_position_embeddings", cls.max_position_embeddings)
         for name, value in sizes.items():
             if type(value) is not int or value < 1:
@@ -76,11 +77,7 @@ class LSTMConfig:
             **self.extra,
             "architectures": ["LSTM"],
             "model_type": MODEL_TYPE,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "max_position_embeddings": self.max_position_embeddings,
-            "tie_word_embeddings": self.tie_word_embeddings,
+            **{name: getattr(self, name) for name in (*_SIZES, "max_position_embeddings", "tie_word_embeddings")},
         }
 
 

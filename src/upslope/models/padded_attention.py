@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -138,11 +139,9 @@ class PackedBuckets:
         return parts[0][self._order] if len(parts) == 1 else torch.cat(parts)[self._order]
 
     def _make_buckets(self, starts: Sequence[int]) -> list[tuple[_Bucket, _Keys]]:
-        offsets, total = [], 0
+        *offsets, total = accumulate(self.lengths, initial=0)
         by_shape: dict[tuple[int, int], list[int]] = {}
         for i, n in enumerate(self.lengths):
-            offsets.append(total)
-            total += n
             width = 0 if self.parents[i] == -1 else (n - 1).bit_length() + 1
             by_shape.setdefault((-(-(starts[i] + n) // BLOCK), width), []).append(i)
         made = []
@@ -203,17 +202,10 @@ class PagedBuckets:
     """The new tokens of a PagedContext: sequences that bring the same number of them side by side, longest first."""
 
     def __init__(
-        self,
-        tables: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        counts: Sequence[int],
-        device: torch.device,
+        self, tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], device: torch.device
     ) -> None:
         needed = [-(-(s + c) // BLOCK) for s, c in zip(starts, counts, strict=True)]
-        offsets, total = [], 0
-        for count in counts:
-            offsets.append(total)
-            total += count
+        *offsets, total = accumulate(counts, initial=0)
         by_count: dict[int, list[int]] = {}
         for i, count in enumerate(counts):
             by_count.setdefault(count if count == 1 else -(-count // BLOCK) * BLOCK, []).append(i)

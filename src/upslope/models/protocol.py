@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from upslope.errors import ModelError
 from upslope.models.packed import PackedWeights
 
-__all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "least_rows", "pad_rows", "padded_row_count"]
+__all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "check_rows", "least_rows", "pad_rows", "padded_row_count"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +102,15 @@ def pad_rows(x: Tensor, *, least: int = 4) -> Tensor:
     return torch.cat([x, x.new_zeros(extra, *x.shape[1:])]) if extra else x
 
 
+def check_rows(rows: int, count: int, where: object) -> None:
+    """Raise ModelError, naming `where`, for fewer rows of an embedding than the `count` ids of a tokenizer."""
+    if rows < count:
+        raise ModelError(
+            f"{where}: the tokenizer has ids up to {count - 1} but the model embeds only {rows} tokens; take the "
+            "tokenizer that belongs to the model, or the model that belongs to the tokenizer"
+        )
+
+
 class CausalModel(nn.Module):
     """A network that predicts the next token of packed sequences, with a linear head over its hidden states.
 
@@ -144,11 +153,7 @@ class CausalModel(nn.Module):
         weights and in what is saved. Raises ModelError, naming `where`, when there are fewer rows than tokens.
         """
         rows = len(self.output_weight)
-        if rows < count:
-            raise ModelError(
-                f"{where}: the tokenizer has ids up to {count - 1} but the model embeds only {rows} tokens; take the "
-                "tokenizer that belongs to the model, or the model that belongs to the tokenizer"
-            )
+        check_rows(rows, count, where)
         shared = self.spec.input_vocab_size == self.spec.vocab_size
         inputs = count if shared else self.spec.input_vocab_size
         self.spec = replace(self.spec, vocab_size=count, input_vocab_size=inputs)

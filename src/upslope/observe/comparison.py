@@ -55,10 +55,7 @@ def _replies(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Side by side: what the start and every recipe (its first seed) answer to the same problems."""
     columns = {"start": result["start"], **{label: next(iter(runs.values())) for label, runs in result["runs"].items()}}
     return [
-        {
-            "prompt": first["prompt"],
-            "cells": [{"label": label, **run["replies"][i]} for label, run in columns.items()],
-        }
+        {"prompt": first["prompt"], "cells": [{"label": label, **run["replies"][i]} for label, run in columns.items()]}
         for i, first in enumerate(result["start"]["replies"])
     ]
 

@@ -73,10 +73,7 @@ GRADIENTS: dict[str, tuple[Callable[..., Tensor], tuple[Callable[[], Tensor], ..
     "categorical_kl": (kl.categorical_kl, (ROWS, ROWS)),
     "k3": (kl.k3, (LOGP, LOGP)),
     "reinforce": (policy_losses.reinforce, (LOGP, REAL)),
-    "clipped_surrogate": (
-        partial(policy_losses.clipped_surrogate, clip_low=0.2, clip_high=0.3),
-        (LOGP, LOGP, REAL),
-    ),
+    "clipped_surrogate": (partial(policy_losses.clipped_surrogate, clip_low=0.2, clip_high=0.3), (LOGP, LOGP, REAL)),
 }
 """Functions whose gradient is the derivative of their value; those with a stopped gradient are in the test suite."""
 

@@ -75,11 +75,8 @@ def sampler_is_trainer() -> Finding:
         scored = score(model, [collate(examples)]).logp_N
         assert scored is not None
         gap = (scored.float() - sampled).abs()
-        differing, total, largest = (
-            differing + int((gap != 0).sum()),
-            total + gap.numel(),
-            max(largest, float(gap.max())),
-        )
+        differing, total = differing + int((gap != 0).sum()), total + gap.numel()
+        largest = max(largest, float(gap.max()))
     found = _differing(differing, total, "tokens")
     return Finding(found.passed, f"{found.detail}, largest gap {largest:.2g} (float32 and bfloat16)")
 
