@@ -27,6 +27,7 @@ from torch import Tensor
 
 import upslope.recipes.reinforce
 from upslope.recipes.reinforce import Reinforce
+from upslope.recipes.rollout_queue import Sampled
 from upslope.rollout.collect import collect
 from upslope.training.experience import Experience
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
@@ -232,8 +233,9 @@ def test_the_greedy_baseline_is_that_of_the_prompt(table_model: Path) -> None:
     learner = learner_of(Reinforce, table_model, baseline="greedy", missing_eos_penalty=0.7)
     greedy = greedy_replies()
     greedy[1].rollouts[0].finish_reason = "length"
-    experience = Experience.of(sampled(REWARDS))
-    metrics = learner.estimate(experience, greedy)
+    groups = sampled(REWARDS)
+    experience = Experience.of(groups)
+    metrics = learner.estimate(experience, Sampled(groups, {}, greedy))
     for i, rollout in enumerate(experience.rollouts):
         value = rollout.reward.value - 0.7 * (rollout.finish_reason == "length")
         baseline = (0.5, 1.5 - 0.7)[experience.group_B[i]]

@@ -21,6 +21,7 @@ from upslope.recipes.grpo import GRPO
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO
 from upslope.recipes.reinforce import MovingBaseline, Reinforce, reinforce
+from upslope.recipes.rollout_queue import Sampled
 from upslope.training.experience import Experience, token_rewards
 from upslope.training.step import accumulate
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
@@ -104,10 +105,7 @@ def test_a2c_is_reinforce_with_a_learned_baseline(
         assert learner.critic is not None
         learner.critic.head.score.weight.data = weight.double()
         experience = Experience.of(crafted())
-        if isinstance(learner, PPO):
-            learner.estimate(experience)
-        else:
-            learner.estimate(experience, [])
+        learner.estimate(experience, Sampled(crafted(), {}))
         found.append((experience.flat["advantages"], gradients(learner, experience, "token")))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][0].abs().max() > 0.1
@@ -220,7 +218,7 @@ def test_shipped_family_has_the_gradient_of_its_paper(
     experience = Experience.of(groups, drop_truncated=options.truncated == "mask")
     with torch.no_grad():
         old_BT, _ = plain_logp(learner.policy, groups)
-    learner.estimate(experience, len(groups))
+    learner.estimate(experience, Sampled(groups, {}))
     if name != "rloo":
         torch.manual_seed(1)
         with torch.no_grad():
@@ -265,7 +263,7 @@ def test_reinforce_runs_on_policy(variant: str, tiny: Path, task: str, tmp_path:
 
 def estimated(learner: Reinforce, groups: list[RolloutGroup], greedy: list[RolloutGroup]) -> torch.Tensor:
     experience = Experience.of(groups)
-    learner.estimate(experience, greedy)
+    learner.estimate(experience, Sampled(groups, {}, greedy))
     return experience.padded(experience.flat["advantages"])
 
 
@@ -329,12 +327,11 @@ def test_step_rewards_reach_ppo_and_reinforce_but_grpo_takes_the_total(tiny: Pat
     ppo_options = PPOOptions(**common, lam=1.0, whiten_advantages=False)
     actor = ReinforceOptions(**common, baseline="none")
     group_options = GRPOOptions(**common, advantage="dr_grpo")
-    first = Experience.of(crafted(steps=True))
-    PPO(ppo_options, load_policy(ppo_options)).estimate(first)
-    second = Experience.of(crafted(steps=True))
-    Reinforce(actor, load_policy(actor)).estimate(second, [])
-    third = Experience.of(crafted(steps=True))
-    GRPO(group_options, load_policy(group_options)).estimate(third, 3)
+    first, second, third = (Experience.of(crafted(steps=True)) for _ in range(3))
+    sampled = Sampled(crafted(steps=True), {})
+    PPO(ppo_options, load_policy(ppo_options)).estimate(first, sampled)
+    Reinforce(actor, load_policy(actor)).estimate(second, sampled)
+    GRPO(group_options, load_policy(group_options)).estimate(third, sampled)
     for row, rollout in enumerate(first.rollouts):
         rest = rollout.reward.value - sum(v for _, v in rollout.reward.steps)  # type: ignore[operator]
         for t in range(len(rollout.tokens)):
@@ -397,7 +394,7 @@ def test_dry_run_and_plan(tiny: Path, task: str, capsys: pytest.CaptureFixture[s
     options = ReinforceOptions(
         model=str(tiny), task=task, baseline="learned", num_train_prompts=40, eval_samples=9, json=True
     )
-    assert show_policy_gradient("reinforce", options) == 0
+    assert show_policy_gradient(options) == 0
     said = json.loads(capsys.readouterr().out)
     assert any("critic is a head" in line for line in said["plan"]["words"])
     assert said["plan"]["optimizer_steps_per_step"] == 1

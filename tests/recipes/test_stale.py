@@ -72,14 +72,13 @@ def test_auto_corrects_per_token_once_the_weights_differ(
     for kind, make in ((PPOOptions, PPO), (GRPOOptions, GRPO), (ReinforceOptions, Reinforce)):
         learner = make(kind(**common), load_policy(kind(**common)))
         sampled = learner.rollouts(0)
-        more = {GRPO: (len(sampled.groups),), Reinforce: ([],)}.get(make, ())
         exact = Experience.of(sampled.groups)
-        learner.estimate(exact, *more)
+        learner.estimate(exact, sampled)
         assert "importance" not in exact.flat
         with torch.no_grad():
             learner.policy.model.model.embed_tokens.weight.mul_(1.5)
         stale = Experience.of(sampled.groups)
-        learner.estimate(stale, *more)
+        learner.estimate(stale, sampled)
         expected = (stale.flat["old_logp"] - stale.flat["sampling_logp"]).exp().clamp(max=2.0)
         torch.testing.assert_close(stale.flat["importance"], expected)
         assert stale.flat["importance"].std() > 0.01
@@ -97,8 +96,9 @@ def test_vtrace_on_policy_is_the_lambda_return(tiny: Path, task: str, tmp_path: 
             assert learner.critic is not None
             torch.manual_seed(0)
             torch.nn.init.normal_(learner.critic.head.score.weight)
-            experience = Experience.of(learner.rollouts(0).groups)
-            learner.estimate(experience)
+            sampled = learner.rollouts(0)
+            experience = Experience.of(sampled.groups)
+            learner.estimate(experience, sampled)
             found[advantage] = experience
         flat, mask = found["vtrace"].flat, found["vtrace"].mask_BT
         values, rewards = found["vtrace"].padded(flat["values"]), torch.zeros(mask.shape)

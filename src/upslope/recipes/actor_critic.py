@@ -20,7 +20,7 @@ from upslope.functional.returns import discounted_returns
 from upslope.functional.supervised_losses import value_loss
 from upslope.options import PPOOptions, ReinforceOptions
 from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.training.experience import Experience, shaped_rewards, token_rewards
+from upslope.training.experience import Experience, token_rewards
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch
@@ -69,16 +69,6 @@ class ActorCritic(PolicyGradient):
             experience.flat["values"] = scored.values_N
         return scored, self.old_logp(experience, scored_N=scored.logp_N)
 
-    def shaped(self, experience: Experience) -> tuple[Tensor, dict[str, float]]:
-        """The reward of each sequence [B] with its penalties, and their means."""
-        o = self.options
-        return shaped_rewards(
-            experience,
-            missing_eos_penalty=o.missing_eos_penalty,
-            overlong_buffer=o.overlong_buffer,
-            max_completion_length=o.max_completion_length,
-        )
-
     def rewards(self, experience: Experience, *, kl_in_reward: bool = True) -> tuple[Tensor, dict[str, float]]:
         """Rewards along the tokens [B, T]: process rewards, the score at the end, minus the KL to the reference."""
         o, flat = self.options, experience.flat
@@ -122,29 +112,31 @@ class ActorCritic(PolicyGradient):
         """
         o, model, critic = self.options, self.policy.model, self.critic
         batches, _ = experience.batches(members, o.micro_batch_tokens, device=model.device)
-        rates: dict[str, Any] = {"learning_rate": self.learning_rate(step), "max_grad_norm": o.max_grad_norm}
         metrics: dict[str, float] = {}
         if critic is not None and critic.model is not None and self.critic_optimizer is not None:
             critic.model.train()
             done = update(
-                critic.model, self.critic_optimizer, batches, self.value_loss, **rates, head=critic.head, logp=False
+                critic.model,
+                self.critic_optimizer,
+                batches,
+                self.value_loss,
+                learning_rate=self.learning_rate(step),
+                max_grad_norm=o.max_grad_norm,
+                head=critic.head,
+                logp=False,
             )
             metrics |= {"loss/value": done["loss/value"], "critic_grad_norm": done["grad_norm"]}
         taken = self.take_over(experience, members, batches, step) if first else {}
         metrics |= taken
-        model.train()
         shared = critic.head if critic is not None and critic.model is None else None
         if frozen:
             if shared is not None:
-                what: dict[str, Any] = {"head": shared, "logp": False, "detach_trunk": True}
-                metrics |= update(model, self.optimizer, batches, self.value_loss, **rates, **what)
+                metrics |= self.update(step, batches, self.value_loss, head=shared, logp=False, detach_trunk=True)
             return metrics
-        return metrics | update(
-            model,
-            self.optimizer,
+        return metrics | self.update(
+            step,
             batches,
             self.loss,
-            **rates,
             temperature=o.temperature,
             entropy=o.entropy_coef > 0,
             head=shared,

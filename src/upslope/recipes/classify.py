@@ -27,7 +27,6 @@ from upslope.data.labels import (
     count_copies,
     labels_of,
     read_labelled,
-    read_rewards,
     shuffled_by_content,
     split_by_content,
 )
@@ -40,9 +39,8 @@ from upslope.models.sources import resolve
 from upslope.options.encoder import ClassifyOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
 from upslope.recipes.encoder_report import finish, show
-from upslope.recipes.encoder_rows import Rows, account_of
-from upslope.recipes.kept import DataAccount
-from upslope.recipes.session import Evaluation, begin, conclude, train
+from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
+from upslope.recipes.session import Evaluation, begin, run_verb, train
 from upslope.runs.progress import told
 
 __all__ = ["Classifier", "Classify", "classify", "load_classifier", "run"]
@@ -54,11 +52,7 @@ NUMBER = ("score",)
 
 def run(options: ClassifyOptions) -> int:
     """The verb `upslope classify`."""
-    if options.dry_run:
-        with begin(options):
-            learner, data = _prepare(options, None)
-            return show(options, learner, data.account)
-    return conclude(options, classify(options))
+    return run_verb(options, lambda o: show(o, _prepare(o, None)[0]), classify)
 
 
 def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[str, Any]:
@@ -68,17 +62,6 @@ def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[st
         summary = train("classify", learner.options, learner, begun)
     splits = {"dev": data.dev} | ({"test": data.test} if data.test else {})
     return finish(learner, summary, splits)
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Encoded splits and what is to be said about them."""
-
-    train: list[Input]
-    dev: list[Input]
-    test: list[Input]
-    rewards: list[list[float]]
-    account: DataAccount
 
 
 class Classify(EncoderLearner):
@@ -249,13 +232,9 @@ def encode_splits(options: ClassifyOptions, start: Start, train: Rows, dev: Rows
         targets = _targets(found.rows, labels)
         encoded[name], cut[name] = inputs_of(found.rows, start.tokenizer, targets, options.max_length)
     shared = {name: count_copies(splits[name].rows, train.rows) for name in ("dev", "test")}
-    if any(cut.values()):
-        print(f"upslope: cut to max_length {options.max_length}: {_counts(cut)}", file=sys.stderr)
-    if any(shared.values()):
-        print(f"upslope: rows that also stand in the training data: {_counts(shared)}", file=sys.stderr)
+    tell_counts({f"cut to max_length {options.max_length}": cut, "rows that also stand in the training data": shared})
     account = account_of(splits, {"labels": len(labels), "cut": cut, "also_in_train": shared})
-    rewards = read_rewards(options.rewards, labels) if options.rewards is not None else _zero_one(len(labels))
-    return Data(encoded["train"], encoded["dev"], encoded["test"], rewards, account)
+    return Data(**encoded, rewards=rewards_of(options, labels), account=account)
 
 
 def inputs_of(
@@ -292,11 +271,3 @@ def _targets(rows: Sequence[LabelledText], labels: Sequence[str]) -> list[float]
         return [float(row.label) for row in rows]
     index = {label: i for i, label in enumerate(labels)}
     return [index[row.label] for row in rows]
-
-
-def _zero_one(count: int) -> list[list[float]]:
-    return [[float(i == j) for j in range(count)] for i in range(count)]
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} of {name}" for name, count in counts.items() if count)

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upslope.build import Policy, load_policy, make_engine, make_optimizer
-from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.build import Policy, load_policy, make_engine
 from upslope.data.chat import encode_prompt, load_tokenizer
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError
@@ -41,15 +40,15 @@ from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.held_out import per_token
 from upslope.recipes.kept import within_context
+from upslope.recipes.learner import PolicyLearner, weighted
 from upslope.recipes.prompts import held_out_of
-from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
+from upslope.recipes.session import Evaluation, StepResult, begin, run_verb, train
 from upslope.recipes.sft import held_out_groups
 from upslope.rollout.collect import sampling_keys
-from upslope.runs.folder import Run
+from upslope.rollout.judge import length_metrics
 from upslope.runs.progress import told
 from upslope.tasks.loading import load_task
-from upslope.training.schedule import learning_rate
-from upslope.training.step import Outputs, evaluating, forward, update
+from upslope.training.step import Outputs, evaluating, forward
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
 
 __all__ = ["Distill", "distill", "load_teacher", "run"]
@@ -57,10 +56,7 @@ __all__ = ["Distill", "distill", "load_teacher", "run"]
 
 def run(options: DistillOptions) -> int:
     """The verb `upslope distill`."""
-    if options.dry_run:
-        with begin(options):
-            return show_imitation(options)
-    return conclude(options, distill(options))
+    return run_verb(options, show_imitation, distill)
 
 
 def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -95,12 +91,10 @@ def _vocabulary(tokenizer: Any) -> dict[str, int]:
     return {**tokenizer.target.get_vocab(), **source, "decoder start": tokenizer.decoder_start_token_id}
 
 
-class Distill:
+class Distill(PolicyLearner):
     """Student, frozen teacher, prompts with or without completions."""
 
     def __init__(self, options: DistillOptions, policy: Policy) -> None:
-        self.options, self.policy = options, policy
-        self.run: Run | None = None
         self.task = load_task(options.task) if options.task else None
         self.higher_is_better = self.task is not None
         fitting = within_context(options, policy)
@@ -110,8 +104,7 @@ class Distill:
             held, _ = held_out_of(self.task, policy, options.eval_samples, options.max_completion_length)
             self.account = self.account.and_held_out(held)
         self.teacher = load_teacher(str(options.teacher), policy)
-        self.order = PromptStream(len(self.items), seed=options.seed)
-        self.optimizer = make_optimizer(policy, options)
+        super().__init__(options, policy, len(self.items))
         self.engine = make_engine(
             policy,
             sequences=max(options.num_prompts * options.num_generations, len(self.held_out)),
@@ -129,34 +122,18 @@ class Distill:
         rollouts = [r for group in groups for r in group.rollouts]
         examples = [_example(r) for r in rollouts] + [_completion(item) for item in items[own:]]
         trained = sum(sum(e.mask) for e in examples)
-        batches, order = self._batches(examples, 1 / trained)
+        batches, order = self.micro_batches(weighted(examples, 1 / trained), feed_last=True)
         values: list[Tensor] = []
-        self.policy.model.train()
-        metrics = update(
-            self.policy.model,
-            self.optimizer,
-            batches,
-            lambda batch, out: self._loss(batch, out, values),
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
-            max_grad_norm=o.max_grad_norm,
-            logp=False,
-            hidden=True,
-        )
-        self.engine.set_version(self.engine.version + 1)
+        loss = partial(self._loss, values=values)
+        metrics = self.update(step, batches, loss, logp=False, hidden=True)
+        self.updated()
         per_sequence = _in_order(values, batches, order)
         metrics |= _origins(per_sequence, len(rollouts))
         self._record(step, groups, per_sequence)
         seconds = time.perf_counter() - started
         tokens = sum(len(e.tokens) for e in examples)
         if rollouts:
-            metrics["completions/mean_length"] = sum(len(r.tokens) for r in rollouts) / len(rollouts)
-            metrics["completions/clipped_ratio"] = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
+            metrics |= length_metrics(rollouts)
         metrics |= {"seconds/rollout": sampled, "seconds/update": seconds - sampled, "num_tokens": float(trained)}
         return StepResult({**metrics, "tokens_per_second": tokens / seconds}, trained)
 
@@ -189,13 +166,6 @@ class Distill:
     def _prompt_tokens(self, item: Item) -> list[int]:
         assert item.prompt is not None
         return encode_prompt(self.policy.tokenizer, item.prompt, tools=item.tools)
-
-    def _batches(self, examples: Sequence[Example], weight: float) -> tuple[list[Batch], list[list[int]]]:
-        """Packed micro-batches, and which examples each holds."""
-        weighted = [Example(e.tokens, e.mask, {"weight": torch.full((sum(e.mask),), weight)}) for e in examples]
-        parts = split_by_tokens([len(e.tokens) for e in weighted], self.options.micro_batch_tokens)
-        device = self.policy.model.device
-        return [collate([weighted[i] for i in part], device=device) for part in parts], parts
 
     def _loss(self, batch: Batch, out: Outputs, values: list[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
         o = self.options
@@ -235,7 +205,7 @@ class Distill:
         groups = self.sample([i for i in self.held_out if i.example is None], seed=o.seed, temperature=0.0)
         examples = [_completion(i) for i in answered] + [_example(g.rollouts[0]) for g in groups]
         values: list[Tensor] = []
-        batches, _ = self._batches(examples, 1.0)
+        batches, _ = self.micro_batches(examples, feed_last=True)
         with evaluating(self.policy.model):
             for batch in batches:
                 self._loss(batch, forward(self.policy.model, batch, logp=False, hidden=True), values)
@@ -256,24 +226,6 @@ class Distill:
         prompts = (item.prompt and prompt_row(item.prompt) for item in self.items)
         answers = (item.example and (item.example.tokens, item.example.mask) for item in self.items)
         return self.policy.tokenizer, zip(prompts, answers, strict=True)
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments; the weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()}
-
-    def state(self) -> dict[str, Any]:
-        """Data position and weight version."""
-        return {"order": self.order.state_dict(), "version": self.engine.version}
-
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
-        self.engine.set_version(state["version"])
-
-    def write_model(self, folder: Path) -> None:
-        """The student with its float32 masters."""
-        self.policy.write(folder, self.optimizer.weights())
 
 
 def _example(rollout: Rollout) -> Example:

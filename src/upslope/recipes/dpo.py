@@ -37,7 +37,7 @@ from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
-from upslope.recipes.session import begin, conclude, train
+from upslope.recipes.session import begin, run_verb, train
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches
@@ -50,10 +50,7 @@ REFERENCED = ("dpo", "ipo", "kto")
 
 def run(options: DPOOptions) -> int:
     """The verb `upslope dpo`."""
-    if options.dry_run:
-        with begin(options):
-            return _show(options)
-    return conclude(options, dpo(options))
+    return run_verb(options, _show, dpo)
 
 
 def dpo(options: DPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -10,12 +10,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from upslope.build import Policy, load_critic, load_policy, make_engine
 from upslope.data.batching import collate
@@ -24,7 +25,7 @@ from upslope.data.preview import mask_view, statistics
 from upslope.models.activations import bytes_per_token
 from upslope.models.attention import BLOCK, KVCache
 from upslope.models.heads import ScalarHead
-from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
+from upslope.options import DistillOptions, GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
 from upslope.recipes.dry_run_task import Judged, check_held_out, judge_one
 from upslope.recipes.kept import NO_DATA, DataAccount, within_context
 from upslope.recipes.plan import Plan, plan_of
@@ -64,15 +65,6 @@ def probe(policy: Policy, examples: Sequence[Example], *, head: ScalarHead | Non
         chosen.append(example)
     batch = collate([Example(e.tokens, e.mask) for e in chosen], device=policy.model.device)
     tokens = sum(batch.lengths)
-    seen: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return x
-
     with torch.no_grad():
         forward(policy.model, batch, head=head)
         started = time.perf_counter()
@@ -81,21 +73,35 @@ def probe(policy: Policy, examples: Sequence[Example], *, head: ScalarHead | Non
     times = []
     for _ in range(2):
         started = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with counting_kept(policy.model) as kept:
             out = forward(policy.model, batch, head=head)
         assert out.logp_N is not None
-        kept = sum(seen.values())
         loss = out.logp_N.sum() if out.values_N is None else out.logp_N.sum() + out.values_N.sum()
         loss.backward()
         times.append(time.perf_counter() - started)
         policy.model.zero_grad(set_to_none=True)
         if head is not None:
             head.zero_grad(set_to_none=True)
-        seen.clear()
-    return Probe(min(times) / tokens, forward_seconds / tokens, kept / tokens)
+    return Probe(min(times) / tokens, forward_seconds / tokens, sum(kept.values()) / tokens)
 
 
-def weight_bytes(policy: Policy, options: RunOptions) -> float:
+@contextmanager
+def counting_kept(network: nn.Module) -> Iterator[dict[int, int]]:
+    """Gives the bytes, by storage, of what autograd keeps for the backward pass besides the network's parameters."""
+    kept: dict[int, int] = {}
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield kept
+
+
+def weight_bytes(policy: Policy) -> float:
     """Bytes still to come for masters, gradients and moments of what is trained (the compute copy is loaded)."""
     trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
     return trained * (4 + 8)
@@ -107,17 +113,19 @@ def head_bytes(policy: Policy) -> float:
     return 256 * spec.vocab_size * 14 + spec.vocab_size * spec.hidden_size * 6
 
 
+def update_memory_gb(policy: Policy, cost: Probe, tokens: float, *, more: float = 0.0) -> float:
+    """What this process has now, all that an update of micro-batches of `tokens` needs, and `more` bytes."""
+    needed = weight_bytes(policy) + head_bytes(policy) + tokens * cost.activation_bytes + more
+    return resident_memory_gb() + needed / 1e9
+
+
 def predict_sft(options: SFTOptions, policy: Policy, examples: Sequence[Example]) -> Prediction:
     """Memory and time of an sft run, from a probe on its own examples."""
     cost = probe(policy, examples, head=None, budget=options.micro_batch_tokens)
     mean = sum(len(e.tokens) for e in examples) / len(examples)
     per_step = mean * options.batch_size
     plan = plan_of(options, examples=len(examples))
-    micro = min(options.micro_batch_tokens, per_step)
-    memory = (
-        resident_memory_gb()
-        + (weight_bytes(policy, options) + head_bytes(policy) + micro * cost.activation_bytes) / 1e9
-    )
+    memory = update_memory_gb(policy, cost, min(options.micro_batch_tokens, per_step))
     step = per_step * cost.train_seconds + update_seconds(policy)
     return Prediction(memory, step, step * plan.optimizer_steps)
 
@@ -133,23 +141,9 @@ def predict_policy_gradient(
     critic = load_critic(policy, choice, options) if choice is not None else None
     shared = critic.head if critic is not None and critic.model is None else None
     loaded = resident_memory_gb()
-    count = min(8, options.num_prompts)
-    width = min(options.num_generations, 4)
-    params = SamplingParams(
-        max_tokens=options.max_completion_length, n=width, temperature=options.temperature, seed=options.seed
-    )
+    rollout_seconds, sampled = probe_sampling(options, policy, prompts)
+    examples = sampled_examples(prompts, sampled)
     longest = max(map(len, prompts)) + options.max_completion_length
-    engine = make_engine(policy, sequences=count * width, longest=longest)
-    with torch.no_grad():
-        engine.generate([list(p) for p in prompts[:2]], params)
-        started = time.perf_counter()
-        sampled = engine.generate([list(p) for p in prompts[:count]], params)
-        rollout_seconds = time.perf_counter() - started
-    examples = [
-        Example([*p, *c.tokens], [False] * len(p) + [True] * len(c.tokens))
-        for p, group in zip(prompts, sampled, strict=False)
-        for c in group
-    ]
     plan = plan_of(options)
     cost = probe(policy, examples, head=shared, budget=options.micro_batch_tokens)
     prompt = sum(map(len, prompts)) / len(prompts)
@@ -160,10 +154,8 @@ def predict_policy_gradient(
     own = kept is None and (shared is not None or not samples_on_policy(options, policy))
     scoring = own + bool(_kl_weight(options)) + (critic is not None and critic.model is not None)
     training = 1 + (critic is not None and critic.model is not None)
-    # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
-    scale = (plan.sequences_per_step / (count * width)) ** 0.75
     step = (
-        rollout_seconds * scale
+        rollout_seconds
         + per_step * (cost.forward_seconds * scoring + cost.train_seconds * training * plan.passes_per_sequence)
         + update_seconds(policy) * plan.optimizer_steps_per_step * training
     )
@@ -176,11 +168,41 @@ def predict_policy_gradient(
         activation_bytes -= each if first == 1 else 0
     # The engine sleeps while the weights are trained: the larger of the two counts.
     copies = policy.model.spec.parameters * policy.model.dtype.itemsize
-    sampling = copies + _cache_bytes(policy, plan, longest)
+    sampling = copies + cache_bytes(policy, plan, longest)
     update = head_bytes(policy) + min(options.micro_batch_tokens, per_step) * max(0.0, activation_bytes)
-    weights = weight_bytes(policy, options) * training + _reference_bytes(policy, options)
+    weights = weight_bytes(policy) * training + _reference_bytes(policy, options)
     memory = loaded + (weights + kept_bytes + max(sampling, update)) / 1e9
     return Prediction(memory, step, step * options.max_steps), sampled
+
+
+def probe_sampling(
+    options: RLOptions | DistillOptions, policy: Policy, prompts: Sequence[Sequence[int]]
+) -> tuple[float, list[list[Completion]]]:
+    """Seconds to sample all of a step's (or an expert's round's) completions, and some of the first prompts."""
+    count, width = min(8, len(prompts)), min(options.num_generations, 4)
+    longest = max(map(len, prompts)) + options.max_completion_length
+    engine = make_engine(policy, sequences=count * width, longest=longest)
+    params = SamplingParams(
+        max_tokens=options.max_completion_length, n=width, temperature=options.temperature, seed=options.seed
+    )
+    with torch.no_grad():
+        engine.generate([list(p) for p in prompts[:2]], params)
+        started = time.perf_counter()
+        sampled = engine.generate([list(p) for p in prompts[:count]], params)
+        seconds = time.perf_counter() - started
+    share = options.on_policy_fraction if isinstance(options, DistillOptions) else 1.0
+    total = options.num_prompts * options.num_generations * share
+    # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
+    return seconds * (total / (count * width)) ** 0.75, sampled
+
+
+def sampled_examples(prompts: Sequence[Sequence[int]], sampled: Sequence[Sequence[Completion]]) -> list[Example]:
+    """The completions of the first prompts as training sequences."""
+    return [
+        Example([*p, *c.tokens], [False] * len(p) + [True] * len(c.tokens))
+        for p, group in zip(prompts, sampled, strict=False)
+        for c in group
+    ]
 
 
 def _critic_choice(options: RLOptions) -> str | None:
@@ -190,13 +212,9 @@ def _critic_choice(options: RLOptions) -> str | None:
 
 
 def _kl_weight(options: RLOptions) -> float:
-    return (
-        options.kl_coef
-        if isinstance(options, PPOOptions | ReinforceOptions)
-        else options.beta
-        if isinstance(options, GRPOOptions)
-        else 0.0
-    )
+    if isinstance(options, PPOOptions | ReinforceOptions):
+        return options.kl_coef
+    return options.beta if isinstance(options, GRPOOptions) else 0.0
 
 
 def _reference_bytes(policy: Policy, options: RLOptions) -> float:
@@ -204,7 +222,8 @@ def _reference_bytes(policy: Policy, options: RLOptions) -> float:
     return policy.model.spec.parameters * policy.model.dtype.itemsize if loaded else 0.0
 
 
-def _cache_bytes(policy: Policy, plan: Plan, longest: int) -> float:
+def cache_bytes(policy: Policy, plan: Plan, longest: int) -> float:
+    """What the engine's cache takes while a step's sequences are sampled."""
     blocks = min(plan.sequences_per_step, 256) * math.ceil((longest + 1) / BLOCK)
     per_block = KVCache.bytes_per_block(policy.model.spec, policy.model.dtype)
     return min(blocks * per_block, 1e9)
@@ -236,7 +255,7 @@ def show_sft(options: SFTOptions) -> int:
     return 0
 
 
-def show_policy_gradient(verb: str, options: RLOptions) -> int:
+def show_policy_gradient(options: RLOptions) -> int:
     """Print what a ppo or grpo run would do."""
     from upslope.tasks.loading import load_task
 
@@ -284,12 +303,7 @@ def report(
     )
     for line in plan.words:
         console.print(f"- {line}")
-    told = [
-        *account.lines(),
-        *(asked.words if asked is not None else ()),
-        *(judged.words if judged is not None else ()),
-    ]
-    for line in told:
+    for line in [*account.lines(), *(asked.words if asked else ()), *(judged.words if judged else ())]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(
         f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.1f} s per step, "

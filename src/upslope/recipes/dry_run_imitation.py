@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
-
-from upslope.build import Policy, load_policy, make_engine
+from upslope.build import Policy, load_policy
 from upslope.data.chat import encode_prompt
 from upslope.options import DistillOptions, ExpertOptions
 from upslope.recipes import dry_run
@@ -16,20 +12,18 @@ from upslope.recipes.dry_run import Prediction, probe
 from upslope.recipes.dry_run_task import check_held_out, judge_one
 from upslope.recipes.expert_data import groups_of_run, load_mix
 from upslope.recipes.kept import DataAccount, within_context
-from upslope.recipes.plan import plan_of
+from upslope.recipes.plan import in_steps, plan_of
 from upslope.recipes.policy_gradient import scorer_of
 from upslope.recipes.prompts import ask
-from upslope.recipes.session import resident_memory_gb
 from upslope.tasks.loading import load_task
-from upslope.types import Completion, Example, SamplingParams
+from upslope.types import Completion, Example
 
 __all__ = ["predict_imitation", "show_imitation"]
 
 
 def show_imitation(options: ExpertOptions | DistillOptions) -> int:
     """Print what an expert or distill run would do."""
-    if isinstance(options, ExpertOptions) and options.num_rounds is not None:
-        options = replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
+    options = in_steps(options)
     policy = load_policy(options)
     if isinstance(options, ExpertOptions):
         return _show_expert(options, policy)
@@ -82,14 +76,8 @@ def predict_imitation(
     parameter as the student's.
     """
     plan = plan_of(options)
-    seconds, sampled = _sampling_seconds(options, policy, prompts) if prompts else (0.0, [])
-    examples = list(given[:64])
-    if sampled:
-        examples = [
-            Example([*p, *c.tokens], [False] * len(p) + [True] * len(c.tokens))
-            for p, group in zip(prompts, sampled, strict=False)
-            for c in group
-        ]
+    seconds, sampled = dry_run.probe_sampling(options, policy, prompts) if prompts else (0.0, [])
+    examples = dry_run.sampled_examples(prompts, sampled) if sampled else list(given[:64])
     cost = probe(policy, examples, head=None, budget=options.micro_batch_tokens)
     per_step = plan.sequences_per_step * sum(len(e.tokens) for e in examples) / len(examples)
     step = per_step * cost.train_seconds + dry_run.update_seconds(policy)
@@ -104,36 +92,6 @@ def predict_imitation(
         ratio = teacher.spec.parameters / policy.model.spec.parameters
         step += seconds + per_step * cost.forward_seconds * ratio
     longest = max(map(len, prompts), default=0) + options.max_completion_length
-    memory = (
-        resident_memory_gb()
-        + (
-            dry_run.weight_bytes(policy, options)
-            + dry_run.head_bytes(policy)
-            + min(options.micro_batch_tokens, per_step) * cost.activation_bytes
-            + dry_run._cache_bytes(policy, plan, longest)
-            + extra
-        )
-        / 1e9
-    )
+    extra += dry_run.cache_bytes(policy, plan, longest)
+    memory = dry_run.update_memory_gb(policy, cost, min(options.micro_batch_tokens, per_step), more=extra)
     return Prediction(memory, step, step * options.max_steps), sampled
-
-
-def _sampling_seconds(
-    options: ExpertOptions | DistillOptions, policy: Policy, prompts: Sequence[list[int]]
-) -> tuple[float, list[list[Completion]]]:
-    """Seconds to sample all of a step's (or an expert's round's) completions, and some of the first prompts."""
-    count, width = min(8, len(prompts)), min(options.num_generations, 4)
-    longest = max(map(len, prompts)) + options.max_completion_length
-    engine = make_engine(policy, sequences=count * width, longest=longest)
-    params = SamplingParams(
-        max_tokens=options.max_completion_length, n=width, temperature=options.temperature, seed=options.seed
-    )
-    with torch.no_grad():
-        engine.generate(list(prompts[:2]), params)
-        started = time.perf_counter()
-        sampled = engine.generate(list(prompts[:count]), params)
-        seconds = time.perf_counter() - started
-    share = options.on_policy_fraction if isinstance(options, DistillOptions) else 1.0
-    total = options.num_prompts * options.num_generations * share
-    # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
-    return seconds * (total / (count * width)) ** 0.75, sampled

@@ -10,16 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from upslope.atomic import write_atomic
 from upslope.data.preview import mask_view, statistics
 from upslope.models.encoder import load_encoder
 from upslope.options.encoder import EncoderOptions
-from upslope.recipes.dry_run import Prediction
+from upslope.recipes.dry_run import Prediction, counting_kept
 from upslope.recipes.encoder import EncoderLearner, Input, collate, groups_of, item_logits
-from upslope.recipes.kept import DataAccount
 from upslope.recipes.plan import plan_of
 from upslope.recipes.session import resident_memory_gb
 from upslope.runs.encoding import to_json
@@ -55,21 +51,16 @@ def finish(learner: Any, summary: Mapping[str, Any], splits: Mapping[str, Any]) 
     return whole
 
 
-def show(options: EncoderOptions, learner: EncoderLearner, account: DataAccount) -> int:
+def show(options: EncoderOptions, learner: EncoderLearner) -> int:
     """Print what a run would do: data, one example, the arithmetic, predicted memory and time."""
     inputs = [x for row in learner.rows for x in row]
     prediction = _predict(options, learner, inputs)
     plan = plan_of(options, examples=len(learner.rows))
-    encoder = learner.encoder
+    encoder, account = learner.encoder, learner.account
     parameters = sum(p.numel() for p in encoder.parameters())
     if options.json:
-        said = {
-            "data": account.facts(),
-            "prediction": asdict(prediction),
-            "plan": asdict(plan),
-            "parameters": parameters,
-        }
-        print(json.dumps(said))
+        said = {"data": account.facts(), "prediction": asdict(prediction), "plan": asdict(plan)}
+        print(json.dumps({**said, "parameters": parameters}))
         return 0
     from rich.console import Console
 
@@ -103,21 +94,11 @@ def _predict(options: EncoderOptions, learner: EncoderLearner, inputs: Sequence[
     group = groups_of([len(x.tokens) for x in inputs[:64]], min(options.micro_batch_tokens, 2048))[0]
     batch = collate([inputs[i] for i in group], encoder, *learner.pads)
     tokens = batch.ids_BT.numel()
-    kept: dict[int, int] = {}
-    weights = {p.untyped_storage().data_ptr() for p in encoder.parameters()}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
     times, activations = [], 0
     encoder.train()
     for _ in range(2):
-        kept.clear()
         started = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        with counting_kept(encoder) as kept:
             loss = item_logits(encoder, batch).logsumexp(-1).sum()
         activations = sum(kept.values())
         loss.backward()

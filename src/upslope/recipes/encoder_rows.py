@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from upslope.data.labels import read_rewards
+from upslope.options.encoder import EncoderOptions
 from upslope.recipes.kept import BEYOND, DataAccount, Split
 
-__all__ = ["Rows", "account_of"]
+__all__ = ["Data", "Rows", "account_of", "rewards_of", "tell_counts"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +28,32 @@ class Rows:
         """The first `most` of these same rows, put in another order."""
         beyond = {BEYOND: len(rows) - most} if len(rows) > most else {}
         return replace(self, rows=rows[:most], dropped={**self.dropped, **beyond})
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Encoded splits (of texts the inputs, of sentences the inputs of each), and what is to be said about them."""
+
+    train: list[Any]
+    dev: list[Any]
+    test: list[Any]
+    rewards: list[list[float]]
+    account: DataAccount
+
+
+def rewards_of(options: EncoderOptions, labels: Sequence[str]) -> list[list[float]]:
+    """The rewards of the options' file, else 1 for the right label and 0 for another."""
+    if options.rewards is not None:
+        return read_rewards(options.rewards, labels)
+    return [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
+
+
+def tell_counts(counts: Mapping[str, Mapping[str, int]]) -> None:
+    """A line on standard error for each thing that happened in some split: in how many rows of which."""
+    for what, by_split in counts.items():
+        if any(by_split.values()):
+            said = ", ".join(f"{count} of {name}" for name, count in by_split.items() if count)
+            print(f"upslope: {what}: {said}", file=sys.stderr)
 
 
 def account_of(splits: Mapping[str, Rows], further: Mapping[str, Any]) -> DataAccount:

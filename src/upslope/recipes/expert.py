@@ -29,20 +29,20 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_policy
-from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.data.batching import PromptStream
 from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
-from upslope.functional.supervised_losses import nll
 from upslope.options import ExpertOptions
 from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.recipes.kept import DataAccount, within_context
+from upslope.recipes.learner import likelihood
 from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.recipes.session import StepResult, begin, conclude, train
+from upslope.recipes.session import StepResult, begin, run_verb, train
 from upslope.rollout.judge import reward_metrics
-from upslope.training.experience import Experience, shaped_rewards
-from upslope.training.schedule import learning_rate
-from upslope.training.step import Outputs, update
+from upslope.training.experience import Experience
+from upslope.training.schedule import rate_at
+from upslope.training.step import Outputs
 from upslope.types import Batch, Example, RolloutGroup
 
 __all__ = ["Expert", "expert", "run"]
@@ -50,10 +50,7 @@ __all__ = ["Expert", "expert", "run"]
 
 def run(options: ExpertOptions) -> int:
     """The verb `upslope expert`."""
-    if options.dry_run:
-        with begin(options):
-            return show_imitation(options)
-    return conclude(options, expert(options))
+    return run_verb(options, show_imitation, expert)
 
 
 def expert(options: ExpertOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -68,8 +65,6 @@ class Expert(PolicyGradient):
     options: ExpertOptions
 
     def __init__(self, options: ExpertOptions, policy: Policy) -> None:
-        if options.num_rounds is not None:
-            options = replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
         super().__init__(options, policy)
         self.kept: list[Row] = []
         self.corpus: list[Row] = []
@@ -88,15 +83,7 @@ class Expert(PolicyGradient):
         started = time.perf_counter()
         rows, new = self._rows_of_batch(round_, place)
         trained = sum(sum(row.example.mask) for row in rows)
-        self.policy.model.train()
-        metrics |= update(
-            self.policy.model,
-            self.optimizer,
-            self._batches(rows, new, trained),
-            _loss,
-            learning_rate=self.learning_rate(step),
-            max_grad_norm=o.max_grad_norm,
-        )
+        metrics |= self.update(step, self._batches(rows, new, trained), _loss)
         self.updated()
         metrics["round"] = round_ + 1.0
         metrics["seconds/update"] = time.perf_counter() - started
@@ -108,25 +95,16 @@ class Expert(PolicyGradient):
     def learning_rate(self, step: int) -> float:
         """The schedule over the whole run, or, where every round starts anew, over the round."""
         o = self.options
-        return learning_rate(
-            step % o.train_steps if o.restart else step,
-            base=o.learning_rate,
-            total_steps=min(o.train_steps, o.max_steps) if o.restart else o.max_steps,
-            warmup_steps=o.warmup_steps,
-            kind=o.lr_scheduler_type,
-        )
+        if not o.restart:
+            return super().learning_rate(step)
+        return rate_at(replace(o, max_steps=min(o.train_steps, o.max_steps)), step % o.train_steps)
 
     def begin_round(self, step: int, round_: int) -> dict[str, float]:
         """Sample and judge, keep what is good, write it down; with `restart` go back to the start model."""
         o = self.options
         groups, places, metrics = self._samples(step, round_)
         experience = Experience.of(groups)
-        values_B, shaping = shaped_rewards(
-            experience,
-            missing_eos_penalty=o.missing_eos_penalty,
-            overlong_buffer=o.overlong_buffer,
-            max_completion_length=o.max_completion_length,
-        )
+        values_B, shaping = self.shaped(experience)
         candidates = [
             Candidate(groups[g].prompt, rollout, value)
             for g, rollout, value in zip(experience.group_B, experience.rollouts, values_B.tolist(), strict=True)
@@ -189,9 +167,7 @@ class Expert(PolicyGradient):
             # The kept stand for all candidates: those left out have reward 0 and add nothing but their number.
             weight = (self.acceptance if i < new else 1.0) / len(rows) if o.normalizer == "sample" else 1 / trained
             examples.append(Example(row.example.tokens, row.example.mask, {"weight": torch.full((count,), weight)}))
-        parts = split_by_tokens([len(e.tokens) for e in examples], o.micro_batch_tokens)
-        device = self.policy.model.device
-        return [collate([examples[i] for i in part], feed_last=False, device=device) for part in parts]
+        return self.micro_batches(examples)[0]
 
     def _write(self, round_: int) -> None:
         if self.run is None:
@@ -223,8 +199,7 @@ class Expert(PolicyGradient):
 
 
 def _loss(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-    assert out.logp_N is not None
-    return nll(out.logp_N), {}
+    return likelihood(out, 0.0)
 
 
 def _report(candidates: Sequence[Candidate], chosen: Sequence[Candidate], *, seed: int) -> dict[str, float]:

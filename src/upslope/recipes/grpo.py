@@ -19,7 +19,6 @@ The whole sequence carries one advantage; a group whose rewards are all equal ha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
@@ -41,11 +40,11 @@ from upslope.functional.policy_losses import (
 )
 from upslope.options import GRPOOptions
 from upslope.recipes.dry_run import show_policy_gradient
-from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics, rollout_metrics
+from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import StepResult, begin, conclude, train
-from upslope.training.experience import Experience, Normalizer, group_rewards, shaped_rewards, trainable
-from upslope.training.step import Outputs, score, update
+from upslope.recipes.session import begin, run_verb, train
+from upslope.training.experience import Experience, Normalizer, group_rewards, trainable
+from upslope.training.step import Outputs, score
 from upslope.types import Batch, RolloutGroup
 
 __all__ = ["GRPO", "grpo", "run"]
@@ -53,10 +52,7 @@ __all__ = ["GRPO", "grpo", "run"]
 
 def run(options: GRPOOptions) -> int:
     """The verb `upslope grpo`."""
-    if options.dry_run:
-        with begin(options):
-            return show_policy_gradient("grpo", options)
-    return conclude(options, grpo(options))
+    return run_verb(options, show_policy_gradient, grpo)
 
 
 def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -73,22 +69,6 @@ class GRPO(PolicyGradient):
     def __init__(self, options: GRPOOptions, policy: Policy) -> None:
         super().__init__(options, policy)
         self.reference = load_reference(policy, options) if options.beta else None
-        self.drop_truncated = options.truncated == "mask"
-
-    def step(self, step: int) -> StepResult:
-        """Sample, judge, compare within groups, update."""
-        sampled = self.rollouts(step)
-        groups, metrics = sampled.groups, sampled.metrics
-        started = time.perf_counter()
-        experience = Experience.of(groups, drop_truncated=self.drop_truncated)
-        metrics |= rollout_metrics(groups, experience)
-        metrics |= self.estimate(experience, len(groups))
-        metrics |= self.optimize(experience, step)
-        metrics["seconds/update"] = time.perf_counter() - started
-        tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in experience.rollouts)
-        metrics["tokens_per_second"] = tokens / (metrics["seconds/update"] + metrics["seconds/rollout"])
-        self.record(step, groups, experience, ("old_logp", "ref_logp", "advantages"))
-        return StepResult(metrics, experience.num_trained)
 
     def draw(self, index: int) -> Sampled:
         """A batch; with dynamic sampling only groups whose rewards differ, until the batch is full."""
@@ -113,7 +93,7 @@ class GRPO(PolicyGradient):
         return Sampled(kept[: o.num_prompts], {**metrics, "rollout/prompts_tried": float(tried)})
 
     @torch.no_grad()
-    def estimate(self, experience: Experience, num_groups: int) -> dict[str, float]:
+    def estimate(self, experience: Experience, sampled: Sampled) -> dict[str, float]:
         """Fill in old_logp and the advantage of every token."""
         o, flat, model = self.options, experience.flat, self.policy.model
         scored_N = None
@@ -125,27 +105,17 @@ class GRPO(PolicyGradient):
             flat["ref_logp"] = self.reference_logp(experience, self.reference)
             metrics["objective/kl"] = float(experience.sequence_sums(k1(flat["old_logp"], flat["ref_logp"])).mean())
 
-        scores_B, shaping = self._scores(experience)
-        rewards_PG, mask_PG, place_B = group_rewards(experience, scores_B, num_groups)
+        scores_B, shaping = self.shaped(experience)
+        rewards_PG, mask_PG, place_B = group_rewards(experience, scores_B, len(sampled.groups))
         advantages_B = self._advantages(rewards_PG, mask_PG).flatten()[place_B]
         flat["advantages"] = experience.per_sequence(advantages_B)
         return metrics | shaping
-
-    def _scores(self, experience: Experience) -> tuple[Tensor, dict[str, float]]:
-        """What is compared within groups [B]: the rewards with their penalties; and the penalties' means."""
-        o = self.options
-        return shaped_rewards(
-            experience,
-            missing_eos_penalty=o.missing_eos_penalty,
-            overlong_buffer=o.overlong_buffer,
-            max_completion_length=o.max_completion_length,
-        )
 
     def _has_signal(self, group: RolloutGroup) -> bool:
         """Whether what is compared differs among those trained on (max > min: a deviation is fooled by rounding)."""
         if not any(trainable(r, drop_truncated=self.drop_truncated) for r in group.rollouts):
             return False
-        scores_B, _ = self._scores(Experience.of([group], drop_truncated=self.drop_truncated))
+        scores_B, _ = self.shaped(Experience.of([group], drop_truncated=self.drop_truncated))
         return bool(scores_B.max() > scores_B.min())
 
     def _advantages(self, rewards_PG: Tensor, mask_PG: Tensor) -> Tensor:
@@ -163,7 +133,6 @@ class GRPO(PolicyGradient):
         normalizer = _normalizer(o)
         constant = o.max_completion_length if normalizer == "constant" else None
         made: list[dict[str, float]] = []
-        model.train()
         for iteration in range(o.num_iterations):
             place = step * o.num_iterations + iteration
             for members in experience.minibatches(o.num_minibatches, seed=o.seed, epoch=place):
@@ -171,21 +140,16 @@ class GRPO(PolicyGradient):
                 trained, share = self._with_gradient(experience, members)
                 batches, _ = experience.batches(trained, o.micro_batch_tokens, device=model.device)
                 taken = self.take_over(experience, trained, batches, step) if not made else {}
-                made.append(
-                    {"rollout/skipped": 1 - len(trained) / len(members), **taken}
-                    | update(
-                        model,
-                        self.optimizer,
-                        batches,
-                        self._loss,
-                        learning_rate=self.learning_rate(step),
-                        max_grad_norm=o.max_grad_norm,
-                        temperature=o.temperature,
-                        entropy=o.entropy_coef > 0,
-                        gap_to="rollout_logp" if self.on_policy and not made and not taken else None,
-                        share=share,
-                    )
+                done = self.update(
+                    step,
+                    batches,
+                    self._loss,
+                    temperature=o.temperature,
+                    entropy=o.entropy_coef > 0,
+                    gap_to="rollout_logp" if self.on_policy and not made and not taken else None,
+                    share=share,
                 )
+                made.append({"rollout/skipped": 1 - len(trained) / len(members), **taken, **done})
         self.updated()
         return means_of(made)
 

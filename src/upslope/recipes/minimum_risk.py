@@ -28,7 +28,7 @@ from upslope.recipes.pair_learner import PairData, PairLearner
 from upslope.recipes.session import StepResult
 from upslope.rollout.collect import collect
 from upslope.rollout.in_process import Surroundings
-from upslope.rollout.judge import reward_metrics
+from upslope.rollout.judge import length_metrics, reward_metrics
 from upslope.rollout.workers import make_scorer
 from upslope.training.experience import Experience, group_rewards
 from upslope.training.step import Outputs, score, update
@@ -94,11 +94,7 @@ class MinimumRisk(PairLearner):
             groups, judged = collect(self.engine, self.policy.tokenizer, self.judge, prompts, params)
         seconds = judged.pop("reward/seconds")
         rollouts = [r for g in groups for r in g.rollouts]
-        lengths = {
-            "completions/mean_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
-            "completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-        }
-        return groups, {**judged, "seconds/reward": seconds, **reward_metrics(groups), **lengths}
+        return groups, {**judged, "seconds/reward": seconds, **reward_metrics(groups), **length_metrics(rollouts)}
 
     def _add_references(self, sets: list[RolloutGroup], chosen: list[tuple[Prompt, list[int]]]) -> None:
         """Put each source's reference into its set, unless it was sampled."""

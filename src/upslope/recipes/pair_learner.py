@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from upslope.build import Policy, load_policy, make_engine, make_optimizer
-from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.build import Policy, load_policy, make_engine
 from upslope.data.chat import encode_completion
 from upslope.data.pairs import PairTokenizer
 from upslope.data.train_tokenizer import train_tokenizer
@@ -27,17 +25,16 @@ from upslope.options.seq2seq import SCRATCH, Seq2SeqOptions
 from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.held_out import tell_task
 from upslope.recipes.kept import BEYOND, DataAccount, Split, too_long
+from upslope.recipes.learner import PolicyLearner, weighted
 from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
-from upslope.runs.folder import Run
 from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.tasks.overlap import nearest, references_of, similarity
 from upslope.tasks.pairs import Pairs, count_pairs
 from upslope.training import checkpoint
-from upslope.training.schedule import learning_rate
 from upslope.training.step import score
 from upslope.types import Batch, Example, Prompt, Reward, RolloutGroup, SamplingParams
 
@@ -161,7 +158,7 @@ def _pair_tokenizer(o: Seq2SeqOptions, sources: list[str], targets: list[str]) -
     )
 
 
-class PairLearner:
+class PairLearner(PolicyLearner):
     """Policy, optimizer, engine and pairs; measures held-out loss, accuracy and edit rate.
 
     `value`, which best, patience and target go by, is the edit rate: edits to the nearest reference over its length,
@@ -173,17 +170,10 @@ class PairLearner:
     def __init__(self, options: Seq2SeqOptions, policy: Policy, data: PairData, *, sequences: int = 0) -> None:
         self.policy, self.data = policy, data
         network_of(policy).use_dropout = options.objective == "mle"
-        self.run: Run | None = None
         self.examples, self.prompts, trained = self._fitting(options)
         self.held_out, self.eval_examples, measured = self._fitting_held_out(options)
         self.account = DataAccount({"train": trained, "eval": measured})
-        items = len(self.examples if options.objective == "mle" else self.prompts)
-        if options.num_epochs is not None:
-            options = replace(options, max_steps=max(1, round(options.num_epochs * items / options.batch_size)))
-            options = replace(options, num_epochs=None)
-        self.options = options
-        self.order = PromptStream(items, seed=options.seed)
-        self.optimizer = make_optimizer(policy, options)
+        super().__init__(options, policy, len(self.examples if options.objective == "mle" else self.prompts))
         self.engine = make_engine(
             policy,
             sequences=max(sequences, len(self.held_out) * options.beam_width, 1),
@@ -227,23 +217,10 @@ class PairLearner:
         source, lent = (self.data.sources[0], self.data.lent) if name == "train" else (self.data.sources[1], 0)
         return Split(source, kept, {**self.data.dropped[name], **dropped}, notes, lent)
 
-    def learning_rate(self, step: int) -> float:
-        """The schedule at this step."""
-        o = self.options
-        return learning_rate(
-            step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
-        )
-
     def batches(self, examples: list[Example]) -> list[Batch]:
         """Packed micro-batches whose trained tokens share one denominator."""
         trained = sum(sum(e.mask) for e in examples)
-        weighted = [Example(e.tokens, e.mask, {"weight": torch.full((sum(e.mask),), 1 / trained)}) for e in examples]
-        parts = split_by_tokens([len(e.tokens) for e in weighted], self.options.micro_batch_tokens)
-        return [collate([weighted[i] for i in part], device=self.policy.model.device) for part in parts]
-
-    def updated(self) -> None:
-        """The weights have moved: what the engine cached of the old ones is void."""
-        self.engine.set_version(self.engine.version + 1)
+        return self.micro_batches(weighted(examples, 1 / trained), feed_last=True)[0]
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Loss per token of the first references; accuracy and edit rate of greedy (or beam) decoding."""
@@ -281,24 +258,6 @@ class PairLearner:
         if self.options.objective == "mle":
             return self.policy.tokenizer, ((e.tokens, e.mask) for e in self.examples)
         return self.policy.tokenizer, ((prompt_row(prompt), tokens) for prompt, tokens in self.prompts)
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments; the weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()}
-
-    def state(self) -> dict[str, Any]:
-        """Data position and weight version."""
-        return {"order": self.order.state_dict(), "version": self.engine.version}
-
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
-        self.engine.set_version(state["version"])
-
-    def write_model(self, folder: Path) -> None:
-        """The policy with its float32 masters."""
-        self.policy.write(folder, self.optimizer.weights())
 
     def close(self) -> None:
         """End the reward workers; dropout is for this recipe alone."""

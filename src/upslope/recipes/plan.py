@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from upslope.options import (
     ClassifyOptions,
@@ -22,7 +23,7 @@ from upslope.options import (
 )
 from upslope.options.seq2seq import Seq2SeqOptions
 
-__all__ = ["CLASSES", "Plan", "plan_of"]
+__all__ = ["CLASSES", "Plan", "in_steps", "plan_of"]
 
 CLASSES: dict[str, type[RunOptions]] = {
     "pretrain": PretrainOptions,
@@ -73,6 +74,16 @@ def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
     return _policy_gradient(options)
 
 
+def in_steps(options: Any, items: int | None = None) -> Any:
+    """The options with max_steps in place of num_epochs (passes over `items`) or of an expert's num_rounds."""
+    if isinstance(options, ExpertOptions) and options.num_rounds is not None:
+        return replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
+    if items is None or not isinstance(options, _Epochs) or options.num_epochs is None:
+        return options
+    steps = max(1, round(options.num_epochs * items / options.batch_size))
+    return replace(options, max_steps=steps, num_epochs=None)
+
+
 _Epochs = PretrainOptions | SFTOptions | EncoderOptions | DPOOptions | RewardOptions | Seq2SeqOptions
 
 
@@ -81,7 +92,7 @@ def _steps(o: _Epochs, examples: int | None, words: list[str], items: str, whole
     steps = o.max_steps
     if examples:
         if o.num_epochs is not None:
-            steps = max(1, round(o.num_epochs * examples / o.batch_size))
+            steps = in_steps(o, examples).max_steps
             words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} {items} sets max_steps to {steps:,}.")
         passes = steps * o.batch_size / examples
         words.append(f"{steps:,} steps see {steps * o.batch_size:,} {items}: {passes:.2g} passes over {whole}.")
@@ -153,8 +164,7 @@ def _preference(o: DPOOptions | RewardOptions, examples: int | None) -> Plan:
 
 
 def _expert(o: ExpertOptions) -> Plan:
-    if o.num_rounds is not None:
-        o = replace(o, max_steps=o.num_rounds * o.train_steps, num_rounds=None)
+    o = in_steps(o)
     rounds = -(-o.max_steps // o.train_steps)
     samples = o.num_prompts * o.num_generations
     kept = {

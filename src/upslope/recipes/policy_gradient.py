@@ -14,8 +14,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from upslope.build import Policy, make_engine, make_optimizer
-from upslope.data.batching import PromptStream
+from upslope.build import Policy, make_engine
 from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import mean_of
 from upslope.functional.policy_losses import importance_weights
@@ -23,19 +22,18 @@ from upslope.models.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
 from upslope.recipes.fingerprint import prompt_row
+from upslope.recipes.learner import PolicyLearner
 from upslope.recipes.prompts import ask
 from upslope.recipes.rollout_queue import RolloutQueue, Sampled
-from upslope.recipes.session import Evaluation
+from upslope.recipes.session import Evaluation, StepResult
 from upslope.rollout.collect import collect
 from upslope.rollout.in_process import Surroundings
-from upslope.rollout.judge import Scorer, reward_metrics
+from upslope.rollout.judge import Scorer, length_metrics, reward_metrics
 from upslope.rollout.workers import make_scorer
-from upslope.runs.folder import Run
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
-from upslope.training.experience import Experience
+from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.optim import Group
-from upslope.training.schedule import learning_rate
 from upslope.training.step import gap_metrics, score
 from upslope.types import Batch, RolloutGroup, SamplingParams
 
@@ -49,11 +47,17 @@ __all__ = [
     "scorer_of",
 ]
 
-_STORED = {"old_logp": "trainer_logprobs", "ref_logp": "ref_logprobs", "targets": "returns"}
-"""Names in the rollout store of the flat tensors that are called otherwise here."""
+_STORED = {
+    "old_logp": "trainer_logprobs",
+    "ref_logp": "ref_logprobs",
+    "values": "values",
+    "advantages": "advantages",
+    "targets": "returns",
+}
+"""The flat tensors that are stored with a step's rollouts, and their names there."""
 
 
-class PolicyGradient:
+class PolicyGradient(PolicyLearner):
     """Holds policy, engine, task and judge; samples a step's rollouts and measures held-out accuracy.
 
     The engine reads the very weights that are trained: after each update its version goes up by one, so a step's
@@ -63,21 +67,42 @@ class PolicyGradient:
     higher_is_better = True
 
     def __init__(self, options: RLOptions, policy: Policy, *, extra: Sequence[Group] = ()) -> None:
-        self.options, self.policy = options, policy
-        self.run: Run | None = None
         self.task = load_task(options.task)
         self.judge = scorer_of(options, policy, self.task)
         asked = ask(options, policy, self.task)
         self.train_prompts, self.eval_prompts, self.account = asked.train, asked.held_out, asked.account
-        self.order = PromptStream(len(self.train_prompts), seed=options.seed)
+        super().__init__(options, policy, len(self.train_prompts), extra=extra)
+        self.drop_truncated = options.truncated == "mask"
         self.queue = RolloutQueue(options.rollout_lag, self.train_prompts)
-        self.optimizer = make_optimizer(policy, options, list(extra))
         self.engine = make_engine(
             policy,
             sequences=max(options.num_prompts * options.num_generations, len(self.eval_prompts)),
             longest=asked.longest + options.max_completion_length,
         )
         self.activations = room_for_activations(options, policy, asked.longest)
+
+    def step(self, step: int) -> StepResult:
+        """Sample, judge, estimate advantages, update."""
+        sampled = self.rollouts(step)
+        groups, metrics = sampled.groups, sampled.metrics
+        started = time.perf_counter()
+        experience = Experience.of(groups, drop_truncated=self.drop_truncated)
+        metrics |= rollout_metrics(groups, experience)
+        metrics |= self.estimate(experience, sampled)
+        metrics |= self.optimize(experience, step)
+        metrics["seconds/update"] = time.perf_counter() - started
+        tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in experience.rollouts)
+        metrics["tokens_per_second"] = tokens / (metrics["seconds/update"] + metrics["seconds/rollout"])
+        self.record(step, groups, experience)
+        return StepResult(metrics, experience.num_trained)
+
+    def estimate(self, experience: Experience, sampled: Sampled) -> dict[str, float]:
+        """Fill in old_logp, the advantage of every token and what else the update needs; returns metrics."""
+        raise NotImplementedError(f"{type(self).__name__} estimates no advantages")
+
+    def optimize(self, experience: Experience, step: int) -> dict[str, float]:
+        """The step's updates; returns their metrics."""
+        raise NotImplementedError(f"{type(self).__name__} has no update")
 
     def rollouts(self, step: int) -> Sampled:
         """The judged rollouts to train on at this step, sampled `rollout_lag` steps ago."""
@@ -115,9 +140,15 @@ class PolicyGradient:
         judged["seconds/rollout"] = time.perf_counter() - started - judged["seconds/reward"]
         return groups, judged
 
-    def updated(self) -> None:
-        """The weights have moved: what the engine cached of the old ones is void."""
-        self.engine.set_version(self.engine.version + 1)
+    def shaped(self, experience: Experience) -> tuple[Tensor, dict[str, float]]:
+        """The reward of each sequence [B] with its penalties, and their means."""
+        o = self.options
+        return shaped_rewards(
+            experience,
+            missing_eos_penalty=o.missing_eos_penalty,
+            overlong_buffer=o.overlong_buffer,
+            max_completion_length=o.max_completion_length,
+        )
 
     @property
     def on_policy(self) -> bool:
@@ -171,13 +202,6 @@ class PolicyGradient:
         assert logp_N is not None
         return {"rollout/replayed": share, **gap_metrics((one.fields["rollout_logp"] - logp_N).abs())}
 
-    def learning_rate(self, step: int) -> float:
-        """The schedule at this step."""
-        o = self.options
-        return learning_rate(
-            step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
-        )
-
     def reference_logp(self, experience: Experience, reference: CausalModel | None) -> Tensor:
         """Log-probs of the step's tokens under the start model: a frozen copy, or the policy without its adapters."""
         o = self.options
@@ -228,16 +252,16 @@ class PolicyGradient:
             return Evaluation("accuracy", metrics, loss=-rewards["value"])
         return Evaluation("reward", metrics)
 
-    def record(self, step: int, groups: Sequence[RolloutGroup], experience: Experience, names: Sequence[str]) -> None:
+    def record(self, step: int, groups: Sequence[RolloutGroup], experience: Experience) -> None:
         """Store the step's rollouts with the trainer's per-token numbers; those left out of the update have none."""
         if self.run is None:
             return
         place = {id(r): i for i, r in enumerate(experience.rollouts)}
         counts = torch.bincount(experience.sequence_N, minlength=experience.size).tolist()
-        split = {name: experience.flat[name].split(counts) for name in names if name in experience.flat}
+        split = {name: experience.flat[name].split(counts) for name in _STORED if name in experience.flat}
         rollouts = [r for g in groups for r in g.rollouts]
         arrays = {
-            _STORED.get(name, name): [parts[place[id(r)]].tolist() if id(r) in place else None for r in rollouts]
+            _STORED[name]: [parts[place[id(r)]].tolist() if id(r) in place else None for r in rollouts]
             for name, parts in split.items()
         }
         self.run.record_rollouts(step + 1, groups, arrays=arrays)
@@ -248,25 +272,21 @@ class PolicyGradient:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments and the rollouts that wait; the policy's weights are in the model folder."""
-        waiting = {"queue": self.queue.tensors()} if self.queue.lag else {}
-        return {"optimizer": self.optimizer.state(), **waiting}
+        return {**super().tensors(), **({"queue": self.queue.tensors()} if self.queue.lag else {})}
 
     def state(self) -> dict[str, Any]:
         """Data position, weight version, and the rollouts that wait."""
-        return {"order": self.order.state_dict(), "version": self.engine.version, "queue": self.queue.state()}
+        return {**super().state(), "queue": self.queue.state()}
 
     def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint; the recipe's own tensors in "critic" complete the model folder."""
-        self.optimizer.load({**self.policy.read(model), **tensors.get("critic", {})}, tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
-        self.engine.set_version(state["version"])
+        """Continue from a checkpoint."""
+        super().load(model, tensors, state)
         if self.queue.lag:
             self.queue.load(tensors["queue"], state["queue"])
 
-    def write_model(self, folder: Path) -> None:
-        """The policy with its float32 masters."""
-        own = {name for name, _ in self.policy.model.named_parameters()}
-        self.policy.write(folder, {name: x for name, x in self.optimizer.weights().items() if name in own})
+    def trained_weights(self, model: Path, tensors: Mapping[str, dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The float32 masters of a checkpoint; the recipe's own tensors in "critic" complete the model folder."""
+        return {**super().trained_weights(model, tensors), **tensors.get("critic", {})}
 
     def close(self) -> None:
         """End the reward workers."""
@@ -311,8 +331,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup], experience: Experience) -> d
     """Rewards and their parts, lengths, and how much of the step is left out of the update."""
     rollouts = [r for g in groups for r in g.rollouts]
     return reward_metrics(groups) | {
-        "completions/mean_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
-        "completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+        **length_metrics(rollouts),
         "rollout/left_out": float(len(rollouts) - experience.size),
         "num_tokens": float(experience.num_trained),
     }

@@ -18,7 +18,6 @@ inside.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
@@ -35,8 +34,9 @@ from upslope.functional.supervised_losses import value_loss
 from upslope.options import PPOOptions
 from upslope.recipes.actor_critic import ActorCritic
 from upslope.recipes.dry_run import show_policy_gradient
-from upslope.recipes.policy_gradient import means_of, ratio_metrics, rollout_metrics
-from upslope.recipes.session import StepResult, begin, conclude, train
+from upslope.recipes.policy_gradient import means_of, ratio_metrics
+from upslope.recipes.rollout_queue import Sampled
+from upslope.recipes.session import begin, run_verb, train
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
 from upslope.types import Batch
@@ -46,10 +46,7 @@ __all__ = ["PPO", "ppo", "run"]
 
 def run(options: PPOOptions) -> int:
     """The verb `upslope ppo`."""
-    if options.dry_run:
-        with begin(options):
-            return show_policy_gradient("ppo", options)
-    return conclude(options, ppo(options))
+    return run_verb(options, show_policy_gradient, ppo)
 
 
 def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -66,23 +63,8 @@ class PPO(ActorCritic):
     def __init__(self, options: PPOOptions, policy: Policy) -> None:
         super().__init__(options, policy, critic=options.critic)
 
-    def step(self, step: int) -> StepResult:
-        """Sample, judge, estimate advantages, update."""
-        sampled = self.rollouts(step)
-        groups, metrics = sampled.groups, sampled.metrics
-        started = time.perf_counter()
-        experience = Experience.of(groups, drop_truncated=self.options.truncated == "mask")
-        metrics |= rollout_metrics(groups, experience)
-        metrics |= self.estimate(experience)
-        metrics |= self.optimize(experience, step)
-        metrics["seconds/update"] = time.perf_counter() - started
-        tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in experience.rollouts)
-        metrics["tokens_per_second"] = tokens / (metrics["seconds/update"] + metrics["seconds/rollout"])
-        self.record(step, groups, experience, ("old_logp", "ref_logp", "values", "advantages", "targets"))
-        return StepResult(metrics, experience.num_trained)
-
     @torch.no_grad()
-    def estimate(self, experience: Experience) -> dict[str, float]:
+    def estimate(self, experience: Experience, sampled: Sampled) -> dict[str, float]:
         """Fill in old_logp, values, advantages and targets of every token."""
         o, flat = self.options, experience.flat
         scored, metrics = self.score(experience)

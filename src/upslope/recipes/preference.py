@@ -8,29 +8,25 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
 
-from upslope.build import Policy, make_optimizer
-from upslope.data.batching import PromptStream
+from upslope.build import Policy
 from upslope.data.kinds import Record
 from upslope.data.preferences import Encoded
 from upslope.data.records import read_records
 from upslope.evaluation.intervals import wilson
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
-from upslope.recipes.dry_run import Prediction, head_bytes, probe, report, update_seconds, weight_bytes
+from upslope.recipes.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
 from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
+from upslope.recipes.learner import PolicyLearner
 from upslope.recipes.plan import plan_of
-from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
-from upslope.runs.folder import Run
+from upslope.recipes.session import Evaluation, StepResult
 from upslope.runs.progress import told
 from upslope.training.optim import Group
-from upslope.training.schedule import learning_rate
-from upslope.training.step import Loss, update
+from upslope.training.step import Loss
 from upslope.training.units import Unit, measure, unit_batches, weighted_mean
 
 __all__ = ["PreferenceLearner", "read_rows", "show_preference"]
@@ -60,7 +56,7 @@ def _kept(options: PreferenceData, source: str, encode: Callable[[Sequence[Recor
     return Kept(source, found.rows, *too_long(found.too_long, options.max_length))
 
 
-class PreferenceLearner:
+class PreferenceLearner(PolicyLearner):
     """One update per step over `batch_size` units; a recipe gives the units and the loss."""
 
     higher_is_better = True
@@ -77,15 +73,8 @@ class PreferenceLearner:
         *,
         extra: Sequence[Group] = (),
     ) -> None:
-        if options.num_epochs is not None:
-            steps = max(1, round(options.num_epochs * len(units) / options.batch_size))
-            options = replace(options, max_steps=steps, num_epochs=None)
-        self.options, self.policy = options, policy
-        self.run: Run | None = None
-        self.account = account
-        self.units, self.held_out = units, held_out
-        self.order = PromptStream(len(units), seed=options.seed)
-        self.optimizer = make_optimizer(policy, options, list(extra))
+        super().__init__(options, policy, len(units), extra=extra)
+        self.units, self.held_out, self.account = units, held_out, account
 
     def loss_of(self, units: Sequence[Unit], indices: Sequence[int] | None) -> tuple[Loss, dict[str, float]]:
         """The loss of these units, and numbers to log with it; `indices` into the training units, None: held out."""
@@ -97,24 +86,9 @@ class PreferenceLearner:
         indices = self.order.take(o.batch_size)
         units = [self.units[i] for i in indices]
         loss, numbers = self.loss_of(units, indices)
-        self.policy.model.train()
-        metrics = update(
-            self.policy.model,
-            self.optimizer,
-            unit_batches(units, o.micro_batch_tokens, device=self.policy.model.device),
-            loss,
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
-            max_grad_norm=o.max_grad_norm,
-            head=self.head,
-            logp=self.logp,
-            train_final=self.head is not None,
-        )
+        batches = unit_batches(units, o.micro_batch_tokens, device=self.policy.model.device)
+        passes = {"head": self.head, "logp": self.logp, "train_final": self.head is not None}
+        metrics = self.update(step, batches, loss, **passes)
         seconds = time.perf_counter() - started
         trained = sum(sum(e.mask) for unit in units for e in unit.examples)
         rate = sum(unit.tokens for unit in units) / seconds
@@ -149,27 +123,6 @@ class PreferenceLearner:
         rows = ([(e.tokens, e.mask, e.fields.get("label")) for e in unit.examples] for unit in self.units)
         return self.policy.tokenizer, zip(rows, (unit.values for unit in self.units), strict=True)
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments; the weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()}
-
-    def state(self) -> dict[str, Any]:
-        """The data position."""
-        return {"order": self.order.state_dict()}
-
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.optimizer.load(self.trained_weights(model, tensors), tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
-
-    def trained_weights(self, model: Path, tensors: Mapping[str, dict[str, Tensor]]) -> Mapping[str, Tensor]:
-        """The float32 masters of a checkpoint."""
-        return self.policy.read(model)
-
-    def write_model(self, folder: Path) -> None:
-        """The policy with its float32 masters."""
-        self.policy.write(folder, self.optimizer.weights())
-
 
 def show_preference(
     options: PreferenceData,
@@ -188,11 +141,7 @@ def show_preference(
     plan = plan_of(options, examples=len(units))
     per_step = mean * options.batch_size
     longest = max(unit.tokens for unit in units)
-    micro = min(max(options.micro_batch_tokens, longest), per_step)
-    memory = (
-        resident_memory_gb()
-        + (weight_bytes(policy, options) + head_bytes(policy) + micro * cost.activation_bytes) / 1e9
-    )
+    memory = update_memory_gb(policy, cost, min(max(options.micro_batch_tokens, longest), per_step))
     step = per_step * cost.train_seconds + update_seconds(policy)
     whole = step * plan.optimizer_steps + scored * mean * cost.forward_seconds
     print(f"{len(units):,} rows, {sum(unit.tokens for unit in units):,} tokens", file=sys.stderr)

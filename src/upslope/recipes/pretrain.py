@@ -22,16 +22,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from upslope.build import Policy, make_optimizer
-from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.build import Policy
 from upslope.data.preview import statistics
 from upslope.errors import DataError
-from upslope.functional.supervised_losses import nll
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.dry_run import predict_sft, report
+from upslope.recipes.learner import PolicyLearner, likelihood, weighted
 from upslope.recipes.plan import plan_of
 from upslope.recipes.pretrain_masked import MaskedPretrain, show_masked
 from upslope.recipes.pretrain_start import (
@@ -42,10 +40,8 @@ from upslope.recipes.pretrain_start import (
     start_policy,
     start_tokenizer,
 )
-from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
-from upslope.runs.folder import Run
-from upslope.training.schedule import learning_rate
-from upslope.training.step import Outputs, score, update
+from upslope.recipes.session import Evaluation, StepResult, begin, run_verb, train
+from upslope.training.step import Outputs, score
 from upslope.types import Batch, Example
 
 __all__ = ["Pretrain", "pretrain", "run"]
@@ -53,10 +49,7 @@ __all__ = ["Pretrain", "pretrain", "run"]
 
 def run(options: PretrainOptions) -> int:
     """The verb `upslope pretrain`."""
-    if options.dry_run:
-        with begin(options):
-            return _show(options)
-    return conclude(options, pretrain(options))
+    return run_verb(options, _show, pretrain)
 
 
 def pretrain(options: PretrainOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -83,23 +76,17 @@ def stride_of(options: PretrainOptions) -> int:
     return options.eval_stride or max(1, options.context_length // 2)
 
 
-class Pretrain:
+class Pretrain(PolicyLearner):
     """Maximum likelihood of windows of text, measured by held-out perplexity and bits per byte."""
 
     higher_is_better = False
 
     def __init__(self, options: PretrainOptions, policy: Policy, texts: Texts) -> None:
-        self.policy, self.texts = policy, texts
-        self.run: Run | None = None
+        self.texts = texts
         windows = texts.train.num_windows(options.context_length)
         if not windows:
             raise DataError("the training text has no two tokens: there is nothing to predict")
-        if options.num_epochs is not None:
-            steps = max(1, round(options.num_epochs * windows / options.batch_size))
-            options = replace(options, max_steps=steps, num_epochs=None)
-        self.options = options
-        self.order = PromptStream(windows, seed=options.seed)
-        self.optimizer = make_optimizer(policy, options)
+        super().__init__(options, policy, windows)
         self.held_out = [
             Example(tokens, [t >= first for t in range(len(tokens))])
             for tokens, first in texts.held_out.strided(options.context_length, stride_of(options))
@@ -111,39 +98,17 @@ class Pretrain:
         o, started = self.options, time.perf_counter()
         windows = [self.texts.train.window(i, o.context_length) for i in self.order.take(o.batch_size)]
         trained = sum(len(w) - 1 for w in windows)
-        self.policy.model.train()
-        metrics = update(
-            self.policy.model,
-            self.optimizer,
-            self._batches([_example(w, trained) for w in windows]),
-            self._loss,
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
-            max_grad_norm=o.max_grad_norm,
-            mean_logp=o.label_smoothing > 0,
-        )
+        batches, _ = self.micro_batches(weighted([_example(w) for w in windows], 1 / trained))
+        metrics = self.update(step, batches, self._loss, mean_logp=o.label_smoothing > 0)
         seconds = time.perf_counter() - started
         return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": trained / seconds}, trained)
 
-    def _batches(self, examples: list[Example]) -> list[Batch]:
-        parts = split_by_tokens([len(e.tokens) for e in examples], self.options.micro_batch_tokens)
-        device = self.policy.model.device
-        return [collate([examples[i] for i in part], feed_last=False, device=device) for part in parts]
-
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        assert out.logp_N is not None
-        if self.options.label_smoothing:
-            return nll(out.logp_N, self.options.label_smoothing, out.mean_logp_N), {"loss/nll": -out.logp_N}
-        return nll(out.logp_N), {}
+        return likelihood(out, self.options.label_smoothing)
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Perplexity per token and bits per byte of the held-out text."""
-        out = score(self.policy.model, self._batches(self.held_out))
+        out = score(self.policy.model, self.micro_batches(self.held_out)[0])
         assert out.logp_N is not None
         total, count = float(-out.logp_N.double().sum()), out.logp_N.shape[0]
         metrics = {
@@ -166,27 +131,9 @@ class Pretrain:
         """The tokenizer, unless it is the run's own, and the text, for the fingerprint."""
         return None if self.options.new else self.policy.tokenizer, iter([self.texts.corpus.sha256])
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments; the weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()}
 
-    def state(self) -> dict[str, Any]:
-        """The data position."""
-        return {"order": self.order.state_dict()}
-
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
-
-    def write_model(self, folder: Path) -> None:
-        """The model with its float32 masters and its tokenizer."""
-        self.policy.write(folder, self.optimizer.weights())
-
-
-def _example(window: list[int], trained: int) -> Example:
-    rest = len(window) - 1
-    return Example(window, [False] + [True] * rest, {"weight": torch.full((rest,), 1 / trained)})
+def _example(window: list[int]) -> Example:
+    return Example(window, [False] + [True] * (len(window) - 1))
 
 
 def _show(options: PretrainOptions) -> int:
@@ -200,7 +147,7 @@ def _show(options: PretrainOptions) -> int:
         policy = start_policy(options, tokenizer, Path(folder))
         windows = texts.train.num_windows(options.context_length)
         shown = [texts.train.window(i, options.context_length) for i in range(min(windows, options.batch_size))]
-        examples = [Example(w, [False] + [True] * (len(w) - 1)) for w in shown]
+        examples = [_example(w) for w in shown]
         prediction = predict_sft(options, policy, examples)  # type: ignore[arg-type]
         plan = plan_of(options, examples=windows)
         prediction = replace(prediction, run_seconds=prediction.step_seconds * plan.optimizer_steps)

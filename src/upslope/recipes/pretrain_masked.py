@@ -29,12 +29,12 @@ from upslope.functional.supervised_losses import nll
 from upslope.models.encoder import Encoder
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.encoder import Batch, Input, collate, groups_of, item_logits
-from upslope.recipes.plan import plan_of
+from upslope.recipes.plan import in_steps, plan_of
 from upslope.recipes.pretrain_start import load_texts
 from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
 from upslope.runs.folder import Run
 from upslope.training.optim import MasterAdamW, decay_groups
-from upslope.training.schedule import learning_rate
+from upslope.training.schedule import rate_at
 from upslope.training.step import evaluating
 
 __all__ = ["MaskedPretrain", "show_masked"]
@@ -56,10 +56,7 @@ class MaskedPretrain:
         count = _count(self.texts.train, self.width)
         if not count:
             raise DataError("the training text has no tokens: there is nothing to predict")
-        if options.num_epochs is not None:
-            steps = max(1, round(options.num_epochs * count / options.batch_size))
-            options = replace(options, max_steps=steps, num_epochs=None)
-        self.options = options
+        self.options = options = in_steps(options, count)
         self.order = PromptStream(count, seed=options.seed)
         self.optimizer = MasterAdamW(
             decay_groups(encoder.named_parameters(), weight_decay=options.weight_decay), masters=encoder.masters
@@ -92,15 +89,9 @@ class MaskedPretrain:
 
     def step(self, step: int) -> StepResult:
         """One batch of windows, one update."""
-        o, started = self.options, time.perf_counter()
+        started = time.perf_counter()
         inputs = self.inputs()
-        rate = learning_rate(
-            step,
-            base=o.learning_rate,
-            total_steps=o.max_steps,
-            warmup_steps=o.warmup_steps,
-            kind=o.lr_scheduler_type,
-        )
+        rate = rate_at(self.options, step)
         self.encoder.train()
         metrics = self._update(self._batches(inputs), rate)
         tokens, seconds = sum(len(x.tokens) for x in inputs), time.perf_counter() - started

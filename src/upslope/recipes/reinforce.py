@@ -32,9 +32,8 @@ from upslope.functional.returns import discounted_returns, gae
 from upslope.options import ReinforceOptions
 from upslope.recipes.actor_critic import ActorCritic
 from upslope.recipes.dry_run import show_policy_gradient
-from upslope.recipes.policy_gradient import rollout_metrics
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import StepResult, begin, conclude, train
+from upslope.recipes.session import begin, run_verb, train
 from upslope.rollout.collect import collect
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
@@ -45,10 +44,7 @@ __all__ = ["MovingBaseline", "Reinforce", "reinforce", "run"]
 
 def run(options: ReinforceOptions) -> int:
     """The verb `upslope reinforce`."""
-    if options.dry_run:
-        with begin(options):
-            return show_policy_gradient("reinforce", options)
-    return conclude(options, reinforce(options))
+    return run_verb(options, show_policy_gradient, reinforce)
 
 
 def reinforce(options: ReinforceOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -83,21 +79,6 @@ class Reinforce(ActorCritic):
         super().__init__(options, policy, critic=options.critic if options.baseline == "learned" else None)
         self.moving = MovingBaseline(options.baseline_decay)
 
-    def step(self, step: int) -> StepResult:
-        """Sample, judge, subtract the baseline, one gradient step."""
-        sampled = self.rollouts(step)
-        groups, metrics = sampled.groups, sampled.metrics
-        started = time.perf_counter()
-        experience = Experience.of(groups, drop_truncated=self.options.truncated == "mask")
-        metrics |= rollout_metrics(groups, experience)
-        metrics |= self.estimate(experience, sampled.greedy)
-        metrics |= self.optimize(experience, step)
-        metrics["seconds/update"] = time.perf_counter() - started
-        tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in experience.rollouts)
-        metrics["tokens_per_second"] = tokens / (metrics["seconds/update"] + metrics["seconds/rollout"])
-        self.record(step, groups, experience, ("old_logp", "ref_logp", "values", "advantages", "targets"))
-        return StepResult(metrics, experience.num_trained)
-
     def draw(self, index: int) -> Sampled:
         """A batch; with the greedy baseline also one judged greedy reply to each of its prompts."""
         sampled = super().draw(index)
@@ -115,7 +96,7 @@ class Reinforce(ActorCritic):
         return sampled
 
     @torch.no_grad()
-    def estimate(self, experience: Experience, greedy: list[RolloutGroup]) -> dict[str, float]:
+    def estimate(self, experience: Experience, sampled: Sampled) -> dict[str, float]:
         """Fill in old_logp and the advantage of every token; with a critic also values and targets."""
         o, flat, mask_BT = self.options, experience.flat, experience.mask_BT
         scored, metrics = self.score(experience)
@@ -128,7 +109,7 @@ class Reinforce(ActorCritic):
             flat["targets"] = experience.unpadded(advantages_BT + values_BT)
             metrics |= self.explained(experience, rewards_BT, bootstrap_B)
         else:
-            baseline_B, said = self.baseline(experience, rewards_BT, greedy)
+            baseline_B, said = self.baseline(experience, rewards_BT, sampled.greedy)
             metrics |= said
             advantages_BT = discounted_returns(rewards_BT, mask_BT, gamma=o.gamma) - baseline_B[:, None]
         if o.baseline == "reinforce++" or o.whiten_advantages:

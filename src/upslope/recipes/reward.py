@@ -40,7 +40,7 @@ from upslope.models.weights import load as load_weights
 from upslope.options import RewardOptions
 from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
-from upslope.recipes.session import begin, conclude, train
+from upslope.recipes.session import begin, run_verb, train
 from upslope.training.optim import Group
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, after_tokens
@@ -51,10 +51,7 @@ __all__ = ["RewardLearner", "reward", "run"]
 
 def run(options: RewardOptions) -> int:
     """The verb `upslope reward`."""
-    if options.dry_run:
-        with begin(options):
-            return _show(options)
-    return conclude(options, reward(options))
+    return run_verb(options, _show, reward)
 
 
 def reward(options: RewardOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -21,13 +21,13 @@ from typing import Any
 from torch import Tensor
 
 from upslope.build import Policy
-from upslope.functional.supervised_losses import nll
 from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.recipes.learner import likelihood
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 from upslope.recipes.seq2seq_dry_run import show_seq2seq
-from upslope.recipes.session import StepResult, begin, conclude, train
-from upslope.training.step import Outputs, update
+from upslope.recipes.session import StepResult, begin, run_verb, train
+from upslope.training.step import Outputs
 from upslope.types import Batch
 
 __all__ = ["MaximumLikelihood", "run", "seq2seq"]
@@ -35,10 +35,7 @@ __all__ = ["MaximumLikelihood", "run", "seq2seq"]
 
 def run(options: Seq2SeqOptions) -> int:
     """The verb `upslope seq2seq`."""
-    if options.dry_run:
-        with begin(options):
-            return show_seq2seq(options)
-    return conclude(options, seq2seq(options))
+    return run_verb(options, show_seq2seq, seq2seq)
 
 
 def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -58,23 +55,11 @@ class MaximumLikelihood(PairLearner):
         """One batch of pairs, one update."""
         o, started = self.options, time.perf_counter()
         examples = [self.examples[i] for i in self.order.take(o.batch_size)]
-        self.policy.model.train()
-        metrics = update(
-            self.policy.model,
-            self.optimizer,
-            self.batches(examples),
-            self._loss,
-            learning_rate=self.learning_rate(step),
-            max_grad_norm=o.max_grad_norm,
-            mean_logp=o.label_smoothing > 0,
-        )
+        metrics = self.update(step, self.batches(examples), self._loss, mean_logp=o.label_smoothing > 0)
         self.updated()
         trained, tokens = sum(sum(e.mask) for e in examples), sum(len(e.tokens) for e in examples)
         seconds = time.perf_counter() - started
         return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": tokens / seconds}, trained)
 
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        assert out.logp_N is not None
-        if self.options.label_smoothing:
-            return nll(out.logp_N, self.options.label_smoothing, out.mean_logp_N), {"loss/nll": -out.logp_N}
-        return nll(out.logp_N), {}
+        return likelihood(out, self.options.label_smoothing)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 
 from upslope.data.preview import statistics
 from upslope.options.seq2seq import Seq2SeqOptions
-from upslope.recipes.dry_run import Prediction, head_bytes, probe, report, update_seconds, weight_bytes
+from upslope.recipes.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 from upslope.recipes.plan import plan_of
-from upslope.recipes.session import resident_memory_gb
 from upslope.types import SamplingParams
 
 __all__ = ["show_seq2seq"]
@@ -23,11 +23,8 @@ def show_seq2seq(options: Seq2SeqOptions) -> int:
     data = PairData.of(options)
     with tempfile.TemporaryDirectory(prefix="upslope-seq2seq-") as folder:
         policy = start_policy(options, data, Path(folder))
-        learner = PairLearner(options, policy, data)
-        try:
+        with closing(PairLearner(options, policy, data)) as learner:
             prediction = _predict(learner)
-        finally:
-            learner.close()
     print(statistics(learner.examples), file=sys.stderr)
     plan = plan_of(options, examples=learner.order.n)
     report(options, policy, learner.examples[0], plan, prediction, len(learner.held_out), learner.account)
@@ -52,6 +49,5 @@ def _predict(learner: PairLearner) -> Prediction:
     tokens = o.batch_size * (source + copies * target)
     seconds = cost.train_seconds + (cost.forward_seconds if copies > 1 else 0.0)
     step = sampling + tokens * seconds + update_seconds(policy)
-    kept = min(o.micro_batch_tokens, tokens) * cost.activation_bytes
-    memory = resident_memory_gb() + (weight_bytes(policy, o) + head_bytes(policy) + kept) / 1e9
+    memory = update_memory_gb(policy, cost, min(o.micro_batch_tokens, tokens))
     return Prediction(memory, step, step * o.max_steps)

@@ -10,12 +10,12 @@ import os
 import shlex
 import sys
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import rich.style  # noqa: F401  # draws from Python's generator when it is loaded: before the seed, not at a first table
 import torch
@@ -41,7 +41,9 @@ from upslope.training.optim import MasterAdamW
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
-__all__ = ["MAY_CHANGE", "Begun", "Evaluation", "Learner", "StepResult", "begin", "conclude", "train"]
+__all__ = ["MAY_CHANGE", "Begun", "Evaluation", "Learner", "StepResult", "begin", "conclude", "run_verb", "train"]
+
+Options = TypeVar("Options", bound=RunOptions)
 
 MAY_CHANGE = frozenset(
     {"output_dir", "resume", "allow_changed_data", "dry_run", "json", "max_steps", "max_tokens", "max_seconds"}
@@ -156,7 +158,7 @@ def now() -> datetime:
     return datetime.now()
 
 
-def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, label: str = "") -> dict[str, Any]:
+def train(verb: str, options: RunOptions, learner: Learner, begun: Begun) -> dict[str, Any]:
     """Run `learner` until it stops; returns the summary, which is also in the run folder.
 
     A first Ctrl-C finishes the step, saves and ends with "interrupted" in the summary; the caller exits with 130.
@@ -178,8 +180,8 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, lab
         if options.resume:
             _restore(run, learner, stop, options, marks)
             if stop.reason is not None:
-                print(f"{label or verb}: nothing is left to do: {stop.reason}", file=sys.stderr)
-        with Progress(max(options.max_steps, stop.steps), label or verb, done=stop.steps) as progress:
+                print(f"{verb}: nothing is left to do: {stop.reason}", file=sys.stderr)
+        with Progress(max(options.max_steps, stop.steps), verb, done=stop.steps) as progress:
             evaluated = _loop(run, learner, stop, interrupt, options, progress, marks)
         summary = {
             "verb": verb,
@@ -202,7 +204,7 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun, *, lab
         }
         run.summary(summary)
     for remark in summary["remarks"]:
-        print(f"{label or verb}: {remark}", file=sys.stderr)
+        print(f"{verb}: {remark}", file=sys.stderr)
     return summary
 
 
@@ -283,6 +285,14 @@ def conclude(options: RunOptions, summary: Mapping[str, Any]) -> int:
     if options.json:
         print(json.dumps(summary))
     return exit_code(summary)
+
+
+def run_verb(options: Options, show: Callable[[Options], int], recipe: Callable[[Options], Mapping[str, Any]]) -> int:
+    """A training verb's exit code: of what `--dry-run` shows, else of the run."""
+    if options.dry_run:
+        with begin(options):
+            return show(options)
+    return conclude(options, recipe(options))
 
 
 def peak_memory_gb() -> float:

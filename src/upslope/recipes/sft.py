@@ -12,33 +12,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upslope.build import Policy, load_policy, make_engine, make_optimizer
-from upslope.data.batching import PromptStream, collate, split_by_tokens
+from upslope.build import Policy, load_policy, make_engine
 from upslope.data.chat import TooLongError, encode_completion, encode_conversation
 from upslope.data.records import examples_of, read_records
 from upslope.evaluation.accuracy import evaluate
-from upslope.functional.supervised_losses import dft, nll
+from upslope.functional.supervised_losses import dft
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
 from upslope.recipes.held_out import per_token, tell_task
 from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long, within_context
+from upslope.recipes.learner import PolicyLearner, likelihood, weighted
 from upslope.recipes.prompts import held_out_of
-from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
+from upslope.recipes.session import Evaluation, StepResult, begin, run_verb, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
-from upslope.runs.folder import Run
 from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
-from upslope.training.schedule import learning_rate
-from upslope.training.step import Outputs, score, update
+from upslope.training.step import Outputs, score
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
 
 __all__ = ["SFT", "run", "sft"]
@@ -46,10 +42,7 @@ __all__ = ["SFT", "run", "sft"]
 
 def run(options: SFTOptions) -> int:
     """The verb `upslope sft`."""
-    if options.dry_run:
-        with begin(options):
-            return show_sft(options)
-    return conclude(options, sft(options))
+    return run_verb(options, show_sft, sft)
 
 
 def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -59,12 +52,10 @@ def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:
         return train("sft", learner.options, learner, begun)
 
 
-class SFT:
+class SFT(PolicyLearner):
     """Maximum likelihood on examples, measured by held-out loss and, with a task, by greedy accuracy."""
 
     def __init__(self, options: SFTOptions, policy: Policy) -> None:
-        self.policy = policy
-        self.run: Run | None = None
         self.task = load_task(options.task) if options.task else None
         self.higher_is_better = self.task is not None
         fitting = within_context(options, policy)
@@ -72,52 +63,27 @@ class SFT:
         if self.task is not None:
             held_out, _ = held_out_of(self.task, policy, options.eval_samples, options.max_completion_length)
             self.account = self.account.and_held_out(held_out)
-        if options.num_epochs is not None:
-            steps = max(1, round(options.num_epochs * len(self.train_examples) / options.batch_size))
-            options = replace(options, max_steps=steps, num_epochs=None)
-        self.options = options
-        self.order = PromptStream(len(self.train_examples), seed=options.seed)
-        self.optimizer = make_optimizer(policy, options)
+        super().__init__(options, policy, len(self.train_examples))
 
     def step(self, step: int) -> StepResult:
         """One batch, one update."""
         o, started = self.options, time.perf_counter()
         examples = [self.train_examples[i] for i in self.order.take(o.batch_size)]
         trained = sum(sum(e.mask) for e in examples)
-        self.policy.model.train()
-        metrics = update(
-            self.policy.model,
-            self.optimizer,
-            self._batches(examples, trained),
-            self._loss,
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
-            max_grad_norm=o.max_grad_norm,
-            mean_logp=o.label_smoothing > 0,
-        )
+        batches = self._batches(examples, trained)
+        metrics = self.update(step, batches, self._loss, mean_logp=o.label_smoothing > 0)
         seconds = time.perf_counter() - started
         tokens = sum(len(e.tokens) for e in examples)
         return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": tokens / seconds}, trained)
 
     def _batches(self, examples: list[Example], trained: int) -> list[Batch]:
-        weighted = [Example(e.tokens, e.mask, {"weight": torch.full((sum(e.mask),), 1 / trained)}) for e in examples]
-        parts = split_by_tokens([len(e.tokens) for e in weighted], self.options.micro_batch_tokens)
-        device = self.policy.model.device
-        return [collate([weighted[i] for i in part], feed_last=False, device=device) for part in parts]
+        return self.micro_batches(weighted(examples, 1 / trained))[0]
 
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        o, logp_N = self.options, out.logp_N
-        assert logp_N is not None
-        if o.loss == "dft":
-            return dft(logp_N), {"loss/nll": -logp_N}
-        if o.label_smoothing:
-            return nll(logp_N, o.label_smoothing, out.mean_logp_N), {"loss/nll": -logp_N}
-        return nll(logp_N), {}
+        if self.options.loss != "dft":
+            return likelihood(out, self.options.label_smoothing)
+        assert out.logp_N is not None
+        return dft(out.logp_N), {"loss/nll": -out.logp_N}
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Held-out loss per token; with a task also greedy accuracy on its held-out problems."""
@@ -141,23 +107,6 @@ class SFT:
     def trained_on(self) -> tuple[Any, Iterator[Any]]:
         """The tokenizer and the training rows, for the fingerprint."""
         return self.policy.tokenizer, ((e.tokens, e.mask) for e in self.train_examples)
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments; the weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()}
-
-    def state(self) -> dict[str, Any]:
-        """The data position."""
-        return {"order": self.order.state_dict()}
-
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.optimizer.load(self.policy.read(model), tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
-
-    def write_model(self, folder: Path) -> None:
-        """The policy with its float32 masters."""
-        self.policy.write(folder, self.optimizer.weights())
 
 
 def load_examples(

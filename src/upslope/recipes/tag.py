@@ -12,9 +12,7 @@ recipes/encoder.py.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from upslope.data.labels import (
@@ -23,7 +21,6 @@ from upslope.data.labels import (
     count_copies,
     labels_of,
     read_conll,
-    read_rewards,
     shuffled_by_content,
     split_sentences,
 )
@@ -34,9 +31,8 @@ from upslope.models.encoder import Encoder
 from upslope.options.encoder import TagOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
 from upslope.recipes.encoder_report import finish, show
-from upslope.recipes.encoder_rows import Rows, account_of
-from upslope.recipes.kept import DataAccount
-from upslope.recipes.session import Evaluation, begin, conclude, train
+from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
+from upslope.recipes.session import Evaluation, begin, run_verb, train
 from upslope.runs.progress import counted
 
 __all__ = ["Tag", "run", "tag"]
@@ -44,11 +40,7 @@ __all__ = ["Tag", "run", "tag"]
 
 def run(options: TagOptions) -> int:
     """The verb `upslope tag`."""
-    if options.dry_run:
-        with begin(options):
-            learner, data = _prepare(options, None)
-            return show(options, learner, data.account)
-    return conclude(options, tag(options))
+    return run_verb(options, lambda o: show(o, _prepare(o, None)[0]), tag)
 
 
 def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
@@ -62,17 +54,6 @@ def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
 
 Sentences = list[list[Input]]
 """Each sentence as the pieces it was split into."""
-
-
-@dataclass(frozen=True, slots=True)
-class Data:
-    """Encoded splits and what is to be said about them."""
-
-    train: Sentences
-    dev: Sentences
-    test: Sentences
-    rewards: list[list[float]]
-    account: DataAccount
 
 
 class Tag(EncoderLearner):
@@ -157,21 +138,11 @@ def encode_splits(options: TagOptions, start: Start, train: Rows, dev: Rows, tes
     split = {name: sum(len(pieces) > 1 for pieces in rows) for name, rows in encoded.items()}
     cut = {name: cut_words(splits[name].rows, rows, start.tokenizer, longest) for name, rows in encoded.items()}
     shared = {name: count_copies(splits[name].rows, train.rows) for name in ("dev", "test")}
-    said = {
-        f"sentences split at max_length {longest}": split,
-        f"words cut to max_length {longest}": cut,
-        "sentences that also stand in the training data": shared,
-    }
-    for what, counts in said.items():
-        if any(counts.values()):
-            print(f"upslope: {what}: {_counts(counts)}", file=sys.stderr)
+    said = {f"sentences split at max_length {longest}": split, f"words cut to max_length {longest}": cut}
+    tell_counts({**said, "sentences that also stand in the training data": shared})
     words = {n: sum(len(x.targets) for pieces in rows for x in pieces) for n, rows in encoded.items()}
     further = {"words": words, "labels": len(labels), "split": split, "cut": cut, "also_in_train": shared}
-    if options.rewards is not None:
-        rewards = read_rewards(options.rewards, labels)
-    else:
-        rewards = [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
-    return Data(encoded["train"], encoded["dev"], encoded["test"], rewards, account_of(splits, further))
+    return Data(**encoded, rewards=rewards_of(options, labels), account=account_of(splits, further))
 
 
 def cut_words(rows: Sequence[TaggedSentence], sentences: Sentences, tokenizer: Any, max_length: int) -> int:
@@ -231,7 +202,3 @@ def _piece(words: Sequence[str], targets: list[int], tokenizer: Any, max_length:
             places.setdefault(word, place)
     types = list(encoded["token_type_ids"]) if "token_type_ids" in encoded else None
     return Input(list(encoded["input_ids"]), targets, [places[i] for i in range(len(words))], types, row, first)
-
-
-def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} of {name}" for name, count in counts.items() if count)

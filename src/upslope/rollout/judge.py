@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 from typing import Protocol, Self
 
 from upslope.errors import DataError
@@ -28,9 +27,7 @@ class Scorer(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
 
 class InlineScorer:
@@ -54,9 +51,7 @@ class InlineScorer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Nothing to close."""
 
 
@@ -110,3 +105,11 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 def _value(reward: Reward) -> float:
     assert reward.value is not None
     return reward.value
+
+
+def length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """How long the completions are, and the share that was cut."""
+    return {
+        "completions/mean_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
+        "completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }

@@ -61,7 +61,7 @@ def load_likelihood(
     policy_folder: Path,
 ) -> LikelihoodReward:
     """The reward `likelihood:path=FOLDER`: scale log gives nats per token, prob their exponential in [0, 1]."""
-    return _load("likelihood", path, scale, per, floor, 0, dtype, tokenizer, device, policy_folder)
+    return _load("likelihood", path, dtype, tokenizer, device, policy_folder, scale=scale, per=per, floor=floor)
 
 
 def load_fluency(
@@ -77,31 +77,25 @@ def load_fluency(
     policy_folder: Path,
 ) -> LikelihoodReward:
     """The reward `fluency:path=FOLDER`; ngram=0 switches the count of repetitions off."""
-    return _load("fluency", path, scale, per, floor, ngram, dtype, tokenizer, device, policy_folder)
+    how = {"scale": scale, "per": per, "floor": floor, "ngram": ngram}
+    return _load("fluency", path, dtype, tokenizer, device, policy_folder, **how)
 
 
 def load_coherence(
     path: str, per: str = "token", dtype: str = "auto", *, tokenizer: Any, device: Any, policy_folder: Path
 ) -> LikelihoodReward:
     """The reward `coherence:path=FOLDER`: pointwise mutual information of prompt and completion, nats per token."""
-    return _load("coherence", path, "log", per, -math.inf, 0, dtype, tokenizer, device, policy_folder)
+    return _load("coherence", path, dtype, tokenizer, device, policy_folder, per=per, floor=-math.inf)
 
 
 def _load(
-    kind: Kind,
-    path: str,
-    scale: str,
-    per: str,
-    floor: float,
-    ngram: int,
-    dtype: str,
-    tokenizer: Any,
-    device: Any,
-    policy_folder: Path,
+    kind: Kind, path: str, dtype: str, tokenizer: Any, device: Any, policy_folder: Path, **how: Any
 ) -> LikelihoodReward:
-    for name, value, known in (("scale", scale, ("log", "prob")), ("per", per, ("token", "character"))):
-        if value not in known:
-            raise ConfigError(f"{kind}: {name} is {value!r}; it must be {' or '.join(known)}")
+    """`how`: what the reward's own settings are (see LikelihoodReward)."""
+    for name, known in (("scale", ("log", "prob")), ("per", ("token", "character"))):
+        if how.get(name, known[0]) not in known:
+            raise ConfigError(f"{kind}: {name} is {how[name]!r}; it must be {' or '.join(known)}")
+    ngram, floor = how.get("ngram", 0), how["floor"]
     if ngram < 0 or floor > 0:
         raise ConfigError(f"{kind}: ngram must be 0 or more and floor 0 or less, got {ngram} and {floor}")
     folder = resolve(path)
@@ -110,17 +104,8 @@ def _load(
     own = load_tokenizer(folder)
     model.keep_tokens(token_count(own), folder)
     same = hasattr(tokenizer, "get_vocab") and own.get_vocab() == tokenizer.get_vocab()
-    return LikelihoodReward(
-        kind,
-        model,
-        own,
-        same_tokenizer=same,
-        ends=turn_ends(policy_folder, tokenizer) if same else (),
-        scale=scale,
-        per=per,
-        floor=floor,
-        ngram=ngram,
-    )
+    ends = turn_ends(policy_folder, tokenizer) if same else ()
+    return LikelihoodReward(kind, model, own, same_tokenizer=same, ends=ends, **how)
 
 
 class LikelihoodReward:

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from types import TracebackType
 from typing import Any, Self, TextIO, TypeVar
 
 Item = TypeVar("Item")
@@ -66,9 +65,7 @@ class Progress:
             self._show()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def advance(self, units: int = 1, values: Mapping[str, Any] | None = None) -> None:

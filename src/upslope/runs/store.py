@@ -28,7 +28,6 @@ from upslope.runs.schema import (
 from upslope.types import RolloutGroup
 
 _COLUMNS = tuple(field.name for field in fields(RolloutRow))
-_ORDERS = {"id", "step", "reward", "advantage", "length", "reward_seconds"}
 
 
 class Store:
@@ -135,11 +134,6 @@ class Store:
         query = "SELECT step, value, time FROM metrics WHERE name = ? AND step > ? ORDER BY step"
         return [MetricPoint(step, _nan(value), at) for step, value, at in self._rows(query, [name, after])]
 
-    def latest_metrics(self) -> dict[str, MetricPoint]:
-        """Each metric's value at its last step."""
-        query = "SELECT name, max(step), value, time FROM metrics GROUP BY name ORDER BY name"
-        return {name: MetricPoint(step, _nan(value), at) for name, step, value, at in self._rows(query)}
-
     def last_step(self) -> int | None:
         """The greatest step with a metric, or None."""
         return self._rows("SELECT max(step) FROM metrics")[0][0]
@@ -153,33 +147,15 @@ class Store:
         query = "SELECT step, count(*) FROM rollouts WHERE split = ? GROUP BY step ORDER BY step"
         return [(step, count) for step, count in self._rows(query, [split])]
 
-    def rollouts(
-        self, *, order: str = "id", descending: bool = False, limit: int = 100, offset: int = 0, **filters: Any
-    ) -> list[RolloutRow]:
-        """Rollouts without their arrays. `filters` are those of `count_rollouts`; `limit` -1 means all.
+    def rollouts(self, *, limit: int = 100, **filters: Any) -> list[RolloutRow]:
+        """Rollouts without their arrays, in the order in which they were stored; `limit` -1 means all.
 
-        Raises:
-            ValueError: an unknown order or filter.
+        Filters, by equality: step, split, prompt_key, sample.
         """
-        if order not in _ORDERS:
-            raise ValueError(f"order must be one of {sorted(_ORDERS)}, not {order!r}")
         where, values = _where(filters)
-        way = "DESC" if descending else "ASC"
-        query = (
-            f"SELECT {', '.join(_COLUMNS)} FROM rollouts {where} "
-            f"ORDER BY {order} IS NULL, {order} {way}, id LIMIT ? OFFSET ?"
-        )
+        query = f"SELECT {', '.join(_COLUMNS)} FROM rollouts {where} ORDER BY id LIMIT ?"
         with row_errors(self.path):
-            return [_row(row) for row in self._rows(query, [*values, limit, offset])]
-
-    def count_rollouts(self, **filters: Any) -> int:
-        """How many rollouts match.
-
-        Filters: step, split, prompt_key, sample, correct, finish_reason (equal); error (True: judging failed);
-        min_reward, max_reward (inclusive); text (part of the prompt or completion, ASCII case ignored).
-        """
-        where, values = _where(filters)
-        return self._rows(f"SELECT count(*) FROM rollouts {where}", values)[0][0]
+            return [_row(row) for row in self._rows(query, [*values, limit])]
 
     def rollout(self, rollout_id: int) -> StoredRollout:
         """One rollout with all its arrays.
@@ -222,29 +198,12 @@ class Store:
 
 
 def _where(filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    clauses: list[str] = []
-    values: list[Any] = []
-    for name, value in filters.items():
-        if value is None:
-            continue
-        if name == "prompt_key":
-            clauses.append("prompt_key = ?")
-            values.append(value if -(2**63) <= value < 2**63 else str(value))
-        elif name in {"step", "split", "sample", "correct", "finish_reason"}:
-            clauses.append(f"{name} = ?")
-            values.append(int(value) if isinstance(value, bool) else value)
-        elif name == "error":
-            clauses.append("error IS NOT NULL" if value else "error IS NULL")
-        elif name in {"min_reward", "max_reward"}:
-            clauses.append("reward >= ?" if name == "min_reward" else "reward <= ?")
-            values.append(float(value))
-        elif name == "text":
-            clauses.append("(prompt LIKE ? ESCAPE '\\' OR completion LIKE ? ESCAPE '\\')")
-            pattern = value.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
-            values += [f"%{pattern}%"] * 2
-        else:
-            raise ValueError(f"unknown filter {name!r}")
-    return ("WHERE " + " AND ".join(clauses) if clauses else ""), values
+    unknown = filters.keys() - {"step", "split", "prompt_key", "sample"}
+    if unknown:
+        raise ValueError(f"unknown filter {min(unknown)!r}")
+    # SQLite has no larger integers: keys beyond them are stored as text
+    values = [x if isinstance(x, str) or -(2**63) <= x < 2**63 else str(x) for x in filters.values()]
+    return "WHERE " + " AND ".join(f"{name} = ?" for name in filters) if filters else "", values
 
 
 def _row(row: Sequence[Any]) -> RolloutRow:

@@ -141,7 +141,6 @@ def settle(folder: Path | str, *, keep_last: int | None) -> None:
 
 def resume(
     folder: Path | str,
-    which: str | int = "last",
     *,
     keep_last: int | None,
     accept: Callable[[Resolved, dict[str, Any]], None] = lambda found, state: None,
@@ -155,7 +154,7 @@ def resume(
     """
     if not step_folders(Path(folder)):
         return None
-    found = resolve(folder, which)
+    found = resolve(folder)
     tensors, state = load(found.path, verify=False)
     accept(found, state)
     settle(folder, keep_last=keep_last)

@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal, Self
 
 from upslope.errors import ConfigError
@@ -17,9 +17,9 @@ from upslope.errors import ConfigError
 Mode = Literal["max", "min"]
 
 
-def better(value: float, than: float, mode: Mode, min_delta: float = 0.0) -> bool:
-    """True when `value` improves on `than` by more than `min_delta`; NaN never does."""
-    return value - than > min_delta if mode == "max" else than - value > min_delta
+def better(value: float, than: float, mode: Mode) -> bool:
+    """True when `value` improves on `than`; NaN never does."""
+    return value > than if mode == "max" else value < than
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,24 +58,17 @@ class Patience:
 
     Args:
         patience: so many evaluations in a row without improvement are enough; None: never, only the best is kept.
-        min_delta: an improvement counts against patience only if it is greater than this.
         mode: "max" if greater is better.
-
-    `best` is the best value seen, whatever min_delta; the count restarts only at an improvement on `reference` by more
-    than min_delta, so that many small steps add up to one that counts.
     """
 
-    def __init__(self, patience: int | None, *, min_delta: float = 0.0, mode: Mode = "max") -> None:
+    def __init__(self, patience: int | None, *, mode: Mode = "max") -> None:
         if patience is not None and patience < 1:
             raise ConfigError(f"patience {patience} must be >= 1")
-        if not min_delta >= 0.0:
-            raise ConfigError(f"min_delta {min_delta} must be >= 0")
         if mode not in ("max", "min"):
             raise ConfigError(f"mode {mode!r} must be 'max' or 'min'")
-        self.patience, self.min_delta = patience, min_delta
+        self.patience = patience
         self.mode: Mode = mode
         self.best: float | None = None
-        self.reference: float | None = None
         self.loss: float | None = None
         self.waited = 0
 
@@ -84,17 +77,10 @@ class Patience:
 
         loss: of two equal values the one with the lower loss is the better one; against patience it does not count.
         """
-        if not math.isnan(value) and (
-            self.reference is None or better(value, self.reference, self.mode, self.min_delta)
-        ):
-            self.reference = value
-            self.waited = 0
-        else:
-            self.waited += 1
+        improved = not math.isnan(value) and (self.best is None or better(value, self.best, self.mode))
+        self.waited = 0 if improved else self.waited + 1
         lower = loss is not None and (self.loss is None or loss < self.loss)
-        is_best = not math.isnan(value) and (
-            self.best is None or better(value, self.best, self.mode) or (value == self.best and lower)
-        )
+        is_best = improved or (value == self.best and lower)
         if is_best:
             self.best, self.loss = value, loss
         return is_best
@@ -106,11 +92,11 @@ class Patience:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold (JSON)."""
-        return {"best": self.best, "reference": self.reference, "waited": self.waited, "loss": self.loss}
+        return {"best": self.best, "waited": self.waited, "loss": self.loss}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.best, self.reference, self.waited = state["best"], state["reference"], state["waited"]
+        self.best, self.waited = state["best"], state["waited"]
         self.loss = state.get("loss")
 
 
@@ -255,9 +241,7 @@ class GracefulInterrupt:
                 break  # Not the main thread.
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             # None: installed by C code, which Python can neither name nor restore.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
