@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from upslope.config import OBJECT
 from upslope.errors import ConfigError
@@ -27,6 +27,15 @@ def check(options: Any, **bounds: tuple[float | None, float | None]) -> None:
         if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
             wanted = f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
             raise ConfigError(f"{name} is {value}; it must be {wanted}")
+
+
+def refuse_dropout(options: Any, remedy: str) -> None:
+    """Raise ConfigError for dropout in a network that must be the one that sampled."""
+    if options.lora_dropout:
+        raise ConfigError(
+            f"lora_dropout is {options.lora_dropout:g}, but what is sampled here is trained on by the policy that "
+            f"sampled it, and a network with dropout is another one: {remedy}"
+        )
 
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "label", "text", "messages", "tools")
@@ -95,6 +104,8 @@ class RunOptions(LaunchOptions):
     """Train adapters of this rank instead of all weights; 0 trains all."""
     lora_alpha: float | None = None
     """Scale of the adapters; left out: twice the rank."""
+    lora_dropout: float = 0.0
+    """Share of what the adapters read that is dropped in training, by seed, step, layer and text."""
     lora_target_modules: tuple[str, ...] = ()
     """Names of the linear layers that get adapters, as in q_proj v_proj, or all-linear; left out: the usual ones."""
     learning_rate: float = 1e-5
@@ -133,6 +144,7 @@ class RunOptions(LaunchOptions):
         check(
             self,
             lora_rank=(0, None),
+            lora_dropout=(0, 0.99),
             learning_rate=(0, None),
             warmup_steps=(0, None),
             weight_decay=(0, None),
@@ -148,20 +160,24 @@ class RunOptions(LaunchOptions):
             keep_last=(1, None),
         )
         LaunchOptions.validate(self)
-        for name in ("lora_alpha", "lora_target_modules"):
-            if not self.lora_rank and getattr(self, name) not in (None, ()):
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if not self.lora_rank and getattr(self, name) not in (None, 0.0, ()):
                 raise ConfigError(f"{name} is about adapters: give lora_rank, too, or leave it out")
 
     @property
-    def adapter_alpha(self) -> float:
-        """lora_alpha in force."""
-        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
+    def adapters(self) -> dict[str, Any]:
+        """What the adapters are to be, as models.lora.add_adapters takes it."""
+        alpha = self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
+        more = {"targets": self.lora_target_modules, "dropout": self.lora_dropout, "seed": self.seed}
+        return {"rank": self.lora_rank, "alpha": alpha, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLOptions(RunOptions):
     """What every recipe that samples shares: the task, the rewards, the sampling."""
 
+    on_policy: ClassVar[bool] = True
+    """Whether the gradient is that of the policy that sampled."""
     task: Named = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
     """Name of a task with parameters, or a file: chain_sum:min_terms=2, gsm8k:path=x.jsonl, my_task.py:MyTask."""
     reward: tuple[Named, ...] = ()
@@ -211,6 +227,8 @@ class RLOptions(RunOptions):
     def validate(self) -> None:
         """Raise ConfigError for a value out of range or a sampling filter without its correction."""
         RunOptions.validate(self)
+        if self.on_policy:
+            refuse_dropout(self, "use sft, dpo or expert for it, or leave it out")
         check(
             self,
             reward_workers=(0, None),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from upslope.errors import ConfigError
 from upslope.options.common import RLOptions, check
@@ -13,6 +13,7 @@ from upslope.options.common import RLOptions, check
 class ExpertOptions(RLOptions):
     """Expert iteration: sample, keep the good samples, imitate them, again (RAFT, ReST-EM, RFT)."""
 
+    on_policy: ClassVar[bool] = False
     num_rounds: int | None = None
     """Rounds of sampling and imitation; when given it sets max_steps to num_rounds times train_steps."""
     train_steps: int = 20

@@ -147,6 +147,7 @@ class Distill:
             max_grad_norm=o.max_grad_norm,
             logp=False,
             hidden=True,
+            step=step,
         )
         self.engine.set_version(self.engine.version + 1)
         per_sequence = _in_order(values, batches, order)

@@ -96,6 +96,7 @@ class Expert(PolicyGradient):
             _loss,
             learning_rate=self.learning_rate(step),
             max_grad_norm=o.max_grad_norm,
+            step=step,
         )
         self.updated()
         metrics["round"] = round_ + 1.0

@@ -111,6 +111,7 @@ class PreferenceLearner:
                 kind=o.lr_scheduler_type,
             ),
             max_grad_norm=o.max_grad_norm,
+            step=step,
             head=self.head,
             logp=self.logp,
             train_final=self.head is not None,

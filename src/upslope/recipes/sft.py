@@ -98,6 +98,7 @@ class SFT:
                 kind=o.lr_scheduler_type,
             ),
             max_grad_norm=o.max_grad_norm,
+            step=step,
             mean_logp=o.label_smoothing > 0,
         )
         seconds = time.perf_counter() - started
