@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Dtype, check
+from upslope.options.common import Dtype, check, column_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,8 @@ class EvalOptions:
 
     data: str | None = None
     """Rows to answer: prompt or messages, and completion, reference or references; a .txt of references to compare."""
+    columns: tuple[str, ...] = ()
+    """What the columns of --data or --preferences are, as in prompt=question; left out: those names themselves."""
     metrics: tuple[str, ...] = ()
     """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer."""
     language: str = "en"
@@ -115,6 +117,8 @@ class EvalOptions:
             raise ConfigError(
                 "say what to measure: --perplexity, --data, --task, --rescore, --benchmark, --preferences or --harness"
             )
+        if column_names(self.columns) and self.data is None and not self.preferences:
+            raise ConfigError("columns is about the rows of data or preferences, which are not given")
         self._check_pairs()
 
     def _check_pairs(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Named, RunOptions, check
+from upslope.options.common import Named, RunOptions, check, column_names
 
 SCRATCH = "scratch"
 _NETWORK = ("tokenizer", "vocab_size", "shared_vocabulary", "hidden_size", "num_layers", "num_heads", "norm")
@@ -26,6 +26,8 @@ class Seq2SeqOptions(RunOptions):
     """Rows with prompt (the source) and completion (the target): .jsonl, .csv, .parquet or a hub id. This or --task."""
     eval_data: str | None = None
     """Held-out rows in the same forms; left out with --data: a tenth of the sources, chosen by content."""
+    columns: tuple[str, ...] = ()
+    """What the rows' own columns are, as in prompt=english completion=german; left out: those names themselves."""
     task: Named | None = None
     """Train on the demonstrations of a task of plain texts, such as phonemes, and measure on its held-out problems."""
     num_examples: int = 1000
@@ -91,6 +93,8 @@ class Seq2SeqOptions(RunOptions):
         )
         if (self.data is None) == (self.task is None):
             raise ConfigError("give exactly one of data and task")
+        if column_names(self.columns) and self.data is None:
+            raise ConfigError("columns is about the rows of data: leave it out with task")
         if self.eval_data is not None and self.data is None:
             raise ConfigError("eval_data goes with data; a task brings its own held-out problems")
         if self.lora_rank or self.lora_alpha is not None:
