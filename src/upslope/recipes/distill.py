@@ -48,7 +48,7 @@ from upslope.rollout.collect import sampling_keys
 from upslope.runs.folder import Run
 from upslope.runs.progress import told
 from upslope.tasks.loading import load_task
-from upslope.training.schedule import learning_rate
+from upslope.training.schedule import scheduled
 from upslope.training.step import Outputs, evaluating, forward, update
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
 
@@ -137,13 +137,7 @@ class Distill:
             self.optimizer,
             batches,
             lambda batch, out: self._loss(batch, out, values),
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
+            learning_rate=scheduled(step, o),
             max_grad_norm=o.max_grad_norm,
             logp=False,
             hidden=True,

@@ -37,7 +37,7 @@ from upslope.recipes.kept import DataAccount
 from upslope.recipes.session import StepResult
 from upslope.runs.folder import Run
 from upslope.training.optim import MasterAdamW, decay_groups
-from upslope.training.schedule import learning_rate
+from upslope.training.schedule import scheduled
 from upslope.training.step import evaluating
 
 __all__ = ["EncoderLearner", "Input", "Start", "load_start", "pads_of", "predict", "scores", "update"]
@@ -309,13 +309,7 @@ class EncoderLearner:
             [collate([inputs[i] for i in group], self.encoder, *self.pads) for group in groups],
             self.objective,
             step=step,
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
+            learning_rate=scheduled(step, o),
             max_grad_norm=o.max_grad_norm,
         )
         return StepResult(metrics, sum(len(x.tokens) for x in inputs))

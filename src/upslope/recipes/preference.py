@@ -29,7 +29,7 @@ from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
 from upslope.runs.folder import Run
 from upslope.runs.progress import told
 from upslope.training.optim import Group
-from upslope.training.schedule import learning_rate
+from upslope.training.schedule import scheduled
 from upslope.training.step import Loss, update
 from upslope.training.units import Unit, measure, unit_batches, weighted_mean
 
@@ -103,13 +103,7 @@ class PreferenceLearner:
             self.optimizer,
             unit_batches(units, o.micro_batch_tokens, device=self.policy.model.device),
             loss,
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
+            learning_rate=scheduled(step, o),
             max_grad_norm=o.max_grad_norm,
             step=step,
             head=self.head,

@@ -44,7 +44,7 @@ from upslope.recipes.pretrain_start import (
 )
 from upslope.recipes.session import Evaluation, StepResult, begin, conclude, train
 from upslope.runs.folder import Run
-from upslope.training.schedule import learning_rate
+from upslope.training.schedule import scheduled
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch, Example
 
@@ -117,13 +117,7 @@ class Pretrain:
             self.optimizer,
             self._batches([_example(w, trained) for w in windows]),
             self._loss,
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
+            learning_rate=scheduled(step, o),
             max_grad_norm=o.max_grad_norm,
             step=step,
             mean_logp=o.label_smoothing > 0,

@@ -34,7 +34,7 @@ from upslope.recipes.pretrain_start import load_texts
 from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
 from upslope.runs.folder import Run
 from upslope.training.optim import MasterAdamW, decay_groups
-from upslope.training.schedule import learning_rate
+from upslope.training.schedule import scheduled
 from upslope.training.step import evaluating
 
 __all__ = ["MaskedPretrain", "show_masked"]
@@ -94,13 +94,7 @@ class MaskedPretrain:
         """One batch of windows, one update."""
         o, started = self.options, time.perf_counter()
         inputs = self.inputs()
-        rate = learning_rate(
-            step,
-            base=o.learning_rate,
-            total_steps=o.max_steps,
-            warmup_steps=o.warmup_steps,
-            kind=o.lr_scheduler_type,
-        )
+        rate = scheduled(step, o)
         self.encoder.train()
         metrics = self._update(self._batches(inputs), rate)
         tokens, seconds = sum(len(x.tokens) for x in inputs), time.perf_counter() - started

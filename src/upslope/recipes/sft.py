@@ -37,7 +37,7 @@ from upslope.runs.folder import Run
 from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
-from upslope.training.schedule import learning_rate
+from upslope.training.schedule import scheduled
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
 
@@ -90,13 +90,7 @@ class SFT:
             self.optimizer,
             self._batches(examples, trained),
             self._loss,
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
+            learning_rate=scheduled(step, o),
             max_grad_norm=o.max_grad_norm,
             step=step,
             mean_logp=o.label_smoothing > 0,

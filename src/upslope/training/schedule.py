@@ -6,8 +6,16 @@ import math
 from typing import Literal, get_args
 
 from upslope.errors import ConfigError
+from upslope.options import RunOptions
 
 ScheduleKind = Literal["constant", "linear", "cosine", "wsd"]
+
+
+def scheduled(step: int, o: RunOptions) -> float:
+    """The learning rate of update number `step` under the options of a run."""
+    return learning_rate(
+        step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
+    )
 
 
 def learning_rate(
