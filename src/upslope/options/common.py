@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from upslope.config import OBJECT
 from upslope.errors import ConfigError
@@ -50,6 +50,14 @@ def column_names(columns: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"columns: {word!r} is not NAME=COLUMN, each name once, of {', '.join(COLUMNS)}")
         found[name] = column
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions:
+    """What verbs that read rows share."""
+
+    columns: tuple[str, ...] = ()
+    """What the rows' own columns are, as in prompt=question completion=answer; left out: those names themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,8 +184,6 @@ class RunOptions(LaunchOptions):
 class RLOptions(RunOptions):
     """What every recipe that samples shares: the task, the rewards, the sampling."""
 
-    on_policy: ClassVar[bool] = True
-    """Whether the gradient is that of the policy that sampled."""
     task: Named = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
     """Name of a task with parameters, or a file: chain_sum:min_terms=2, gsm8k:path=x.jsonl, my_task.py:MyTask."""
     reward: tuple[Named, ...] = ()
@@ -218,6 +224,11 @@ class RLOptions(RunOptions):
     """Last tokens of the budget over which a penalty grows from 0 to 1 (DAPO); 0 is off."""
     eval_temperature: float = 0.0
     """Temperature of held-out evaluation; 0 is greedy."""
+
+    @property
+    def on_policy(self) -> bool:
+        """Whether the gradient is that of the policy that sampled."""
+        return True
 
     @property
     def filtered(self) -> bool:

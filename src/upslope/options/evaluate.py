@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Dtype, check, column_names
+from upslope.options.common import ColumnOptions, Dtype, check, column_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(ColumnOptions):
     """Measure one or several models; every figure comes with a 95% interval and its n.
 
     Name what to measure: --perplexity, --data with --metrics or --judge, --task, --rescore, --benchmark, --preferences,
@@ -32,8 +32,6 @@ class EvalOptions:
 
     data: str | None = None
     """Rows to answer: prompt or messages, and completion, reference or references; a .txt of references to compare."""
-    columns: tuple[str, ...] = ()
-    """What the columns of --data or --preferences are, as in prompt=question; left out: those names themselves."""
     metrics: tuple[str, ...] = ()
     """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer."""
     language: str = "en"

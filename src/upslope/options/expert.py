@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Literal
 
 from upslope.errors import ConfigError
 from upslope.options.common import RLOptions, check, column_names
@@ -13,7 +13,6 @@ from upslope.options.common import RLOptions, check, column_names
 class ExpertOptions(RLOptions):
     """Expert iteration: sample, keep the good samples, imitate them, again (RAFT, ReST-EM, RFT)."""
 
-    on_policy: ClassVar[bool] = False
     num_rounds: int | None = None
     """Rounds of sampling and imitation; when given it sets max_steps to num_rounds times train_steps."""
     train_steps: int = 20
@@ -52,6 +51,11 @@ class ExpertOptions(RLOptions):
     """Longest row of mix_data in tokens; longer rows, and those beyond the context, are dropped and counted."""
     truncated: Literal["terminate", "bootstrap", "mask"] = "mask"
     """A completion cut by its budget: may be kept like any other (terminate), or never is (mask)."""
+
+    @property
+    def on_policy(self) -> bool:
+        """No: what is kept is imitated, whoever drew it."""
+        return False
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range, or for options that imitation has no use for."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Named, RunOptions, check, column_names
+from upslope.options.common import ColumnOptions, Named, RunOptions, check, column_names
 
 SCRATCH = "scratch"
 _NETWORK = ("tokenizer", "vocab_size", "shared_vocabulary", "hidden_size", "num_layers", "num_heads", "norm")
@@ -15,7 +15,7 @@ _RISK = ("num_samples", "alpha", "include_reference", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqOptions(RunOptions):
+class Seq2SeqOptions(RunOptions, ColumnOptions):
     """An encoder-decoder on pairs of texts, by maximum likelihood or by minimum risk, from random weights or on."""
 
     model: str = SCRATCH
@@ -26,8 +26,6 @@ class Seq2SeqOptions(RunOptions):
     """Rows with prompt (the source) and completion (the target): .jsonl, .csv, .parquet or a hub id. This or --task."""
     eval_data: str | None = None
     """Held-out rows in the same forms; left out with --data: a tenth of the sources, chosen by content."""
-    columns: tuple[str, ...] = ()
-    """What the rows' own columns are, as in prompt=english completion=german; left out: those names themselves."""
     task: Named | None = None
     """Train on the demonstrations of a task of plain texts, such as phonemes, and measure on its held-out problems."""
     num_examples: int = 1000
