@@ -109,7 +109,7 @@ def load_policy(options: RunOptions, *, trunk: bool = False) -> Policy:
     model = load_model(folder, dtype=torch.float32, gradient_checkpointing=checkpointing, trunk=trunk)
     _keep_tokens(model, tokenizer, folder)
     turn_ends(folder, tokenizer, vocab_size=model.spec.vocab_size)  # what is wrong is said now, not at a checkpoint
-    lora = _add_adapters(model, folder, options) if options.lora_rank else None
+    lora = add_adapters(model, folder, **options.adapters) if options.lora_rank else None
     masters = _to_compute(model, dtype, device)
     return Policy(model=model, tokenizer=tokenizer, folder=folder, masters=masters, lora=lora)
 
@@ -154,14 +154,6 @@ def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> d
         masters = {name: p.detach().to(device) for name, p in model.named_parameters() if p.requires_grad}
     model.to(device=device, dtype=dtype)
     return masters
-
-
-def _add_adapters(model: CausalModel, folder: Path, options: RunOptions) -> Any:
-    """Adapters as the options ask for them."""
-    targets = options.lora_target_modules
-    return add_adapters(
-        model, folder, rank=options.lora_rank, alpha=options.adapter_alpha, targets=targets, seed=options.seed
-    )
 
 
 def make_optimizer(policy: Policy, options: RunOptions, extra: list[Group] | None = None) -> MasterAdamW:

@@ -7,11 +7,6 @@ The command line prints the message and exits with the class's `exit_code`.
 from __future__ import annotations
 
 
-def one_line(error: object) -> str:
-    """What an error says, in at most 300 characters of one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
 class UpslopeError(Exception):
     """Base of every error raised on purpose by this project."""
 

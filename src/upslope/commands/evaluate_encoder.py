@@ -48,7 +48,7 @@ def measure_encoder(kind: ModelKind, folder: Path, inputs: Inputs) -> list[Measu
 
 def _labelled(folder: Path, inputs: Inputs) -> Texts:
     o = inputs.options
-    rows = inputs.first(str(o.data), read_labelled(str(o.data)))
+    rows = inputs.first(str(o.data), read_labelled(str(o.data), columns=o.columns))
     classifier = load_classifier(str(folder), dtype=o.dtype)
     logits = classifier.logits(rows)
     said = [classifier.labels[max(range(len(row)), key=row.__getitem__)] for row in logits]
@@ -57,6 +57,8 @@ def _labelled(folder: Path, inputs: Inputs) -> Texts:
 
 def _tagged(folder: Path, inputs: Inputs) -> Texts:
     o = inputs.options
+    if o.columns:
+        raise ConfigError(f"columns: {folder.name} is a tagger, whose files name no columns; leave it out")
     rows = inputs.first(str(o.data), read_conll(str(o.data)))
     said = _tags_of(folder, [row.words for row in rows], o.dtype)
     return Texts(str(o.data), said, [(" ".join(row.tags),) for row in rows], [row.where for row in rows])

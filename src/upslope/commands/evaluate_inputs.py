@@ -66,7 +66,7 @@ class Inputs:
     @cached_property
     def samples(self) -> list[Sample]:
         """Of --data."""
-        return self.first(str(self.options.data), read_samples(str(self.options.data)))
+        return self.first(str(self.options.data), read_samples(str(self.options.data), columns=self.options.columns))
 
     @cached_property
     def nbest(self) -> list[NBest]:
@@ -92,7 +92,8 @@ class Inputs:
     @cached_property
     def preferences(self) -> dict[str, list[Record]]:
         """Of --preferences, by file."""
-        return {path: self.first(path, read_records(path)) for path in self.options.preferences}
+        o = self.options
+        return {path: self.first(path, read_records(path, columns=o.columns)) for path in o.preferences}
 
     def first(self, source: str, rows: Sequence[Row]) -> list[Row]:
         """The rows that --limit lets through."""

@@ -41,7 +41,7 @@ def run(options: GenerateOptions) -> int:
         asked = [ask(text, where=where, templated=templated, system=options.system)]
     else:
         assert options.prompts is not None
-        asked = ask_file(options.prompts, templated=templated, system=options.system)
+        asked = ask_file(options.prompts, templated=templated, system=options.system, columns=options.columns)
     encoded = [_encode(policy, one) for one in asked]
     engine = open_engine(
         policy,

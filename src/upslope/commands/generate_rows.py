@@ -45,13 +45,14 @@ def ask(text: str, *, where: str, templated: bool, system: str | None, key: int 
     return Asked(where, _prompt(text, where=where, templated=templated, system=system, key=key))
 
 
-def ask_file(path: str, *, templated: bool, system: str | None) -> list[Asked]:
+def ask_file(path: str, *, templated: bool, system: str | None, columns: Sequence[str] = ()) -> list[Asked]:
     """The prompts of a file, in order.
 
     Raises DataError naming the row: of a kind without a prompt, a conversation that ends with the reply or brings a
     system turn besides `system`, messages for a model without a template, a column that the answer needs itself.
     """
-    return [_ask_record(record, templated, system, key) for key, record in enumerate(read_records(path))]
+    records = read_records(path, columns=columns)
+    return [_ask_record(record, templated, system, key) for key, record in enumerate(records)]
 
 
 def _ask_record(record: Record, templated: bool, system: str | None, key: int) -> Asked:

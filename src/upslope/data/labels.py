@@ -72,6 +72,7 @@ def read_labelled(
     label_column: str = "label",
     pair_column: str | None = None,
     numbers: bool = False,
+    columns: Sequence[str] = (),
 ) -> list[LabelledText]:
     """The rows of a file or hub data set (`readers.rows_of`); labels that are integers or booleans become their text.
 
@@ -80,7 +81,7 @@ def read_labelled(
     another type, no rows.
     """
     rows: list[LabelledText] = []
-    for where, row in rows_of(source):
+    for where, row in rows_of(source, columns=columns):
         text = _text(row, text_column, "text_column", where)
         pair = None if pair_column is None else _text(row, pair_column, "pair_column", where)
         label = _number(row, label_column, where) if numbers else _label(row, label_column, where)

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, pairwise
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import IO, Any
 from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError, one_line
 from upslope.extras import require
+from upslope.options.common import column_names
 
 Row = tuple[str, Mapping[str, Any]]
 
@@ -27,14 +28,30 @@ _GROWTH = 100
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
 
-def rows_of(source: str | Path, *, split: str | None = None) -> Iterator[Row]:
+def rows_of(source: str | Path, *, split: str | None = None, columns: Sequence[str] = ()) -> Iterator[Row]:
     """(where, row) pairs of a file or, when no such file exists and the name looks like one, of a hub data set.
 
     Files: .jsonl, .json (a list of objects), .csv (with a header), .txt (one text per line, blank lines skipped), each
     also as .gz, and .parquet. A hub id may name a configuration: "owner/name:configuration"; its split is "train"
-    unless given. Raises DataError naming file and line or row; ConfigError for a missing optional package or a split
-    asked of a file.
+    unless given. `columns`: what its columns are called, as in prompt=question (`options.common.column_names`).
+    Raises DataError naming file and line or row; ConfigError for a missing optional package or a split asked of a file.
     """
+    names = column_names(columns)
+    for where, row in _rows_as_given(source, split):
+        yield where, _renamed(row, names, where) if names else row
+
+
+def _renamed(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    """The row with the keys of a record. DataError for a column that is not there."""
+    for name, column in names.items():
+        if column not in row:
+            raise DataError(f"{where}: no column {column!r} to take {name} from; there are {', '.join(map(str, row))}")
+    taken = set(names.values())
+    rest = {key: value for key, value in row.items() if key not in names and key not in taken}
+    return {**{name: row[column] for name, column in names.items()}, **rest}
+
+
+def _rows_as_given(source: str | Path, split: str | None) -> Iterator[Row]:
     path = Path(source).expanduser()
     if path.is_file():
         if split is not None:

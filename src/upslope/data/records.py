@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from upslope.data.chat import TooLongError, encode_completion, encode_conversation, encode_document
 from upslope.data.kinds import KEYS, Content, Kind, Record, record_of
@@ -64,12 +64,12 @@ def read_records(source: str | Path, *, split: str | None = None, columns: Seque
     """
     records: list[Record] = []
     names, first_bare = column_names(columns), False
-    for where, row in rows_of(source, split=split):
-        record = record_of(_renamed(row, names, where), where)
+    for where, row in rows_of(source, split=split, columns=columns):
+        record = record_of(row, where)
         for name in names.keys() - KEYS[record.kind]:
             keys = ", ".join(KEYS[record.kind])
             raise DataError(f"{where}: columns names {name}, but the row is read as {keys}; leave it out of --columns")
-        bare = record.kind == "preference" and names.get("prompt", "prompt") not in row
+        bare = record.kind == "preference" and "prompt" not in row
         if records and bare != first_bare:
             raise DataError(f"{where}: 'prompt' is in some rows and not in others; give every row one, or none")
         first_bare = bare
@@ -83,16 +83,6 @@ def read_records(source: str | Path, *, split: str | None = None, columns: Seque
     if not records:
         raise DataError(f"{source}: holds no records")
     return records
-
-
-def _renamed(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Mapping[str, Any]:
-    """The row with the keys of a record. DataError for a column that is not there."""
-    for name, column in names.items():
-        if column not in row:
-            raise DataError(f"{where}: no column {column!r} to take {name} from; there are {', '.join(map(str, row))}")
-    taken = set(names.values())
-    rest = {key: value for key, value in row.items() if key not in names and key not in taken}
-    return {**{name: row[column] for name, column in names.items()}, **rest}
 
 
 def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Example:

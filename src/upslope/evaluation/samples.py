@@ -29,7 +29,7 @@ class Sample:
     tools: Tools = ()
 
 
-def read_samples(path: str, *, limit: int | None = None) -> list[Sample]:
+def read_samples(path: str, *, limit: int | None = None, columns: Sequence[str] = ()) -> list[Sample]:
     """The rows of a file, at most the first `limit`.
 
     A row has a prompt (`prompt`, a text taken as it stands or messages) and what is right: `references` (a list of
@@ -37,9 +37,9 @@ def read_samples(path: str, *, limit: int | None = None) -> list[Sample]:
     last turn is the right reply. A .txt file holds one reference per line and no prompts. DataError naming file, row,
     key and remedy.
     """
-    if Path(path).name.lower().removesuffix(".gz").endswith(".txt"):
+    if Path(path).name.lower().removesuffix(".gz").endswith(".txt") and not columns:
         return [Sample(f"{path}:{i}", (line,)) for i, line in enumerate(_lines(path), 1)][:limit]
-    found = [_sample(i, where, row) for i, (where, row) in enumerate(rows_of(path))]
+    found = [_sample(i, where, row) for i, (where, row) in enumerate(rows_of(path, columns=columns))]
     if not found:
         raise DataError(f"{path}: holds no rows")
     return found[:limit]

@@ -34,6 +34,7 @@ from upslope.models.encoder_config import (
 )
 from upslope.models.intact import check_intact
 from upslope.models.lora import ALL, target_layers
+from upslope.models.lora_dropout import drop_inputs
 from upslope.models.protocol import check_rows
 from upslope.models.weights import (
     Tokenizer,
@@ -119,7 +120,9 @@ class Encoder(nn.Module):
         """Whether a parameter belongs to what reads the trunk (head, pooler) and not to the trunk."""
         return not name.startswith(f"{self.network.base_model_prefix}.") or ".pooler." in name
 
-    def add_adapters(self, rank: int, *, alpha: float, seed: int, targets: Sequence[str] = ()) -> tuple[str, ...]:
+    def add_adapters(
+        self, rank: int, *, alpha: float, seed: int, targets: Sequence[str] = (), dropout: float = 0.0
+    ) -> tuple[str, ...]:
         """LoRA (Hu et al. 2021, arXiv 2106.09685) on linear layers of the trunk, those that `targets`
         name or all; the head stays fully trained.
 
@@ -134,9 +137,9 @@ class Encoder(nn.Module):
         chosen = target_layers(linear, targets or (ALL,))
         targets = [name for name in linear if name.endswith(tuple(f".{one}" for one in chosen)) or name in chosen]
         with _seeded(seed):
-            inject_adapter_in_model(
-                LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), self.network, adapter_name="default"
-            )
+            config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
+            inject_adapter_in_model(config, self.network, adapter_name="default")
+        drop_inputs(self, dropout, seed)
         for name, parameter in self.named_parameters():
             if self.is_head(name):
                 parameter.requires_grad_(True)

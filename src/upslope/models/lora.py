@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from upslope.errors import ConfigError
 from upslope.models.adapters import PREFIX, WEIGHTS
+from upslope.models.lora_dropout import drop_inputs
 from upslope.models.protocol import CausalModel
 from upslope.models.seq2seq import Seq2Seq
 from upslope.models.sources import ADAPTER_CONFIG, provenance
@@ -41,14 +42,23 @@ def target_layers(linear: Sequence[str], wanted: Sequence[str], usual: Sequence[
 
 
 def add_adapters(
-    model: CausalModel, folder: Path, *, rank: int, alpha: float, targets: Sequence[str], seed: int
+    model: CausalModel,
+    folder: Path,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[str],
+    seed: int,
+    dropout: float = 0.0,
 ) -> Any:
     """Inject adapters with peft, seeded; everything else is frozen. The configuration says what `folder` is.
 
-    Never the output layer, which is read as a matrix and not called.
+    Never the output layer, which is read as a matrix and not called. ConfigError for dropout in an encoder-decoder.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    if dropout and isinstance(model, Seq2Seq):
+        raise ConfigError("lora_dropout: the layers of an encoder-decoder do not read whole sequences; leave it out")
     heads = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight is model.output_weight]
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not any(m.weight is h for h in heads)]
     record = provenance(folder)
@@ -56,6 +66,7 @@ def add_adapters(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=dropout,
         target_modules=target_layers(names, targets),
         base_model_name_or_path=str(record["origin"]) if hub else str(folder.absolute()),
         revision=record.get("revision") if hub else None,
@@ -63,6 +74,7 @@ def add_adapters(
     )
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name="default")
+    drop_inputs(model, dropout, seed)
     return config
 
 

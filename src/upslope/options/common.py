@@ -29,6 +29,15 @@ def check(options: Any, **bounds: tuple[float | None, float | None]) -> None:
             raise ConfigError(f"{name} is {value}; it must be {wanted}")
 
 
+def refuse_dropout(options: Any, remedy: str) -> None:
+    """Raise ConfigError for dropout in a network that must be the one that sampled."""
+    if options.lora_dropout:
+        raise ConfigError(
+            f"lora_dropout is {options.lora_dropout:g}, but what is sampled here is trained on by the policy that "
+            f"sampled it, and a network with dropout is another one: {remedy}"
+        )
+
+
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "label", "text", "messages", "tools")
 
 
@@ -41,6 +50,14 @@ def column_names(columns: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"columns: {word!r} is not NAME=COLUMN, each name once, of {', '.join(COLUMNS)}")
         found[name] = column
     return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColumnOptions:
+    """What verbs that read rows share."""
+
+    columns: tuple[str, ...] = ()
+    """What the rows' own columns are, as in prompt=question completion=answer; left out: those names themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +112,8 @@ class RunOptions(LaunchOptions):
     """Train adapters of this rank instead of all weights; 0 trains all."""
     lora_alpha: float | None = None
     """Scale of the adapters; left out: twice the rank."""
+    lora_dropout: float = 0.0
+    """Share of what the adapters read that is dropped in training, by seed, step, layer and text."""
     lora_target_modules: tuple[str, ...] = ()
     """Names of the linear layers that get adapters, as in q_proj v_proj, or all-linear; left out: the usual ones."""
     learning_rate: float = 1e-5
@@ -133,6 +152,7 @@ class RunOptions(LaunchOptions):
         check(
             self,
             lora_rank=(0, None),
+            lora_dropout=(0, 0.99),
             learning_rate=(0, None),
             warmup_steps=(0, None),
             weight_decay=(0, None),
@@ -148,14 +168,16 @@ class RunOptions(LaunchOptions):
             keep_last=(1, None),
         )
         LaunchOptions.validate(self)
-        for name in ("lora_alpha", "lora_target_modules"):
-            if not self.lora_rank and getattr(self, name) not in (None, ()):
+        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
+            if not self.lora_rank and getattr(self, name) not in (None, 0.0, ()):
                 raise ConfigError(f"{name} is about adapters: give lora_rank, too, or leave it out")
 
     @property
-    def adapter_alpha(self) -> float:
-        """lora_alpha in force."""
-        return self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
+    def adapters(self) -> dict[str, Any]:
+        """What the adapters are to be, as models.lora.add_adapters takes it."""
+        alpha = self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
+        more = {"targets": self.lora_target_modules, "dropout": self.lora_dropout, "seed": self.seed}
+        return {"rank": self.lora_rank, "alpha": alpha, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +226,11 @@ class RLOptions(RunOptions):
     """Temperature of held-out evaluation; 0 is greedy."""
 
     @property
+    def on_policy(self) -> bool:
+        """Whether the gradient is that of the policy that sampled."""
+        return True
+
+    @property
     def filtered(self) -> bool:
         """Whether what is sampled from is not the policy's own distribution."""
         return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
@@ -211,6 +238,8 @@ class RLOptions(RunOptions):
     def validate(self) -> None:
         """Raise ConfigError for a value out of range or a sampling filter without its correction."""
         RunOptions.validate(self)
+        if self.on_policy:
+            refuse_dropout(self, "use sft, dpo or expert for it, or leave it out")
         check(
             self,
             reward_workers=(0, None),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Named, RunOptions, check, column_names
+from upslope.options.common import Named, RunOptions, check, column_names, refuse_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ class DistillOptions(RunOptions):
             max_completion_length=(1, None),
             max_length=(2, None),
         )
+        if self.on_policy_fraction:
+            refuse_dropout(self, "set on_policy_fraction to 0, which learns from the data alone, or leave it out")
         if self.teacher is None:
             raise ConfigError("name the teacher: --teacher FOLDER, a model with the student's vocabulary")
         if (self.data is None) == (self.task is None):

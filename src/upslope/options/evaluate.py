@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Dtype, check
+from upslope.options.common import ColumnOptions, Dtype, check, column_names
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions:
+class EvalOptions(ColumnOptions):
     """Measure one or several models; every figure comes with a 95% interval and its n.
 
     Name what to measure: --perplexity, --data with --metrics or --judge, --task, --rescore, --benchmark, --preferences,
@@ -115,6 +115,8 @@ class EvalOptions:
             raise ConfigError(
                 "say what to measure: --perplexity, --data, --task, --rescore, --benchmark, --preferences or --harness"
             )
+        if column_names(self.columns) and self.data is None and not self.preferences:
+            raise ConfigError("columns is about the rows of data or preferences, which are not given")
         self._check_pairs()
 
     def _check_pairs(self) -> None:

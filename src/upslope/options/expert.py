@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import RLOptions, check
+from upslope.options.common import RLOptions, check, column_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,12 +43,19 @@ class ExpertOptions(RLOptions):
     """Folder of a finished run whose rollouts stand in for the first round's sampling."""
     mix_data: str | None = None
     """Rows to train on besides the samples: a .jsonl/.csv/.parquet/.txt file or a hub id."""
+    columns: tuple[str, ...] = ()
+    """What the columns of mix_data are, as in prompt=question completion=answer; left out: those names themselves."""
     mix_ratio: float = 0.0
     """Share of each batch taken from mix_data."""
     max_length: int = 1024
     """Longest row of mix_data in tokens; longer rows, and those beyond the context, are dropped and counted."""
     truncated: Literal["terminate", "bootstrap", "mask"] = "mask"
     """A completion cut by its budget: may be kept like any other (terminate), or never is (mask)."""
+
+    @property
+    def on_policy(self) -> bool:
+        """No: what is kept is imitated, whoever drew it."""
+        return False
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range, or for options that imitation has no use for."""
@@ -71,6 +78,8 @@ class ExpertOptions(RLOptions):
             check(self, threshold=(None, None))
         if (self.mix_data is None) != (self.mix_ratio == 0):
             raise ConfigError("mix_data and mix_ratio go together: name the rows and their share of a batch")
+        if column_names(self.columns) and self.mix_data is None:
+            raise ConfigError("columns is about the rows of mix_data, which are not given")
         if self.truncated == "bootstrap":
             raise ConfigError("truncated = bootstrap needs a critic: use terminate or mask")
         if self.rollout_lag:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from upslope.errors import ConfigError
-from upslope.options.common import Dtype, check
+from upslope.options.common import Dtype, check, column_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class GenerateOptions(DecodingOptions):
     """The prompt, a user turn where the model has a chat template; left out: --prompts, else standard input."""
     prompts: str | None = None
     """A file of prompts: rows with prompt, messages or text in .jsonl, .json, .csv, .parquet, or lines of a .txt."""
+    columns: tuple[str, ...] = ()
+    """What the columns of --prompts are, as in prompt=question; left out: those names themselves."""
     output: str | None = None
     """Where the replies go as JSONL, one row per prompt in the order of the input; left out: standard output."""
     resume: bool = False
@@ -104,6 +106,8 @@ class GenerateOptions(DecodingOptions):
         )
         if self.prompt is not None and self.prompts is not None:
             raise ConfigError("prompt and prompts are both given: one text, or a file of them")
+        if column_names(self.columns) and self.prompts is None:
+            raise ConfigError("columns is about the rows of prompts, which are not given")
         if self.resume and (self.prompts is None or self.output is None):
             raise ConfigError("resume goes on with a file of prompts: give prompts and output, too")
         if self.raw and self.system is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from upslope.errors import ConfigError
-from upslope.options.common import Named, RunOptions, check
+from upslope.options.common import ColumnOptions, Named, RunOptions, check, column_names
 
 SCRATCH = "scratch"
 _NETWORK = ("tokenizer", "vocab_size", "shared_vocabulary", "hidden_size", "num_layers", "num_heads", "norm")
@@ -15,7 +15,7 @@ _RISK = ("num_samples", "alpha", "include_reference", "reward")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seq2SeqOptions(RunOptions):
+class Seq2SeqOptions(RunOptions, ColumnOptions):
     """An encoder-decoder on pairs of texts, by maximum likelihood or by minimum risk, from random weights or on."""
 
     model: str = SCRATCH
@@ -91,6 +91,8 @@ class Seq2SeqOptions(RunOptions):
         )
         if (self.data is None) == (self.task is None):
             raise ConfigError("give exactly one of data and task")
+        if column_names(self.columns) and self.data is None:
+            raise ConfigError("columns is about the rows of data: leave it out with task")
         if self.eval_data is not None and self.data is None:
             raise ConfigError("eval_data goes with data; a task brings its own held-out problems")
         if self.lora_rank or self.lora_alpha is not None:

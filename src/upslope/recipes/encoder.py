@@ -15,6 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from upslope.data.chat import load_tokenizer, token_count
 from upslope.errors import ConfigError, ModelError, RunError
 from upslope.evaluation.classification import format_report
 from upslope.models.encoder import Encoder, Kind, load_encoder
+from upslope.models.lora_dropout import dropping, padded_keys
 from upslope.models.sources import resolve
 from upslope.options.encoder import EncoderOptions
 from upslope.recipes.encoder_objective import Objective
@@ -35,7 +37,7 @@ from upslope.recipes.kept import DataAccount
 from upslope.recipes.session import StepResult
 from upslope.runs.folder import Run
 from upslope.training.optim import MasterAdamW, decay_groups
-from upslope.training.schedule import learning_rate
+from upslope.training.schedule import rate_at
 from upslope.training.step import evaluating
 
 __all__ = ["EncoderLearner", "Input", "Start", "load_start", "pads_of", "predict", "scores", "update"]
@@ -96,8 +98,7 @@ def load_start(options: EncoderOptions, kind: Kind, labels: Sequence[str] | None
     if encoder.fresh:
         print(f"upslope: {folder.name}: fresh, drawn from the seed: {', '.join(encoder.fresh)}", file=sys.stderr)
     if options.lora_rank:
-        targets = options.lora_target_modules
-        encoder.add_adapters(options.lora_rank, alpha=options.adapter_alpha, targets=targets, seed=options.seed)
+        encoder.add_adapters(**options.adapters)
     return Start(encoder.to_compute(dtype, device), tokenizer)
 
 
@@ -170,6 +171,12 @@ def item_logits(encoder: Encoder, batch: Batch) -> Tensor:
     return flat.float() if flat.dtype.itemsize < 4 else flat
 
 
+def keys_of(encoder: Encoder, batch: Batch) -> Tensor:
+    """What decides the dropout of adapters, a key per row as the layers meet them; XLNet's stand [T, B]."""
+    keys_BT = padded_keys(batch.ids_BT, batch.mask_BT)
+    return keys_BT.t() if encoder.config.model_type == "xlnet" else keys_BT
+
+
 def update(
     encoder: Encoder,
     optimizer: MasterAdamW,
@@ -191,21 +198,22 @@ def update(
     totals = {"loss": 0.0, "reward": 0.0, "accuracy": 0.0} if named else {"loss": 0.0}
     optimizer.zero_grad()
     try:
-        for batch in batches:
-            logits = item_logits(encoder, batch)
-            losses = objective(logits, batch.targets_N, step=step, rows_N=batch.rows_N, counters_N=batch.counters_N)
-            loss = losses.sum() / count
-            value = float(loss.detach())
-            if value != value or abs(value) == float("inf"):
-                raise RunError(f"the loss is {value}: stopped before the update, the last checkpoint is untouched")
-            loss.backward()
-            totals["loss"] += value
-            if not named:
-                continue
-            scores = logits.detach()
-            rewards = objective.rewards_CC.to(scores.device)[batch.targets_N]
-            totals["reward"] += float((scores.softmax(-1) * rewards).sum()) / count
-            totals["accuracy"] += float((scores.argmax(-1) == batch.targets_N).sum()) / count
+        with dropping(encoder, batches, partial(keys_of, encoder), step) as prepared:
+            for batch in prepared:
+                logits = item_logits(encoder, batch)
+                losses = objective(logits, batch.targets_N, step=step, rows_N=batch.rows_N, counters_N=batch.counters_N)
+                loss = losses.sum() / count
+                value = float(loss.detach())
+                if value != value or abs(value) == float("inf"):
+                    raise RunError(f"the loss is {value}: stopped before the update, the last checkpoint is untouched")
+                loss.backward()
+                totals["loss"] += value
+                if not named:
+                    continue
+                scores = logits.detach()
+                rewards = objective.rewards_CC.to(scores.device)[batch.targets_N]
+                totals["reward"] += float((scores.softmax(-1) * rewards).sum()) / count
+                totals["accuracy"] += float((scores.argmax(-1) == batch.targets_N).sum()) / count
         totals["grad_norm"] = optimizer.step(learning_rate, max_norm=max_grad_norm)
     except RunError:
         optimizer.zero_grad()
@@ -301,13 +309,7 @@ class EncoderLearner:
             [collate([inputs[i] for i in group], self.encoder, *self.pads) for group in groups],
             self.objective,
             step=step,
-            learning_rate=learning_rate(
-                step,
-                base=o.learning_rate,
-                total_steps=o.max_steps,
-                warmup_steps=o.warmup_steps,
-                kind=o.lr_scheduler_type,
-            ),
+            learning_rate=rate_at(o, step),
             max_grad_norm=o.max_grad_norm,
         )
         return StepResult(metrics, sum(len(x.tokens) for x in inputs))

@@ -133,7 +133,7 @@ def load_mix(options: ExpertOptions, tokenizer: Any) -> tuple[list[Row], DataAcc
     """The corpus that is mixed in (`mix_data`), and what became of its rows."""
     if options.mix_data is None:
         return [], NO_DATA
-    records = read_records(options.mix_data)
+    records = read_records(options.mix_data, columns=options.columns)
     found = examples_of(records, tokenizer, max_length=options.max_length)
     rows = [
         Row(example, {"source": "corpus", "where": records[i].where})

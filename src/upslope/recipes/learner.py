@@ -46,7 +46,7 @@ class PolicyLearner:
         """One optimizer step of the policy in training mode; `passes` are those of `training.step.update`."""
         self.policy.model.train()
         rates = {"learning_rate": self.learning_rate(step), "max_grad_norm": self.options.max_grad_norm}
-        return update(self.policy.model, self.optimizer, batches, loss, **rates, **passes)
+        return update(self.policy.model, self.optimizer, batches, loss, step=step, **rates, **passes)
 
     def updated(self) -> None:
         """The weights have moved: what the engine cached of the old ones is void."""

@@ -70,6 +70,7 @@ class PairData:
             tell_task(task, o.eval_samples)
             return cls(task, train, held_out, (f"task {task.name}", f"task {task.name}, held out"))
         files = {"path": o.data} | ({"eval_path": o.eval_data} if o.eval_data else {})
+        files |= {"columns": ";".join(o.columns)} if o.columns else {}
         pairs = load_task("pairs", **files)
         assert isinstance(pairs, Pairs)
         prompts = pairs.prompts("train", max(1, pairs.size("train")), seed=o.seed)

@@ -14,6 +14,7 @@ from typing import Any
 from upslope.data.kinds import record_of
 from upslope.data.readers import rows_of
 from upslope.errors import ConfigError, DataError
+from upslope.options.common import column_names
 from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, repeats_line, split_of
 from upslope.tasks.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
 from upslope.types import Message, Prompt, Reward
@@ -34,7 +35,7 @@ class Pairs(Task):
     path: the rows. eval_path: held-out rows, which may stand alone; without it eval_fraction of the sources, chosen by
     content, are held out. Sources that differ in letter case or white space only are never on both sides. metric: what
     the reward is: exact (1 or 0), edit (1 - the error rate), bleu or chrf (per sentence). unit: of the edit distance,
-    words or characters.
+    words or characters. columns: what the rows' own are, as in prompt=en;completion=de.
 
     The judgement's parts are the edits to the nearest reference and its length; correct means no edit.
     """
@@ -50,6 +51,7 @@ class Pairs(Task):
         metric: str = "edit",
         unit: str = "words",
         eval_fraction: float = 0.1,
+        columns: str = "",
     ) -> None:
         if not path and not eval_path:
             raise ConfigError("'pairs' needs its rows: pairs:path=train.jsonl, and eval_path=test.jsonl if you have it")
@@ -63,6 +65,8 @@ class Pairs(Task):
         self.path, self.eval_path = path, eval_path
         self.metric, self.unit = metric, unit
         self.eval_fraction = eval_fraction
+        self.columns = columns.split(";") if columns else []
+        column_names(self.columns)
         self.divided = not eval_path
         self._splits: dict[Split, list[Prompt]] | None = None
         self._dropped: dict[Split, dict[str, int]] = {"train": {}, "eval": {}}
@@ -147,7 +151,7 @@ class Pairs(Task):
         return self._splits[split]
 
     def _read(self, split: Split, path: str) -> list[Prompt]:
-        prompts, repeated = read_pairs(path)
+        prompts, repeated = read_pairs(path, self.columns)
         self._repeated[path] = repeated, repeated + count_pairs(prompts)
         if repeated:
             self._dropped[split]["the same pair again"] = repeated
@@ -159,7 +163,7 @@ def count_pairs(prompts: Sequence[Prompt]) -> int:
     return sum(len(references_of(prompt)) for prompt in prompts)
 
 
-def read_pairs(path: str) -> tuple[list[Prompt], int]:
+def read_pairs(path: str, columns: Sequence[str] = ()) -> tuple[list[Prompt], int]:
     """One Prompt per different source of a file: `answer` the first reference, metadata["references"] all of them.
 
     Also the number of rows that repeat a pair.
@@ -169,7 +173,7 @@ def read_pairs(path: str) -> tuple[list[Prompt], int]:
     """
     sources: dict[str, list[str]] = {}
     repeated = 0
-    for where, row in rows_of(path):
+    for where, row in rows_of(path, columns=columns):
         source, target = _sides(where, row)
         references = sources.setdefault(source, [])
         if target in references:

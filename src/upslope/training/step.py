@@ -21,6 +21,7 @@ from upslope.errors import RunError
 from upslope.functional.logprobs import linear_token_logprobs
 from upslope.models.attention import PackedContext
 from upslope.models.heads import ScalarHead
+from upslope.models.lora_dropout import dropping, packed_keys
 from upslope.models.protocol import CausalModel
 from upslope.training.optim import MasterAdamW
 from upslope.types import Batch
@@ -201,16 +202,18 @@ def update(
     *,
     learning_rate: float,
     max_grad_norm: float,
+    step: int | None = None,
     **what: Any,
 ) -> dict[str, float]:
-    """One optimizer step over all micro-batches; `what` goes to `accumulate`.
+    """One optimizer step over all micro-batches; `what` goes to `accumulate`; of a `step` adapters have their dropout.
 
     Returns loss, metrics and the gradient norm before clipping. On RunError (a loss or gradient that is not finite)
     nothing has changed.
     """
     optimizer.zero_grad()
     try:
-        totals = accumulate(model, batches, loss, **what)
+        with dropping(model, batches, packed_keys, step) as prepared:
+            totals = accumulate(model, prepared, loss, **what)
         totals["grad_norm"] = optimizer.step(learning_rate, max_norm=max_grad_norm)
     except RunError:
         optimizer.zero_grad()
