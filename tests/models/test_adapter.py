@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_models import TINY, randomise
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -126,6 +127,7 @@ def test_what_cannot_run_is_refused_by_name(tmp_path: Path, name: str) -> None:
 
 
 def test_an_encoder_decoder_and_an_unknown_architecture_are_refused(tmp_path: Path) -> None:
+    save_file({"shared.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors")
     AutoConfig.for_model("t5", d_model=32, num_layers=1, num_heads=2).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="t5 cannot run here: it is an encoder-decoder"):
         load_model(tmp_path)

@@ -385,7 +385,8 @@ def test_allowing_belongs_to_resuming() -> None:
 NO_INPUT = {
     *("output_dir", "cache_dir"),  # where a run writes
     *("from_run", "tokenizer"),  # in the run folder, and in its checkpoint, once it has begun
-    *("text_column", "label_column", "pair_column"),
+    *("text_column", "label_column", "pair_column", "columns"),
+    "lora_target_modules",
 }
 
 

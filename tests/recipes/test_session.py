@@ -210,7 +210,7 @@ def test_a_learner_that_shows_a_table_resumes_with_the_same_generators(tmp_path:
         (lambda run: (run / "run.db").unlink(), {"run.db": "4 of 4 steps are missing (1 to 4)"}),
         (lambda run: (run / "run.db").write_bytes(b""), {"run.db": "4 of 4 steps are missing (1 to 4)"}),
         (lambda run: (run / "metrics.jsonl").unlink(), {"metrics.jsonl": "4 of 4 steps are missing (1 to 4)"}),
-        (lambda run: cut(run / "metrics.jsonl", 3), {"metrics.jsonl": "1 of 4 steps are missing (4 to 4)"}),
+        (lambda run: cut(run / "metrics.jsonl", before=4), {"metrics.jsonl": "1 of 4 steps are missing (4 to 4)"}),
         (lambda run: None, {}),
     ],
     ids=["no database", "empty database", "no metrics", "cut metrics", "whole"],
@@ -232,8 +232,9 @@ def test_records_that_were_deleted_are_said_and_the_training_goes_on(
         assert (opened.verb, opened.store.last_step()) == ("sft", 6)
 
 
-def cut(path: Path, keep: int) -> None:
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:keep]))
+def cut(path: Path, before: int) -> None:
+    kept = [line for line in path.read_text().splitlines(keepends=True) if json.loads(line)["step"] < before]
+    path.write_text("".join(kept))
 
 
 def test_deleted_checkpoints_are_no_reason_to_begin_anew(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_port_in_use(capsys: pytest.CaptureFixture[str]) -> None:
         port = other.getsockname()[1]
         with pytest.raises(RunError, match=f"cannot listen on 127.0.0.1:{port}: .*in use; choose another --port"):
             bind("127.0.0.1", port)
-        assert cli.main(["serve", "no/such/model", "--port", str(port)]) == 5
+        assert cli.main(["serve", "no-such/model", "--port", str(port)]) == 5
     assert "choose another --port" in capsys.readouterr().err
 
 

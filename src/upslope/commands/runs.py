@@ -23,7 +23,7 @@ def run(options: RunsOptions) -> int:
     if not folder.is_dir():
         raise RunError(f"{folder}: no such folder; runs are made under runs/ unless --output-dir says otherwise")
     single = (folder / "config.toml").is_file()
-    rows = [_describe(folder)] if single else list(_found(folder))
+    rows = [_row(folder)] if single else list(_found(folder))
     if options.json:
         print(json.dumps(rows[0] if single else rows))
     elif not rows:
@@ -43,7 +43,7 @@ def _found(root: Path) -> Iterator[dict[str, Any]]:
         if "config.toml" in files:
             inside[:] = [name for name in inside if name != "checkpoints"]
             try:
-                yield _describe(Path(folder))
+                yield _row(Path(folder))
             except (UpslopeError, OSError, ValueError) as error:
                 yield _damaged(folder, str(error))
     for error in closed:
@@ -52,6 +52,17 @@ def _found(root: Path) -> Iterator[dict[str, Any]]:
 
 def _damaged(folder: str, said: str) -> dict[str, Any]:
     return {"folder": folder, "error": " ".join(said.removeprefix(f"{folder}/").split())}
+
+
+def _row(folder: Path) -> dict[str, Any]:
+    """What there is to show of a run. Errors: RunError where its files cannot be shown."""
+    try:
+        row = _describe(folder)
+        _cells(row), in_words(row["evaluation"] or {})
+        return row
+    except (AttributeError, LookupError, OverflowError, TypeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise RunError(f"{folder}/: env.json, summary.json or run.db holds what no run writes ({what})") from error
 
 
 def _describe(folder: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def look(options: Any, *, skip: tuple[str, ...] = ()) -> None:
                 raise ConfigError(f"{spec.path}: no such file{near_file(Path(spec.path).expanduser())}")
             for key, value in spec.params.items():
                 if key.endswith(("path", "file")) and isinstance(value, str):
-                    _file(value, DataError)
+                    _file(value, ModelError if spec.name == "reward_model" else DataError)
     for text in _texts(options, "from_run"):
         _run(text)
     if not isinstance(options, RunOptions) or options.output_dir is None:
@@ -58,7 +58,7 @@ def _texts(options: Any, option: str) -> Iterator[str]:
     yield from (item for item in (value if isinstance(value, list | tuple) else (value,)) if isinstance(item, str))
 
 
-def _file(text: str, error: type[ConfigError] | type[DataError]) -> None:
+def _file(text: str, error: type[ConfigError | DataError | ModelError]) -> None:
     """The file of TEXT or FORM:TEXT, where it is written as one."""
     bare = text if _there(text) else re.sub(r"\A\w+:(?=.)", "", text)
     if not _is_path(bare, _FILE.fullmatch(bare) is not None) or _there(bare) or re.search(r"[*?[]", bare):
