@@ -23,7 +23,11 @@ def split_sides(prompt: Content | None, chosen: Content, rejected: Content, wher
     DataError naming `where`: nothing in common, nothing that differs, another prompt than the row's.
     """
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return (prompt, chosen, rejected) if prompt is not None else _of_texts(chosen, rejected, where)
+        if prompt is None:
+            return _of_texts(chosen, rejected, where)
+        if isinstance(prompt, str) and all(side.startswith(prompt) and side != prompt for side in (chosen, rejected)):
+            return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+        return prompt, chosen, rejected
     if isinstance(chosen, str) or isinstance(rejected, str):
         if prompt is not None and not isinstance(prompt, str):
             return prompt, chosen, rejected
@@ -34,6 +38,8 @@ def split_sides(prompt: Content | None, chosen: Content, rejected: Content, wher
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:most], rejected, strict=False)))
     if isinstance(prompt, str) and common == 0 and chosen[0].role == rejected[0].role == "assistant":
         return (Message("user", prompt),), chosen, rejected
+    if chosen[common] == rejected[common]:
+        raise DataError(f"{where}: 'chosen' and 'rejected' differ in no reply, one begins with the other; drop the row")
     head = chosen[:common]
     if isinstance(prompt, str) and not any(m.role == "user" and m.content.strip() == prompt.strip() for m in head):
         raise DataError(f"{where}: 'prompt' is none of the user's turns with which 'chosen' and 'rejected' begin")

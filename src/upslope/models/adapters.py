@@ -130,6 +130,12 @@ def merge_adapters(model: nn.Module, folder: Path | str) -> None:
     changes = [(f"{layer}.weight", *_pair(stored, layer, config)) for layer in layers]
     shapes = {name: (up.shape[0], down.shape[1]) for name, up, down, _ in changes}
     _check_fit(folder, parameters, {**shapes, **{name: tuple(x.shape) for name, x in whole.items()}})
+    tied = [name for name in whole if parameters[name] is getattr(model, "output_weight", None)]
+    if tied and not config.get("ensure_weight_tying"):
+        raise ModelError(
+            f"{folder}: holds {tied[0]} apart from the output layer, with which the base model shares it; "
+            "train with ensure_weight_tying, or merge it with peft"
+        )
     for name, up, down, scale in changes:
         weight = parameters[name]
         weight.add_((up @ down).to(weight.device, weight.dtype), alpha=scale)
