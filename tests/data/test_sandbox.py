@@ -38,6 +38,9 @@ ENDLESS = {
     "JSON separators": "{{ (range(99999)|list)|tojson(separators=('b' * 99999, ':')) }}",
     "map": "{{ range(99999)|map('default', [1] * 99999)|list }}",
     "round": "{{ 1.5|round(10 ** 8) }}",
+    "strip": "{{ ('a' * 999999).strip('b' * 999999 + 'a') }}",
+    "filter trim": "{{ ('a' * 999999)|trim('b' * 999999 + 'a') }}",
+    "rfind": "{{ ('a' * 999999).rfind('ab' + 'a' * 99999) }}",
 }
 REFUSED = {
     "{{ 1 // 0 }}": "by zero",
@@ -51,6 +54,9 @@ REFUSED = {
     "{{ none() }}": "not callable",
     "{{ 'a'|wordwrap(1) }}": "No filter named 'wordwrap'",
     "{{ 'a'.center(10 ** 9) }}": "unsafe",
+    "{{ (5).to_bytes(10 ** 9, 'big') }}": "unsafe",
+    "{{ 'a'.encode('punycode') }}": "unsafe",
+    "{% macro g() %}{% set x = varargs %}{% endmacro %}{{ g(1) }}": "varargs of a macro are not available",
     "{{ '%1000000000d' % 1 }}": "a width without end",
     "{{ '%*d' % (10 ** 9, 1) }}": "a width without end",
     "{{ '{:>1000000000}'.format(1) }}": "a width without end",

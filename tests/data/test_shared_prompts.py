@@ -90,6 +90,19 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
+def test_texts_that_repeat_their_prompt_hold_it_once() -> None:
+    record = record_of({"prompt": "Q: 1+1?", "chosen": "Q: 1+1? 2", "rejected": "Q: 1+1? 3"}, "here")
+    assert (record.prompt, record.chosen, record.rejected) == ("Q: 1+1?", " 2", " 3")
+    record = record_of({"prompt": "1", "chosen": "1 apple", "rejected": "one"}, "here")  # the reply's own words
+    assert (record.prompt, record.chosen, record.rejected) == ("1", "1 apple", "one")
+
+
+@pytest.mark.parametrize("prompt", [{}, {"prompt": "Why?"}, {"prompt": [ASKED]}], ids=["none", "text", "messages"])
+def test_conversations_of_which_one_begins_with_the_other_are_no_pair(prompt: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="here: 'chosen' and 'rejected' differ in no reply"):
+        record_of({**prompt, "chosen": [ASKED, GOOD], "rejected": [ASKED, GOOD, AGAIN, BAD]}, "here")
+
+
 def test_what_a_pair_learner_gets_is_what_it_gets_of_a_prompt_apart(tmp_path: Path) -> None:
     from tiny_model import tiny_tokenizer
 

@@ -98,6 +98,15 @@ def test_as_peft_merges(base: Path, tmp_path: Path, changes: dict[str, Any]) -> 
     assert changed >= 6
 
 
+def test_an_embedding_trained_apart_from_its_output_layer_is_no_merge(base: Path, tmp_path: Path) -> None:
+    """peft leaves the head at the base's weights then, and one shared matrix cannot be both."""
+    model = load_model(base)
+    assert model.output_weight is dict(model.named_parameters())["model.embed_tokens.weight"]
+    make_adapter(base, tmp_path / "a", modules_to_save=["embed_tokens"])
+    with pytest.raises(ModelError, match=r"holds model.embed_tokens.weight apart from the output layer"):
+        merged(base, tmp_path / "a")
+
+
 def test_joined_projections_stay_joined(base: Path, tmp_path: Path) -> None:
     """The merged decoder computes q, k and v as one product, and the product sees the merged weights."""
     theirs = make_adapter(base, tmp_path / "a")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache, wraps
 from typing import Any
 
-from jinja2 import Template, TemplateError, nodes
+from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -37,7 +37,9 @@ FAULTS = (*FAULTS, TemplateError, TypeError, ValueError)
 _FILTERS = """abs attr capitalize count d default dictsort e escape filesizeformat first float forceescape format
 groupby indent int items join last length list lower map max min reject rejectattr replace reverse round safe select
 selectattr sort string title tojson trim truncate unique upper urlencode wordcount"""
-_MULTIPLYING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format_map"})
+_MULTIPLYING = frozenset({"center", "ljust", "rjust", "zfill", "expandtabs", "translate", "format_map", "to_bytes"})
+_SLOW = frozenset({"encode", "decode", "hex"})
+"""Methods that are left out: they make much of little, or take long for it."""
 _WIDTHS = re.compile(r"%(?:\([^)]*\))?[^a-zA-Z%]*?(?:\*|\d{4})|\{[^{}]*(?:\{|:[^{}]*\d{4})")
 _BUDGET: ContextVar[_Budget] = ContextVar("what the template that is being rendered may still use")
 
@@ -138,6 +140,8 @@ def _filter(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             _weighed(value, indent=given * (str(value).count("\n") + 1 if name == "indent" else 1))
         elif name == "round":
             spend(given**2)
+        elif name == "trim":
+            spend(_size(value) * given / 16)
         elif name == "map":  # an argument would be in the result as often as there are items
             _weighed(others, factor=_size(value) or 1000)
         return _kept(function(*args, **kwargs))
@@ -192,9 +196,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     turn = property(lambda self: spend(BLOCK))
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        return super().is_safe_attribute(obj, attr, value) and not (
-            attr in _MULTIPLYING and isinstance(obj, str | bytes)
-        )
+        refused = attr in _MULTIPLYING | _SLOW and isinstance(obj, str | bytes | int)
+        return super().is_safe_attribute(obj, attr, value) and not refused
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
@@ -215,6 +218,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
         spend(CALL + _size(owner) + sum(map(_size, args)))
         if isinstance(owner, str | bytes):
+            spend(len(owner) * sum(map(_size, args)) / 16)  # strip and rfind go through all for each
             if name == "replace":
                 _replace(owner, *args, *kwargs.values())
             elif name == "format":
@@ -245,7 +249,12 @@ def compiled(source: str) -> Template:
     ours.filters = {name: _filter(name, theirs.filters[name]) for name in _FILTERS.split()}
     ours.globals = {name: value for name, value in theirs.globals.items() if name != "lipsum"}
     ours.globals["namespace"] = type("namespace", (theirs.globals["namespace"],), {"__repr__": object.__repr__})
-    return ours.from_string(source)
+    tree = ours.parse(source)
+    for macro in tree.find_all((nodes.Macro, nodes.CallBlock)):
+        for name in macro.find_all(nodes.Name):
+            if name.name in ("varargs", "kwargs"):
+                raise TemplateSyntaxError(f"{name.name} of a macro are not available here", name.lineno)
+    return ours.from_string(tree)
 
 
 def line_of(error: BaseException, template: Template | None) -> int | None:

@@ -38,7 +38,7 @@ def split_sides(prompt: Content | None, chosen: Content, rejected: Content, wher
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:most], rejected, strict=False)))
     if isinstance(prompt, str) and common == 0 and chosen[0].role == rejected[0].role == "assistant":
         return (Message("user", prompt),), chosen, rejected
-    if chosen[common] == rejected[common]:
+    if common and chosen[common] == rejected[common]:
         raise DataError(f"{where}: 'chosen' and 'rejected' differ in no reply, one begins with the other; drop the row")
     head = chosen[:common]
     if isinstance(prompt, str) and not any(m.role == "user" and m.content.strip() == prompt.strip() for m in head):
