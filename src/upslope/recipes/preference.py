@@ -17,6 +17,7 @@ from upslope.data.kinds import Record
 from upslope.data.preferences import Encoded
 from upslope.data.records import read_records
 from upslope.evaluation.intervals import wilson
+from upslope.evaluation.preferences import share
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
 from upslope.recipes.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
@@ -29,7 +30,7 @@ from upslope.training.optim import Group
 from upslope.training.step import Loss
 from upslope.training.units import Unit, measure, unit_batches, weighted_mean
 
-__all__ = ["PreferenceLearner", "read_rows", "show_preference"]
+__all__ = ["PreferenceLearner", "read_rows", "right_of", "show_preference"]
 
 Row = TypeVar("Row")
 
@@ -103,12 +104,13 @@ class PreferenceLearner(PolicyLearner):
         return found, weighted_mean(found, self.held_out) | numbers
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """Held-out loss, and the share of judgements that are right with its 95% interval (Wilson)."""
+        """Held-out loss, and the share of judgements that are right with its 95% interval, as `upslope eval`."""
         if not self.held_out:
             return None
         found, means = self.measured()
         n = sum(unit.terms for unit in self.held_out)
-        value, low, high = wilson(round(float(found["rewards/accuracies"].sum())), n)
+        right = found["rewards/accuracies"].tolist()
+        value, low, high = share(right, self.options.seed) if n == len(right) else wilson(round(sum(right)), n)
         metrics: dict[str, Any] = {"eval_loss": means.pop("loss")}
         metrics["accuracy"] = {"value": value, "low": low, "high": high, "n": n, "errors": 0}
         means.pop("rewards/accuracies")
@@ -122,6 +124,11 @@ class PreferenceLearner(PolicyLearner):
         """The tokenizer and the training rows, for the fingerprint."""
         rows = ([(e.tokens, e.mask, e.fields.get("label")) for e in unit.examples] for unit in self.units)
         return self.policy.tokenizer, zip(rows, (unit.values for unit in self.units), strict=True)
+
+
+def right_of(margins_U: Tensor) -> Tensor:
+    """1 where a judgement is right by its margin, 0 where it is wrong, and half at a tie. [U] -> [U]."""
+    return (1 + margins_U.detach().sign()) / 2
 
 
 def show_preference(
