@@ -190,10 +190,7 @@ def load_rows(
     options: DPOOptions, tokenizer: Any
 ) -> tuple[list[Pair] | list[Judged], list[Pair] | list[Judged], DataAccount]:
     """Training and held-out rows of the kind that the loss takes, and what became of every row."""
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_length": options.max_length}
-    if options.loss == "kto":
-        return read_rows(options, partial(judged_of, **settings))
-    return read_rows(options, partial(pairs_of, **settings))
+    return read_rows(options, tokenizer, judged_of if options.loss == "kto" else pairs_of)
 
 
 def _show(options: DPOOptions) -> int:

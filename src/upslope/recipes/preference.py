@@ -8,12 +8,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from upslope.build import Policy
-from upslope.data.kinds import Record
 from upslope.data.preferences import Encoded
 from upslope.data.records import read_records
 from upslope.evaluation.intervals import wilson
@@ -21,6 +21,7 @@ from upslope.evaluation.preferences import share
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
 from upslope.recipes.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
+from upslope.recipes.held_out import tell_plain
 from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
 from upslope.recipes.learner import PolicyLearner
 from upslope.recipes.plan import plan_of
@@ -36,7 +37,7 @@ Row = TypeVar("Row")
 
 
 def read_rows(
-    options: PreferenceData, encode: Callable[[Sequence[Record]], Encoded[Row]]
+    options: PreferenceData, tokenizer: Any, encode: Callable[..., Encoded[Row]]
 ) -> tuple[list[Row], list[Row], DataAccount]:
     """Training and held-out rows, and what became of every row.
 
@@ -44,6 +45,7 @@ def read_rows(
     that a resumed run may look at more or fewer rows and still trains on the same ones.
     """
     assert options.data is not None
+    encode = partial(encode, tokenizer=tokenizer, max_length=options.max_length)
     data = _kept(options, options.data, encode)
     if not options.eval_samples:
         return shared_out(data, None, held=0, samples=0)
@@ -51,9 +53,10 @@ def read_rows(
     return shared_out(data, held_out, held=len(data.rows) // 10, samples=options.eval_samples)
 
 
-def _kept(options: PreferenceData, source: str, encode: Callable[[Sequence[Record]], Encoded[Row]]) -> Kept[Row]:
+def _kept(options: PreferenceData, source: str, encode: partial[Encoded[Row]]) -> Kept[Row]:
     with told(f"reading and encoding {source}"):
-        found = encode(read_records(source, columns=options.columns))
+        found = encode(records := read_records(source, columns=options.columns))
+    tell_plain(records, encode.keywords["tokenizer"], source)
     return Kept(source, found.rows, *too_long(found.too_long, options.max_length))
 
 

@@ -180,11 +180,10 @@ def merged(policy: Policy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def load_units(options: RewardOptions, tokenizer: Any) -> tuple[list[Unit], list[Unit], DataAccount]:
     """Training and held-out rows as units, and what became of every row."""
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_length": options.max_length}
     if options.kind == "process":
-        solutions, held_out, account = read_rows(options, partial(solutions_of, **settings))
+        solutions, held_out, account = read_rows(options, tokenizer, solutions_of)
         return [_solution(row) for row in solutions], [_solution(row) for row in held_out], account
-    pairs, held_pairs, account = read_rows(options, partial(pairs_of, **settings))
+    pairs, held_pairs, account = read_rows(options, tokenizer, pairs_of)
     return [_pair(row, options.margin) for row in pairs], [_pair(row, options.margin) for row in held_pairs], account
 
 
