@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except UpslopeError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(_as_typed(str(error), *(sys.argv[1:2] if argv is None else argv[:1])), error.exit_code)
     except BrokenPipeError:  # the reader of our output went away, as in `upslope runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -89,6 +89,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{named}{error.strerror or error}", RunError.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
+
+
+def _as_typed(message: str, verb: str = "") -> str:
+    """A message with the verb's options as the command line has them, where it does not say where one was set."""
+    if verb not in VERBS or re.match(r"--|.*\.toml:\d", message):
+        return message
+    names = hints_of(getattr(importlib.import_module("upslope.options"), VERBS[verb].options))
+    option = rf"(?<![\w'/.=-])({'|'.join(name for name in names if '_' in name) or '(?!)'})(?![\w'/.-])( = )?"
+    return re.sub(option, lambda found: f"--{_kebab(found[1])}{' ' if found[2] else ''}", message)
 
 
 def _fail(message: str, code: int) -> int:

@@ -75,12 +75,6 @@ def open_member(wheel: str | Path, member: str) -> Iterator[IO[bytes]]:
         raise DataError(f"{wheel}: not a readable wheel ({error}); delete it and fetch it again") from error
 
 
-def read_member(wheel: str | Path, member: str) -> bytes:
-    """The whole content of one file inside a wheel."""
-    with open_member(wheel, member) as stream:
-        return stream.read()
-
-
 def extract_member(wheel: str | Path, member: str, destination: str | Path) -> Path:
     """Copy one file out of a wheel; `destination` appears only when complete. RunError if it cannot be written."""
     final = Path(destination)

@@ -73,6 +73,7 @@ def test_a_run_that_was_carried_elsewhere_falls_back_on_what_its_config_says(pla
     [
         ([], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
         (["v_proj", "q_proj"], {"q_proj", "v_proj"}),
+        (["v_proj,q_proj"], {"q_proj", "v_proj"}),
         (["layers.1.mlp.up_proj"], {"up_proj"}),
         (["all-linear"], {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
     ],
@@ -95,6 +96,8 @@ def test_a_layer_that_is_not_there_and_an_alpha_for_nothing_are_refused(capsys: 
     sft = ["sft", "--model", "folder", "--data", "rows.jsonl", "--dry-run"]
     assert main([*sft, "--lora-rank", "2", "--lora-target-modules", "q_proj", "query"]) == 2
     said = capsys.readouterr().err
-    assert "lora_target_modules: no linear layer is called 'query'; this model has down_proj, gate_proj, k_proj" in said
+    assert (
+        "--lora-target-modules: no linear layer is called 'query'; this model has down_proj, gate_proj, k_proj" in said
+    )
     assert main([*sft, "--lora-alpha", "2"]) == 2
     assert "lora_alpha is about adapters: give lora_rank" in capsys.readouterr().err

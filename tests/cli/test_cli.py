@@ -103,7 +103,7 @@ def test_verb_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> Non
         (["ppo", "foo"], "Unrecognized options: foo"),
         (["ppo", "--config"], "--config wants the path of a TOML file"),
         (["ppo", "-c", "no-such-file.toml"], "no-such-file.toml: no such file"),
-        (["sft"], "give exactly one of data and task"),
+        (["sft"], "give exactly one of --data and --task"),
         (["ppo", "--top-k", "3"], "name the correction"),
     ],
 )

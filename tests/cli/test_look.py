@@ -10,6 +10,7 @@ import pytest
 
 from upslope import cli
 from upslope.config import load
+from upslope.errors import ConfigError
 from upslope.options import EvalOptions, ExpertOptions, GRPOOptions, PretrainOptions, SFTOptions
 from upslope.recipes.look import look
 
@@ -38,12 +39,15 @@ MISTYPED = {
     "ppo --task my_task.py:MyTask": (2, "my_task.py: no such file; did you mean 'my_tasks.py'?"),
     "grpo --task gsm8k:path=trian.jsonl": (3, "trian.jsonl: no such file; did you mean 'train.jsonl'?"),
     "grpo --reward length:target=4 my_rewards.py:fn@0.5": (2, "my_rewards.py: no such file"),
-    "grpo --model ./model": (4, "./model: no such folder; give a model folder, a .gguf file, a hub id or an alias"),
+    "grpo --model ./model": (4, "./model: no such folder; . holds used"),
     "ppo --critic runs/rm/checkpoints/last/model": (4, "runs/rm/checkpoints/last/model: no such folder"),
     "distill --teacher big.gguf --data chat.jsonl": (4, "big.gguf: no such folder"),
     "generate ~/no-model --prompt hi": (4, "~/no-model: no such folder"),
     "generate --prompts asks.txt": (3, "asks.txt: no such file"),
-    "serve --compare ./b": (4, "./b: no such folder"),
+    "eval runs/nope --task chain_sum": (4, "runs/nope: no such folder; give a model folder, a .gguf file, a hub id"),
+    "serve runs/nope": (4, "runs/nope: no such folder; give a model folder, a .gguf file, a hub id or an alias"),
+    "eval used/nope --task chain_sum": (4, "used/nope: no such folder; give a model folder"),
+    "serve --compare ./b": (4, "./b: no such folder; . holds used"),
     "eval /no/model --perplexity chat.jsonl": (4, "/no/model: no such folder"),
     "eval --models smollm2-135m --perplexity wikitext:wiki.test.tokens": (3, "wiki.test.tokens: no such file"),
     "eval --models smollm2-135m --task gsm8k:eval_path=test.jsonl": (3, "test.jsonl: no such file"),
@@ -115,3 +119,28 @@ def test_a_configuration_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
 def test_explain_takes_a_verb_and_needs_nothing_else(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["explain", verb]) == 0
     assert "step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("verb", "said", "shown"),
+    [
+        ("classify", "a.csv:1: no column 'text'; set text_column to its name", "set --text-column to its name"),
+        ("tag", "a:3: tags of another kind need tag_scheme = none", "need --tag-scheme none"),
+        ("sft", "c.toml:3: max_steps is -1", "c.toml:3: max_steps is -1"),
+        ("sft", "--max-steps: max_steps is -1", "--max-steps: max_steps is -1"),
+        ("sft", "a.jsonl:1: unknown key 'max_steps'", "unknown key 'max_steps'"),
+        ("eval", "runs/max_steps: no such folder", "runs/max_steps: no such folder"),
+        ("runs", "runs/a: holds no max_steps", "holds no max_steps"),
+    ],
+)
+def test_an_option_is_named_as_it_is_typed(
+    verb: str, said: str, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But where the place names a file of options, or the option itself, or where the name is a value."""
+
+    def refused(_: list[str]) -> int:
+        raise ConfigError(said)
+
+    monkeypatch.setattr(cli, "_main", refused)
+    assert cli.main([verb]) == 2
+    assert shown in capsys.readouterr().err

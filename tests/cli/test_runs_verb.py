@@ -93,6 +93,19 @@ def test_a_folder_that_cannot_be_read_has_a_row(
     assert out[1] == f"{tmp_path / 'closed'}  cannot be read: Permission denied"
 
 
+def test_one_run_says_what_its_numbers_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make(tmp_path / "a")
+    assert main(["runs", str(tmp_path / "a")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith(f"the last line of its metrics.jsonl, written {time.strftime('%Y-%m-%d')} ")
+    assert {line.split()[0] for line in lines[2:]} >= {"step"}
+    assert "time" not in {line.split()[0] for line in lines[2:]}
+    make(tmp_path / "b", steps=0)
+    (tmp_path / "b" / "metrics.jsonl").write_text("")
+    assert main(["runs", str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == ["no step is done yet"]
+
+
 def test_a_narrow_terminal_shows_the_whole_name_and_the_main_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -25,6 +25,7 @@ from upslope.data.labels import (
     split_sentences,
     stratified_choice,
 )
+from upslope.data.records import read_records
 from upslope.errors import DataError
 
 
@@ -171,6 +172,25 @@ def test_a_split_is_stratified_and_the_seed_matters() -> None:
     assert Counter(r.label for r in held) == {"x": 10, "y": 2}
     assert len(kept) == 108
     assert {r.text for r in split_by_content(rows, share=0.1, seed=1)[1]} != {r.text for r in held}
+
+
+def test_texts_that_repeat_are_no_small_number_of_rows() -> None:
+    rows = [LabelledText("good", "x"), LabelledText("bad", "y")] * 40
+    with pytest.raises(DataError, match=r"^80 rows have 2 different texts: too few to hold some out; give eval_data"):
+        split_by_content(rows, share=0.1, seed=0)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.CSV"])
+def test_a_column_that_is_not_there_is_a_matter_of_the_header(name: str, tmp_path: Path) -> None:
+    path = written(tmp_path / name, "words,label\nfine,x\n")
+    with pytest.raises(
+        DataError, match=rf"{name}:1: no column 'text' \(it has words, label\); set text_column to its name"
+    ):
+        read_labelled(path)
+    with pytest.raises(DataError, match=rf"{name}:1: no column 'body' to take text from"):
+        read_labelled(path, columns=("text=body",))
+    with pytest.raises(DataError, match=rf"{name}:1: its keys \('label', 'words'\) are no known kind of record"):
+        read_records(path)
 
 
 def test_sentences_held_out_never_take_a_tag_away_from_training() -> None:

@@ -12,11 +12,16 @@ from pathlib import Path
 import pytest
 
 from upslope.errors import ConfigError, DataError, RunError
-from upslope.packages import extract_member, fetch_wheel, open_member, read_member
+from upslope.packages import extract_member, fetch_wheel, open_member
 
 NAME, VERSION = "upslope-test-data", "1.0"
 FILE = "upslope_test_data-1.0-py3-none-any.whl"
 PAYLOAD = bytes(range(256)) * 5000
+
+
+def read_member(wheel: Path, member: str) -> bytes:
+    with open_member(wheel, member) as stream:
+        return stream.read()
 
 
 def build_wheel(folder: Path, payload: bytes = PAYLOAD) -> str:

@@ -127,7 +127,7 @@ def test_a_row_that_lost_its_prompt_is_not_taken_for_an_implicit_one(tmp_path: P
 
 def test_columns_of_other_names(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl", {"question": "Why?", "answer": "So.", "text": "not read", "id": 7})
-    with pytest.raises(DataError, match="rename 'answer' to 'completion'"):
+    with pytest.raises(DataError, match="--columns prompt=question completion=answer"):
         read_records(write(tmp_path / "s.jsonl", {"question": "Why?", "answer": "So."}))
     record = read_records(path, columns=("prompt=question", "completion=answer"))[0]
     assert (record.kind, record.prompt, record.completion) == ("completion", "Why?", "So.")

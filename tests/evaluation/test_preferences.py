@@ -69,7 +69,9 @@ def test_what_cannot_be_scored_is_counted_and_named() -> None:
     assert figure.detail["first_error"] == "p.jsonl:1: 12 tokens are too many"
     with pytest.raises(DataError, match=r"no pair could be scored; the first: p.jsonl:1: 12 tokens"):
         reward_accuracy(Lengths(limit=1), ROWS)
-    with pytest.raises(DataError, match=r"p.jsonl:9: a record of kind 'text'; this needs the keys prompt, chosen"):
+    with pytest.raises(
+        DataError, match=r"p.jsonl:9: a record of kind 'text'; this needs the keys chosen and rejected \(prompt may"
+    ):
         reward_accuracy(Lengths(), [Record("text", "p.jsonl:9", text="x")])
 
 

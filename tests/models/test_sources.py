@@ -204,6 +204,8 @@ def test_an_unwritable_cache_is_a_run_error(home: Path, tiny_gguf: Path) -> None
 
 
 def test_a_hub_id_offline_is_one_clear_error() -> None:
+    with pytest.raises(HubUnreachable, match=r"^tinny: .* the alias tiny; did you mean 'tiny'\?"):
+        resolve("tinny")
     with pytest.raises(HubUnreachable, match=r"some/model: cannot be fetched .*HF_HUB_OFFLINE.*or the alias tiny"):
         resolve("some/model")
 

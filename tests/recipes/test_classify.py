@@ -393,7 +393,7 @@ def test_the_command_end_to_end(bert: Path, data: Path, tmp_path: Path, capsys: 
         ({"objective": "policy_gradient", "label_smoothing": 0.1}, ConfigError, "belongs to cross_entropy"),
         ({"objective": "policy_gradient_sampled", "num_samples": 1}, ConfigError, "needs num_samples of at least 2"),
         ({"eval_share": 0.0}, ConfigError, "eval_share is 0.0"),
-        ({"label_column": "lable"}, DataError, r"train.csv:2: no column 'lable' .*did you mean 'label'"),
+        ({"label_column": "lable"}, DataError, r"train.csv:1: no column 'lable' .*did you mean 'label'"),
     ],
 )
 def test_bad_options_end_in_one_line(more: Any, error: type[Exception], says: str, bert: Path, data: Path) -> None:

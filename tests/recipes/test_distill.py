@@ -219,8 +219,8 @@ def test_another_vocabulary_is_one_clear_line(tiny: Path, rows: Path, tmp_path: 
     ("change", "error", "said"),
     [
         ({"teacher": None}, ConfigError, "name the teacher"),
-        ({"task": "chain_sum", "data": "x.jsonl"}, ConfigError, "exactly one of data and task"),
-        ({}, ConfigError, "exactly one of data and task"),
+        ({"task": "chain_sum", "data": "x.jsonl"}, ConfigError, "exactly one of --data and --task"),
+        ({}, ConfigError, "exactly one of --data and --task"),
         ({"data": "{tmp}/absent.jsonl"}, DataError, "absent.jsonl"),
         ({"data": "{rows}", "teacher": "{tmp}/absent"}, ModelError, "absent"),
         ({"data": "{rows}", "on_policy_fraction": 1.5}, ConfigError, "on_policy_fraction"),

@@ -275,7 +275,7 @@ SAME = [{"prompt": "x", "chosen": "a", "rejected": "b"}, {"prompt": "x", "chosen
         ([{"prompt": "x", "chosen": "", "rejected": "b"}], {}, DataError, r"rows\.jsonl.*1.*'chosen' is empty"),
         ([{"prompt": "x", "chosen": " ", "rejected": "b"}], {}, DataError, r"rows\.jsonl.*1.*'chosen' is empty"),
         ([{"prompt": "x", "chosen": "b"}], {}, DataError, r"rows\.jsonl.*1.*no 'rejected'"),
-        ([{"prompt": "x", "completion": "b"}], {}, DataError, r"rows\.jsonl.*1.*chosen, rejected"),
+        ([{"prompt": "x", "completion": "b"}], {}, DataError, r"rows\.jsonl.*1.*chosen and rejected \(prompt may"),
         (pair_rows(3), {"max_length": 4}, DataError, "max_length 4"),
         (pair_rows(3), {"loss": "kto"}, DataError, r"rows\.jsonl.*1.*label"),
         ([r | {"label": True} for r in labelled_rows(3)], {"loss": "kto"}, DataError, "every row has label true"),

@@ -109,7 +109,7 @@ def test_a_prompt_that_does_not_fit_is_counted_wherever_it_stands(tiny: Path, fi
     assert dry("grpo", tiny, files, long=1007) == 0
     assert "kept 19 of 20 rows of task few, held out: 1 too long" in " ".join(capsys.readouterr().out.split())
     assert dry("grpo", tiny, files, "--max-completion-length", "5000") == 2
-    assert "max_completion_length 5000 leaves no room for a prompt" in capsys.readouterr().err
+    assert "--max-completion-length 5000 leaves no room for a prompt" in capsys.readouterr().err
 
 
 def test_time_limit_and_errors_are_those_of_the_run(tiny: Path, files: Path, capsys) -> None:

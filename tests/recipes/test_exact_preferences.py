@@ -25,9 +25,11 @@ from plain_kit import (
 )
 from torch import Tensor
 
+from upslope.evaluation.intervals import bootstrap_mean
 from upslope.models.protocol import CausalModel
 from upslope.options import DPOOptions
 from upslope.recipes.dpo import DPO
+from upslope.recipes.preference import right_of
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -353,8 +355,8 @@ def test_held_out_rows_are_measured_by_the_same_formulas(small: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo", "kto"])
-def test_a_tie_is_not_a_right_judgement(loss: str, small: Path, tmp_path: Path) -> None:
-    """Where all tokens are equally likely, now and under the reference, nothing is told from anything: 0, not 1."""
+def test_a_tie_is_half_a_right_judgement(loss: str, small: Path, tmp_path: Path) -> None:
+    """Where all tokens are equally likely, now and under the reference, nothing is told from anything: a half."""
     pairs = [{"prompt": asked(i), "chosen": "aab", "rejected": "bcd"} for i in range(3)]
     rows = write(tmp_path / "rows.jsonl", LABELLED if loss == "kto" else pairs)
     changes: dict[str, Any] = {"loss": loss, "model": str(small), "data": rows, "eval_data": rows}
@@ -365,6 +367,21 @@ def test_a_tie_is_not_a_right_judgement(loss: str, small: Path, tmp_path: Path) 
     learner = DPO(o, policy)
     found = learner.evaluate(0)
     assert found is not None
-    assert found.value == 0.0
+    assert found.metrics["accuracy"] == {"value": 0.5, "low": 0.5, "high": 0.5, "n": len(learner.held_out), "errors": 0}
     _, metrics = taken_by(learner, 1)
-    assert metrics[0]["rewards/accuracies"] == 0.0
+    assert metrics[0]["rewards/accuracies"] == 0.5
+
+
+def test_the_interval_with_ties_is_that_of_eval(monkeypatch: pytest.MonkeyPatch, small: Path, tmp_path: Path) -> None:
+    """Right, wrong, tied, right: 2.5 of 4, and the bootstrap over these four, not Wilson's of a rounded count."""
+    rows = write(tmp_path / "rows.jsonl", PAIRS)
+    o = DPOOptions(model=str(small), data=rows, eval_data=rows, batch_size=4, max_steps=1, eval_samples=4, seed=3)
+    learner = DPO(o, double_policy(o))
+    margins = torch.tensor([0.25, -1.0, 0.0, 1e-9])
+    found = {"rewards/accuracies": right_of(margins)}
+    monkeypatch.setattr(learner, "measured", lambda: (found, {"loss": 1.0, "rewards/accuracies": 0.625}))
+    said = learner.evaluate(0)
+    assert said is not None
+    expected = bootstrap_mean([1.0, 0.0, 0.5, 1.0], seed=3)
+    assert said.metrics["accuracy"] == {**expected._asdict(), "n": 4, "errors": 0}
+    assert said.value == 0.625

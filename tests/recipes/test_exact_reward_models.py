@@ -185,17 +185,17 @@ def test_held_out_comparisons_have_their_margins(small: Path, tmp_path: Path) ->
     assert found.metrics["brier"] == pytest.approx(sum((1 - p) ** 2 for p in sure) / 3, rel=1e-5)
 
 
-def test_a_tie_is_not_a_right_judgement(small: Path, tmp_path: Path) -> None:
-    """A head of zeros prefers neither answer: never right, a coin's Brier score, and off by the half it claims."""
+def test_a_tie_is_half_a_right_judgement(small: Path, tmp_path: Path) -> None:
+    """A head of zeros prefers neither answer: half right, a coin's Brier score, and as right as it claims."""
     held = write(tmp_path / "held.jsonl", PAIRS)
     learner = learner_of(small, tmp_path, PAIRS, eval_samples=9, eval_data=held)
     parameters(learner)[SCORE].data.zero_()
     found = learner.evaluate(0)
     assert found is not None
-    assert found.value == 0.0
-    assert (found.metrics["brier"], found.metrics["calibration_error"]) == pytest.approx((0.25, 0.5))
+    assert found.value == 0.5
+    assert (found.metrics["brier"], found.metrics["calibration_error"]) == pytest.approx((0.25, 0.0))
     _, metrics = taken_by(learner, 1)
-    assert metrics[0]["rewards/accuracies"] == 0.0
+    assert metrics[0]["rewards/accuracies"] == 0.5
 
 
 def test_a_step_is_right_above_a_half(small: Path, tmp_path: Path) -> None:

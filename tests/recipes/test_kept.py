@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,8 +105,37 @@ def test_a_row_beyond_the_context_is_too_long(tiny: Path, tmp_path: Path, capsys
     data = write(tmp_path / "chats.jsonl", [*chats(20), *beyond])
     o = SFTOptions(model=str(tiny), data=data, max_length=9 * context, output_dir=str(tmp_path / "run"), **QUICK)
     facts, lines = told(sft.run, sft.sft, o, capsys)
-    assert facts["dropped"]["train"] == {"longer than max_length": 1}
-    assert f"1 longer than max_length ({context:,}; the longest has" in lines[0]
+    assert facts["dropped"]["train"] == {"longer than the model's context": 1}
+    assert f"1 longer than the model's context ({context:,}; the longest has" in lines[0]
+    o = replace(o, data=write(tmp_path / "none.jsonl", beyond), output_dir=None)
+    with pytest.raises(DataError, match=rf"fits max_length {context:,} \(the model's context\): the shortest has"):
+        sft.sft(o)
+
+
+@pytest.mark.parametrize("templated", [True, False])
+def test_texts_are_said_to_stay_plain(
+    templated: bool, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of pairs of texts, with dpo too, and only where the model has a chat template; never of messages."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    if not templated:
+        (model / "chat_template.jinja").unlink()
+    rows = [{"prompt": f"Say {i}", "completion": "a", "chosen": "a", "rejected": "b"} for i in range(20)]
+    texts = [{key: row[key] for key in ("prompt", "completion")} for row in rows]
+    sides = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    o: dict[str, Any] = {"model": str(model), "dry_run": True, **QUICK}
+    said = f"{tmp_path / 'rows.jsonl'}: read as plain text, without the chat template; give messages for a chat\n"
+    for run, kind, given in (
+        (sft.run, SFTOptions, texts),
+        (dpo.run, DPOOptions, sides),
+        (reward.run, RewardOptions, sides),
+    ):
+        assert run(kind(data=write(tmp_path / "rows.jsonl", given), **o)) == 0
+        assert capsys.readouterr().err.count(said) == templated
+    if templated:
+        assert sft.run(SFTOptions(data=write(tmp_path / "rows.jsonl", chats(20)), **o)) == 0
+        assert "plain text" not in capsys.readouterr().err
 
 
 def test_nothing_left(tiny: Path, tmp_path: Path) -> None:

@@ -241,8 +241,8 @@ def test_calibration_by_hand() -> None:
     assert found["calibration_error"] == pytest.approx(0.0, abs=1e-6)
     assert found["brier"] == pytest.approx((3 * 0.25**2 + 0.75**2) / 4)
     assert pair_calibration(torch.tensor([-20.0]))["calibration_error"] == pytest.approx(1.0)
-    tied = torch.tensor([0.0, math.log(0.54 / 0.46)])  # one bin: half sure and never right, 0.54 sure and right
-    assert pair_calibration(tied)["calibration_error"] == pytest.approx(abs((0 - 0.5) + (1 - 0.54)) / 2)
+    tied = torch.tensor([0.0, math.log(0.54 / 0.46)])  # one bin: half sure and half right, 0.54 sure and right
+    assert pair_calibration(tied)["calibration_error"] == pytest.approx((1 - 0.54) / 2)
 
 
 def test_ppo_with_the_reward_model_as_reward_and_as_critic(trained: dict[str, Any], tiny: Path, tmp_path: Path) -> None:

@@ -67,7 +67,10 @@ def test_a_held_out_file_is_held_out_whole_and_never_trained_on(tmp_path: Path) 
     assert task.prompts("eval", 40, seed=3) != task.prompts("eval", 40, seed=4)
     with pytest.raises(DataError, match=r"test\.jsonl is held out and there is no path to train on; add path="):
         task.prompts("train", 1, seed=0)
-    with pytest.raises(DataError, match=r"40 distinct eval rows exist where 41 were asked for; ask for fewer$"):
+    with pytest.raises(
+        DataError,
+        match=r"40 distinct eval rows exist where 41 were asked for; ask for fewer \(--num-train-prompts; .*\)$",
+    ):
         task.prompts("eval", 41, seed=0)
 
 

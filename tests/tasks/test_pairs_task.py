@@ -36,7 +36,7 @@ def test_splits_are_disjoint_and_repeat(tmp_path: Path) -> None:
     assert first == load_task(f"pairs:path={file}").prompts("train", train, seed=1)
     assert first[:20] == task.prompts("train", 20, seed=1)
     assert first != task.prompts("train", train, seed=2)
-    with pytest.raises(DataError, match=r"rows\.jsonl has .* 301 were asked for"):
+    with pytest.raises(DataError, match=r"rows\.jsonl has .* 301 were asked for; ask for fewer \(--num-train-prompts;"):
         task.prompts("train", 301, seed=0)
 
 

@@ -99,8 +99,12 @@ def _show_many(rows: list[dict[str, Any]]) -> None:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, str, str, str, str, str]:
-    started = "" if row["started"] is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(row["started"]))
-    return row["folder"], started, row["verb"], f"{row['steps']} steps", _figure(row), row["state"].partition(":")[0]
+    started, state = _date(row["started"]), row["state"].partition(":")[0]
+    return row["folder"], started, row["verb"], f"{row['steps']} steps", _figure(row), state
+
+
+def _date(seconds: float | None) -> str:
+    return "" if seconds is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _figure(row: dict[str, Any]) -> str:
@@ -117,5 +121,7 @@ def _figure(row: dict[str, Any]) -> str:
 def _show_one(row: dict[str, Any]) -> None:
     held_out = in_words(row["evaluation"] or {}) or "-"
     print(f"{row['folder']}: {row['verb']}, {row['steps']} steps, {row['state']}; held-out: {held_out}")
+    written = _date(row["last"].pop("time", None))
+    print(f"the last line of its metrics.jsonl, written {written}:" if written else "no step is done yet")
     for name, value in sorted(row["last"].items()):
         print(f"  {name:<32} {value:.6g}" if isinstance(value, int | float) else f"  {name:<32} {value}")

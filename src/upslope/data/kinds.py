@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from upslope.data.messages import described, message_of, parsed, remedy, text_of, tools_of, train_of
+from upslope.data.readers import header_of
 from upslope.data.shared_prompts import split_sides
 from upslope.errors import DataError
 from upslope.types import Message, Prompt
@@ -26,7 +27,7 @@ KEYS: dict[Kind, tuple[str, ...]] = {
 _ADD = "; add it to every record"
 _FOREIGN = {"conversations", "instruction", "input", "output", "system", "history", "tools"}
 _KNOWN = {key for keys in KEYS.values() for key in keys} | _FOREIGN
-_ACCEPTED = "text | messages | prompt | prompt, completion | prompt, chosen, rejected | prompt, completion, label"
+_ACCEPTED = " | ".join(", ".join(keys) for keys in reversed(KEYS.values())) + " | instruction, output | conversations"
 _SYNONYMS = {
     "question": "prompt", "query": "prompt", "input": "prompt", "instruction": "prompt", "response": "completion",
     "answer": "completion", "output": "completion", "target": "completion", "content": "text", "document": "text",
@@ -135,9 +136,10 @@ def _kind_of(keys: set[str], where: str) -> Kind | Literal["sharegpt", "alpaca"]
             raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     if found is None:
         listed = ", ".join(repr(key) for key in sorted(keys)) or "none"
-        hints = [f"rename {key!r} to {_SYNONYMS[key]!r}" for key in sorted(keys) if key in _SYNONYMS]
-        remedy = " and ".join(hints) or "rename the columns"
-        raise DataError(f"{where}: its keys ({listed}) are no known kind of record; {remedy} (accepted: {_ACCEPTED})")
+        named = {_SYNONYMS[key]: key for key in sorted(keys) if key in _SYNONYMS}
+        given = " ".join(f"{name}={named[name]}" for name in sorted(named, reverse=True)) or "NAME=COLUMN ..."
+        remedy = f"rename them, or give --columns {given} (accepted: {_ACCEPTED})"
+        raise DataError(f"{header_of(where)}: its keys ({listed}) are no known kind of record; {remedy}")
     return found
 
 

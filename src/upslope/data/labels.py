@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from upslope.config import suggestion
-from upslope.data.readers import json_of, rows_of, text_of
+from upslope.data.readers import header_of, json_of, rows_of, text_of
 from upslope.errors import DataError
 
 __all__ = [
@@ -220,7 +220,7 @@ def split_by_content(
             kept |= labels[content]
     if not held:
         raise DataError(
-            f"{len(rows)} rows are too few to hold some out: every label has a single text; give eval_data or more rows"
+            f"{len(rows)} rows have {len(labels)} different texts: too few to hold some out; give eval_data or more"
         )
     return [r for r in rows if r.content not in held], [r for r in rows if r.content in held]
 
@@ -318,8 +318,8 @@ def _number(row: Mapping[str, Any], column: str, where: str) -> str:
 def _value(row: Mapping[str, Any], column: str, option: str, where: str) -> Any:
     if column not in row:
         near = difflib.get_close_matches(column, list(row), n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise DataError(f"{where}: no column {column!r} (it has {', '.join(row)}); {hint}set {option} to its name")
+        hint = f"did you mean {near[0]!r}? set {option}" if near else f"set {option}"
+        raise DataError(f"{header_of(where)}: no column {column!r} (it has {', '.join(row)}); {hint} to its name")
     return row[column]
 
 

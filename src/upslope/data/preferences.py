@@ -65,13 +65,6 @@ class Encoded(Generic[Row]):
     rows: list[Row] = field(default_factory=list)
     too_long: list[int] = field(default_factory=list)
 
-    def __str__(self) -> str:
-        line = f"{len(self.rows):,} of {len(self.rows) + len(self.too_long):,} rows"
-        if self.too_long:
-            longest = max(self.too_long)
-            line += f"; {len(self.too_long):,} dropped as longer than max_length (the longest has {longest:,} tokens)"
-        return line
-
 
 def answer(
     tokenizer: PreTrainedTokenizerBase,
@@ -96,7 +89,7 @@ def pairs_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, m
     """Preference pairs. DataError naming the row: another kind, equal sides, a margin that is no number."""
 
     def encode(record: Record) -> Pair:
-        _check_kind(record, "preference", "prompt, chosen, rejected")
+        _check_kind(record, "preference", "chosen and rejected (prompt may be left out)")
         assert record.prompt is not None
         assert record.chosen is not None
         assert record.rejected is not None
@@ -223,7 +216,7 @@ def _not_empty(encoded: Encoded[Row], where: str, max_length: int | None) -> Enc
         shortest = min(encoded.too_long, default=0)
         raise DataError(
             f"{where}: none of {len(encoded.too_long)} rows fits max_length {max_length}: the shortest has {shortest} "
-            "tokens; raise max_length"
+            "tokens; shorten them or raise max_length"
         )
     return encoded
 

@@ -45,7 +45,8 @@ def _renamed(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Ma
     """The row with the keys of a record. DataError for a column that is not there."""
     for name, column in names.items():
         if column not in row:
-            raise DataError(f"{where}: no column {column!r} to take {name} from; there are {', '.join(map(str, row))}")
+            there = ", ".join(map(str, row))
+            raise DataError(f"{header_of(where)}: no column {column!r} to take {name} from; there are {there}")
     taken = set(names.values())
     rest = {key: value for key, value in row.items() if key not in names and key not in taken}
     return {**{name: row[column] for name, column in names.items()}, **rest}
@@ -84,6 +85,11 @@ def near_file(path: Path) -> str:
     if not folder.is_dir():
         return f" (the folder {folder} does not exist)"
     return suggestion(path.name, (entry.name for entry in folder.iterdir()))
+
+
+def header_of(where: str) -> str:
+    """Where the columns of the row at `where` are named: of a CSV file in line 1."""
+    return re.sub(r"(\.csv(\.gz)?):\d+\Z", r"\1:1", where, flags=re.IGNORECASE)
 
 
 def text_of(path: Path) -> str:

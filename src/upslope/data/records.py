@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from upslope.data.chat import TooLongError, encode_completion, encode_conversation, encode_document
 from upslope.data.kinds import KEYS, Content, Kind, Record, record_of
@@ -40,19 +40,6 @@ class EncodedRecords:
     examples: list[Example]
     kept: list[int]
     too_long: list[tuple[int, int]] = field(default_factory=list)
-
-    @property
-    def total(self) -> int:
-        """The number of records that went in."""
-        return len(self.kept) + len(self.too_long)
-
-    def __str__(self) -> str:
-        tokens = sum(len(example.tokens) for example in self.examples)
-        line = f"{len(self.examples):,} of {self.total:,} records, {tokens:,} tokens"
-        if self.too_long:
-            longest = max(length for _, length in self.too_long)
-            line += f"; {len(self.too_long):,} dropped as longer than max_length (the longest has {longest:,} tokens)"
-        return line
 
 
 def read_records(source: str | Path, *, split: str | None = None, columns: Sequence[str] = ()) -> list[Record]:
@@ -116,21 +103,14 @@ def examples_of(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int | None,
-    too_long: Literal["drop", "error"] = "drop",
 ) -> EncodedRecords:
-    """The examples of all records, in order, and the count of those left out for their length.
-
-    With too_long="drop" such a record is left out and listed, with "error" it is a DataError. So is it when no
-    record remains.
-    """
+    """The examples of all records, in order, and those left out for their length. DataError: no record remains."""
     encoded, first = EncodedRecords([], []), ""
     for index, record in enumerate(records):
         first = first or record.where
         try:
             example = example_of(record, tokenizer, max_length=max_length)
         except TooLongError as error:
-            if too_long == "error":
-                raise DataError(f"{record.where}: {error}") from error
             encoded.too_long.append((index, error.length))
             continue
         encoded.examples.append(example)
@@ -140,7 +120,7 @@ def examples_of(
         if not encoded.too_long:
             raise DataError("there are no records to train on")
         raise DataError(
-            f"{first}: none of {encoded.total} records fits max_length {max_length}: the shortest has {shortest} "
-            "tokens; raise max_length"
+            f"{first}: none of {len(encoded.too_long)} records fits max_length {max_length}: the shortest has "
+            f"{shortest} tokens; shorten them or raise max_length"
         )
     return encoded

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from upslope.cache import cache_root
+from upslope.config import suggestion
 from upslope.errors import ModelError, RunError, UpslopeError
 from upslope.json_file import read_object
 from upslope.models.intact import check_intact, damage_of_cached, seal
@@ -241,7 +242,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     if cached is None or not _complete(cached):
         raise HubUnreachable(
             f"{repo}: cannot be fetched from the hub ({reason}) and is not in its cache; check the name and the "
-            f"network, or give a model folder, a .gguf file or {_aliases()}"
+            f"network, or give a model folder, a .gguf file or {_aliases(repo)}"
         )
     say(f"{repo}: using the hub's cache, {cached} ({reason})")
     return cached
@@ -258,7 +259,7 @@ def _ask_hub(repo: str, revision: str | None) -> Any:
     if isinstance(answer, RevisionNotFoundError):
         raise ModelError(f"{repo}: the hub has no revision {revision!r} of it")
     if isinstance(answer, RepositoryNotFoundError | HFValidationError):
-        raise ModelError(f"{repo}: the hub knows no such model (a private one needs HF_TOKEN); or give {_aliases()}")
+        raise ModelError(f"{repo}: the hub has no such model (a private one needs HF_TOKEN); or give {_aliases(repo)}")
     return f"{type(answer).__name__}: {_line(answer)}" if isinstance(answer, Exception) else answer
 
 
@@ -360,8 +361,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _aliases() -> str:
-    return "the alias " + " or ".join(ALIASES)
+def _aliases(name: str = "") -> str:
+    return "the alias " + " or ".join(ALIASES) + suggestion(name, ALIASES)
 
 
 def _line(error: object) -> str:

@@ -176,7 +176,8 @@ class RunOptions(LaunchOptions):
     def adapters(self) -> dict[str, Any]:
         """What the adapters are to be, as models.lora.add_adapters takes it."""
         alpha = self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
-        more = {"targets": self.lora_target_modules, "dropout": self.lora_dropout, "seed": self.seed}
+        targets = [name for word in self.lora_target_modules for name in word.split(",")]
+        more = {"targets": targets, "dropout": self.lora_dropout, "seed": self.seed}
         return {"rank": self.lora_rank, "alpha": alpha, **more}
 
 

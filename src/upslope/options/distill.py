@@ -60,7 +60,7 @@ class DistillOptions(RunOptions):
         if self.teacher is None:
             raise ConfigError("name the teacher: --teacher FOLDER, a model with the student's vocabulary")
         if (self.data is None) == (self.task is None):
-            raise ConfigError("give exactly one of data and task")
+            raise ConfigError("give exactly one of --data and --task")
         column_names(self.columns)
         if self.eval_data is not None and self.data is None:
             raise ConfigError("eval_data goes with data; a task has held-out problems of its own")

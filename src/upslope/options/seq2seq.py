@@ -90,7 +90,7 @@ class Seq2SeqOptions(RunOptions, ColumnOptions):
             alpha=(1e-9, None),
         )
         if (self.data is None) == (self.task is None):
-            raise ConfigError("give exactly one of data and task")
+            raise ConfigError("give exactly one of --data and --task")
         if column_names(self.columns) and self.data is None:
             raise ConfigError("columns is about the rows of data: leave it out with task")
         if self.eval_data is not None and self.data is None:

@@ -50,7 +50,7 @@ class SFTOptions(RunOptions):
         )
         column_names(self.columns)
         if (self.data is None) == (self.task is None):
-            raise ConfigError("give exactly one of data and task")
+            raise ConfigError("give exactly one of --data and --task")
         if self.columns and self.data is None:
             raise ConfigError("columns is about the rows of data: leave it out with task")
         if self.loss == "dft" and self.label_smoothing:

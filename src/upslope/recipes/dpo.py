@@ -36,7 +36,7 @@ from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.recipes.kept import DataAccount, within_context
-from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
+from upslope.recipes.preference import PreferenceLearner, read_rows, right_of, show_preference
 from upslope.recipes.session import begin, run_verb, train
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
@@ -127,11 +127,12 @@ def pair_loss(o: DPOOptions, batch: Batch, out: Outputs) -> tuple[Tensor, Mappin
         else:
             margin = SIMPO_MARGIN if o.margin is None else o.margin
             loss_U = simpo(means_B[0::2], means_B[1::2], beta=beta, margin=margin)
+    margins_U = rewards_B[0::2] - rewards_B[1::2]
     metrics = {
         "rewards/chosen": rewards_B[0::2],
         "rewards/rejected": rewards_B[1::2],
-        "rewards/margins": rewards_B[0::2] - rewards_B[1::2],
-        "rewards/accuracies": (rewards_B[0::2] > rewards_B[1::2]).float(),
+        "rewards/margins": margins_U,
+        "rewards/accuracies": right_of(margins_U),
         "logps/chosen": logps_B[0::2],
         "logps/rejected": logps_B[1::2],
     }
@@ -163,8 +164,7 @@ def label_loss(
         undesirable_weight=o.undesirable_weight,
     )
     ratio_U = (sums_U - ref_U).detach()
-    right_U = torch.where(desirable_U, ratio_U > kl, ratio_U < kl)
-    metrics = {"rewards/accuracies": right_U.float()}
+    metrics = {"rewards/accuracies": right_of(torch.where(desirable_U, ratio_U - kl, kl - ratio_U))}
     for name, mask_U, share in (("chosen", desirable_U, good), ("rejected", ~desirable_U, 1 - good)):
         if share > 0:
             metrics[f"rewards/{name}"] = torch.where(mask_U, beta * ratio_U / share, 0.0)
@@ -190,10 +190,7 @@ def load_rows(
     options: DPOOptions, tokenizer: Any
 ) -> tuple[list[Pair] | list[Judged], list[Pair] | list[Judged], DataAccount]:
     """Training and held-out rows of the kind that the loss takes, and what became of every row."""
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_length": options.max_length}
-    if options.loss == "kto":
-        return read_rows(options, partial(judged_of, **settings))
-    return read_rows(options, partial(pairs_of, **settings))
+    return read_rows(options, tokenizer, judged_of if options.loss == "kto" else pairs_of)
 
 
 def _show(options: DPOOptions) -> int:

@@ -1,4 +1,4 @@
-"""Held-out problems and tokens of which a run measures a part (eval_samples): it says of how many."""
+"""What a run says of its data at the start: that it measures a part (eval_samples), that texts stay plain."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upslope.data.kinds import Record
 from upslope.evaluation.measurement import Measurement, ratio
 from upslope.tasks.base import Task
 from upslope.types import Batch
 
-__all__ = ["per_token", "tell_part", "tell_task"]
+__all__ = ["per_token", "tell_part", "tell_plain", "tell_task"]
 
 
 def per_token(values_N: Tensor, batches: Sequence[Batch]) -> dict[str, Any]:
@@ -28,6 +29,12 @@ def tell_part(measured: int, size: int | None, what: str) -> None:
     """A line on standard error where what is measured is a part. size: of the whole, None where nobody knows."""
     if size is not None and 0 < measured < size:
         print(f"{measured:,} of {size:,} {what} are measured (eval_samples)", file=sys.stderr)
+
+
+def tell_plain(records: Sequence[Record], tokenizer: Any, source: str) -> None:
+    """A line on standard error where prompts are texts, which a chat template does not reach, and there is one."""
+    if getattr(tokenizer, "chat_template", None) and any(isinstance(record.prompt, str) for record in records):
+        print(f"{source}: read as plain text, without the chat template; give messages for a chat", file=sys.stderr)
 
 
 def tell_task(task: Task, measured: int) -> None:

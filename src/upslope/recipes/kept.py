@@ -116,19 +116,27 @@ def shared_out(
     return train, measured, DataAccount(splits)
 
 
+class _Context(int):
+    """A max_length that is the model's context."""
+
+    def __str__(self) -> str:
+        return f"{self:,} (the model's context)"
+
+
 def within_context(options: Options, policy: Policy) -> Options:
     """The options with max_length within the model's context: a row beyond that is left out and counted, too."""
     most = policy.model.spec.max_positions
     if isinstance(policy.tokenizer, PairTokenizer) or options.max_length <= most:  # of a pair, each side has a context
         return options
-    return replace(options, max_length=most)
+    return replace(options, max_length=_Context(most))
 
 
 def too_long(lengths: Sequence[int], max_length: int) -> tuple[dict[str, int], dict[str, str]]:
     """(dropped, notes) of rows of these numbers of tokens, which are over the limit."""
     if not lengths:
         return {}, {}
-    return {TOO_LONG: len(lengths)}, {TOO_LONG: f"{max_length:,}; the longest has {max(lengths):,} tokens"}
+    reason = "longer than the model's context" if isinstance(max_length, _Context) else TOO_LONG
+    return {reason: len(lengths)}, {reason: f"{max_length:,}; the longest has {max(lengths):,} tokens"}
 
 
 def _in_words(dropped: Mapping[str, int], notes: Mapping[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from upslope.data.readers import near_file
 from upslope.errors import ConfigError, DataError, ModelError, RunError
+from upslope.models.unknown_names import is_path, near_names
 from upslope.options import RunOptions
 from upslope.tasks.loading import parse_rewards
 from upslope.tasks.specs import parse_spec
@@ -32,8 +33,10 @@ def look(options: Any, *, skip: tuple[str, ...] = ()) -> None:
     for option in set(MODELS.split()) - set(skip):
         for text in _texts(options, option):
             path, (run, inside, _) = Path(text).expanduser(), text.partition("/checkpoints")
-            if _is_path(text, text.lower().endswith(".gguf")) and not path.exists() and not (inside and _there(run)):
-                raise ModelError(f"{text}: no such folder; give a model folder, a .gguf file, a hub id or an alias")
+            written = is_path(text) or text.lower().endswith(".gguf")
+            if written and not path.exists() and not (inside and _there(run)):
+                hint = near_names(path) or "give a model folder, a .gguf file, a hub id or an alias"
+                raise ModelError(f"{text}: no such folder; {hint}")
     for option in ("task", "reward"):
         for text, _ in parse_rewards(_texts(options, option)):
             spec = parse_spec(text)
@@ -61,13 +64,10 @@ def _texts(options: Any, option: str) -> Iterator[str]:
 def _file(text: str, error: type[ConfigError | DataError | ModelError]) -> None:
     """The file of TEXT or FORM:TEXT, where it is written as one."""
     bare = text if _there(text) else re.sub(r"\A\w+:(?=.)", "", text)
-    if not _is_path(bare, _FILE.fullmatch(bare) is not None) or _there(bare) or re.search(r"[*?[]", bare):
+    written = _FILE.fullmatch(bare) or bare.startswith((".", "~", os.sep)) or bare.endswith("/") or bare.count("/") > 1
+    if not written or _there(bare) or re.search(r"[*?[]", bare):
         return
     raise error(f"{bare}: no such file{near_file(Path(bare).expanduser())}")
-
-
-def _is_path(text: str, named: bool) -> bool:
-    return named or text.startswith((".", "~", os.sep)) or text.endswith("/") or text.count("/") > 1
 
 
 def _there(text: str) -> bool:

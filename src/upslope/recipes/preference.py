@@ -8,18 +8,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
 
 from upslope.build import Policy
-from upslope.data.kinds import Record
 from upslope.data.preferences import Encoded
 from upslope.data.records import read_records
 from upslope.evaluation.intervals import wilson
+from upslope.evaluation.preferences import share
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
 from upslope.recipes.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
+from upslope.recipes.held_out import tell_plain
 from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
 from upslope.recipes.learner import PolicyLearner
 from upslope.recipes.plan import plan_of
@@ -29,13 +31,13 @@ from upslope.training.optim import Group
 from upslope.training.step import Loss
 from upslope.training.units import Unit, measure, unit_batches, weighted_mean
 
-__all__ = ["PreferenceLearner", "read_rows", "show_preference"]
+__all__ = ["PreferenceLearner", "read_rows", "right_of", "show_preference"]
 
 Row = TypeVar("Row")
 
 
 def read_rows(
-    options: PreferenceData, encode: Callable[[Sequence[Record]], Encoded[Row]]
+    options: PreferenceData, tokenizer: Any, encode: Callable[..., Encoded[Row]]
 ) -> tuple[list[Row], list[Row], DataAccount]:
     """Training and held-out rows, and what became of every row.
 
@@ -43,6 +45,7 @@ def read_rows(
     that a resumed run may look at more or fewer rows and still trains on the same ones.
     """
     assert options.data is not None
+    encode = partial(encode, tokenizer=tokenizer, max_length=options.max_length)
     data = _kept(options, options.data, encode)
     if not options.eval_samples:
         return shared_out(data, None, held=0, samples=0)
@@ -50,9 +53,10 @@ def read_rows(
     return shared_out(data, held_out, held=len(data.rows) // 10, samples=options.eval_samples)
 
 
-def _kept(options: PreferenceData, source: str, encode: Callable[[Sequence[Record]], Encoded[Row]]) -> Kept[Row]:
+def _kept(options: PreferenceData, source: str, encode: partial[Encoded[Row]]) -> Kept[Row]:
     with told(f"reading and encoding {source}"):
-        found = encode(read_records(source, columns=options.columns))
+        found = encode(records := read_records(source, columns=options.columns))
+    tell_plain(records, encode.keywords["tokenizer"], source)
     return Kept(source, found.rows, *too_long(found.too_long, options.max_length))
 
 
@@ -103,12 +107,13 @@ class PreferenceLearner(PolicyLearner):
         return found, weighted_mean(found, self.held_out) | numbers
 
     def evaluate(self, step: int) -> Evaluation | None:
-        """Held-out loss, and the share of judgements that are right with its 95% interval (Wilson)."""
+        """Held-out loss, and the share of judgements that are right with its 95% interval, as `upslope eval`."""
         if not self.held_out:
             return None
         found, means = self.measured()
         n = sum(unit.terms for unit in self.held_out)
-        value, low, high = wilson(round(float(found["rewards/accuracies"].sum())), n)
+        right = found["rewards/accuracies"].tolist()
+        value, low, high = share(right, self.options.seed) if n == len(right) else wilson(round(sum(right)), n)
         metrics: dict[str, Any] = {"eval_loss": means.pop("loss")}
         metrics["accuracy"] = {"value": value, "low": low, "high": high, "n": n, "errors": 0}
         means.pop("rewards/accuracies")
@@ -122,6 +127,11 @@ class PreferenceLearner(PolicyLearner):
         """The tokenizer and the training rows, for the fingerprint."""
         rows = ([(e.tokens, e.mask, e.fields.get("label")) for e in unit.examples] for unit in self.units)
         return self.policy.tokenizer, zip(rows, (unit.values for unit in self.units), strict=True)
+
+
+def right_of(margins_U: Tensor) -> Tensor:
+    """1 where a judgement is right by its margin, 0 where it is wrong, and half at a tie. [U] -> [U]."""
+    return (1 + margins_U.detach().sign()) / 2
 
 
 def show_preference(

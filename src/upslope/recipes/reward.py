@@ -39,7 +39,7 @@ from upslope.models.reward_folder import (
 from upslope.models.weights import load as load_weights
 from upslope.options import RewardOptions
 from upslope.recipes.kept import DataAccount, within_context
-from upslope.recipes.preference import PreferenceLearner, read_rows, show_preference
+from upslope.recipes.preference import PreferenceLearner, read_rows, right_of, show_preference
 from upslope.recipes.session import begin, run_verb, train
 from upslope.training.optim import Group
 from upslope.training.step import Loss, Outputs
@@ -126,7 +126,7 @@ def pair_loss(o: RewardOptions, batch: Batch, out: Outputs) -> tuple[Tensor, Map
         "rewards/chosen": chosen_U,
         "rewards/rejected": rejected_U,
         "rewards/margins": chosen_U - rejected_U,
-        "rewards/accuracies": (chosen_U > rejected_U).float(),
+        "rewards/accuracies": right_of(chosen_U - rejected_U),
     }
 
 
@@ -160,7 +160,7 @@ def pair_calibration(margins_U: Tensor, bins: int = 10) -> dict[str, float]:
     (Guo et al. 2017, 1706.04599, eq. 3).
     """
     p_U = margins_U.double().sigmoid()
-    sure_U, right_U = torch.maximum(p_U, 1 - p_U), (margins_U > 0).double()
+    sure_U, right_U = torch.maximum(p_U, 1 - p_U), right_of(margins_U.double())
     bin_U = ((sure_U - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = torch.zeros(bins, dtype=torch.float64).index_add(0, bin_U, right_U - sure_U)
     return {"brier": float((1 - p_U).square().mean()), "calibration_error": float(gaps.abs().sum()) / len(p_U)}
@@ -180,11 +180,10 @@ def merged(policy: Policy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def load_units(options: RewardOptions, tokenizer: Any) -> tuple[list[Unit], list[Unit], DataAccount]:
     """Training and held-out rows as units, and what became of every row."""
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_length": options.max_length}
     if options.kind == "process":
-        solutions, held_out, account = read_rows(options, partial(solutions_of, **settings))
+        solutions, held_out, account = read_rows(options, tokenizer, solutions_of)
         return [_solution(row) for row in solutions], [_solution(row) for row in held_out], account
-    pairs, held_pairs, account = read_rows(options, partial(pairs_of, **settings))
+    pairs, held_pairs, account = read_rows(options, tokenizer, pairs_of)
     return [_pair(row, options.margin) for row in pairs], [_pair(row, options.margin) for row in held_pairs], account
 
 

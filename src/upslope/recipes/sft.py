@@ -24,7 +24,7 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.options import SFTOptions
 from upslope.recipes.dry_run import show_sft
-from upslope.recipes.held_out import per_token, tell_task
+from upslope.recipes.held_out import per_token, tell_plain, tell_task
 from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long, within_context
 from upslope.recipes.learner import PolicyLearner, likelihood, weighted
 from upslope.recipes.prompts import held_out_of
@@ -152,6 +152,7 @@ def encoded(source: str, tokenizer: Any, max_length: int, columns: Sequence[str]
     """The training sequences of a file's rows; those that are too long are left out and counted."""
     with told(f"reading {source}"):
         records = read_records(source, columns=columns)
+    tell_plain(records, tokenizer, source)
     found = examples_of(counted(records, f"encoding {source}"), tokenizer, max_length=max_length)
     return Kept(source, found.examples, *too_long([length for _, length in found.too_long], max_length))
 

@@ -22,6 +22,7 @@ RewardResult = Sequence[RewardLike]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 KEY_BITS = 48
 _BUCKETS = 10_000
+FEWER = "ask for fewer (--num-train-prompts; of sft and seq2seq --num-examples; --eval-samples)"
 
 
 class Task:
@@ -149,9 +150,8 @@ def select_prompts(
         if len(chosen) == n:
             return list(chosen.values())
     raise DataError(
-        f"task '{name}': only {len(chosen)} distinct {split} prompts exist where {n} were asked for; ask for fewer "
-        f"(--num-examples, --num-train-prompts, --eval-samples), widen the task's parameters, or change eval_fraction "
-        f"(now {eval_fraction})"
+        f"task '{name}': only {len(chosen)} distinct {split} prompts exist where {n} were asked for; {FEWER}, "
+        f"widen the task's parameters, or change eval_fraction (now {eval_fraction})"
     )
 
 

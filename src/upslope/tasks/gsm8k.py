@@ -15,6 +15,7 @@ from pathlib import Path
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
 from upslope.tasks.base import (
+    FEWER,
     Split,
     Task,
     chat_prompt,
@@ -105,9 +106,7 @@ class GSM8K(Task):
                 chosen[key] = self._prompt(key, row)
         if len(chosen) < n:
             hint = f", or change eval_fraction (now {self.eval_fraction})" if self.divided else ""
-            raise DataError(
-                f"gsm8k: {len(chosen)} distinct {split} rows exist where {n} were asked for; ask for fewer{hint}"
-            )
+            raise DataError(f"gsm8k: {len(chosen)} distinct {split} rows exist where {n} were asked for; {FEWER}{hint}")
         return list(chosen.values())
 
     def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:

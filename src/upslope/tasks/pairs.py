@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from upslope.data.kinds import record_of
-from upslope.data.readers import rows_of
+from upslope.data.readers import header_of, rows_of
 from upslope.errors import ConfigError, DataError
 from upslope.options.common import column_names
-from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, repeats_line, split_of
+from upslope.tasks.base import FEWER, Split, Task, check_split, content_key, derive_seed, repeats_line, split_of
 from upslope.tasks.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
 from upslope.types import Message, Prompt, Reward
 
@@ -32,10 +32,10 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float] | None] = {
 class Pairs(Task):
     """Source texts with their targets.
 
-    path: the rows. eval_path: held-out rows, which may stand alone; without it eval_fraction of the sources, chosen by
-    content, are held out. Sources that differ in letter case or white space only are never on both sides. metric: what
-    the reward is: exact (1 or 0), edit (1 - the error rate), bleu or chrf (per sentence). unit: of the edit distance,
-    words or characters. columns: what the rows' own are, as in prompt=en;completion=de.
+    path: the rows. eval_path: held-out rows, which may stand alone; without it each source is held out, by its content,
+    with a chance of eval_fraction. Sources that differ in letter case or white space only are never on both sides.
+    metric: what the reward is: exact (1 or 0), edit (1 - the error rate), bleu or chrf (per sentence). unit: of the
+    edit distance, words or characters. columns: what the rows' own are, as in prompt=en;completion=de.
 
     The judgement's parts are the edits to the nearest reference and its length; correct means no edit.
     """
@@ -104,7 +104,7 @@ class Pairs(Task):
         if n > len(prompts):
             raise DataError(
                 f"task 'pairs': {self._file(split)} has {len(prompts)} different {split} sources where {n} were asked "
-                "for; ask for fewer"
+                f"for; {FEWER}"
             )
         order = list(range(len(prompts)))
         random.Random(derive_seed("pairs", split, seed)).shuffle(order)
@@ -193,7 +193,8 @@ def _sides(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
     missing = [key for key in ("prompt", "completion") if key not in row]
     if missing and not {"instruction", "output"} <= row.keys():
         have = ", ".join(map(str, row)) or "none"
-        raise DataError(f"{where}: no column {' and no column '.join(map(repr, missing))} (it has: {have}); rename it")
+        what = f"no column {' and no column '.join(map(repr, missing))} (it has: {have})"
+        raise DataError(f"{header_of(where)}: {what}; rename it, or name it in the task's columns (--columns)")
     record = record_of(row, where)
     sides = []
     for key, side in (("prompt", record.prompt), ("completion", record.completion)):
