@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,10 @@ def test_a_run_ends_with_what_came_out_and_commands_that_work(
     assert main([*arguments(verb, tmp_path), "--output-dir", str(folder)]) == 0
     said = capsys.readouterr().err
     closing = said.splitlines()[-8:]
+    opening = next(line for line in said.splitlines() if "learning rate" in line)
+    assert opening.startswith("upslope: trains on ")
+    assert " parameters, in float32; learning rate " in opening
+    assert " held out; " in opening
     summary = json.loads((folder / "summary.json").read_text())
     found = commands_in(said)
     assert found == summary["commands"]
@@ -178,3 +183,17 @@ def test_a_second_ctrl_c_says_where_the_run_stands(tmp_path: Path, capsys: pytes
             go(folder, Stopped([0.0] * 9, dies_at=dies_at), eval_every=0, save_every=2)
         said = capsys.readouterr().err
         assert f"sft: stopped at once; {kept}; go on from there: upslope sft --resume --output-dir {folder}\n" in said
+
+
+def test_it_is_said_what_is_trained_and_that_nothing_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sft", *SMALL, "--model", tiny(), "--data", pairs_file(tmp_path / "five.jsonl"), "--lora-rank", "2"]
+    assert main([*words, "--output-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    opening = next(line for line in said.splitlines() if line.startswith("upslope: trains on 5, "))
+    assert "none held out (nothing is measured)" in opening
+    found = re.findall(r"([\d,]+) of its ([\d,]+) parameters", opening)[0]
+    trained, whole = (int(number.replace(",", "")) for number in found)
+    assert 0 < trained < whole / 2
+    assert said.count("sft: 2/2 steps") == 1

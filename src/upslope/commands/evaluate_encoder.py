@@ -40,11 +40,8 @@ def measure_encoder(kind: ModelKind, folder: Path, inputs: Inputs) -> list[Measu
         wrong = [name for name in o.metrics if name not in names]
         if wrong or o.judge is not None or o.samples is not None:
             named = wrong[0] if wrong else "judge" if o.judge is not None else "samples"
-            if number:
-                raise ConfigError(
-                    f"{folder.name} gives numbers, of which the correlations are measured: leave {named} out"
-                )
-            raise ConfigError(f"{folder.name} is a {kind}, which gives labels: {named} is about texts")
+            given, about = ("numbers", "labels or texts") if number else ("labels", "texts")
+            raise ConfigError(f"{folder.name} is a {kind}, which gives {given}: {named} is about {about}")
         if number:
             found += _numbers(folder, inputs)
         else:

@@ -115,8 +115,8 @@ def check_kind(source: str, kind: ModelKind, options: EvalOptions) -> None:
         able = ", ".join(f"--{name}" for name in _MEASURED[kind])
         instead = f"but {able}" if able else "nor anything else: it has no head yet (upslope classify, tag)"
         raise ConfigError(f"{source} is a {kind}: --{wrong[0]} cannot be asked of it, {instead}")
-    if kind == "language model":
-        options.check_judged()
+    if kind == "language model" and options.data is not None and not options.metrics and options.judge is None:
+        raise ConfigError("data needs to be judged: name metrics (as in --metrics bleu chrf) or a judge")
 
 
 @contextmanager

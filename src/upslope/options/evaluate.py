@@ -122,16 +122,11 @@ class EvalOptions(ColumnOptions):
             raise ConfigError("columns is about the rows of data or preferences, which are not given")
         self._check_pairs()
 
-    def check_judged(self) -> None:
-        """ConfigError where nothing says how texts are judged."""
-        if self.data is not None and not self.metrics and self.judge is None:
-            raise ConfigError("data needs to be judged: name metrics (as in --metrics bleu chrf) or a judge")
-
     def _check_pairs(self) -> None:
         if self.hypotheses and self.needs_model:
             raise ConfigError(f"{self.needs_model[0]} needs a model, and hypotheses are finished answers: name models")
-        if self.hypotheses:
-            self.check_judged()
+        if self.hypotheses and self.data is not None and not self.metrics and self.judge is None:
+            raise ConfigError("data needs to be judged: name metrics (as in --metrics bleu chrf) or a judge")
         for name in ("metrics", "judge", "samples", "hypotheses"):
             if getattr(self, name) and self.data is None:
                 raise ConfigError(f"{name} is about the rows of --data, which is not given")

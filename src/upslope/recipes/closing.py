@@ -19,7 +19,20 @@ from upslope.tasks.specs import Spec, format_spec
 from upslope.training import checkpoint
 from upslope.training.stopping import StopWhen
 
-__all__ = ["closing_words", "commands_of", "measured", "told_when_stopped"]
+__all__ = ["closing_words", "commands_of", "measured", "opening_words", "told_when_stopped"]
+
+
+def opening_words(options: RunOptions, learner: Any) -> str:
+    """One line on what is trained: rows, model, parameters, learning rate, dtype."""
+    model = learner.policy.model if hasattr(learner, "policy") else getattr(learner, "encoder", None)
+    train = learner.account.splits.get("train")
+    words = [f"trains on {train.rows:,}, {learner.account.held_out}"] if train else []
+    if model is not None:
+        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        whole, trained = sum(n for n, _ in counts), sum(n for n, moves in counts if moves)
+        part = f"{trained:,} of its {whole:,}" if trained < whole else f"its {whole:,}"
+        words.append(f"{options.model}: {part} parameters, in {str(model.dtype).removeprefix('torch.')}")
+    return "; ".join([*words, f"learning rate {options.learning_rate:g}, {options.max_steps:,} steps"])
 
 
 def measured(run: Run, stop: StopWhen) -> dict[str, Any]:
@@ -79,10 +92,7 @@ def told_when_stopped(verb: str, run: Run) -> Iterator[None]:
 
 
 def _measuring(verb: str, options: Any) -> list[str]:
-    """The options of `upslope eval` for what the run held out in a file or task; none where eval cannot tell that.
-
-    Where it held out no file of its own, FILE stands for one.
-    """
+    """The options of `upslope eval` for the run's held-out file (or else FILE) or task; [] where it cannot tell."""
     task, longest = getattr(options, "task", None), getattr(options, "max_completion_length", None)
     length = [] if longest in (None, EvalOptions.max_completion_length) else ["--max-completion-length", str(longest)]
     if task is not None:

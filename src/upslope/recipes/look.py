@@ -35,6 +35,7 @@ def look(options: Any, *, skip: tuple[str, ...] = ()) -> None:
     for option in set(MODELS.split()) - set(skip):
         for text in _texts(options, option):
             path, (run, inside, _) = Path(text).expanduser(), text.partition("/checkpoints")
+            inside = inside or _there(run := f"{path.parent}/config.toml")  # its reader knows what is near
             if _is_path(text, text.lower().endswith(".gguf")) and not path.exists() and not (inside and _there(run)):
                 raise ModelError(f"{text}: no such folder; give a model folder, a .gguf file, a hub id or an alias")
     for option in ("task", "reward"):

@@ -12,7 +12,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from upslope.data.template import clock_at
 from upslope.errors import ConfigError, RunError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
-from upslope.recipes.closing import closing_words, commands_of, measured, told_when_stopped
+from upslope.recipes.closing import closing_words, commands_of, measured, opening_words, told_when_stopped
 from upslope.recipes.kept import DataAccount
 from upslope.recipes.last_words import last_words
 from upslope.recipes.look import look
@@ -175,7 +175,7 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun) -> dic
     )
     with run, told_when_stopped(verb, run), GracefulInterrupt() as interrupt:
         learner.run = run
-        for line in learner.account.lines():
+        for line in [*learner.account.lines(), opening_words(options, learner)]:
             print(f"upslope: {line}", file=sys.stderr)
         seed_everything(options.seed)
         if options.resume:
@@ -236,7 +236,8 @@ def _loop(
 
     def look(*, candidate: bool = True) -> bool:
         nonlocal last
-        with saving_first(), stop.paused(), _random_state_kept():
+        silent = nullcontext() if last is not None else told(f"evaluating {learner.account.held_out}")
+        with saving_first(), stop.paused(), _random_state_kept(), silent:
             evaluation = learner.evaluate(stop.steps)
         if evaluation is None:
             return False
