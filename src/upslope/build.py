@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from upslope.backends.hardware import choose_dtype
+from upslope.config import check
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import turn_ends, write_ends
 from upslope.engine.engine import Engine
@@ -157,7 +158,8 @@ def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> d
 
 
 def make_optimizer(policy: Policy, options: RunOptions, extra: list[Group] | None = None) -> MasterAdamW:
-    """AdamW over what is trained in the policy, and further groups (a value head)."""
+    """AdamW over what is trained in the policy, and further groups (a value head). ConfigError as `config.check`."""
+    check(options)
     groups = decay_groups(policy.model.named_parameters(), weight_decay=options.weight_decay)
     optimizer = MasterAdamW([*groups, *(extra or [])], masters=policy.masters)
     policy.masters = {}

@@ -39,26 +39,28 @@ class Verb:
     words: str = ""
 
 
+TRAINING = "upslope.recipes.session:run_verb"
+
 VERBS: dict[str, Verb] = {
     "demo": Verb("DemoOptions", "upslope.studies.demo:run", "the whole way on one task: base, then sft, then ppo"),
-    "pretrain": Verb("PretrainOptions", "upslope.recipes.pretrain:run", "a tokenizer and a model from text files"),
-    "sft": Verb("SFTOptions", "upslope.recipes.sft:run", "supervised fine-tuning on conversations or text"),
-    "reinforce": Verb("ReinforceOptions", "upslope.recipes.reinforce:run", "policy gradient, one step per batch"),
-    "ppo": Verb("PPOOptions", "upslope.recipes.ppo:run", "proximal policy optimisation with a critic"),
-    "grpo": Verb("GRPOOptions", "upslope.recipes.grpo:run", "group-relative policy optimisation, no critic"),
-    "reward": Verb("RewardOptions", "upslope.recipes.reward:run", "a reward model, from comparisons or labelled steps"),
-    "dpo": Verb("DPOOptions", "upslope.recipes.dpo:run", "preferences without a reward model: dpo ipo kto orpo simpo"),
-    "expert": Verb("ExpertOptions", "upslope.recipes.expert:run", "sample, keep the best, imitate them, again"),
-    "distill": Verb("DistillOptions", "upslope.recipes.distill:run", "learn a teacher's distributions, on own samples"),
+    "pretrain": Verb("PretrainOptions", TRAINING, "a tokenizer and a model from text files"),
+    "sft": Verb("SFTOptions", TRAINING, "supervised fine-tuning on conversations or text"),
+    "reinforce": Verb("ReinforceOptions", TRAINING, "policy gradient, one step per batch"),
+    "ppo": Verb("PPOOptions", TRAINING, "proximal policy optimisation with a critic"),
+    "grpo": Verb("GRPOOptions", TRAINING, "group-relative policy optimisation, no critic"),
+    "reward": Verb("RewardOptions", TRAINING, "a reward model, from comparisons or labelled steps"),
+    "dpo": Verb("DPOOptions", TRAINING, "preferences without a reward model: dpo ipo kto orpo simpo"),
+    "expert": Verb("ExpertOptions", TRAINING, "sample, keep the best, imitate them, again"),
+    "distill": Verb("DistillOptions", TRAINING, "learn a teacher's distributions, on own samples"),
     "compare": Verb(
         "CompareOptions",
         "upslope.studies.compare:run",
         "recipes on an equal budget, with seeds, in one report",
         "configs",
     ),
-    "seq2seq": Verb("Seq2SeqOptions", "upslope.recipes.seq2seq:run", "an encoder-decoder on pairs of texts"),
-    "classify": Verb("ClassifyOptions", "upslope.recipes.classify:run", "an encoder that labels texts"),
-    "tag": Verb("TagOptions", "upslope.recipes.tag:run", "an encoder that tags words, entities say"),
+    "seq2seq": Verb("Seq2SeqOptions", TRAINING, "an encoder-decoder on pairs of texts"),
+    "classify": Verb("ClassifyOptions", TRAINING, "an encoder that labels texts"),
+    "tag": Verb("TagOptions", TRAINING, "an encoder that tags words, entities say"),
     "eval": Verb("EvalOptions", "upslope.commands.evaluate:run", "measure models: figures with intervals", "models"),
     "generate": Verb("GenerateOptions", "upslope.commands.generate:run", "complete prompts", "model"),
     "chat": Verb("ChatOptions", "upslope.commands.chat:run", "talk to a model in the terminal", "model"),

@@ -246,7 +246,7 @@ def _coerce(value: Any, hint: Any) -> Any:
         raise _MismatchError(value, suggestion(value, map(str, arguments)) if isinstance(value, str) else "")
     if origin in (tuple, list, Sequence):
         if not isinstance(value, (list, tuple)):
-            raise _MismatchError(value)
+            raise _MismatchError(value, "; also a single one in brackets, as in [f]" if isinstance(value, str) else "")
         return tuple(_coerce(item, arguments[0]) for item in value)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):

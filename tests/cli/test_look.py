@@ -13,6 +13,10 @@ from upslope.config import load
 from upslope.errors import ConfigError
 from upslope.options import EvalOptions, ExpertOptions, GRPOOptions, PretrainOptions, SFTOptions
 from upslope.recipes.look import look
+from upslope.recipes.session import begin
+from upslope.tasks.base import Task
+from upslope.tasks.key_door import KeyDoor
+from upslope.tasks.loading import load_task, made_first
 
 
 @pytest.fixture
@@ -72,6 +76,49 @@ def test_a_mistyped_path_is_said_before_anything_is_loaded(
     said = capsys.readouterr().err
     assert said.startswith(f"upslope: error: {message}")
     assert said.count("\n") == 1
+
+
+WRONG = {
+    "grpo --reward own.py:scoer": (2, "own.py has nothing called 'scoer'; did you mean 'score'?"),
+    "grpo --reward broken.py:score": (2, "broken.py:1: SyntaxError: "),
+    "ppo --reward lenght:target=4": (2, "no reward is called 'lenght'; did you mean 'length'?"),
+    "ppo --reward length:traget=4@0.5": (2, "'length' has no parameter 'traget'; did you mean 'target'?"),
+    "sft --data empty.jsonl": (3, "empty.jsonl: the file is empty"),
+    "dpo --data cut.jsonl": (3, "cut.jsonl:1: invalid JSON at column 15"),
+    "sft --data asked.jsonl": (3, "asked.jsonl:1: its keys ('answer', 'question') are no known kind of record"),
+    "distill --data asked.jsonl --columns prompt=qestion": (
+        3,
+        "asked.jsonl:1: no column 'qestion' to take prompt from",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_wrong_reward_or_first_row_is_said_before_anything_is_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("raise SystemExit('run here')\ndef score(prompts, completions): ...\n")
+    Path("broken.py").write_text("def score(\n")
+    Path("empty.jsonl").write_text("")
+    Path("cut.jsonl").write_text('{"prompt": "a"\n')
+    Path("asked.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    code, message = WRONG[command]
+    teacher = ["--teacher", "smollm2-135m"] if command.startswith("distill") else []
+    assert cli.main([*command.split(), *teacher]) == code
+    assert capsys.readouterr().err.startswith(f"upslope: error: {message}")
+
+
+def test_a_task_is_made_before_the_model_is_loaded_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Task] = []
+    monkeypatch.setattr(KeyDoor, "__init__", lambda self: made.append(self))
+    with made_first("key_door"):
+        assert len(made) == 1
+        assert load_task("key_door") is made[0]
+        assert load_task("key_door") is not made[0]
+    with pytest.raises(ConfigError, match="did you mean 'key_door'"), begin(GRPOOptions(task="key_dor")):
+        pytest.fail("the model would have been loaded")
 
 
 def test_what_may_be_no_path_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

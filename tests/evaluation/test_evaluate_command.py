@@ -7,13 +7,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from encoder_kit import tiny_encoder, tokenizer_for
 from tiny_model import tiny_folder
 
 from upslope.build import load_inference, make_engine
 from upslope.cli import main
+from upslope.commands.evaluate_inputs import progress
+from upslope.data.labels import read_labelled
 from upslope.evaluation.scorer import Scorer
+from upslope.recipes.classify import load_classifier
 from upslope.types import SamplingParams
 
 TASK = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
@@ -279,15 +283,21 @@ def test_a_classifier_is_measured_on_labels(tmp_path: Path, capsys) -> None:
     encoder.save(folder, tokenizer=tokenizer_for("bert"))
     data = rows(tmp_path / "d.jsonl", {"text": "good film", "label": "good"}, {"text": "bad film", "label": "bad"})
     report = run(capsys, str(folder), "--data", data, "--metrics", "accuracy", "macro_f1")
-    from upslope.data.labels import read_labelled
-    from upslope.recipes.classify import load_classifier
-
     classifier = load_classifier(str(folder), dtype="float32")
     said = [classifier.labels[z.index(max(z))] for z in classifier.logits(read_labelled(data))]
     expected = sum(s == t for s, t in zip(said, ["good", "bad"], strict=True)) / 2
     assert figures(report)["accuracy"]["value"] == expected
+    assert figures(run(capsys, str(folder), "--data", data)) == figures(report)
     assert "gives labels: bleu is about texts" in fails(capsys, 2, str(folder), "--data", data, "--metrics", "bleu")
     assert "is a classifier: --perplexity cannot be asked of it" in fails(capsys, 2, str(folder), "--perplexity", data)
+
+
+def test_answers_that_do_not_end_are_counted_by_their_tokens(capsys) -> None:
+    with progress("answers", "completion") as shown:
+        for _ in range(3):
+            shown(0, 2)
+    assert "answers: 0/2 completions" in (said := capsys.readouterr().err)
+    assert "decoding_steps=3" in said
 
 
 def test_a_tagger_is_measured_on_entities(tmp_path: Path, capsys) -> None:
@@ -297,6 +307,20 @@ def test_a_tagger_is_measured_on_entities(tmp_path: Path, capsys) -> None:
     report = run(capsys, str(folder), "--data", str(tmp_path / "d.conll"), "--metrics", "entity_f1")
     assert 0 <= figures(report)["entity_f1"]["value"] <= 1
     assert figures(report)["entity_f1"]["n"] == 2
+    assert figures(run(capsys, str(folder), "--data", str(tmp_path / "d.conll"))) == figures(report)
+
+
+def test_a_head_on_numbers_is_measured_by_its_correlations(tmp_path: Path, capsys) -> None:
+    folder = tmp_path / "n"
+    tiny_encoder("classify", labels=["score"]).save(folder, tokenizer=tokenizer_for("bert"))
+    texts = ["good film", "the film", "we saw the good film", "bad"]
+    given = [{"text": text, "label": i} for i, text in enumerate(texts)]
+    data = rows(tmp_path / "d.jsonl", *given)
+    found = figures(run(capsys, str(folder), "--data", data))
+    said = [z[0] for z in load_classifier(str(folder), dtype="float32").logits(read_labelled(data))]
+    assert set(found) == {"pearson", "spearman"}
+    assert found["pearson"]["value"] == pytest.approx(np.corrcoef([0, 1, 2, 3], said)[0, 1])
+    assert "gives numbers" in fails(capsys, 2, str(folder), "--data", data, "--metrics", "accuracy")
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from supervised_kit import REVERSED, bert, conll_file, jsonl, pairs_file, table_file, texts_file, tiny
+from supervised_kit import OPINIONS, REVERSED, bert, conll_file, jsonl, pairs_file, table_file, texts_file, tiny
 from test_session import Walk, go
 
 from upslope import options as all_options
@@ -73,7 +74,7 @@ WANTED = {
     "pretrain": ("chat", "evaluate", "serve", "continue"),
     "grpo": ("chat", "evaluate", "serve", "continue"),
     "dpo": ("chat", "serve", "continue"),
-    "reward": ("evaluate", "continue"),
+    "reward": ("evaluate", "use", "continue"),
     "classify": ("evaluate", "continue"),
     "tag": ("evaluate", "continue"),
     "seq2seq": ("chat", "evaluate", "serve", "continue"),
@@ -88,6 +89,10 @@ def test_a_run_ends_with_what_came_out_and_commands_that_work(
     assert main([*arguments(verb, tmp_path), "--output-dir", str(folder)]) == 0
     said = capsys.readouterr().err
     closing = said.splitlines()[-8:]
+    opening = next(line for line in said.splitlines() if "learning rate" in line)
+    assert opening.startswith("upslope: trains on ")
+    assert " parameters, in float32; learning rate " in opening
+    assert " held out; " in opening
     summary = json.loads((folder / "summary.json").read_text())
     found = commands_in(said)
     assert found == summary["commands"]
@@ -98,10 +103,14 @@ def test_a_run_ends_with_what_came_out_and_commands_that_work(
     assert summary["start"].keys() == summary["evaluation"].keys()
     for command in found.values():
         assert_understood(command)
+    if verb == "grpo":
+        assert shlex.split(found["evaluate"])[-2:] == ["--max-completion-length", "3"]
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n"))
-    for name in ("evaluate", "chat", "continue"):
+    further = {"evaluate": ["--limit", "2"], "chat": ["--max-tokens", "4"], "use": [*SMALL, *SAMPLED, "--json"]}
+    for name in ("evaluate", "chat", "use", "continue"):
         if name in found:
-            extra = ["--limit", "2"] if name == "evaluate" else ["--max-tokens", "4"] if name == "chat" else []
+            extra = further.get(name, [])
+            extra += ["--output-dir", str(tmp_path / "used")] if name == "use" else []
             assert main([*shlex.split(found[name])[1:], *extra]) == 0, name
     with Run.open(folder, read_only=True) as run:
         assert run.metric_lines()[-1]["step"] == 4
@@ -116,9 +125,34 @@ def test_where_eval_cannot_say_it_there_is_no_command(tmp_path: Path, capsys: py
     rewards = [line for line in said.splitlines() if line.startswith("held-out reward: ")]
     assert len(rewards) == 1
     assert rewards[0].count("n=3 at ") >= 2
-    data = pairs_file(tmp_path / "rows.jsonl", [(f"say {i}", "a") for i in range(12)])
-    assert main(["sft", "--data", data, "--model", tiny(), *SMALL, "--output-dir", str(tmp_path / "b")]) == 0
-    assert "evaluate" not in commands_in(capsys.readouterr().err)
+
+
+def without_a_file(verb: str, folder: Path) -> list[str]:
+    """The arguments of a run that holds rows of its training file out, named by columns of their own in sft."""
+    words = arguments(verb, folder)
+    at = words.index("--eval-data")
+    words = words[:at] + words[at + 2 :]
+    if verb == "sft":
+        rows = [{"asked": f"say {i}", "answer": "a"} for i in range(12)]
+        words[words.index("--data") + 1] = jsonl(folder / "own.jsonl", rows)
+        words += ["--columns", "prompt=asked", "completion=answer", "--max-completion-length", "5"]
+    return words
+
+
+@pytest.mark.parametrize("verb", ["sft", "classify", "tag", "reward"])
+def test_where_no_file_was_held_out_the_command_leaves_its_place_open(
+    verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = without_a_file(verb, tmp_path)
+    if verb == "classify":
+        words[words.index("--data") + 1] = table_file(tmp_path / "more.csv", [*OPINIONS, ("nothing", "none")])
+    assert main([*words, "--output-dir", str(tmp_path / "run")]) == 0
+    command = shlex.split(commands_in(capsys.readouterr().err)["evaluate"])
+    assert command.count("FILE") == 1
+    if verb == "sft":
+        assert command[-5:] == ["--columns", "prompt=asked", "completion=answer", "--max-completion-length", "5"]
+    filled = [words[words.index("--data") + 1] if word == "FILE" else word for word in command[1:]]
+    assert main([*filled, "--limit", "2"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -149,3 +183,17 @@ def test_a_second_ctrl_c_says_where_the_run_stands(tmp_path: Path, capsys: pytes
             go(folder, Stopped([0.0] * 9, dies_at=dies_at), eval_every=0, save_every=2)
         said = capsys.readouterr().err
         assert f"sft: stopped at once; {kept}; go on from there: upslope sft --resume --output-dir {folder}\n" in said
+
+
+def test_it_is_said_what_is_trained_and_that_nothing_is_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sft", *SMALL, "--model", tiny(), "--data", pairs_file(tmp_path / "five.jsonl"), "--lora-rank", "2"]
+    assert main([*words, "--output-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().err
+    opening = next(line for line in said.splitlines() if line.startswith("upslope: trains on 5, "))
+    assert "none held out (nothing is measured)" in opening
+    found = re.findall(r"([\d,]+) of its ([\d,]+) parameters", opening)[0]
+    trained, whole = (int(number.replace(",", "")) for number in found)
+    assert 0 < trained < whole / 2
+    assert said.count("sft: 2/2 steps") == 1

@@ -296,6 +296,8 @@ def test_the_schedule_begins_at_the_resume_where_it_was(tmp_path: Path) -> None:
         ({"eval_every": 0}, "evaluation runs 1 time on up to 200 samples"),
         ({"num_epochs": 3.0}, "num_epochs = 3 over 10 sequences sets max_steps to 8."),
         ({"batch_size": 5}, "7 steps see 35 sequences: 3.5 passes over the data."),
+        ({"num_epochs": 3.0, "eval_every": 0}, "It stops after 8 steps."),
+        ({"max_seconds": 9.0}, "It stops after 7 steps or 9 seconds, whichever comes first."),
     ],
 )
 def test_the_plan_counts_as_the_run_does(changes: dict[str, Any], said: str) -> None:

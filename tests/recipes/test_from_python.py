@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_model import tiny_folder
 
 import upslope
+from upslope.build import load_policy, make_optimizer
 from upslope.cli import main, parse
-from upslope.config import load
-from upslope.errors import ConfigError, DataError, RunError
-from upslope.options import GRPOOptions, SFTOptions
+from upslope.config import check, load
+from upslope.errors import ConfigError, DataError, ModelError, RunError
+from upslope.options import GRPOOptions, PPOOptions, SFTOptions
 from upslope.recipes.grpo import grpo
 from upslope.recipes.plan import CLASSES
 from upslope.recipes.sft import sft
@@ -169,3 +172,13 @@ def test_a_run_repeats_from_its_config_after_a_resume(
     assert (read.resume, read.output_dir) == (False, None)
     Path("mine.toml").write_text(old)
     assert parse("grpo", GRPOOptions, ["--config", "mine.toml"]).resume
+
+
+def test_what_is_wrong_with_options_made_in_python_is_said_truly(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"also a single one in brackets, as in \[f\]"):
+        check(GRPOOptions(reward=lambda prompts, completions: [0.0]))  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="give a model folder"):
+        load_policy(PPOOptions(model="/no-such-folder"))
+    good = PPOOptions(model=str(tiny_folder(tmp_path / "m")), dtype="float32")
+    with pytest.raises(ConfigError, match="learning_rate"):
+        make_optimizer(load_policy(good), replace(good, learning_rate=-1.0), [])

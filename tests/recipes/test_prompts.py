@@ -182,7 +182,7 @@ def test_an_error_in_the_first_step_saves_nothing(
     (tmp_path / "broken").touch()
     with pytest.raises(DataError, match="no reward could be computed"):
         grpo(options("grpo", tiny, task, tmp_path / "run", eval_samples=0))
-    assert "no step is saved: the run begins anew" in capsys.readouterr().err
+    assert "upslope: no step had been saved yet\n" in capsys.readouterr().err
     assert not list((tmp_path / "run" / "checkpoints").iterdir())
 
 

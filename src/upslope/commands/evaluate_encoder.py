@@ -9,11 +9,13 @@ from typing import Any
 from upslope.commands.evaluate_inputs import Inputs
 from upslope.data.labels import TaggedSentence, read_conll, read_labelled
 from upslope.errors import ConfigError
+from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.measurement import Measurement, out_of
 from upslope.evaluation.metrics import Texts, measure
 from upslope.models.kinds import ModelKind
+from upslope.models.weights import read_config
 from upslope.options import TagOptions
 from upslope.recipes.classify import load_classifier
 from upslope.recipes.encoder import load_start, pads_of, predict
@@ -33,17 +35,33 @@ def measure_encoder(kind: ModelKind, folder: Path, inputs: Inputs) -> list[Measu
     o = inputs.options
     found: list[Measurement | Figure] = []
     if o.data is not None:
-        wrong = [name for name in o.metrics if name not in _LABELS[kind]]
+        number = kind == "classifier" and len(read_config(folder).get("id2label") or ()) == 1
+        names = () if number else _LABELS[kind]
+        wrong = [name for name in o.metrics if name not in names]
         if wrong or o.judge is not None or o.samples is not None:
             named = wrong[0] if wrong else "judge" if o.judge is not None else "samples"
-            raise ConfigError(f"{folder.name} is a {kind}, which gives labels: {named} is about texts")
-        texts = _labelled(folder, inputs) if kind == "classifier" else _tagged(folder, inputs)
-        found += out_of(measure(o.metrics, texts), inputs.available[str(o.data)])
+            given, about = ("numbers", "labels or texts") if number else ("labels", "texts")
+            raise ConfigError(f"{folder.name} is a {kind}, which gives {given}: {named} is about {about}")
+        if number:
+            found += _numbers(folder, inputs)
+        else:
+            texts = _labelled(folder, inputs) if kind == "classifier" else _tagged(folder, inputs)
+            found += measure(o.metrics or names, texts)
+        found = out_of(found, inputs.available[str(o.data)])
     if o.benchmark:
         classifier = load_classifier(str(folder), dtype=o.dtype)
         for spec in o.benchmark:
             found += benchmark_figures(classifier, spec, limit=o.limit, seed=o.seed)
     return found
+
+
+def _numbers(folder: Path, inputs: Inputs) -> list[Figure]:
+    o = inputs.options
+    rows = inputs.first(str(o.data), read_labelled(str(o.data), columns=o.columns, numbers=True))
+    said = [z[0] for z in load_classifier(str(folder), dtype=o.dtype).logits(rows)]
+    truth = [float(row.label) for row in rows]
+    both = {"pearson": pearson(truth, said, seed=o.seed), "spearman": spearman(truth, said, seed=o.seed)}
+    return [Figure(name, *interval, len(rows), str(o.data)) for name, interval in both.items()]
 
 
 def _labelled(folder: Path, inputs: Inputs) -> Texts:

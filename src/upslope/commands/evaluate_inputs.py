@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
+from itertools import count
 from typing import TypeVar
 
 from upslope.data.kinds import Record
@@ -114,6 +115,8 @@ def check_kind(source: str, kind: ModelKind, options: EvalOptions) -> None:
         able = ", ".join(f"--{name}" for name in _MEASURED[kind])
         instead = f"but {able}" if able else "nor anything else: it has no head yet (upslope classify, tag)"
         raise ConfigError(f"{source} is a {kind}: --{wrong[0]} cannot be asked of it, {instead}")
+    if kind == "language model" and options.data is not None and not options.metrics and options.judge is None:
+        raise ConfigError("data needs to be judged: name metrics (as in --metrics bleu chrf) or a judge")
 
 
 @contextmanager
@@ -121,10 +124,11 @@ def progress(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error for a callback (done, total); nothing is shown before its first call."""
     with ExitStack() as stack:
         bar: list[Progress] = []
+        steps = count(1)
 
         def advance(done: int, total: int) -> None:
             if not bar:
                 bar.append(stack.enter_context(Progress(total, label, unit=unit)))
-            bar[0].advance(done - bar[0].done)
+            bar[0].advance(done - bar[0].done, {"decoding_steps": next(steps)} if unit == "completion" else None)
 
         yield advance

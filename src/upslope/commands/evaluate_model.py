@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 from upslope.atomic import write_atomic
 from upslope.build import Policy, device_of_machine, load_inference, make_engine
 from upslope.commands.evaluate_inputs import Inputs, progress
 from upslope.data.chat import encode_prompt, load_tokenizer
-from upslope.engine.engine import Engine
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure
@@ -29,7 +29,7 @@ from upslope.rollout.collect import collect
 from upslope.rollout.reward_model import load_reward_model
 from upslope.rollout.workers import make_scorer
 from upslope.tasks.base import SPLITS, Task
-from upslope.types import Completion, Message, SamplingParams
+from upslope.types import Message, SamplingParams
 
 __all__ = ["KEY_VARIABLE", "Measured", "judge_answers", "measure_language_model", "measure_reward_model"]
 
@@ -145,7 +145,8 @@ def _tasks(policy: Policy, inputs: Inputs) -> Measured:
             policy, sequences=len(prompts) * params.n, longest=longest + params.max_tokens, max_batch=64
         )
         with make_scorer(task) as judge, progress(f"task {spec}", "completion") as shown:
-            groups, _ = collect(_Reporting(engine, shown), policy.tokenizer, judge, prompts, params)
+            reporting = SimpleNamespace(generate=partial(engine.generate, on_progress=shown))
+            groups, _ = collect(reporting, policy.tokenizer, judge, prompts, params)
         found += _held_out(task, out_of(verdicts(groups, spec), inputs.available[spec]))
     return found
 
@@ -177,16 +178,3 @@ def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
         replace(one, detail={**one.detail, "cut": cut, "completions": len(texts)})
         for one in judge_answers(texts, inputs)
     ]
-
-
-class _Reporting:
-    """An engine whose `generate` tells how far it is."""
-
-    def __init__(self, engine: Engine, shown: Any) -> None:
-        self.engine, self.shown = engine, shown
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, keys: Sequence[int] | None = None
-    ) -> list[list[Completion]]:
-        """As `Engine.generate`."""
-        return self.engine.generate(prompts, params, keys=keys, on_progress=self.shown)

@@ -30,4 +30,4 @@ def near_names(path: Path) -> str:
     if near:
         return f"did you mean {' or '.join(str(path.parent / name) for name in near)}?"
     more = f" and {len(there) - 6} more" if len(there) > 6 else ""
-    return f"{path.parent} holds {', '.join(there[:6])}{more}" if there else ""
+    return f"{path.parent} holds {', '.join(there[:6])}{more}" if there and path.parent.name else ""

@@ -33,7 +33,10 @@ class EvalOptions(ColumnOptions):
     data: str | None = None
     """Rows to answer: prompt or messages, and completion, reference or references; a .txt of references to compare."""
     metrics: tuple[str, ...] = ()
-    """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer."""
+    """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer.
+
+    Left out: accuracy and macro_f1 of a classifier, the correlations of one of numbers, entity_f1 of a tagger.
+    """
     language: str = "en"
     """Language of the references (zh, ja, ko, de, ...): chooses the tokenizer of BLEU, TER, ROUGE and error rates."""
     judge: str | None = None
@@ -122,7 +125,7 @@ class EvalOptions(ColumnOptions):
     def _check_pairs(self) -> None:
         if self.hypotheses and self.needs_model:
             raise ConfigError(f"{self.needs_model[0]} needs a model, and hypotheses are finished answers: name models")
-        if self.data is not None and not self.metrics and self.judge is None:
+        if self.hypotheses and self.data is not None and not self.metrics and self.judge is None:
             raise ConfigError("data needs to be judged: name metrics (as in --metrics bleu chrf) or a judge")
         for name in ("metrics", "judge", "samples", "hypotheses"):
             if getattr(self, name) and self.data is None:

@@ -38,21 +38,22 @@ from upslope.models.encoder import Encoder, load_encoder
 from upslope.models.sources import resolve
 from upslope.options.encoder import ClassifyOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
-from upslope.recipes.encoder_report import finish, show
+from upslope.recipes.encoder_report import finish
+from upslope.recipes.encoder_report import show as show_encoder
 from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
-from upslope.recipes.session import Evaluation, begin, run_verb, train
+from upslope.recipes.session import Evaluation, begin, train
 from upslope.runs.progress import told
 
-__all__ = ["Classifier", "Classify", "classify", "load_classifier", "run"]
+__all__ = ["Classifier", "Classify", "classify", "load_classifier", "show"]
 
 
 NUMBER = ("score",)
 """The one label of a head that gives a number."""
 
 
-def run(options: ClassifyOptions) -> int:
-    """The verb `upslope classify`."""
-    return run_verb(options, lambda o: show(o, _prepare(o, None)[0]), classify)
+def show(options: ClassifyOptions) -> int:
+    """Print what the run would do."""
+    return show_encoder(options, _prepare(options, None)[0])
 
 
 def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[str, Any]:

@@ -12,13 +12,27 @@ from typing import Any
 from upslope.data.kinds import record_of
 from upslope.data.readers import rows_of
 from upslope.errors import UpslopeError
-from upslope.options import RunOptions
+from upslope.options import EvalOptions, RunOptions
 from upslope.runs.folder import Run
 from upslope.runs.lines import in_words
+from upslope.tasks.specs import Spec, format_spec
 from upslope.training import checkpoint
 from upslope.training.stopping import StopWhen
 
-__all__ = ["closing_words", "commands_of", "measured", "told_when_stopped"]
+__all__ = ["closing_words", "commands_of", "measured", "opening_words", "told_when_stopped"]
+
+
+def opening_words(options: RunOptions, learner: Any) -> str:
+    """One line on what is trained: rows, model, parameters, learning rate, dtype."""
+    model = learner.policy.model if hasattr(learner, "policy") else getattr(learner, "encoder", None)
+    train = learner.account.splits.get("train")
+    words = [f"trains on {train.rows:,}, {learner.account.held_out}"] if train else []
+    if model is not None:
+        counts = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        whole, trained = sum(n for n, _ in counts), sum(n for n, moves in counts if moves)
+        part = f"{trained:,} of its {whole:,}" if trained < whole else f"its {whole:,}"
+        words.append(f"{options.model}: {part} parameters, in {str(model.dtype).removeprefix('torch.')}")
+    return "; ".join([*words, f"learning rate {options.learning_rate:g}, {options.max_steps:,} steps"])
 
 
 def measured(run: Run, stop: StopWhen) -> dict[str, Any]:
@@ -27,7 +41,7 @@ def measured(run: Run, stop: StopWhen) -> dict[str, Any]:
     return {"measure": run.measure, "start": run.evaluated(0) if stop.steps else None, "best": best}
 
 
-def commands_of(verb: str, options: RunOptions, folder: Path, stop: StopWhen, tokenizer: Any) -> dict[str, str]:
+def commands_of(verb: str, options: Any, folder: Path, stop: StopWhen, tokenizer: Any) -> dict[str, str]:
     """Command lines by what they are for; `tokenizer` is that of a model that writes texts, else None."""
     run, found = str(folder), {}
     if tokenizer is not None and verb != "reward":
@@ -38,6 +52,8 @@ def commands_of(verb: str, options: RunOptions, folder: Path, stop: StopWhen, to
         found["evaluate"] = ["eval", run, *measure]
     if "chat" in found:
         found["serve"] = ["serve", run]
+    if verb == "reward":
+        found["use"] = ["grpo", "--model", options.model, "--reward", format_spec(Spec("reward_model", {"path": run}))]
     found["continue"] = [verb, "--resume", "--output-dir", run, *_further(options, stop)]
     return {name: shlex.join(["upslope", *words]) for name, words in found.items()}
 
@@ -76,31 +92,37 @@ def told_when_stopped(verb: str, run: Run) -> Iterator[None]:
 
 
 def _measuring(verb: str, options: Any) -> list[str]:
-    """The options of `upslope eval` for what the run held out in a file or task; none where eval cannot tell that."""
-    task = getattr(options, "task", None)
+    """The options of `upslope eval` for the run's held-out file (or else FILE) or task; [] where it cannot tell."""
+    task, longest = getattr(options, "task", None), getattr(options, "max_completion_length", None)
+    length = [] if longest in (None, EvalOptions.max_completion_length) else ["--max-completion-length", str(longest)]
     if task is not None:
-        return [] if getattr(options, "reward", ()) else ["--task", task]
+        return [] if getattr(options, "reward", ()) else ["--task", task, *length]
     held_out = getattr(options, "test_data", None) or getattr(options, "eval_data", None)
     files = [held_out] if isinstance(held_out, str) else list(held_out or ())
-    if not files or not all(Path(file).is_file() for file in files):
+    if not all(Path(file).is_file() for file in files):
         return []
+    files = files or ["FILE"]
     if verb == "pretrain":
         return [] if options.architecture == "encoder" else ["--perplexity", *files]
     if verb == "reward":
         return ["--preferences", *files] if options.kind == "outcome" else []
     if verb in ("classify", "tag"):
-        columns = ("text_column", "label_column", "pair_column", "token_column", "tag_column")
+        columns = ("text_column", "label_column", "pair_column", "token_column", "tag_column", "tag_scheme")
         default = type(options)()
-        if any(getattr(options, name, None) != getattr(default, name, None) for name in (*columns, "objective")):
-            return []
-        return ["--data", *files, "--metrics", *(["entity_f1"] if verb == "tag" else ["accuracy", "macro_f1"])]
+        own = any(getattr(options, name, None) != getattr(default, name, None) for name in columns)
+        return [] if own else ["--data", *files]
+    alike = files[0] if held_out else getattr(options, "data", None) or ""
+    if not Path(alike).is_file():
+        return []
     with suppress(UpslopeError):
-        where, row = next(rows_of(files[0]))
-        record = record_of(row, where)
-        if record.text is not None:
-            return ["--perplexity", *files]
+        where, row = next(rows_of(alike, columns=options.columns))
+        columns = ["--columns", *options.columns] if options.columns else []
+        if record_of(row, where).text is not None:
+            return [] if columns else ["--perplexity", *files]
+        if verb == "sft" and longest == type(options).max_completion_length:
+            length = []  # it is about a task: replies to rows may be longer
         if verb in ("sft", "seq2seq"):
-            return ["--data", *files, "--metrics", "bleu" if verb == "seq2seq" else "rougeL"]
+            return ["--data", *files, "--metrics", "bleu" if verb == "seq2seq" else "rougeL", *columns, *length]
     return []
 
 

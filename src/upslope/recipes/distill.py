@@ -36,13 +36,13 @@ from upslope.models.protocol import CausalModel
 from upslope.models.sources import resolve
 from upslope.options import DistillOptions
 from upslope.recipes.distill_data import Item, load_items, with_room
-from upslope.recipes.dry_run_imitation import show_imitation
+from upslope.recipes.dry_run_imitation import show_imitation as show
 from upslope.recipes.fingerprint import prompt_row
 from upslope.recipes.held_out import per_token
 from upslope.recipes.kept import within_context
 from upslope.recipes.learner import PolicyLearner, weighted
 from upslope.recipes.prompts import held_out_of
-from upslope.recipes.session import Evaluation, StepResult, begin, run_verb, train
+from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.recipes.sft import held_out_groups
 from upslope.rollout.collect import sampling_keys
 from upslope.rollout.judge import length_metrics
@@ -51,12 +51,7 @@ from upslope.tasks.loading import load_task
 from upslope.training.step import Outputs, evaluating, forward
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
 
-__all__ = ["Distill", "distill", "load_teacher", "run"]
-
-
-def run(options: DistillOptions) -> int:
-    """The verb `upslope distill`."""
-    return run_verb(options, show_imitation, distill)
+__all__ = ["Distill", "distill", "load_teacher", "show"]
 
 
 def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[str, Any]:

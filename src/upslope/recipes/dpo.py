@@ -37,20 +37,15 @@ from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.preference import PreferenceLearner, read_rows, right_of, show_preference
-from upslope.recipes.session import begin, run_verb, train
+from upslope.recipes.session import begin, train
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches
 from upslope.types import Batch
 
-__all__ = ["DPO", "dpo", "run"]
+__all__ = ["DPO", "dpo", "show"]
 
 REFERENCED = ("dpo", "ipo", "kto")
-
-
-def run(options: DPOOptions) -> int:
-    """The verb `upslope dpo`."""
-    return run_verb(options, _show, dpo)
 
 
 def dpo(options: DPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -193,7 +188,7 @@ def load_rows(
     return read_rows(options, tokenizer, judged_of if options.loss == "kto" else pairs_of)
 
 
-def _show(options: DPOOptions) -> int:
+def show(options: DPOOptions) -> int:
     policy = load_policy(options)
     rows, held_out, account = load_rows(within_context(options, policy), policy.tokenizer)
     scored = len(rows) if options.loss in REFERENCED else 0

@@ -301,8 +301,9 @@ def report(
         f"model: {spec.parameters:,} parameters, {spec.num_layers} layers, width {spec.hidden_size}, "
         f"{policy.model.dtype}".replace("torch.", "")
     )
+    held = f"{held_out:,} held-out sample{'s' * (held_out != 1)}" if held_out else "nothing: no rows are held out"
     for line in plan.words:
-        console.print(f"- {line}")
+        console.print(f"- {line.replace(f'up to {options.eval_samples} samples', held)}")
     for line in [*account.lines(), *(asked.words if asked else ()), *(judged.words if judged else ())]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(

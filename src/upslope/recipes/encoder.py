@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from upslope.models.sources import resolve
 from upslope.options.encoder import EncoderOptions
 from upslope.recipes.encoder_objective import Objective
 from upslope.recipes.kept import DataAccount
+from upslope.recipes.plan import in_steps
 from upslope.recipes.session import StepResult
 from upslope.runs.folder import Run
 from upslope.training.optim import MasterAdamW, decay_groups
@@ -282,10 +283,7 @@ class EncoderLearner:
         self.encoder, self.tokenizer = start.encoder, start.tokenizer
         self.run: Run | None = None
         self.rows, self.account = rows, account
-        if options.num_epochs is not None:
-            steps = max(1, round(options.num_epochs * len(rows) / options.batch_size))
-            options = replace(options, max_steps=steps, num_epochs=None)
-        self.options = options
+        self.options = options = in_steps(options, len(rows))
         self.objective = Objective(
             kind=options.objective,
             rewards_CC=torch.tensor(rewards, dtype=torch.float32),

@@ -33,24 +33,19 @@ from upslope.data.batching import PromptStream
 from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
 from upslope.options import ExpertOptions
-from upslope.recipes.dry_run_imitation import show_imitation
+from upslope.recipes.dry_run_imitation import show_imitation as show
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.learner import likelihood
 from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.recipes.session import StepResult, begin, run_verb, train
+from upslope.recipes.session import StepResult, begin, train
 from upslope.rollout.judge import reward_metrics
 from upslope.training.experience import Experience
 from upslope.training.schedule import rate_at
 from upslope.training.step import Outputs
 from upslope.types import Batch, Example, RolloutGroup
 
-__all__ = ["Expert", "expert", "run"]
-
-
-def run(options: ExpertOptions) -> int:
-    """The verb `upslope expert`."""
-    return run_verb(options, show_imitation, expert)
+__all__ = ["Expert", "expert", "show"]
 
 
 def expert(options: ExpertOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -39,20 +39,15 @@ from upslope.functional.policy_losses import (
     soft_gated,
 )
 from upslope.options import GRPOOptions
-from upslope.recipes.dry_run import show_policy_gradient
+from upslope.recipes.dry_run import show_policy_gradient as show
 from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import begin, run_verb, train
+from upslope.recipes.session import begin, train
 from upslope.training.experience import Experience, Normalizer, group_rewards, trainable
 from upslope.training.step import Outputs, score
 from upslope.types import Batch, RolloutGroup
 
-__all__ = ["GRPO", "grpo", "run"]
-
-
-def run(options: GRPOOptions) -> int:
-    """The verb `upslope grpo`."""
-    return run_verb(options, show_policy_gradient, grpo)
+__all__ = ["GRPO", "grpo", "show"]
 
 
 def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -83,6 +83,12 @@ class DataAccount:
         """With the problems of a task that are measured."""
         return self if held is None else replace(self, splits={**self.splits, "eval": held.split})
 
+    @property
+    def held_out(self) -> str:
+        """How many rows are measured, in words."""
+        rows = sum(split.rows for name, split in self.splits.items() if name in ("eval", "dev"))
+        return f"{rows:,} held out" if rows else "none held out (nothing is measured)"
+
     def lines(self) -> list[str]:
         """A line for every split that lost rows."""
         return [str(split) for split in self.splits.values() if split.dropped]

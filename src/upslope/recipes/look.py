@@ -8,20 +8,23 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from upslope.data.readers import near_file
+from upslope.data.kinds import record_of
+from upslope.data.readers import near_file, rows_of
 from upslope.errors import ConfigError, DataError, ModelError, RunError
 from upslope.models.unknown_names import is_path, near_names
-from upslope.options import RunOptions
-from upslope.tasks.loading import parse_rewards
+from upslope.options import DistillOptions, DPOOptions, RewardOptions, RunOptions, SFTOptions
+from upslope.tasks.loading import check_reward, parse_rewards
 from upslope.tasks.specs import parse_spec
 
 __all__ = ["look"]
 
 ROWS = "data eval_data test_data mix_data rewards prompts rescore hypotheses preferences perplexity benchmark configs"
 MODELS = "model models compare teacher critic base tokenizer"
+_RECORDS, _BY_LINE = (SFTOptions, DPOOptions, RewardOptions, DistillOptions), (".jsonl", ".csv", ".txt")
 _FILE = re.compile(r".*\.(jsonl?|csv|tsv|txt|parquet|conll|tokens|toml)(\.gz)?", re.IGNORECASE)
 
 
@@ -45,9 +48,17 @@ def look(options: Any, *, skip: tuple[str, ...] = ()) -> None:
             for key, value in spec.params.items():
                 if key.endswith(("path", "file")) and isinstance(value, str):
                     _file(value, ModelError if spec.name == "reward_model" else DataError)
+            if option == "reward":
+                check_reward(spec)
     for text in _texts(options, "from_run"):
         _run(text)
-    if not isinstance(options, RunOptions) or options.output_dir is None:
+    if not isinstance(options, RunOptions):
+        return
+    for source in [*_texts(options, "data"), *_texts(options, "eval_data")] if isinstance(options, _RECORDS) else []:
+        if source.lower().removesuffix(".gz").endswith(_BY_LINE) and Path(source).is_file():
+            for where, row in islice(rows_of(source, columns=options.columns), 3):
+                record_of(row, where)
+    if options.output_dir is None:
         return
     folder = Path(options.output_dir)
     if options.resume:

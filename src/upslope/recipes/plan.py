@@ -2,43 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from upslope.options import (
-    ClassifyOptions,
-    DistillOptions,
-    DPOOptions,
-    EncoderOptions,
-    ExpertOptions,
-    GRPOOptions,
-    PPOOptions,
-    PretrainOptions,
-    ReinforceOptions,
-    RewardOptions,
-    RLOptions,
-    RunOptions,
-    SFTOptions,
-    TagOptions,
-)
-from upslope.options.seq2seq import Seq2SeqOptions
+from upslope import options as kinds
+from upslope.options import RLOptions, RunOptions
 
 __all__ = ["CLASSES", "Plan", "in_steps", "plan_of"]
 
-CLASSES: dict[str, type[RunOptions]] = {
-    "pretrain": PretrainOptions,
-    "sft": SFTOptions,
-    "reinforce": ReinforceOptions,
-    "ppo": PPOOptions,
-    "grpo": GRPOOptions,
-    "seq2seq": Seq2SeqOptions,
-    "expert": ExpertOptions,
-    "distill": DistillOptions,
-    "reward": RewardOptions,
-    "dpo": DPOOptions,
-    "classify": ClassifyOptions,
-    "tag": TagOptions,
-}
+_NAMES = ("Pretrain", "SFT", "Reinforce", "PPO", "GRPO", "Seq2Seq")
+_NAMES += ("Expert", "Distill", "Reward", "DPO", "Classify", "Tag")
+CLASSES: dict[str, type[RunOptions]] = {name.lower(): getattr(kinds, f"{name}Options") for name in _NAMES}
 """The options class of every training verb; configs/VERB_*.toml and `upslope explain VERB` go by it."""
 
 
@@ -56,38 +31,20 @@ class Plan:
 
 def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
     """The plan of a training configuration; `examples` is the size of the supervised data where known."""
-    if isinstance(options, PretrainOptions):
-        return _pretrain(options, examples)
-    if isinstance(options, SFTOptions):
-        return _sft(options, examples)
-    if isinstance(options, Seq2SeqOptions):
-        return _seq2seq(options, examples)
-    if isinstance(options, EncoderOptions):
-        return _encoder(options, examples)
-    if isinstance(options, ExpertOptions):
-        return _expert(options)
-    if isinstance(options, DistillOptions):
-        return _distill(options)
-    if isinstance(options, DPOOptions | RewardOptions):
-        return _preference(options, examples)
-    assert isinstance(options, RLOptions)
-    return _policy_gradient(options)
+    return next(plan for kind, plan in _PLANS.items() if isinstance(options, kind))(options, examples)
 
 
 def in_steps(options: Any, items: int | None = None) -> Any:
     """The options with max_steps in place of num_epochs (passes over `items`) or of an expert's num_rounds."""
-    if isinstance(options, ExpertOptions) and options.num_rounds is not None:
+    if isinstance(options, kinds.ExpertOptions) and options.num_rounds is not None:
         return replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
-    if items is None or not isinstance(options, _Epochs) or options.num_epochs is None:
+    if items is None or isinstance(options, RLOptions) or getattr(options, "num_epochs", None) is None:
         return options
     steps = max(1, round(options.num_epochs * items / options.batch_size))
     return replace(options, max_steps=steps, num_epochs=None)
 
 
-_Epochs = PretrainOptions | SFTOptions | EncoderOptions | DPOOptions | RewardOptions | Seq2SeqOptions
-
-
-def _steps(o: _Epochs, examples: int | None, words: list[str], items: str, whole: str = "the data") -> int:
+def _steps(o: Any, examples: int | None, words: list[str], items: str, whole: str = "the data") -> int:
     """Optimizer steps of a pass over data; what is known of them goes to `words`."""
     steps = o.max_steps
     if examples:
@@ -95,11 +52,12 @@ def _steps(o: _Epochs, examples: int | None, words: list[str], items: str, whole
             steps = in_steps(o, examples).max_steps
             words.append(f"num_epochs = {o.num_epochs:g} over {examples:,} {items} sets max_steps to {steps:,}.")
         passes = steps * o.batch_size / examples
-        words.append(f"{steps:,} steps see {steps * o.batch_size:,} {items}: {passes:.2g} passes over {whole}.")
+        see = "steps see" if steps > 1 else "step sees"
+        words.append(f"{steps:,} {see} {steps * o.batch_size:,} {items}: {passes:.2g} passes over {whole}.")
     return steps
 
 
-def _pretrain(o: PretrainOptions, examples: int | None) -> Plan:
+def _pretrain(o: kinds.PretrainOptions, examples: int | None) -> Plan:
     words = [
         f"Each step reads {o.batch_size} windows of {o.context_length} tokens, {o.batch_size * o.context_length:,} in "
         "all, and makes one optimizer step.",
@@ -108,21 +66,21 @@ def _pretrain(o: PretrainOptions, examples: int | None) -> Plan:
     if o.label_smoothing:
         words.append(f"{o.label_smoothing:.0%} of every target is spread evenly over the vocabulary.")
     steps = _steps(o, examples, words, "windows", "the text")
-    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
+    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o, steps)))
 
 
-def _sft(o: SFTOptions, examples: int | None) -> Plan:
+def _sft(o: kinds.SFTOptions, examples: int | None) -> Plan:
     words = [f"Each step trains on {o.batch_size} sequences and makes one optimizer step."]
     if o.loss == "dft":
         words.append("The loss of every token is weighted by the probability the model gives it (dynamic fine-tuning).")
     if o.label_smoothing:
         words.append(f"{o.label_smoothing:.0%} of every target is spread evenly over the vocabulary.")
     steps = _steps(o, examples, words, "sequences")
-    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
+    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o, steps)))
 
 
-def _encoder(o: EncoderOptions, examples: int | None) -> Plan:
-    item = "word" if isinstance(o, TagOptions) else "text"
+def _encoder(o: kinds.EncoderOptions, examples: int | None) -> Plan:
+    item = "word" if isinstance(o, kinds.TagOptions) else "text"
     reward = f"the rewards in {o.rewards}" if o.rewards else "reward 1 for the right label, 0 for another"
     words = [
         f"Each step trains on {o.batch_size} rows and makes one optimizer step.",
@@ -140,15 +98,17 @@ def _encoder(o: EncoderOptions, examples: int | None) -> Plan:
         words.append("The test rows are scored once, at the end, with the checkpoint that was best on dev.")
     if o.lora_rank:
         words.append("The head is trained in full beside the adapters.")
-    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
+    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o, steps)))
 
 
-def _preference(o: DPOOptions | RewardOptions, examples: int | None) -> Plan:
-    labelled = (isinstance(o, DPOOptions) and o.loss == "kto") or (isinstance(o, RewardOptions) and o.kind == "process")
+def _preference(o: kinds.DPOOptions | kinds.RewardOptions, examples: int | None) -> Plan:
+    labelled = (isinstance(o, kinds.DPOOptions) and o.loss == "kto") or (
+        isinstance(o, kinds.RewardOptions) and o.kind == "process"
+    )
     rows, width = ("rows", 1) if labelled else ("pairs", 2)
     words = [f"Each step trains on {o.batch_size} {rows} ({width * o.batch_size} sequences), one optimizer step."]
     steps = _steps(o, examples, words, rows)
-    if isinstance(o, DPOOptions):
+    if isinstance(o, kinds.DPOOptions):
         if o.loss in ("orpo", "simpo"):
             words.append(f"{o.loss} has no reference model.")
         else:
@@ -160,10 +120,10 @@ def _preference(o: DPOOptions | RewardOptions, examples: int | None) -> Plan:
             "The language head is left out; a scalar head is read at the end of each "
             + ("step." if o.kind == "process" else "answer.")
         )
-    return Plan(width * o.batch_size, 1, steps, 1, 0, tuple(words + _common(o)))
+    return Plan(width * o.batch_size, 1, steps, 1, 0, tuple(words + _common(o, steps)))
 
 
-def _expert(o: ExpertOptions) -> Plan:
+def _expert(o: kinds.ExpertOptions, _: int | None) -> Plan:
     o = in_steps(o)
     rounds = -(-o.max_steps // o.train_steps)
     samples = o.num_prompts * o.num_generations
@@ -185,7 +145,7 @@ def _expert(o: ExpertOptions) -> Plan:
     return Plan(o.batch_size, 1, o.max_steps, 1, samples * o.max_completion_length, tuple(words + _common(o)))
 
 
-def _distill(o: DistillOptions) -> Plan:
+def _distill(o: kinds.DistillOptions, _: int | None) -> Plan:
     own = o.num_prompts * o.on_policy_fraction
     sequences = round(own * o.num_generations + o.num_prompts - own)
     loss = {"forward": "KL(teacher || student)", "reverse": "KL(student || teacher)", "jsd": "the generalised JSD"}
@@ -200,7 +160,7 @@ def _distill(o: DistillOptions) -> Plan:
     return Plan(sequences, 1, o.max_steps, 1, new, tuple(words + _common(o)))
 
 
-def _seq2seq(o: Seq2SeqOptions, examples: int | None) -> Plan:
+def _seq2seq(o: kinds.Seq2SeqOptions, examples: int | None) -> Plan:
     risk = o.objective == "minimum_risk"
     if risk:
         words = [
@@ -213,13 +173,15 @@ def _seq2seq(o: Seq2SeqOptions, examples: int | None) -> Plan:
     steps = _steps(o, examples, words, "sources" if risk else "pairs")
     sequences = o.batch_size * (o.num_samples + o.include_reference if risk else 1)
     new_tokens = o.batch_size * o.num_samples * o.max_completion_length if risk else 0
-    return Plan(sequences, 1, steps, 1 + risk, new_tokens, tuple(words + _common(o)))
+    return Plan(sequences, 1, steps, 1 + risk, new_tokens, tuple(words + _common(o, steps)))
 
 
-def _policy_gradient(o: RLOptions) -> Plan:
+def _policy_gradient(o: RLOptions, _: int | None) -> Plan:
     sequences = o.num_prompts * o.num_generations
-    epochs = o.num_epochs if isinstance(o, PPOOptions) else o.num_iterations if isinstance(o, GRPOOptions) else 1
-    minibatches = min(o.num_minibatches, o.num_prompts) if isinstance(o, PPOOptions | GRPOOptions) else 1
+    epochs = (
+        o.num_epochs if isinstance(o, kinds.PPOOptions) else o.num_iterations if isinstance(o, kinds.GRPOOptions) else 1
+    )
+    minibatches = min(o.num_minibatches, o.num_prompts) if isinstance(o, kinds.PPOOptions | kinds.GRPOOptions) else 1
     updates = epochs * minibatches
     words = [
         f"Each step samples {o.num_prompts} prompts x {o.num_generations} completions = {sequences} sequences of at "
@@ -228,16 +190,16 @@ def _policy_gradient(o: RLOptions) -> Plan:
         f"The step passes over them {epochs} time{'s' * (epochs > 1)} in {minibatches} "
         f"minibatch{'es' * (minibatches > 1)} of about {sequences // minibatches} sequences: "
         f"{updates} optimizer step{'s' * (updates > 1)}.",
-        f"{o.max_steps:,} steps draw {o.max_steps * o.num_prompts:,} prompts: "
+        f"{o.max_steps:,} step{'s draw' if o.max_steps != 1 else ' draws'} {o.max_steps * o.num_prompts:,} prompts: "
         f"{o.max_steps * o.num_prompts / o.num_train_prompts:.2g} passes over {o.num_train_prompts:,} problems.",
     ]
-    if updates == 1 and not isinstance(o, ReinforceOptions):
+    if updates == 1 and not isinstance(o, kinds.ReinforceOptions):
         words.append("One optimizer step per batch: every ratio is 1 and clipping never acts (plain policy gradient).")
-    if isinstance(o, ReinforceOptions):
+    if isinstance(o, kinds.ReinforceOptions):
         words += _reinforce_words(o)
-    if isinstance(o, PPOOptions):
+    if isinstance(o, kinds.PPOOptions):
         words += _ppo_words(o)
-    if isinstance(o, GRPOOptions):
+    if isinstance(o, kinds.GRPOOptions):
         words.append(_reference_words(o.beta, "beta", o.lora_rank))
         if o.dynamic_sampling:
             words.append(
@@ -259,7 +221,7 @@ def _lag_words(o: RLOptions) -> list[str]:
     return [f"It trains on what was sampled {o.rollout_lag} step{'s' * (o.rollout_lag > 1)} before."]
 
 
-def _reinforce_words(o: ReinforceOptions) -> list[str]:
+def _reinforce_words(o: kinds.ReinforceOptions) -> list[str]:
     baseline = {
         "none": "Nothing is subtracted from the return.",
         "moving": "The baseline is a moving mean of past rewards.",
@@ -277,7 +239,7 @@ def _critic_words(critic: str) -> str:
     }.get(critic, f"The critic starts from the reward model {critic}, with its own optimizer.")
 
 
-def _ppo_words(o: PPOOptions) -> list[str]:
+def _ppo_words(o: kinds.PPOOptions) -> list[str]:
     words = [_critic_words(o.critic), _reference_words(o.kl_coef, "kl_coef", o.lora_rank)]
     if o.gamma == 1 and o.lam == 1:
         words.append("gamma = lam = 1: the advantage is the whole later reward minus the value.")
@@ -294,21 +256,35 @@ def _reference_words(weight: float, name: str, lora_rank: int) -> str:
     return "The reference model is a frozen copy of the start model, in the compute dtype."
 
 
-def _common(o: RunOptions) -> list[str]:
+def _common(o: RunOptions, steps: int | None = None) -> list[str]:
+    steps = steps or o.max_steps
     words = [
         f"Micro-batches hold at most {o.micro_batch_tokens:,} packed tokens; their number does not change the gradient."
     ]
     if o.lora_rank:
         words.append(f"Only adapters of rank {o.lora_rank} are trained.")
-    evaluations = o.max_steps // o.eval_every + (o.max_steps % o.eval_every != 0) if o.eval_every else 1
+    evaluations = steps // o.eval_every + (steps % o.eval_every != 0) if o.eval_every else 1
     words.append(
         f"Held-out evaluation runs {evaluations} time{'s' * (evaluations != 1)} on up to {o.eval_samples} samples; "
         f"a checkpoint is written every {o.save_every} steps and at the end, {o.keep_last} are kept besides the best."
     )
-    limits = [f"{o.max_steps:,} steps"]
+    limits = [f"{steps:,} step{'s' * (steps != 1)}"]
     limits += [f"{o.max_tokens:,} trained tokens"] if o.max_tokens else []
     limits += [f"{o.max_seconds:,g} seconds"] if o.max_seconds else []
     limits += [f"{o.patience} evaluations without improvement"] if o.patience else []
     limits += [f"a held-out measure of {o.target:g}"] if o.target is not None else []
-    words.append(f"It stops after {' or '.join(limits)}, whichever comes first.")
+    words.append(f"It stops after {' or '.join(limits)}{', whichever comes first' * (len(limits) > 1)}.")
     return words
+
+
+_PLANS: dict[type[RunOptions], Callable[[Any, int | None], Plan]] = {
+    kinds.PretrainOptions: _pretrain,
+    kinds.SFTOptions: _sft,
+    kinds.Seq2SeqOptions: _seq2seq,
+    kinds.EncoderOptions: _encoder,
+    kinds.ExpertOptions: _expert,
+    kinds.DistillOptions: _distill,
+    **dict.fromkeys((kinds.DPOOptions, kinds.RewardOptions), _preference),
+    RLOptions: _policy_gradient,
+}
+"""Whose plan is made by what; the first that fits."""

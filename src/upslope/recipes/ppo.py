@@ -33,20 +33,15 @@ from upslope.functional.returns import gae, vtrace
 from upslope.functional.supervised_losses import value_loss
 from upslope.options import PPOOptions
 from upslope.recipes.actor_critic import ActorCritic
-from upslope.recipes.dry_run import show_policy_gradient
+from upslope.recipes.dry_run import show_policy_gradient as show
 from upslope.recipes.policy_gradient import means_of, ratio_metrics
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import begin, run_verb, train
+from upslope.recipes.session import begin, train
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
 from upslope.types import Batch
 
-__all__ = ["PPO", "ppo", "run"]
-
-
-def run(options: PPOOptions) -> int:
-    """The verb `upslope ppo`."""
-    return run_verb(options, show_policy_gradient, ppo)
+__all__ = ["PPO", "ppo", "show"]
 
 
 def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -40,16 +40,11 @@ from upslope.recipes.pretrain_start import (
     start_policy,
     start_tokenizer,
 )
-from upslope.recipes.session import Evaluation, StepResult, begin, run_verb, train
+from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.training.step import Outputs, score
 from upslope.types import Batch, Example
 
-__all__ = ["Pretrain", "pretrain", "run"]
-
-
-def run(options: PretrainOptions) -> int:
-    """The verb `upslope pretrain`."""
-    return run_verb(options, _show, pretrain)
+__all__ = ["Pretrain", "pretrain", "show"]
 
 
 def pretrain(options: PretrainOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -136,7 +131,7 @@ def _example(window: list[int]) -> Example:
     return Example(window, [False] + [True] * (len(window) - 1))
 
 
-def _show(options: PretrainOptions) -> int:
+def show(options: PretrainOptions) -> int:
     """Print what the run would do: the tokenizer really trained, the text encoded, one small piece of work done."""
     objective = objective_of(options)
     tokenizer = start_tokenizer(options, objective)

@@ -31,20 +31,15 @@ from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, gae
 from upslope.options import ReinforceOptions
 from upslope.recipes.actor_critic import ActorCritic
-from upslope.recipes.dry_run import show_policy_gradient
+from upslope.recipes.dry_run import show_policy_gradient as show
 from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import begin, run_verb, train
+from upslope.recipes.session import begin, train
 from upslope.rollout.collect import collect
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
 from upslope.types import Batch, Reward, RolloutGroup, SamplingParams
 
-__all__ = ["MovingBaseline", "Reinforce", "reinforce", "run"]
-
-
-def run(options: ReinforceOptions) -> int:
-    """The verb `upslope reinforce`."""
-    return run_verb(options, show_policy_gradient, reinforce)
+__all__ = ["MovingBaseline", "Reinforce", "reinforce", "show"]
 
 
 def reinforce(options: ReinforceOptions, *, policy: Policy | None = None) -> dict[str, Any]:

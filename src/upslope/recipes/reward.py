@@ -40,18 +40,13 @@ from upslope.models.weights import load as load_weights
 from upslope.options import RewardOptions
 from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.preference import PreferenceLearner, read_rows, right_of, show_preference
-from upslope.recipes.session import begin, run_verb, train
+from upslope.recipes.session import begin, train
 from upslope.training.optim import Group
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, after_tokens
 from upslope.types import Batch, Example
 
-__all__ = ["RewardLearner", "reward", "run"]
-
-
-def run(options: RewardOptions) -> int:
-    """The verb `upslope reward`."""
-    return run_verb(options, _show, reward)
+__all__ = ["RewardLearner", "reward", "show"]
 
 
 def reward(options: RewardOptions, *, policy: Policy | None = None) -> dict[str, Any]:
@@ -201,7 +196,7 @@ def _pad_token(policy: Policy) -> int | None:
     return None if pad is None or pad in policy.eos_token_ids else int(pad)
 
 
-def _show(options: RewardOptions) -> int:
+def show(options: RewardOptions) -> int:
     policy = load_policy(options, trunk=True)
     check_can_be_saved(policy.model)
     units, held_out, account = load_units(within_context(options, policy), policy.tokenizer)

@@ -25,17 +25,12 @@ from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.learner import likelihood
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
-from upslope.recipes.seq2seq_dry_run import show_seq2seq
-from upslope.recipes.session import StepResult, begin, run_verb, train
+from upslope.recipes.seq2seq_dry_run import show_seq2seq as show
+from upslope.recipes.session import StepResult, begin, train
 from upslope.training.step import Outputs
 from upslope.types import Batch
 
-__all__ = ["MaximumLikelihood", "run", "seq2seq"]
-
-
-def run(options: Seq2SeqOptions) -> int:
-    """The verb `upslope seq2seq`."""
-    return run_verb(options, show_seq2seq, seq2seq)
+__all__ = ["MaximumLikelihood", "seq2seq", "show"]
 
 
 def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -5,17 +5,18 @@ A recipe is a Learner (what it holds, and one step) inside `train`, the one trai
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import rich.style  # noqa: F401  # draws from Python's generator when it is loaded: before the seed, not at a first table
 import torch
@@ -28,22 +29,22 @@ from upslope.data.template import clock_at
 from upslope.errors import ConfigError, RunError, UpslopeError
 from upslope.options import RunOptions
 from upslope.recipes import fingerprint
-from upslope.recipes.closing import closing_words, commands_of, measured, told_when_stopped
+from upslope.recipes.closing import closing_words, commands_of, measured, opening_words, told_when_stopped
 from upslope.recipes.kept import DataAccount
 from upslope.recipes.last_words import last_words
 from upslope.recipes.look import look
+from upslope.recipes.plan import CLASSES
 from upslope.runs.folder import HELD_OUT, Run
 from upslope.runs.lines import in_words
 from upslope.runs.progress import Progress, told
 from upslope.runs.resume import check_resume
+from upslope.tasks.loading import made_first
 from upslope.training import checkpoint
 from upslope.training.optim import MasterAdamW
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
 __all__ = ["MAY_CHANGE", "Begun", "Evaluation", "Learner", "StepResult", "begin", "conclude", "run_verb", "train"]
-
-Options = TypeVar("Options", bound=RunOptions)
 
 MAY_CHANGE = frozenset(
     {"output_dir", "resume", "allow_changed_data", "dry_run", "json", "max_steps", "max_tokens", "max_seconds"}
@@ -149,7 +150,7 @@ def begin(options: RunOptions) -> Iterator[Begun]:
             known = {name: digest for name, digest in state.get("fingerprint", {}).items() if name in files}
         if not options.allow_changed_data:
             fingerprint.refuse(fingerprint.changed(known, {name: files[name] for name in known}), path)
-    with clock_at(clock):
+    with clock_at(clock), made_first(getattr(options, "task", None)):
         yield Begun(clock, files)
 
 
@@ -174,7 +175,7 @@ def train(verb: str, options: RunOptions, learner: Learner, begun: Begun) -> dic
     )
     with run, told_when_stopped(verb, run), GracefulInterrupt() as interrupt:
         learner.run = run
-        for line in learner.account.lines():
+        for line in [*learner.account.lines(), opening_words(options, learner)]:
             print(f"upslope: {line}", file=sys.stderr)
         seed_everything(options.seed)
         if options.resume:
@@ -235,7 +236,8 @@ def _loop(
 
     def look(*, candidate: bool = True) -> bool:
         nonlocal last
-        with saving_first(), stop.paused(), _random_state_kept():
+        silent = nullcontext() if last is not None else told(f"evaluating {learner.account.held_out}")
+        with saving_first(), stop.paused(), _random_state_kept(), silent:
             evaluation = learner.evaluate(stop.steps)
         if evaluation is None:
             return False
@@ -287,12 +289,14 @@ def conclude(options: RunOptions, summary: Mapping[str, Any]) -> int:
     return exit_code(summary)
 
 
-def run_verb(options: Options, show: Callable[[Options], int], recipe: Callable[[Options], Mapping[str, Any]]) -> int:
-    """A training verb's exit code: of what `--dry-run` shows, else of the run."""
+def run_verb(options: RunOptions) -> int:
+    """A training verb's exit code: of what `--dry-run` shows, else of the run. Its module has both by name."""
+    verb = next(name for name, kind in CLASSES.items() if type(options) is kind)
+    module = importlib.import_module(f"upslope.recipes.{verb}")
     if options.dry_run:
         with begin(options):
-            return show(options)
-    return conclude(options, recipe(options))
+            return module.show(options)
+    return conclude(options, getattr(module, verb)(options))
 
 
 def peak_memory_gb() -> float:
@@ -417,7 +421,7 @@ def _rescued(
             return f"upslope: step {stop.steps} could not be saved: {error}"
         saved = stop.steps
     if saved < 1:
-        return "upslope: no step is saved: the run begins anew"
+        return "upslope: no step had been saved yet"
     since = " (the weights had moved before the error)" if moved else ""
     again = f"upslope {run.verb} --resume --output-dir {shlex.quote(str(run.folder))}"
     if f'"{OBJECT}' in run.config_toml:

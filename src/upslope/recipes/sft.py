@@ -23,12 +23,12 @@ from upslope.data.records import examples_of, read_records
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.options import SFTOptions
-from upslope.recipes.dry_run import show_sft
+from upslope.recipes.dry_run import show_sft as show
 from upslope.recipes.held_out import per_token, tell_plain, tell_task
 from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long, within_context
 from upslope.recipes.learner import PolicyLearner, likelihood, weighted
 from upslope.recipes.prompts import held_out_of
-from upslope.recipes.session import Evaluation, StepResult, begin, run_verb, train
+from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.progress import counted, told
@@ -37,12 +37,7 @@ from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.step import Outputs, score
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
 
-__all__ = ["SFT", "run", "sft"]
-
-
-def run(options: SFTOptions) -> int:
-    """The verb `upslope sft`."""
-    return run_verb(options, show_sft, sft)
+__all__ = ["SFT", "sft", "show"]
 
 
 def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:

@@ -30,17 +30,18 @@ from upslope.extras import require
 from upslope.models.encoder import Encoder
 from upslope.options.encoder import TagOptions
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
-from upslope.recipes.encoder_report import finish, show
+from upslope.recipes.encoder_report import finish
+from upslope.recipes.encoder_report import show as show_encoder
 from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
-from upslope.recipes.session import Evaluation, begin, run_verb, train
+from upslope.recipes.session import Evaluation, begin, train
 from upslope.runs.progress import counted
 
-__all__ = ["Tag", "run", "tag"]
+__all__ = ["Tag", "show", "tag"]
 
 
-def run(options: TagOptions) -> int:
-    """The verb `upslope tag`."""
-    return run_verb(options, lambda o: show(o, _prepare(o, None)[0]), tag)
+def show(options: TagOptions) -> int:
+    """Print what the run would do."""
+    return show_encoder(options, _prepare(options, None)[0])
 
 
 def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:

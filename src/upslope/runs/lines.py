@@ -93,7 +93,7 @@ def in_words(metrics: Mapping[str, Any]) -> str:
         if isinstance(value, Mapping):
             lost = f", {value['errors']} not judged" if value.get("errors") else ""
             parts.append(f"{name} {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] n={value['n']}{lost}")
-        else:
+        elif name != "eval_rows":  # the n of the interval beside it
             parts.append(f"{name} {value:.4g}")
     return ", ".join(parts)
 

@@ -57,7 +57,7 @@ class Progress:
         self._values: dict[str, Any] = {}
         self._bar: Any = None
         self._task: Any = None
-        self._closed = False
+        self._closed, self._told = False, -1
 
     def __enter__(self) -> Self:
         self._started = self._last_line = self._clock()
@@ -100,7 +100,7 @@ class Progress:
             with contextlib.suppress(OSError, ValueError):
                 self._bar.stop()
             self._bar = None
-        elif not self._after:
+        elif not self._after and self._told != self.done:
             self._print()
 
     @property
@@ -148,7 +148,7 @@ class Progress:
         return "  ".join(f"{name}={_short(value)}" for name, value in self._values.items())
 
     def _print(self) -> None:
-        self._last_line = self._clock()
+        self._last_line, self._told = self._clock(), self.done
         count = str(self.done) if self.total is None else f"{self.done}/{self.total}"
         share = f"{100 * self.done // self.total}%" if self.total else ""
         elapsed = format_seconds(self._last_line - self._started)

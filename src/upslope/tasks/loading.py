@@ -10,9 +10,11 @@ import inspect
 import itertools
 import math
 import re
+import symtable
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +54,7 @@ MODEL_REWARDS: dict[str, str] = {
 # What the judge fills in, one value per completion, where a reward asks for it by name.
 FILLED = ("num_tokens", "finish_reasons")
 
+_MADE: dict[str, Task] = {}
 _WEIGHT = re.compile(r"""(?P<spec>.*)@(?P<weight>[^@:,='"]*)""", re.DOTALL)
 
 
@@ -78,6 +81,8 @@ def load_task(spec: str | Task, **params: Any) -> Task:
     if isinstance(spec, Task):
         spec.name = type(spec).__name__ if spec.name == Task.name else spec.name
         return spec
+    if not params and spec in _MADE:
+        return _MADE.pop(spec)
     parsed = parse_spec(spec)
     parsed = replace(parsed, params={**parsed.params, **params})
     if parsed.path is not None:
@@ -89,6 +94,17 @@ def load_task(spec: str | Task, **params: Any) -> Task:
         task = _reasoning_alias(parsed)
     task.spec = format_spec(_absolute(parsed))
     return task
+
+
+@contextmanager
+def made_first(spec: Any) -> Iterator[None]:
+    """Within it the next `load_task` of this spec gives the task made here, before what takes long is loaded."""
+    if isinstance(spec, str):
+        _MADE[spec] = load_task(spec)
+    try:
+        yield
+    finally:
+        _MADE.pop(spec, None)
 
 
 def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
@@ -175,6 +191,22 @@ def parse_rewards(specs: Iterable[Any]) -> list[tuple[Any, float]]:
             raise ConfigError(f"reward '{spec}': the weight must be a finite number, got {weight!r}")
         pairs.append((spec, float(weight)))
     return pairs
+
+
+def check_reward(parsed: Spec) -> None:
+    """ConfigError where a reward cannot be loaded. A file is read and not run: that is for a reward worker."""
+    if parsed.path is None:
+        if parsed.name not in (TASK_REWARD, *MODEL_REWARDS):
+            load_reward(format_spec(parsed))
+        return
+    try:
+        source = Path(parsed.path).expanduser().read_bytes()
+        names = symtable.symtable(source, parsed.path, "exec").get_identifiers()
+    except (OSError, SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None) or 1
+        raise ConfigError(f"{parsed.path}:{line}: {type(error).__name__}: {first_line(error)}") from error
+    if parsed.name not in names and b"import *" not in source and "__getattr__" not in names:
+        raise ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggest(parsed.name, names)}")
 
 
 def load_file(path: str) -> ModuleType:
