@@ -99,10 +99,7 @@ def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length
 
 
 def examples_of(
-    records: Sequence[Record] | Iterable[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_length: int | None,
+    records: Sequence[Record] | Iterable[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
 ) -> EncodedRecords:
     """The examples of all records, in order, and those left out for their length. DataError: no record remains."""
     encoded, first = EncodedRecords([], []), ""

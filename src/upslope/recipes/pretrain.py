@@ -32,14 +32,7 @@ from upslope.recipes.dry_run import predict_sft, report
 from upslope.recipes.learner import PolicyLearner, likelihood, weighted
 from upslope.recipes.plan import plan_of
 from upslope.recipes.pretrain_masked import MaskedPretrain, show_masked
-from upslope.recipes.pretrain_start import (
-    Texts,
-    load_texts,
-    objective_of,
-    start_encoder,
-    start_policy,
-    start_tokenizer,
-)
+from upslope.recipes.pretrain_start import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.training.step import Outputs, score
 from upslope.types import Batch, Example

@@ -85,10 +85,7 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         return {}
     values = [_value(reward) for reward in rewards]
     mean = sum(values) / len(values)
-    metrics = {
-        "reward": mean,
-        "reward_std": (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5,
-    }
+    metrics = {"reward": mean, "reward_std": (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5}
     wide = [group for group in judged if len(group) > 1]
     if wide:
         equal = sum(min(map(_value, group)) == max(map(_value, group)) for group in wide)

@@ -13,16 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from upslope.engine import Event
-from upslope.serving.access import (
-    encode_all,
-    event,
-    event_stream,
-    reply,
-    room,
-    service_of,
-    usage,
-    while_connected,
-)
+from upslope.serving.access import encode_all, event, event_stream, reply, room, service_of, usage, while_connected
 from upslope.serving.bodies import CompletionBody
 from upslope.serving.errors import ApiError
 from upslope.serving.pieces import Offsets

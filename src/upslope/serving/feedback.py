@@ -136,11 +136,7 @@ class Feedback:
         sides = {"a": vote.a, "b": vote.b}
         line = {"winner": "tie" if vote.winner == "tie" else sides[vote.winner].model, **_now(vote.id)}
         for name, side in sides.items():
-            line[name] = {
-                "model": side.model,
-                "weight_version": side.weight_version,
-                "source": sources.get(side.model),
-            }
+            line[name] = {"model": side.model, "weight_version": side.weight_version, "source": sources.get(side.model)}
         self._put("votes", vote.id, line)
         self._put("preferences", vote.id, _preferred(vote))
 

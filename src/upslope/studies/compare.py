@@ -161,13 +161,7 @@ def _folder(o: CompareOptions) -> Path:
 
 
 def _run_one(
-    entry: Entry,
-    seed: int,
-    folder: Path,
-    task: Task,
-    prompts: Sequence[Prompt],
-    longest: int,
-    o: CompareOptions,
+    entry: Entry, seed: int, folder: Path, task: Task, prompts: Sequence[Prompt], longest: int, o: CompareOptions
 ) -> dict[str, Any] | None:
     """Train and measure one recipe with one seed; None when Ctrl-C ended it. What is finished is not done again."""
     place = folder / entry.label / f"seed-{seed}"
@@ -210,13 +204,7 @@ def curve(folder: Path, samples_per_step: int) -> list[dict[str, float]]:
 
 @torch.no_grad()
 def measure(
-    policy: Policy,
-    options: RunOptions | None,
-    task: Task,
-    prompts: Sequence[Prompt],
-    longest: int,
-    *,
-    shown: int,
+    policy: Policy, options: RunOptions | None, task: Task, prompts: Sequence[Prompt], longest: int, *, shown: int
 ) -> dict[str, Any]:
     """Greedy quality, and of one sample per problem at temperature 1: KL from the start, diversity, calibration.
 

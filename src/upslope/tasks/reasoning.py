@@ -148,11 +148,7 @@ class ReasoningTask(Task):
 
 
 def _entry(prompt: Prompt) -> dict[str, Any]:
-    return {
-        "question": prompt.metadata["question"],
-        "answer": prompt.answer,
-        "metadata": prompt.metadata["entry"],
-    }
+    return {"question": prompt.metadata["question"], "answer": prompt.answer, "metadata": prompt.metadata["entry"]}
 
 
 def _checked_config(name: str, config: dict[str, Any]) -> dict[str, Any]:

@@ -42,12 +42,7 @@ class Sentiment(Task):
     inline_safe = True
 
     def __init__(
-        self,
-        *,
-        target: str = "positive",
-        openings: str = "",
-        chat: bool = False,
-        eval_fraction: float = 0.25,
+        self, *, target: str = "positive", openings: str = "", chat: bool = False, eval_fraction: float = 0.25
     ) -> None:
         if target not in ("positive", "negative"):
             raise ConfigError(f"'sentiment': target must be 'positive' or 'negative', not '{target}'")

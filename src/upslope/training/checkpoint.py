@@ -27,26 +27,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upslope.atomic import (
-    disk_error,
-    point_to,
-    publish_folder,
-    read_pointer,
-    remove_folder,
-    saving,
-    write_atomic,
-)
+from upslope.atomic import disk_error, point_to, publish_folder, read_pointer, remove_folder, saving, write_atomic
 from upslope.errors import RunError
 from upslope.json_file import read_object
-from upslope.manifest import (
-    Checkpoint,
-    damage,
-    list_checkpoints,
-    read_manifest,
-    step_folders,
-    step_of,
-    write_manifest,
-)
+from upslope.manifest import Checkpoint, damage, list_checkpoints, read_manifest, step_folders, step_of, write_manifest
 
 __all__ = [
     "Checkpoint",
