@@ -87,7 +87,7 @@ def _check(values: Mapping[str, Any], table: Mapping[str, _Range], where: Path |
         if not (whole or (kind is float and type(value) is float)) or not low <= value <= high:
             name = "a whole number" if kind is int else "a number"
             raise ModelError(
-                f"{where}: {prefix}{key} = {_shown(value)}; it must be {name} from {low:g} to {high:,g}; "
+                f"{where}: {prefix}{key} = {_shown(value)}; it must be {name} from {low:g} to {high:,.15g}; "
                 "correct it, or get the file again"
             )
 
