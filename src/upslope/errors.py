@@ -41,6 +41,11 @@ class RunError(UpslopeError, RuntimeError):
     exit_code = 5
 
 
+def is_rust_error(error: BaseException) -> bool:
+    """Whether the tokenizers' Rust code raised it: a bare Exception, or a panic, which is not even that."""
+    return type(error) is Exception or type(error).__name__ == "PanicException"
+
+
 def one_line(said: object, most: int = 300) -> str:
     """A message, or what an error says, as one line of at most so many characters.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -366,6 +367,22 @@ def test_load_tokenizer_round_trip(chatml: Any, tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path / "model")
     assert encode_conversation(loaded, TALK) == encode_conversation(chatml, TALK)
     assert load_tokenizer(str(tmp_path / "model")).chat_template == kit.CHATML
+
+
+def test_a_text_that_the_tokenizer_cannot_encode(chatml: Any, tmp_path: Path) -> None:
+    """A pattern of its own that goes back and forth without end: the Rust code gives up with a panic."""
+    chatml.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    state = json.loads(path.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated", "invert": False}
+    state["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, state["pre_tokenizer"]]}
+    path.write_text(json.dumps(state), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    assert encode_prompt(tokenizer, Prompt(0, text="aab"))
+    with pytest.raises(DataError, match=r"the tokenizer cannot encode 'aaa.*; mend tokenizer.json"):
+        encode_prompt(tokenizer, Prompt(0, text="a" * 50))
+    with pytest.raises(DataError, match="the tokenizer cannot encode"):
+        encode_conversation(tokenizer, [Message("user", "a" * 50), Message("assistant", "b")])
 
 
 def test_load_tokenizer_errors(chatml: Any, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from upslope.build import load_inference, load_policy
 from upslope.errors import ConfigError, ModelError
 from upslope.manifest import write_manifest
-from upslope.models.adapters import WEIGHTS, base_source, merge_adapters
+from upslope.models.adapters import WEIGHTS, adapter_config, base_source, merge_adapters
 from upslope.models.attention import PackedContext
 from upslope.models.loading import load_model
 from upslope.models.sources import resolve
@@ -278,6 +278,74 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "no json": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read as JSON"),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "holds no JSON object"),
 }
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        (r"(([a-z_.0-9]+)+)+!", "may compare for ever"),
+        (r"(a|b)*c", "may compare for ever"),
+        (r".*.*.*.*.*!", "may compare for ever"),
+        ("(.|.)" * 12 + "!", "may compare for ever"),
+        (r"a{1,9}", "may compare for ever"),
+        ("q" * 201, "may compare for ever"),
+        (r"(?i)q_proj", "is no regular expression"),
+        (r"\2q", "is no regular expression"),
+        (r"(q", "is no regular expression"),
+    ],
+)
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_cannot_be_compared(tmp_path: Path, key: str, pattern: str, said: str) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, key: {pattern: 4}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"{key}: .* {said}"):
+        adapter_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "q_proj",
+        "model.layers.0.self_attn.q_proj",
+        r"^model\.layers\.\d+\.self_attn\.q_proj$",
+        r".*\.(0|1|2)\.self_attn\.(q|v)_proj",
+        r"layers\.[0-9]+\.(?:q_proj|v-proj)",
+    ],
+)
+def test_patterns_as_peft_writes_them(tmp_path: Path, pattern: str) -> None:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "rank_pattern": {pattern: 4}}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert adapter_config(tmp_path)["rank_pattern"] == {pattern: 4}
+
+
+@pytest.mark.parametrize("names", ["a", "ab", "abc"])
+def test_adapters_that_are_their_own_base(tmp_path: Path, names: str) -> None:
+    for name, base in zip(names, names[1:] + names[:1], strict=True):
+        (tmp_path / name).mkdir()
+        config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / base)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"base_model_name_or_path leads back to .*a; say the model with --base"):
+        resolve(tmp_path / "a")
+
+
+def test_adapters_of_adapters(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPSLOPE_HOME", str(tmp_path / "home"))
+    for name in "ab":
+        make_adapter(base, tmp_path / name)
+    _config(base_model_name_or_path=str(tmp_path / "a"))(tmp_path / "b")
+    twice = load_model(base)
+    for name in "ab":
+        merge_adapters(twice, tmp_path / name)
+    found = dict(load_model(resolve(tmp_path / "b")).named_parameters())
+    assert all(torch.equal(p, found[name]) for name, p in twice.named_parameters())
+
+
+def test_a_run_whose_configuration_cannot_be_read(run: Path) -> None:
+    (run / "config.toml").write_text("model = " + "[" * 50_000)
+    folder = run / "checkpoints" / "last" / "model"
+    _config(base_model_name_or_path=None)(folder)
+    with pytest.raises(ModelError, match=r"which model it started from cannot be read .*; say it with --base"):
+        base_source(folder)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -124,6 +124,13 @@ def test_sizes_that_the_files_do_not_hold(folders: dict[str, Path], tmp_path: Pa
     assert "weights, but the weight files hold" in line
 
 
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "gpt2"])
+def test_labels_without_number(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    """transformers writes a name for each of them."""
+    line = refused(kind, folders[kind], tmp_path / "m", num_labels=10**9)
+    assert "config.json: num_labels = 1000000000; it must be a whole number from 0 to 1,000,000" in line
+
+
 def test_rotary_parameters(folders: dict[str, Path], tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     rope["original_max_position_embeddings"] = 64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import gguf
@@ -26,7 +27,7 @@ METADATA = {
     "llama.embedding_length": 64,
     "llama.attention.head_count": 4,
     "llama.feed_forward_length": 128,
-    "llama.block_count": 2,
+    "llama.block_count": 1,
     "llama.context_length": 512,
     "llama.attention.layer_norm_rms_epsilon": 9.999999747378752e-06,
 }
@@ -172,6 +173,42 @@ def test_names(name: str, expected: str | None) -> None:
 def test_what_would_not_survive_is_refused(change: dict[str, object], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         hf_config(METADATA | change, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ({"llama.attention.head_count": 0}, r"llama.attention.head_count = 0; it must be a number above 0"),
+        ({"llama.attention.head_count": "4"}, r"head_count = '4'; it must be a number"),
+        ({"llama.attention.head_count": [4, 4]}, r"head_count = \[4, 4\]; it must be a number"),
+        ({"llama.attention.head_count_kv": 0}, r"head_count_kv = 0; it must be a number"),
+        ({"llama.attention.head_count_kv": 3}, r"cannot be converted"),
+        ({"llama.feed_forward_length": [48, 48]}, r"feed_forward_length = \[48, 48\]"),
+        ({"llama.feed_forward_length": "48"}, r"feed_forward_length = '48'"),
+        ({"llama.embedding_length": -32}, r"embedding_length = -32"),
+        ({"llama.attention.layer_norm_rms_epsilon": "abc"}, r"rms_epsilon = 'abc'"),
+        ({"llama.attention.layer_norm_rms_epsilon": float("nan")}, r"rms_epsilon = nan"),
+        ({"llama.rope.freq_base": [1.0, 2.0]}, r"freq_base = \[1.0, 2.0\]"),
+        ({"llama.context_length": 2**60}, r"max_position_embeddings = 1152921504606846976"),
+        ({"llama.block_count": 2_000_000_000}, r"num_hidden_layers = 2000000000"),
+        ({"llama.block_count": 4000}, r"num_hidden_layers = 4000, but the weight files hold"),
+        ({"tokenizer.ggml.eos_token_id": 2**40}, r"eos_token_id = 1099511627776"),
+        ({"tokenizer.ggml.eos_token_id": 5000}, r"tokenizer cannot be converted"),
+        ({"tokenizer.ggml.eos_token_id": [1, 2]}, r"tokenizer cannot be converted"),
+        ({"tokenizer.ggml.merges": ["~ zz"]}, r"tokenizer cannot be converted"),
+        ({"tokenizer.ggml.tokens": 5}, r"tokenizer cannot be converted"),
+        ({"general.architecture": ["llama"]}, r"cannot be converted"),
+    ],
+)
+def test_metadata_that_no_network_has(tmp_path: Path, metadata: dict[str, object], said: str) -> None:
+    """One line with the file's name, before anything is built; the merge makes the library's Rust code panic."""
+    path = write_gguf(tmp_path / "m.gguf", tiny_network("llama"), **metadata)
+    began = time.monotonic()
+    with pytest.raises(ModelError, match=said) as caught:
+        convert(path, tmp_path / "out")
+    assert time.monotonic() - began < 10
+    assert str(caught.value).startswith(f"{path}: ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_unknown_tensors_and_splits_are_refused(tmp_path: Path) -> None:

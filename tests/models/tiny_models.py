@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+WIDE = gguf.GGUFValueType.UINT64
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TEMPLATE = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n'}}"
@@ -58,7 +59,10 @@ def write_gguf(path: Path, network: PreTrainedModel, *, split: str = "smollm", *
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     _add_tokenizer(writer, config.vocab_size, split)
     for name, value in metadata.items():
-        writer.add_string(name.replace("__", "."), value)
+        field = name.replace("__", ".")
+        for fields in writer.kv_data:
+            fields.pop(field, None)
+        writer.add_key_value(field, value, gguf.GGUFValueType.get_type(value) if not _wide(value) else WIDE)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config.num_hidden_layers)
     for name, tensor in network.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
@@ -76,6 +80,10 @@ def write_gguf(path: Path, network: PreTrainedModel, *, split: str = "smollm", *
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _wide(value: Any) -> bool:
+    return type(value) is int and value >= 2**31
 
 
 def rotary_order(rows: np.ndarray, heads: int) -> np.ndarray:

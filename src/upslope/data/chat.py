@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, is_pair_folder, pair_tokenizer
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate, Tools
-from upslope.errors import DataError, ModelError, one_line
+from upslope.errors import DataError, ModelError, is_rust_error, one_line
 from upslope.json_file import read_object
 from upslope.types import Example, Message, Prompt
 
@@ -62,7 +62,7 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
         tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         tokenizer("a")  # what is wrong with its settings shows here
     except BaseException as error:  # the Rust reader raises bare Exception, and its panics are not even that
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_rust_error(error):
             raise
         raise ModelError(f"{path}: the tokenizer cannot be read: {one_line(error)}") from error
     if not getattr(tokenizer, "is_fast", False):

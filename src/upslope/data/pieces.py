@@ -18,6 +18,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from upslope.errors import DataError, is_rust_error, one_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -80,10 +82,15 @@ def _sections(
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str, bare: bool) -> tuple[list[int], list[int]]:
-    if bare:
-        encoding = _facts(tokenizer).bare.encode(text, add_special_tokens=False)
-        return list(encoding.ids), [start for start, _ in encoding.offsets]
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    try:
+        if bare:
+            encoding = _facts(tokenizer).bare.encode(text, add_special_tokens=False)
+            return list(encoding.ids), [start for start, _ in encoding.offsets]
+        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    except BaseException as error:
+        if not is_rust_error(error):
+            raise
+        raise DataError(f"the tokenizer cannot encode {text!r:.40} ({one_line(error)}); mend tokenizer.json") from error
     return list(encoding["input_ids"]), [start for start, _ in encoding["offset_mapping"]]
 
 

@@ -22,7 +22,7 @@ from upslope.json_file import read_object
 from upslope.models.intact import check_intact
 from upslope.models.loading import load_model, save_model
 from upslope.models.run_folders import run_of
-from upslope.models.sources import ADAPTER_CONFIG, PROVENANCE, resolve
+from upslope.models.sources import ADAPTER_CONFIG, PROVENANCE, is_adapter, merged_adapters, resolve
 from upslope.models.weights import check_finite, copy_companions, new_folder, write_json
 
 __all__ = ["adapter_config", "base_folder", "base_source", "merge_adapters", "save_merged"]
@@ -36,6 +36,8 @@ _OTHER_FORMULAS = (
     *("alora_invocation_tokens", "layer_replication", "target_parameters", "arrow_config", "kasa_config"),
     *("monteclora_config", "megatron_config"),
 )
+# No group repeated, few repetitions and groups: going back over a layer's name stays short.
+_PATTERN = re.compile(r"(?!.*\)[*+?])(?!(?:[^*+?(]*[*+?(]){5})[\w.:\\^$|*+?\[\]()-]{1,200}")
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
@@ -64,9 +66,11 @@ def _check_patterns(patterns: Any, where: str) -> None:
         raise ModelError(f"{where} = {patterns!r:.60}; it must be an object of layers' names to numbers")
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            re.compile(rf"(.*\.)?({pattern})")
         except (re.error, OverflowError, RecursionError) as error:
             raise ModelError(f"{where}: {pattern!r:.60} is no regular expression ({error})") from error
+        if not _PATTERN.fullmatch(pattern):
+            raise ModelError(f"{where}: {pattern!r:.60} may compare for ever; give layers' names, or at most 4 of *+?(")
 
 
 def base_source(folder: Path | str) -> str:
@@ -87,9 +91,12 @@ def base_source(folder: Path | str) -> str:
     return str(named)
 
 
-def base_folder(folder: Path) -> Path:
-    """The folder of the model that adapters belong to, in the revision they were trained on."""
-    return resolve(base_source(folder), revision=adapter_config(folder).get("revision"))
+def base_folder(folder: Path, above: tuple[Path, ...] = ()) -> Path:
+    """The folder of the model that adapters (those `above` have them as base) belong to, in its revision then."""
+    base = resolve(base_source(folder), revision=adapter_config(folder).get("revision"), adapters=True)
+    if base.resolve() in (above := (*above, folder.resolve())):
+        raise ModelError(f"{folder}: base_model_name_or_path leads back to {base}; say the model with --base")
+    return merged_adapters(base, above) if is_adapter(base) else base
 
 
 def _model_of_run(folder: Path) -> str | None:
@@ -100,7 +107,7 @@ def _model_of_run(folder: Path) -> str | None:
     try:
         model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model")
         started = read_object(run / "env.json", ModelError).get("folder", "")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{run}: which model it started from cannot be read ({error}); say it with --base") from error
     if not isinstance(model, str):
         return None

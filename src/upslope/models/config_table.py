@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.errors import StrictDataclassError
 
-from upslope.errors import ModelError, one_line
+from upslope.errors import ModelError, UpslopeError, is_rust_error, one_line
 from upslope.models.weights import read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "quiet", "transformers_config"]
+__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "one_model_error", "quiet", "transformers_config"]
 
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RuntimeError, ImportError),
-    *(AssertionError, StrictDataclassError),
+    *(AssertionError, MemoryError, StrictDataclassError),
 )
 """What transformers raises over a configuration or weights that it cannot make a network of."""
 
@@ -46,7 +46,8 @@ TABLE: dict[str, _Range] = {
     **_all("head_dim", int, 1, 2**13),
     **_all("max_position_embeddings n_positions n_ctx original_max_position_embeddings", int, 1, 2**27),
     **_all("type_vocab_size", int, 0, 2**16),
-    **_all("pad_token_id bos_token_id decoder_start_token_id", int, -1, 2**24),
+    **_all("num_labels", int, 0, 10**6),
+    **_all("pad_token_id bos_token_id eos_token_id decoder_start_token_id", int, -1, 2**24),
     **_all("rms_norm_eps layer_norm_eps layer_norm_epsilon", float, 0, 1),
     **_all("initializer_range", float, 0, 1000),
     **_all("dropout attention_dropout activation_dropout hidden_dropout_prob", float, 0, 1),
@@ -86,7 +87,7 @@ def _check(values: Mapping[str, Any], table: Mapping[str, _Range], where: Path |
         if not (whole or (kind is float and type(value) is float)) or not low <= value <= high:
             name = "a whole number" if kind is int else "a number"
             raise ModelError(
-                f"{where}: {prefix}{key} = {_shown(value)}; it must be {name} from {low:g} to {high:,g}; "
+                f"{where}: {prefix}{key} = {_shown(value)}; it must be {name} from {low:g} to {high:,.15g}; "
                 "correct it, or get the file again"
             )
 
@@ -100,10 +101,19 @@ def transformers_config(folder: Path | str) -> PreTrainedConfig:
 
     path = Path(folder) / "config.json"
     check_config(read_config(folder), path)
-    try:
+    with one_model_error(f"{folder}: config.json is not one transformers can run"):
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except LIBRARY_ERRORS as error:
-        raise ModelError(f"{folder}: config.json is not one transformers can run ({one_line(error)})") from error
+
+
+@contextmanager
+def one_model_error(said: str) -> Iterator[None]:
+    """Whatever a library raises over the files in the block becomes a ModelError of what is said and its own word."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, UpslopeError) or not (isinstance(error, LIBRARY_ERRORS) or is_rust_error(error)):
+            raise
+        raise ModelError(f"{said} ({one_line(error)})") from error
 
 
 @contextmanager

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from upslope.errors import ModelError, one_line
-from upslope.models.config_table import LIBRARY_ERRORS, check_sizes, quiet, transformers_config
+from upslope.errors import ModelError
+from upslope.models.config_table import check_sizes, one_model_error, quiet, transformers_config
 from upslope.models.encoder_config import (
     OFFSET_POSITIONS,
     SIZES,
@@ -277,10 +277,8 @@ def new_encoder(
         sizes["d_head"] = hidden_size // num_heads
     if kind != "masked" and not labels:
         raise ModelError(f"a new encoder to {kind} needs labels")
-    try:
+    with one_model_error(f"model type {model_type!r} does not fit"):
         config = AutoConfig.for_model(model_type, **sizes)
-    except LIBRARY_ERRORS as error:
-        raise ModelError(f"model type {model_type!r}: {one_line(error)}") from error
     check_kind(config, kind, model_type)
     dropout = switch_off_dropout(config, config.to_dict())
     if kind != "masked":
@@ -299,7 +297,7 @@ def _outside_trunk(network: PreTrainedModel, name: str) -> bool:
 def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedModel, list[str]]:
     shapes = read_shapes(path)
     check_sizes(config.to_dict(), shapes, path / "config.json")
-    try:
+    with one_model_error(f"{path}: cannot be loaded as an encoder"):
         with torch.device("meta"):
             skeleton = auto_class(kind).from_config(config)
         check_sizes({}, shapes, path / "config.json", elements=sum(p.numel() for p in skeleton.parameters()))
@@ -311,10 +309,6 @@ def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedM
             trust_remote_code=False,
             use_safetensors=True,
         )
-    except ModelError:
-        raise
-    except LIBRARY_ERRORS as error:
-        raise ModelError(f"{path}: cannot be loaded as an encoder ({one_line(error)})") from error
     wrong = sorted(str(key) for key in report.get("mismatched_keys") or ())
     if wrong:
         raise ModelError(f"{path}: weights do not fit config.json, first {wrong[0]}; get the folder again")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from upslope.errors import ModelError
+from upslope.models.config_table import check_config, check_sizes, one_model_error
 from upslope.models.decoder import Decoder, DecoderConfig, rope_frequencies
 from upslope.models.weights import check_shapes, save_folder
 
@@ -67,27 +68,28 @@ def convert(
     damaged file, and for architectures, rotary scalings and tensors that would not survive the conversion.
     """
     path = Path(gguf_file)
-    reader = _open(path)
-    metadata = _metadata(reader)
-    config = hf_config(metadata, {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}, where=path)
-    say(f"{path.name}: de-quantising {len(reader.tensors)} tensors")
-    tensors = _tensors(reader, config, path)
-    factors = tensors.pop(_ROPE_FACTORS, None)
-    if factors is not None:
-        config["rope_parameters"] |= _llama3_scaling(factors, config, path)
-    network = DecoderConfig.from_hf(config)
-    check_shapes(expected_shapes(network), {name: t.shape for name, t in tensors.items()}, where=path)
-    say(f"{path.name}: converting the tokenizer")
-    tokenizer = _tokenizer(path, metadata, config)
-    return save_folder(
-        folder,
-        network.to_hf(),
-        tensors,
-        tokenizer=_Portable(tokenizer),
-        generation_config=_generation_config(metadata, tokenizer),
-        extra_files={"upslope_source.json": json.dumps(dict(provenance or {}), indent=2) + "\n"},
-        overwrite=overwrite,
-    )
+    with one_model_error(f"{path}: cannot be converted, damaged or made wrongly"):
+        reader = _open(path)
+        metadata = _metadata(reader)
+        config = hf_config(metadata, {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}, where=path)
+        say(f"{path.name}: de-quantising {len(reader.tensors)} tensors")
+        tensors = _tensors(reader, config, path)
+        factors = tensors.pop(_ROPE_FACTORS, None)
+        if factors is not None:
+            config["rope_parameters"] |= _llama3_scaling(factors, config, path)
+        network = DecoderConfig.from_hf(config)
+        check_shapes(expected_shapes(network), {name: t.shape for name, t in tensors.items()}, where=path)
+        say(f"{path.name}: converting the tokenizer")
+        tokenizer = _tokenizer(path, metadata, config)
+        return save_folder(
+            folder,
+            network.to_hf(),
+            tensors,
+            tokenizer=_Portable(tokenizer),
+            generation_config=_generation_config(metadata, tokenizer),
+            extra_files={"upslope_source.json": json.dumps(dict(provenance or {}), indent=2) + "\n"},
+            overwrite=overwrite,
+        )
 
 
 def hf_name(name: str) -> str | None:
@@ -122,6 +124,8 @@ def hf_config(
         value = metadata.get(f"{kind}.{name}", default)
         if value is None:
             raise ModelError(f"{where}: GGUF metadata lacks {kind}.{name}; get the file again")
+        if type(value) not in (int, float) or not value > 0:
+            raise ModelError(f"{where}: GGUF metadata {kind}.{name} = {value!r:.60}; it must be a number above 0")
         return value
 
     scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
@@ -155,6 +159,8 @@ def hf_config(
         token = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if token is not None:
             config[f"{'pad' if name == 'padding' else name}_token_id"] = token
+    check_config(config, where)
+    check_sizes(config, shapes, where)
     return config
 
 
@@ -180,10 +186,8 @@ def _open(path: Path) -> Any:
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise ModelError(f"{path}: not a GGUF file")
-    try:
+    with one_model_error(f"{path}: damaged or cut short; get it again"):
         return GGUFReader(str(path))
-    except (ValueError, IndexError, KeyError, OverflowError, OSError, MemoryError) as error:
-        raise ModelError(f"{path}: damaged or cut short ({type(error).__name__}: {error}); get it again") from error
 
 
 def _metadata(reader: Any) -> dict[str, Any]:
@@ -247,10 +251,8 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any
     with tempfile.TemporaryDirectory() as alone:
         # Alone in a folder, so that no config or tokenizer file beside the GGUF is taken for its own.
         _link(path, Path(alone) / path.name)
-        try:
+        with one_model_error(f"{path}: the tokenizer cannot be converted"):
             rebuilt = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
-        except (ValueError, KeyError, OSError, TypeError) as error:
-            raise ModelError(f"{path}: the tokenizer cannot be converted ({error})") from error
     if byte_level and split in _DIGIT_SPLITS:
         rebuilt.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
             [

@@ -31,7 +31,7 @@ from upslope.models.intact import check_intact, damage_of_cached, seal
 from upslope.models.run_folders import lies_in_run, model_of_run
 from upslope.models.unknown_names import is_path, near_names
 
-__all__ = ["ALIASES", "Alias", "HubUnreachable", "is_adapter", "provenance", "resolve", "say"]
+__all__ = ["ALIASES", "Alias", "HubUnreachable", "is_adapter", "merged_adapters", "provenance", "resolve", "say"]
 
 PROVENANCE = "upslope_source.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -101,7 +101,7 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
         return _from_alias(text, ALIASES[text])
     if path.is_dir() or lies_in_run(path):
         found = _checked_folder(path if _holds_model(path) else model_of_run(path, say))
-        return found if adapters or not is_adapter(found) else _from_adapters(found)
+        return found if adapters or not is_adapter(found) else merged_adapters(found)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.exists():
@@ -192,11 +192,11 @@ def _from_gguf(path: Path) -> Path:
     return target
 
 
-def _from_adapters(adapters: Path) -> Path:
+def merged_adapters(adapters: Path, above: tuple[Path, ...] = ()) -> Path:
     """The whole model of a folder of adapters, keyed by their content and by the files of their base."""
     from upslope.models.adapters import base_folder, save_merged
 
-    base = base_folder(adapters)
+    base = base_folder(adapters, above)
     known = [(p.name, s.st_size, s.st_mtime_ns) for p in sorted(base.iterdir()) if (s := p.stat())]
     own = [(p.name, _sha256(p)) for p in sorted(adapters.iterdir()) if p.is_file()]
     key = hashlib.sha256(repr((str(base), known, own, CONVERTER_VERSION)).encode()).hexdigest()
