@@ -11,7 +11,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -230,7 +230,8 @@ def _loop(
         try:
             yield
         except UpslopeError:
-            print(_rescued(run, learner, stop, options, marks, before, saved), file=sys.stderr)
+            with suppress(RunError):  # a folder that was moved: the error says so
+                print(_rescued(run, learner, stop, options, marks, before, saved), file=sys.stderr)
             raise
 
     def look(*, candidate: bool = True) -> bool:
