@@ -96,8 +96,8 @@ class FolderLock:
         with saving(self._path, "lock the run"):
             if not _leads_to(folder, self._folder):
                 raise RunError(
-                    f"{folder}: moved, replaced or deleted while the run was written; stopped: what is done lies in the "
-                    "folder that was moved; continue there with --resume"
+                    f"{folder}: moved, replaced or deleted while the run was written; stopped: what is done lies "
+                    "in the folder that was moved; continue there with --resume"
                 )
             try:
                 same = os.path.samestat(os.lstat(self._path), os.fstat(self._file))
