@@ -47,7 +47,7 @@ def refuse_other_than_file(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         mode = os.lstat(path).st_mode
         if not stat.S_ISREG(mode):
-            kind = _kind(mode)
+            kind = "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
             raise RunError(f"{path}: {kind} where a plain file must be; nothing is written through it: move it away")
 
 
@@ -55,13 +55,9 @@ def check_plain(path: Path, most: int | None = None, remedy: str = "split it") -
     """OSError, in words, for what is no plain file to read from, or has more than `most` bytes."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, f"{_kind(status.st_mode)}, not a plain file")
+        raise OSError(errno.EINVAL, f"a {'folder' if path.is_dir() else 'pipe or device'}, not a plain file")
     if most is not None and status.st_size > most:
         raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, at most {most:,}; {remedy}")
-
-
-def _kind(mode: int) -> str:
-    return "a link" if stat.S_ISLNK(mode) else "a folder" if stat.S_ISDIR(mode) else "a pipe or device"
 
 
 def open_own(path: Path, flags: int) -> int:

@@ -104,7 +104,7 @@ def test_a_real_bomb_in_little_memory(tmp_path: Path, kind: str) -> None:
             resource.setrlimit(resource.RLIMIT_AS, (mapped + (2 << 30), resource.RLIM_INFINITY))
             read_records(path)
         except DataError as error:
-            code = 0 if str(path) in str(error) else 2
+            code = 0 if str(path) in str(error) and "not a readable" not in str(error) else 2
         except MemoryError:
             code = 3
         finally:
@@ -131,8 +131,8 @@ def test_what_is_read_at_once_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv.gz", "a.parquet", "a"])
 def test_pipes_and_devices_are_named_as_what_they_are(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / name)
-    (tmp_path / f"zero.{name}").symlink_to("/dev/zero")
-    for path in (tmp_path / name, tmp_path / f"zero.{name}"):
+    (tmp_path / f"null.{name}").symlink_to("/dev/null")
+    for path in (tmp_path / name, tmp_path / f"null.{name}"):
         with pytest.raises(DataError, match=f"{path}: a pipe or device, not a plain file; copy what it holds into one"):
             read_records(path)
     for read in (readers.text_of, lambda path: list(readers.lines_of(path)), lambda path: list(texts_of([path]))):

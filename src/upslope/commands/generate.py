@@ -21,8 +21,6 @@ from upslope.types import Completion, SamplingParams
 
 __all__ = ["run"]
 
-LARGEST_INPUT = 1 << 26  # bytes of standard input, of which no model takes so many as one prompt
-
 
 def run(options: GenerateOptions) -> int:
     """Print or write the replies; see GenerateOptions for what goes where.
@@ -86,9 +84,9 @@ def _text(options: GenerateOptions) -> str:
         if sys.stdin.isatty():
             raise ConfigError("no prompt: give --prompt TEXT or --prompts FILE, or pipe a text to standard input")
         try:
-            raw = sys.stdin.buffer.read(LARGEST_INPUT + 1)
-            if len(raw) > LARGEST_INPUT:
-                raise DataError(f"standard input: more than {LARGEST_INPUT:,} bytes; one prompt is read from it")
+            raw = sys.stdin.buffer.read((1 << 26) + 1)
+            if len(raw) > 1 << 26:
+                raise DataError("standard input: more than 64 MiB; it is one prompt: give many with --prompts FILE")
             text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"standard input: not UTF-8 at byte {error.start + 1}; convert it") from None

@@ -234,12 +234,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with parquet.ParquetFile(path) as file:
             _check_growth(path, _ROW_COST * file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=_rows_at_once(file.metadata)):
+            for batch in file.iter_batches(batch_size=_rows_at_once(path, file.metadata)):
                 held += batch.nbytes + _ROW_COST * batch.num_rows
                 _check_growth(path, held)
-                # No row has more than the whole batch, where a text that rows share is counted once.
-                step = max(1, _UNPACKED // max(1, batch.nbytes))
-                for row in chain.from_iterable(batch[i : i + step].to_pylist() for i in range(0, len(batch), step)):
+                for row in batch.to_pylist():
                     number += 1
                     texts += _check_row(row, f"{path}: row {number}")
                     _check_growth(path, texts)
@@ -248,13 +246,11 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
 
 
-def _rows_at_once(metadata: Any) -> int:
-    """Up to 1024: each may repeat one text of its column's dictionary, which is no longer than the column unpacked."""
-    groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-    chunks = [group.column(i) for group in groups for i in range(metadata.num_columns)]
-    sizes = [(c.total_uncompressed_size, c.total_compressed_size) for c in chunks if c.has_dictionary_page]
-    least = 1 if any(unpacked > 10 * packed for unpacked, packed in sizes) else 32
-    return min(1024, max(least, _UNPACKED // max((1, *(unpacked for unpacked, _ in sizes)))))
+def _rows_at_once(path: Path, metadata: Any) -> int:
+    """Up to 1024: each may repeat the longest text, which may be all that its group of rows holds unpacked."""
+    largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
+    least = 1 if largest > _GROWTH // 10 * path.stat().st_size else 32
+    return min(1024, max(least, 16 * LARGEST_ROW // max(1, largest)))
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:

@@ -94,7 +94,7 @@ class FolderLock:
         """Makes the file again where someone deleted it; RunError where another has its place, or the folder's."""
         folder = self._path.parent
         with saving(self._path, "lock the run"):
-            if not _leads_to(folder, self._folder):
+            if not (folder.is_dir() and os.path.samestat(os.stat(folder), os.fstat(self._folder))):
                 raise RunError(
                     f"{folder}: moved, replaced or deleted while the run was written; stopped: what is done lies "
                     "in the folder that was moved; continue there with --resume"
@@ -169,13 +169,6 @@ def owner_of(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return owner if isinstance(owner, dict) and owner.keys() >= {"pid", "host", "started"} else {}
-
-
-def _leads_to(folder: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(folder), os.fstat(descriptor))
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def _key(folder: Path) -> tuple[int, int]:
