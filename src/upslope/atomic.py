@@ -51,6 +51,15 @@ def refuse_other_than_file(path: Path) -> None:
             raise RunError(f"{path}: {kind} where a plain file must be; nothing is written through it: move it away")
 
 
+def check_plain(path: Path, most: int | None = None, remedy: str = "split it") -> None:
+    """OSError, in words, for what is no plain file to read from, or has more than `most` bytes."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, f"a {'folder' if path.is_dir() else 'pipe or device'}, not a plain file")
+    if most is not None and status.st_size > most:
+        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes, at most {most:,}; {remedy}")
+
+
 def open_own(path: Path, flags: int) -> int:
     """A descriptor of the plain file at `path`, made (for its owner alone, whatever the umask) where there is none.
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
+from upslope.atomic import check_plain
 from upslope.errors import ConfigError
 
 __all__ = [
@@ -312,6 +313,7 @@ def _allows_none(hint: Any) -> bool:
 
 def _read_text(path: Path) -> str:
     try:
+        check_plain(path, 1 << 20, "a configuration is a short TOML file")
         return path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file; --config wants the path of a TOML file") from None

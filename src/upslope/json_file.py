@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from upslope.atomic import check_plain
 from upslope.errors import UpslopeError
 
 __all__ = ["read_object"]
@@ -22,6 +23,7 @@ def read_object(path: Path, error: type[UpslopeError], remedy: str = "get the fi
     in one object, nested more than DEEPEST deep, not an object.
     """
     try:
+        check_plain(path)
         with path.open("rb") as file:
             content = file.read(LARGEST + 1)
         if len(content) > LARGEST:

@@ -149,7 +149,7 @@ def test_set_shows_and_changes(tiny: str, talk: Talk) -> None:
     [
         (["/sav"], 2, "no command /sav; did you mean /save? There are: /new /system /set"),
         (["/zzzz"], 2, "no command /zzzz. There are: /new"),
-        (["/set warmth 1"], 2, "no setting 'warmth'; there are: max_tokens"),
+        (["/set warmth 1"], 2, "no setting 'warmth'; there are: 'max_tokens'"),
         (["/set temperatur 1"], 2, "did you mean 'temperature'?"),
         (["/set temperature hot"], 2, "/set temperature: temperature must be a number, got 'hot'"),
         (["/set temperature -1"], 2, "temperature is -1.0; it must be at least 0"),

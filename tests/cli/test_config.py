@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import string
 import types
 import typing
@@ -168,6 +169,17 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         config.load(Sample, tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read"):
         config.load(Sample, tmp_path)
+
+
+def test_pipes_devices_and_what_is_no_configuration_are_not_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.toml")
+    for path in (tmp_path / "pipe.toml", Path("/dev/null")):
+        with pytest.raises(ConfigError, match=f"{path}: cannot be read: a pipe or device, not a plain file"):
+            config.load(Sample, path)
+    (tmp_path / "large.toml").touch()
+    os.truncate(tmp_path / "large.toml", 40 << 30)
+    with pytest.raises(ConfigError, match=r"cannot be read: 42,949,672,960 bytes, at most 1,048,576; a configuration"):
+        config.load(Sample, tmp_path / "large.toml")
 
 
 def test_override_errors_name_the_option() -> None:

@@ -33,7 +33,7 @@ DOORS: dict[str, list[list[str]]] = {
         ["ppo", "--model", "{}", *RL],
         ["ppo", "--model", "{}", *RL, "--dry-run"],
         ["grpo", "--model", "start", *RL, "--reward", "fluency:path={}"],
-        ["distill", "--model", "start", "--teacher", "{}", *RL[:4], "--num-train-prompts", "8"],
+        ["distill", "--model", "start", "--teacher", "{}", *RL[:4], "--num-train-prompts", "8", "--eval-samples", "0"],
         [*SFT, "--model", "{}"],
         ["export", "{}", "--output", "out"],
     ],

@@ -90,6 +90,9 @@ def test_standard_input(tiny: str, capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab\xff")))
     assert generate(model=tiny) == 3
     assert "not UTF-8 at byte 3" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a" * ((1 << 26) + 1))))
+    assert generate(model=tiny) == 3
+    assert "standard input: more than 64 MiB; it is one prompt" in capsys.readouterr().err
 
 
 def test_a_file_in_order_whatever_the_batch(

@@ -121,6 +121,17 @@ def test_a_task_is_made_before_the_model_is_loaded_and_only_once(monkeypatch: py
         pytest.fail("the model would have been loaded")
 
 
+@pytest.mark.parametrize("name", ["o\udcff\udcfe", "a\nb", "a\x1b[31mb", "a\x7f", "a\0b"])
+@pytest.mark.parametrize("command", ["sft --data d.jsonl", "compare a.toml b.toml --max-seconds 9"])
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_run_folder_has_a_name_of_one_line(command: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*command.split(), "--output-dir", name]) == 2
+    said = capsys.readouterr().err
+    assert "a control character, or not UTF-8; choose another name" in said
+    assert said.count("\n") == 1
+    SFTOptions(data="d.jsonl", output_dir="o a\u3000ñ日本").validate()
+
+
 def test_what_may_be_no_path_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)

@@ -145,7 +145,7 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
     assert (swapped[0].prompt, swapped[0].completion) == ("b", "a")
 
 
-@pytest.mark.parametrize("word", ["question", "prompt=", "answer=b", "prompt=a prompt=b"])
+@pytest.mark.parametrize("word", ["question", "prompt=", "answer=b", "prompt=a prompt=b", "prompt=a completion=a"])
 def test_columns_that_say_nothing_are_refused(word: str) -> None:
-    with pytest.raises(ConfigError, match="is not NAME=COLUMN, each name once, of prompt, completion"):
+    with pytest.raises(ConfigError, match="is not NAME=COLUMN, each name and column once, of prompt, completion"):
         column_names(word.split(" "))

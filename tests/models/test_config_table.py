@@ -182,5 +182,5 @@ def test_files_that_are_no_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_a_file_within_the_bounds(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"a": [{"b": 1}, {"b": 2}], "c": {"b": NaN}}')
     assert read_object(tmp_path / "x.json", ModelError)["a"] == [{"b": 1}, {"b": 2}]
-    with pytest.raises(ModelError, match="cannot be read: Is a directory"):
+    with pytest.raises(ModelError, match="cannot be read: a folder, not a plain file"):
         read_object(tmp_path, ModelError)

@@ -129,10 +129,17 @@ def test_where_folders_cannot_be_locked_the_first_writer_stops_before_it_mixes(
             assert [line["step"] for line in second.metric_lines()] == [1, 3]
 
 
-def test_a_run_whose_folder_is_moved_away_goes_on(folder: Path) -> None:
+@pytest.mark.parametrize("then", ["nothing", "another folder", "a file"])
+def test_a_run_whose_folder_is_moved_away_stops_and_goes_on_there(folder: Path, then: str) -> None:
     with Run.open(folder) as run:
-        shutil.move(folder, folder.with_name("moved"))
         run.log(1, {"a": 1.0})
-        run.flush()
-    with Run.open(folder.with_name("moved")) as run:
+        moved = Path(shutil.move(folder, folder.with_name("moved")))
+        if then != "nothing":
+            folder.mkdir() if then == "another folder" else folder.touch()
+        for write in (lambda: run.log(2, {"a": 1.0}), run.flush, lambda: run.summary({})):
+            with pytest.raises(RunError, match=f"{folder}: moved, replaced or deleted .* continue there with --resume"):
+                write()
+    assert not folder.exists() if then == "nothing" else not (folder / ".lock").exists()
+    with Run.open(moved) as run:
         assert [line["step"] for line in run.metric_lines()] == [1]
+        run.log(2, {"a": 1.0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -195,7 +196,7 @@ def test_no_answer_takes_long(found: str) -> None:
 @pytest.mark.parametrize(
     ("line", "needle"),
     [
-        ("{", "not JSON"),
+        ("{", "invalid JSON"),
         ("[1]", "'question'"),
         ('{"question": "q"}', "'answer'"),
         ('{"question": 3, "answer": "#### 1"}', "'question'"),
@@ -209,8 +210,17 @@ def test_bad_rows_are_named_by_line(tmp_path: Path, line: str, needle: str) -> N
         load_task(f"gsm8k:path={file}").prompts("train", 1, seed=0)
 
 
+def test_pipes_and_separators_inside_a_text(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match=r"pipe\.jsonl: cannot be read: a pipe or device, not a plain file"):
+        load_task(f"gsm8k:path={tmp_path / 'pipe.jsonl'}").prompts("train", 1, seed=0)
+    (tmp_path / "a.jsonl").write_text('{"question": "1\u2028+ 1?", "answer": "#### 2"}\n', encoding="utf-8")
+    (prompt,) = load_task(f"gsm8k:eval_path={tmp_path / 'a.jsonl'}").prompts("eval", 1, seed=0)
+    assert prompt.metadata["question"] == "1\u2028+ 1?"
+
+
 def test_missing_and_empty_files(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
-    for name, needle in (("empty.jsonl", "holds no rows"), ("none.jsonl", "cannot be read")):
+    for name, needle in (("empty.jsonl", "is empty"), ("none.jsonl", "cannot be read")):
         with pytest.raises(DataError, match=needle):
             load_task(f"gsm8k:path={tmp_path / name}").prompts("train", 1, seed=0)

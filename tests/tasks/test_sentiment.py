@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,9 @@ def test_own_openings_and_chat(tmp_path: Path) -> None:
     assert prompt.messages[0].content.startswith("Continue this text with one positive sentence: Opening")
     with pytest.raises(DataError, match="cannot be read"):
         load_task(f"sentiment:openings={tmp_path / 'none.txt'}").prompts("train", 1, seed=0)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="cannot be read: a pipe or device"):
+        load_task(f"sentiment:openings={tmp_path / 'pipe'}").prompts("train", 1, seed=0)
     with pytest.raises(DataError, match="no demonstrations"):
         task.demonstration(prompt)
 

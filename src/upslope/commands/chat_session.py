@@ -132,7 +132,9 @@ class ChatSession:
         """Change how replies are drawn. Raises ConfigError for an unknown name or a value out of range."""
         key = name.replace("-", "_")
         if key not in SETTINGS:
-            raise ConfigError(f"no setting {name!r}{suggestion(key, SETTINGS)}; there are: {' '.join(SETTINGS)}")
+            raise ConfigError(
+                f"no setting {name!r}{suggestion(key, SETTINGS)}; there are: {', '.join(map(repr, SETTINGS))}"
+            )
         hint = hints_of(ChatOptions)[key]
         values = tuple(from_text(key, word, hint, f"/set {name}") for word in words)
         if key != "stop" and len(values) != 1:

@@ -84,7 +84,10 @@ def _text(options: GenerateOptions) -> str:
         if sys.stdin.isatty():
             raise ConfigError("no prompt: give --prompt TEXT or --prompts FILE, or pipe a text to standard input")
         try:
-            text = sys.stdin.buffer.read().decode("utf-8-sig")
+            raw = sys.stdin.buffer.read((1 << 26) + 1)
+            if len(raw) > 1 << 26:
+                raise DataError("standard input: more than 64 MiB; it is one prompt: give many with --prompts FILE")
+            text = raw.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"standard input: not UTF-8 at byte {error.start + 1}; convert it") from None
         text = text.removesuffix("\n").removesuffix("\r")

@@ -29,7 +29,7 @@ import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from upslope.atomic import fsync_folder, fsync_tree
+from upslope.atomic import check_plain, fsync_folder, fsync_tree
 from upslope.data.readers import LARGEST_ROW, json_of
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.json_file import read_object
@@ -111,6 +111,7 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
     """Decoded lines (or parts of at most `limit` bytes). DataError when empty, unreadable or not UTF-8."""
     decoder, number, empty = codecs.getincrementaldecoder("utf-8")(), 1, True
     try:
+        check_plain(path)
         with path.open("rb") as file:
             while raw := file.readline(limit):
                 text = decoder.decode(raw)

@@ -14,6 +14,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import IO, Any
 
+from upslope.atomic import check_plain
 from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError, one_line
 from upslope.extras import require
@@ -23,7 +24,8 @@ Row = tuple[str, Mapping[str, Any]]
 
 LARGEST_ROW = 1 << 23  # bytes: no sequence that is trained on has so many, and its tokens take a hundred times as much
 _ROW_COST = 500  # bytes that a row takes beyond its values
-_UNPACKED = 1 << 29  # bytes up to which a packed file may grow, however small it is
+_UNPACKED = 1 << 29  # bytes up to which a packed file may grow, however small it is, and of what is read at once
+_SPLIT = "split it, or save its rows as .jsonl, which is read line by line"
 _GROWTH = 100
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?")
 
@@ -60,6 +62,8 @@ def _rows_as_given(source: str | Path, split: str | None) -> Iterator[Row]:
         yield from _reader(path)(path)
     elif path.is_dir():
         raise DataError(f"{source}: is a folder; name one data file in it")
+    elif path.exists():
+        raise DataError(f"{source}: a pipe or device, not a plain file; copy what it holds into one")
     elif _names_a_file(str(source)):
         raise DataError(f"{source}: no such file{near_file(path)}")
     else:
@@ -94,9 +98,11 @@ def header_of(where: str) -> str:
 
 def text_of(path: Path) -> str:
     """The file's text without a byte-order mark. DataError when unreadable, empty, corrupt or not UTF-8."""
-    with _reading(path) as file:
-        raw = file.read() if not _packed(path) else file.read(max(_UNPACKED, _GROWTH * path.stat().st_size) + 1)
+    with _reading(path, _UNPACKED) as file:
+        raw = file.read(_UNPACKED + 1) if _packed(path) else file.read()
         _check_growth(path, len(raw))
+    if len(raw) > _UNPACKED:
+        raise DataError(f"{path}: more than {_UNPACKED:,} bytes; {_SPLIT}")
     if not raw.strip():
         raise DataError(f"{path}: the file is empty")
     try:
@@ -111,9 +117,10 @@ def _packed(path: Path) -> bool:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked. DataError for what cannot be read."""
+def _reading(path: Path, most: int | None = None) -> Iterator[IO[bytes]]:
+    """The file's bytes, unpacked. DataError for what cannot be read, or is a file of more than `most` bytes."""
     try:
+        check_plain(path, most, _SPLIT)
         with path.open("rb") as raw:
             yield gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -131,7 +138,7 @@ def _check_growth(path: Path, held: int) -> None:
         )
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of those that are not blank, read one by one. DataError as `text_of`, and for a line too long."""
     number, held, empty = 0, 0, True
     with _reading(path) as file:
@@ -153,8 +160,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: the file is empty")
 
 
-def _check_row(row: Any, where: str) -> None:
-    """DataError for a row whose texts are too long to be one sequence."""
+def _check_row(row: Any, where: str) -> int:
+    """How long the row's texts are. DataError where that is too long to be one sequence."""
     size, rest = 0, [row]
     while rest:
         value = rest.pop()
@@ -164,6 +171,7 @@ def _check_row(row: Any, where: str) -> None:
             rest += value.values() if isinstance(value, Mapping) else value
     if size > LARGEST_ROW:
         raise DataError(f"{where}: {size:,} characters in one row, at most {LARGEST_ROW:,}; split the record")
+    return size
 
 
 def json_of(text: str, where: str, hint: str = "") -> Any:
@@ -182,7 +190,7 @@ def json_of(text: str, where: str, hint: str = "") -> Any:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    for (number, line), after in pairwise(chain(_lines(path), [None])):  # type: ignore[misc]
+    for (number, line), after in pairwise(chain(lines_of(path), [None])):  # type: ignore[misc]
         where = f"{path}:{number}"
         cut = after is None and number > 1
         row = json_of(line, where, " (the last line: was the file cut off?)" if cut else "")
@@ -221,27 +229,34 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def _txt_rows(path: Path) -> Iterator[Row]:
-    for number, line in _lines(path):
+    for number, line in lines_of(path):
         yield f"{path}:{number}", {"text": line.rstrip("\r")}
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
     pyarrow = require("data", "pyarrow")
     parquet = require("data", "pyarrow.parquet")
-    number = held = 0
+    number = held = texts = 0
     try:
         with parquet.ParquetFile(path) as file:
             _check_growth(path, _ROW_COST * file.metadata.num_rows)
-            for batch in file.iter_batches(batch_size=1024):
+            for batch in file.iter_batches(batch_size=_rows_at_once(path, file.metadata)):
                 held += batch.nbytes + _ROW_COST * batch.num_rows
                 _check_growth(path, held)
                 for row in batch.to_pylist():
                     number += 1
-                    if batch.nbytes > LARGEST_ROW:
-                        _check_row(row, f"{path}: row {number}")
+                    texts += _check_row(row, f"{path}: row {number}")
+                    _check_growth(path, texts)
                     yield f"{path}: row {number}", _as_given(row)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable Parquet file: {one_line(error)}") from error
+
+
+def _rows_at_once(path: Path, metadata: Any) -> int:
+    """Up to 1024: each may repeat the longest text, which may be all that its group of rows holds unpacked."""
+    largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
+    least = 1 if largest > _GROWTH // 10 * path.stat().st_size else 32
+    return min(1024, max(least, 16 * LARGEST_ROW // max(1, largest)))
 
 
 def _hub_rows(source: str, split: str) -> Iterator[Row]:

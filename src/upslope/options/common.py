@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,9 @@ else:
 
 
 def check(options: Any, **bounds: tuple[float | None, float | None]) -> None:
-    """Raise ConfigError for the first option outside its closed bounds; None is no bound."""
+    """Raise ConfigError for a folder that no line can name, and the first option outside its bounds (None: none)."""
+    if re.search("[\x00-\x1f\x7f\ud800-\udfff]", folder := str(getattr(options, "output_dir", None) or "")):
+        raise ConfigError(f"output_dir is {folder!r}: a control character, or not UTF-8; choose another name")
     for name, (low, high) in bounds.items():
         value = getattr(options, name)
         if value is None:
@@ -46,8 +49,10 @@ def column_names(columns: Sequence[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in columns:
         name, _, column = word.partition("=")
-        if name not in COLUMNS or not column or name in found:
-            raise ConfigError(f"columns: {word!r} is not NAME=COLUMN, each name once, of {', '.join(COLUMNS)}")
+        if name not in COLUMNS or not column or name in found or column in found.values():
+            raise ConfigError(
+                f"columns: {word!r} is not NAME=COLUMN, each name and column once, of {', '.join(COLUMNS)}"
+            )
         found[name] = column
     return found
 

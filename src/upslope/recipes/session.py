@@ -12,7 +12,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -231,7 +231,8 @@ def _loop(
         try:
             yield
         except UpslopeError:
-            print(_rescued(run, learner, stop, options, marks, before, saved), file=sys.stderr)
+            with suppress(RunError):  # a folder that was moved: the error says so
+                print(_rescued(run, learner, stop, options, marks, before, saved), file=sys.stderr)
             raise
 
     def look(*, candidate: bool = True) -> bool:

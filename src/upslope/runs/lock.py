@@ -91,17 +91,20 @@ class FolderLock:
         return True
 
     def confirm(self) -> None:
-        """Makes the file again where someone deleted it; RunError where another has taken its place."""
+        """Makes the file again where someone deleted it; RunError where another has its place, or the folder's."""
+        folder = self._path.parent
         with saving(self._path, "lock the run"):
+            if not (folder.is_dir() and os.path.samestat(os.stat(folder), os.fstat(self._folder))):
+                raise RunError(
+                    f"{folder}: moved, replaced or deleted while the run was written; stopped: what is done lies "
+                    "in the folder that was moved; continue there with --resume"
+                )
             try:
                 same = os.path.samestat(os.lstat(self._path), os.fstat(self._file))
             except FileNotFoundError:
-                if self._path.parent.is_dir():  # else the whole folder was moved: nobody else is in it
-                    os.close(self._file)
-                    self._file = -1
-                    same = self._lock_file()
-                else:
-                    same = True
+                os.close(self._file)
+                self._file = -1
+                same = self._lock_file()
         if not same:
             raise RunError(
                 f"{self._path}: replaced while this process wrote the run, so that another may write it, too; stopped: "

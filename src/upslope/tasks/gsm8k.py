@@ -5,13 +5,13 @@ The data are given by path, one JSON object per line with `question` and `answer
 
 from __future__ import annotations
 
-import json
 import random
 import re
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
+from upslope.data.readers import json_of, lines_of
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
 from upslope.tasks.base import (
@@ -155,21 +155,11 @@ class GSM8K(Task):
 
 def read_rows(path: str) -> list[dict[str, str]]:
     """Rows with `question`, `solution` (no calculator marks), `gold`, `line`. DataError names file and line."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    rows = [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-    if not rows:
-        raise DataError(f"{path}: holds no rows")
-    return rows
+    return [_row(line, f"{path}:{number}") for number, line in lines_of(Path(path).expanduser())]
 
 
 def _row(line: str, where: str) -> dict[str, str]:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from None
+    record = json_of(line, where)
     for key in ("question", "answer"):
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
             raise DataError(f"{where}: the key '{key}' with a text is missing")

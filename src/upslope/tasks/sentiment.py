@@ -10,7 +10,8 @@ import random
 from pathlib import Path
 from typing import Any, Literal
 
-from upslope.errors import ConfigError, DataError
+from upslope.data.readers import lines_of
+from upslope.errors import ConfigError
 from upslope.extras import require
 from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, select_prompts, split_of
 from upslope.types import Message, Prompt, Reward
@@ -103,11 +104,4 @@ def built_in_openings() -> list[str]:
 
 
 def _read_openings(path: str) -> list[str]:
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: the openings cannot be read ({error})") from error
-    openings = [line.strip() for line in lines if line.strip()]
-    if not openings:
-        raise DataError(f"{path}: holds no openings; write one per line")
-    return openings
+    return [line.strip() for _, line in lines_of(Path(path).expanduser())]
