@@ -328,7 +328,6 @@ def test_a_head_on_numbers_is_measured_by_its_correlations(tmp_path: Path, capsy
     [
         ((), "nothing to measure: name a model"),
         (("MODEL",), "say what to measure"),
-        (("MODEL", "--data", "d.jsonl"), "data needs to be judged"),
         (("MODEL", "--metrics", "bleu", "--task", TASK), "metrics is about the rows of --data"),
         (("MODEL", "--hypotheses", "h.txt", "--data", "d"), "models and hypotheses are both given"),
         (("--hypotheses", "h.txt", "--perplexity", "t.txt"), "perplexity needs a model"),
@@ -345,6 +344,11 @@ def test_a_head_on_numbers_is_measured_by_its_correlations(tmp_path: Path, capsy
 def test_options_that_do_not_go_together(models, capsys, arguments: tuple[str, ...], message: str) -> None:
     given = [models[0] if word == "MODEL" else word for word in arguments]
     assert message in fails(capsys, 2, *given)
+
+
+def test_answers_of_a_language_model_need_a_judge(models, tmp_path: Path, capsys) -> None:
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "data needs to be judged" in fails(capsys, 2, models[0], "--data", str(tmp_path / "d.jsonl"))
 
 
 def test_mistakes_in_files_are_found_before_a_model_is_loaded(models, tmp_path: Path, capsys, monkeypatch) -> None:

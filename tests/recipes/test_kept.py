@@ -26,6 +26,7 @@ from upslope.options import (
 )
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes import classify, distill, dpo, expert, pretrain, reward, seq2seq, sft, tag
+from upslope.recipes.session import run_verb
 
 LONG = "a" * 300
 QUICK: dict[str, Any] = {"max_steps": 1, "eval_every": 0, "eval_samples": 3, "batch_size": 2}
@@ -75,7 +76,7 @@ def told(
 def test_sft(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "chats.jsonl", [*chats(60), *long_chats(4)])
     o = SFTOptions(model=str(tiny), data=data, max_length=100, output_dir=str(tmp_path / "run"), **QUICK)
-    facts, lines = told(sft.run, sft.sft, o, capsys)
+    facts, lines = told(run_verb, sft.sft, o, capsys)
     assert facts == {
         "rows": {"train": 54, "eval": 3},
         "dropped": {"train": {"longer than max_length": 4}, "eval": {"beyond eval_samples": 3}},
@@ -93,7 +94,7 @@ def test_sft_with_held_out_rows_of_their_own(tiny: Path, tmp_path: Path, capsys:
     o = SFTOptions(
         model=str(tiny), data=data, eval_data=held_out, max_length=100, output_dir=str(tmp_path / "run"), **QUICK
     )
-    facts, lines = told(sft.run, sft.sft, o, capsys)
+    facts, lines = told(run_verb, sft.sft, o, capsys)
     assert facts["rows"] == {"train": 12, "eval": 3}
     assert facts["dropped"] == {"train": {}, "eval": {"longer than max_length": 2, "beyond eval_samples": 1}}
     assert [line.split(":")[0] for line in lines] == [f"kept 3 of 6 rows of {held_out}"]
@@ -104,7 +105,7 @@ def test_a_row_beyond_the_context_is_too_long(tiny: Path, tmp_path: Path, capsys
     beyond = [{"messages": [{"role": "user", "content": "a" * context}, {"role": "assistant", "content": "a"}]}]
     data = write(tmp_path / "chats.jsonl", [*chats(20), *beyond])
     o = SFTOptions(model=str(tiny), data=data, max_length=9 * context, output_dir=str(tmp_path / "run"), **QUICK)
-    facts, lines = told(sft.run, sft.sft, o, capsys)
+    facts, lines = told(run_verb, sft.sft, o, capsys)
     assert facts["dropped"]["train"] == {"longer than the model's context": 1}
     assert f"1 longer than the model's context ({context:,}; the longest has" in lines[0]
     o = replace(o, data=write(tmp_path / "none.jsonl", beyond), output_dir=None)
@@ -127,14 +128,14 @@ def test_texts_are_said_to_stay_plain(
     o: dict[str, Any] = {"model": str(model), "dry_run": True, **QUICK}
     said = f"{tmp_path / 'rows.jsonl'}: read as plain text, without the chat template; give messages for a chat\n"
     for run, kind, given in (
-        (sft.run, SFTOptions, texts),
-        (dpo.run, DPOOptions, sides),
-        (reward.run, RewardOptions, sides),
+        (run_verb, SFTOptions, texts),
+        (run_verb, DPOOptions, sides),
+        (run_verb, RewardOptions, sides),
     ):
         assert run(kind(data=write(tmp_path / "rows.jsonl", given), **o)) == 0
         assert capsys.readouterr().err.count(said) == templated
     if templated:
-        assert sft.run(SFTOptions(data=write(tmp_path / "rows.jsonl", chats(20)), **o)) == 0
+        assert run_verb(SFTOptions(data=write(tmp_path / "rows.jsonl", chats(20)), **o)) == 0
         assert "plain text" not in capsys.readouterr().err
 
 
@@ -158,7 +159,7 @@ def test_dpo(loss: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     long = {"chosen": LONG, "rejected": "b"} if loss == "dpo" else {"completion": LONG, "label": True}
     data = write(tmp_path / "pairs.jsonl", [*rows, {**rows[0], **long}])
     o = DPOOptions(model=str(tiny), data=data, loss=loss, max_length=100, output_dir=str(tmp_path / "run"), **QUICK)
-    facts, lines = told(dpo.run, dpo.dpo, o, capsys)
+    facts, lines = told(run_verb, dpo.dpo, o, capsys)
     assert facts == {"rows": {"train": 18, "eval": 2}, "dropped": {"train": {"longer than max_length": 1}, "eval": {}}}
     assert [line.split(" (")[0] for line in lines] == [f"kept 20 of 21 rows of {data}: 1 longer than max_length"]
 
@@ -169,7 +170,7 @@ def test_reward(kind: Any, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFix
     long = {"rejected": LONG} if kind == "outcome" else {"steps": [LONG], "labels": [1]}
     data = write(tmp_path / "rows.jsonl", [{**rows[0], **long}, *rows, {**rows[1], **long}])
     o = RewardOptions(model=str(tiny), data=data, kind=kind, max_length=100, output_dir=str(tmp_path / "run"), **QUICK)
-    facts, lines = told(reward.run, reward.reward, o, capsys)
+    facts, lines = told(run_verb, reward.reward, o, capsys)
     assert facts == {"rows": {"train": 18, "eval": 2}, "dropped": {"train": {"longer than max_length": 2}, "eval": {}}}
     assert [line.split(" (")[0] for line in lines] == [f"kept 20 of 22 rows of {data}: 2 longer than max_length"]
 
@@ -192,7 +193,7 @@ def distillation(tiny: Path, data: str, tmp_path: Path) -> DistillOptions:
 
 def test_distill(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "chats.jsonl", [*chats(40), *long_chats(5)])
-    facts, lines = told(distill.run, distill.distill, distillation(tiny, data, tmp_path), capsys)
+    facts, lines = told(run_verb, distill.distill, distillation(tiny, data, tmp_path), capsys)
     dropped = {"train": {"longer than max_length": 5}, "eval": {"beyond eval_samples": 1}}
     assert facts == {"rows": {"train": 36, "eval": 3}, "dropped": dropped}
     assert [line.split(" (")[0] for line in lines] == [
@@ -219,7 +220,7 @@ def test_expert(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         output_dir=str(tmp_path / "run"),
         **QUICK,
     )
-    facts, lines = told(expert.run, expert.expert, o, capsys)
+    facts, lines = told(run_verb, expert.expert, o, capsys)
     assert facts["rows"] == {"train": 4, "eval": 3, "mix": 6}
     assert facts["dropped"] == {"train": {}, "eval": {}, "mix": {"longer than max_length": 1}}
     assert len(lines) == 1
@@ -242,7 +243,7 @@ def test_seq2seq(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         output_dir=str(tmp_path / "run"),
         **QUICK,
     )
-    facts, lines = told(seq2seq.run, seq2seq.seq2seq, o, capsys)
+    facts, lines = told(run_verb, seq2seq.seq2seq, o, capsys)
     assert facts == {
         "rows": {"train": 28, "eval": 3},
         "dropped": {
@@ -267,7 +268,7 @@ def test_classify(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     o = ClassifyOptions(
         model=str(bert), data=data, eval_data=dev, max_length=20, output_dir=str(tmp_path / "run"), **QUICK
     )
-    facts, lines = told(classify.run, classify.classify, o, capsys)
+    facts, lines = told(run_verb, classify.classify, o, capsys)
     assert facts["rows"] == {"train": 41, "dev": 3, "test": 0}
     assert facts["dropped"] == {"train": {}, "dev": {"beyond eval_samples": 3}, "test": {}}
     assert facts["cut"] == {"train": 1, "dev": 0, "test": 0}
@@ -281,7 +282,7 @@ def test_torn_rows(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     o = ClassifyOptions(
         model=str(bert), data=f"qqp:{tmp_path / 'train.tsv'}", max_length=32, output_dir=str(tmp_path / "run"), **QUICK
     )
-    facts, lines = told(classify.run, classify.classify, o, capsys)
+    facts, lines = told(run_verb, classify.classify, o, capsys)
     assert facts["dropped"]["train"] == {"torn": 2}
     assert lines[0].startswith("kept 20 of 22 rows of qqp:")
     assert "2 torn (the first is " in lines[0]
@@ -300,7 +301,7 @@ def test_tag(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         output_dir=str(tmp_path / "run"),
         **QUICK,
     )
-    facts, lines = told(tag.run, tag.tag, o, capsys)
+    facts, lines = told(run_verb, tag.tag, o, capsys)
     assert facts["rows"] == {"train": 20, "dev": 3, "test": 0}
     assert facts["cut"] == {"train": 1, "dev": 0, "test": 0}
     assert facts["dropped"] == {"train": {}, "dev": {"beyond eval_samples": 2}, "test": {}}
