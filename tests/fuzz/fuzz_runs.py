@@ -59,7 +59,7 @@ def _make(folder: Path) -> Path:
 
 def _copy(made: Path, rng: random.Random, scratch: Path, names: Sequence[str]) -> Path:
     """The run with some of these files damaged; what is written into is a copy, the rest are links."""
-    changed: dict[str, bytes | None] = {name: (made / name).read_bytes() for name in WRITTEN}
+    changed: dict[str, bytes | None] = {name: (made / name).read_bytes() for name in (".lock", *WRITTEN)}
     for _ in range(rng.choice((1, 1, 2))):
         name = rng.choice(names)
         content = (made / name).read_bytes()
@@ -139,8 +139,9 @@ def resume(made: Path, rng: random.Random, scratch: Path) -> None:
         (run / name).unlink()
         shutil.copyfile(made / name, run / name)
     step = next((run / "checkpoints").glob("step-*"))
-    if (step / "manifest.json").read_bytes() == next(made.glob("checkpoints/step-*/manifest.json")).read_bytes():
-        (step / "manifest.json").unlink()
+    manifest, sound = step / "manifest.json", next(made.glob("checkpoints/step-*/manifest.json"))
+    if manifest.is_file() and manifest.read_bytes() == sound.read_bytes():
+        manifest.unlink()
         write_manifest(step, step=2, serial=1, best=False)  # so that what the sums would notice gets to its reader
     command("sft", "--resume", "--output-dir", run, "--max-steps", 3)
 

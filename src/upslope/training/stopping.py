@@ -96,8 +96,8 @@ class Patience:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The inverse of `state_dict`."""
-        self.best, self.waited = state["best"], state["waited"]
-        self.loss = state.get("loss")
+        best, loss, self.waited = state["best"], state.get("loss"), int(state["waited"])
+        self.best, self.loss = (value if value is None else float(value) for value in (best, loss))
 
 
 @dataclass(frozen=True, slots=True)
