@@ -65,6 +65,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         assert found[part] == expected[part], part
 
 
+@pytest.mark.slow
 def test_killed_runs_end_like_the_run_that_was_never_stopped(tiny: Path, tmp_path: Path) -> None:
     task = tmp_path / "letter.py"
     from test_recipes import TASK

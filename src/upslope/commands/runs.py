@@ -61,8 +61,7 @@ def _row(folder: Path) -> dict[str, Any]:
         _cells(row), in_words(row["evaluation"] or {})
         return row
     except (AttributeError, LookupError, OverflowError, TypeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise RunError(f"{folder}/: env.json, summary.json or run.db holds what no run writes ({what})") from error
+        raise RunError(f"{folder}/: env.json, summary.json or run.db holds what no run writes ({error!r})") from error
 
 
 def _describe(folder: Path) -> dict[str, Any]:

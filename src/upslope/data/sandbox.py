@@ -29,8 +29,7 @@ UNITS, UNITS_PER_CHARACTER = 40_000_000, 40
 SECONDS = 10.0
 BLOCK, CALL, PART = 8, 200, 40
 """Units of a block, of a call, of a part of a value. A unit is some ten nanoseconds or a few bytes."""
-MAX_SOURCE = 250_000
-MAX_BITS = 65_536
+MAX_SOURCE, MAX_BITS = 250_000, 65_536
 FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError)
 FAULTS = (*FAULTS, TemplateError, TypeError, ValueError)
 """All that a template can raise: RecursionError is a RuntimeError, and Python's compiler has limits of its own."""

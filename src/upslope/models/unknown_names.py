@@ -26,8 +26,7 @@ def near_names(path: Path) -> str:
         return ""
     if path.name in there:
         return f"did you mean {path}?"
-    near = difflib.get_close_matches(path.name, there, n=3)
-    if near:
+    if near := difflib.get_close_matches(path.name, there, n=3):
         return f"did you mean {' or '.join(str(path.parent / name) for name in near)}?"
     more = f" and {len(there) - 6} more" if len(there) > 6 else ""
     return f"{path.parent} holds {', '.join(there[:6])}{more}" if there and path.parent.name else ""

@@ -47,8 +47,7 @@ def commands_of(verb: str, options: Any, folder: Path, stop: StopWhen, tokenizer
     if tokenizer is not None and verb != "reward":
         chats = getattr(tokenizer, "chat_template", None)
         found["chat"] = ["chat", run] if chats else ["generate", run, "--prompt", "your text"]
-    measure = _measuring(verb, options)
-    if measure:
+    if measure := _measuring(verb, options):
         found["evaluate"] = ["eval", run, *measure]
     if "chat" in found:
         found["serve"] = ["serve", run]
@@ -61,8 +60,7 @@ def commands_of(verb: str, options: Any, folder: Path, stop: StopWhen, tokenizer
 def closing_words(summary: Mapping[str, Any]) -> list[str]:
     """A few lines for the terminal."""
     folder, best, measure = summary["folder"], summary["best"], summary["measure"]
-    ended = summary["stopped"]
-    if ended == "interrupted":
+    if (ended := summary["stopped"]) == "interrupted":
         ended = f"interrupted after step {summary['steps']}, which is saved"
     chosen = f"; best checkpoint: step {best['step']}, by {measure}" if best else ""
     lines = [f"{summary['verb']}: {ended}; in {folder}{chosen}"]

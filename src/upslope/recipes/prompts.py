@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +14,7 @@ from upslope.errors import ConfigError, DataError
 from upslope.options import RLOptions
 from upslope.recipes.held_out import tell_task
 from upslope.recipes.kept import DataAccount, Kept
+from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.tasks.loading import prompts_of
 from upslope.types import Prompt
@@ -23,7 +22,6 @@ from upslope.types import Prompt
 __all__ = ["NO_ROOM", "Asked", "ask", "fitting", "held_out_of"]
 
 NO_ROOM = "too long for the context"
-_SILENT_S = 5.0
 Row = TypeVar("Row")
 
 
@@ -39,8 +37,8 @@ class Asked:
     @property
     def words(self) -> tuple[str, ...]:
         """For the terminal."""
-        found = f"{len(self.train):,} problems to train on and {len(self.held_out):,} held out"
-        return (f"{found}; the longest: {self.longest} tokens.",)
+        held_out = f"{len(self.held_out):,} held out; the longest: {self.longest} tokens."
+        return (f"{len(self.train):,} problems to train on and {held_out}",)
 
 
 def ask(options: RLOptions, policy: Policy, task: Task) -> Asked:
@@ -85,12 +83,8 @@ def fitting(
         )
     kept: list[Row] = []
     longest, lost, worst, most = 0, 0, 0, 0
-    started: float | None = time.monotonic()
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(counted(rows, f"encoding {source}", unit="prompt"), 1):
         prompt, tools = prompt_of(row)
-        if started is not None and time.monotonic() - started > _SILENT_S:
-            print(f"{source}: encoding {len(rows):,} prompts", file=sys.stderr)
-            started = None
         if prompt is not None:
             try:
                 tokens = encode_prompt(policy.tokenizer, prompt, tools=tools)
