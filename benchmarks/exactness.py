@@ -32,10 +32,10 @@ from benchmarks.machine import machine, spread
 from benchmarks.roofline import finish, target_line
 from benchmarks.workload import MICRO_BATCH_TOKENS, MODEL, Learner, Task, experience, network, spread_lengths
 from upslope.functional.logprobs import log_softmax, token_logprobs
-from upslope.models.decoder import Decoder
+from upslope.models.decoder.network import Decoder
+from upslope.models.files.sources import resolve
+from upslope.models.files.weights import save_folder
 from upslope.models.protocol import CausalModel
-from upslope.models.sources import resolve
-from upslope.models.weights import save_folder
 from upslope.training.experience import Experience
 from upslope.training.step import score
 

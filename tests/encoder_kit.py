@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, RobertaTokenizer
 
-from upslope.models.encoder import Encoder, Kind, new_encoder
+from upslope.models.encoder.network import Encoder, Kind, new_encoder
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 WORDS = ["good", "bad", "film", "the", "was", "in", "visit", "saw", "and", "we"]

@@ -10,8 +10,8 @@ from tiny_model import CHATML, tiny_config
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from upslope.models.decoder import Decoder
-from upslope.models.weights import save_folder
+from upslope.models.decoder.network import Decoder
+from upslope.models.files.weights import save_folder
 
 SPECIALS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 MERGED = ("he", "in", "er", "th", "an", "the", "ing", "an ", " is", "    ", "12")

@@ -9,8 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from upslope.models.decoder import Decoder, DecoderConfig
-from upslope.models.weights import save_folder
+from upslope.models.decoder.network import Decoder, DecoderConfig
+from upslope.models.files.weights import save_folder
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from upslope.data.batching import collate
-from upslope.models.seq2seq import Seq2Seq
-from upslope.models.seq2seq_config import Seq2SeqConfig
+from upslope.models.seq2seq.config import Seq2SeqConfig
+from upslope.models.seq2seq.network import Seq2Seq
 from upslope.training.step import score
 from upslope.types import Completion, Example
 

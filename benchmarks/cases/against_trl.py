@@ -20,9 +20,9 @@ import torch
 from benchmarks.environments import peer_python
 from benchmarks.harness import ROOT, Outcome
 from upslope.cache import cache_root
-from upslope.models.decoder import Decoder, DecoderConfig
-from upslope.models.sources import resolve
-from upslope.models.weights import save_folder
+from upslope.models.decoder.network import Decoder, DecoderConfig
+from upslope.models.files.sources import resolve
+from upslope.models.files.weights import save_folder
 from upslope.options import GRPOOptions, SFTOptions
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import sft

@@ -22,10 +22,10 @@ from typing import Any
 from benchmarks.harness import ROOT, Expectation, Outcome
 from upslope.data.labels import LabelledText, labels_of, read_labelled, stratified_choice
 from upslope.evaluation.classification import classification_report
+from upslope.loop.kept import NO_DATA
 from upslope.options import ClassifyOptions
 from upslope.recipes.classify import Classify, Data, inputs_of
 from upslope.recipes.encoder import Input, load_start
-from upslope.recipes.kept import NO_DATA
 
 NAME = "banking77"
 TEST_ROWS = 3080
@@ -116,7 +116,7 @@ def _labels() -> tuple[str, ...]:
 def _inputs(split: str) -> dict[str, Input]:
     """Tokens of every row by where it stands, made once per process."""
     from upslope.data.chat import load_tokenizer
-    from upslope.models.sources import resolve
+    from upslope.models.files.sources import resolve
 
     rows = _rows(split)
     inputs, _ = inputs_of(rows, load_tokenizer(resolve("minilm")), _labels(), 64)

@@ -29,10 +29,10 @@ from typing import Any
 
 from benchmarks.harness import Outcome
 from upslope.build import load_policy
+from upslope.loop.session import begin, train
 from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import ppo
-from upslope.recipes.session import begin, train
 
 NAME = "json_and_sentiment"
 LEARNERS = ("grpo_json", "ppo_sentiment")

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.cases.held_out import held_out_curve
 from benchmarks.harness import Expectation, Outcome
-from upslope.models.encoder import new_encoder
+from upslope.models.encoder.network import new_encoder
 from upslope.options import TagOptions
 from upslope.recipes.tag import tag
 

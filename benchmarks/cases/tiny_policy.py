@@ -10,8 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from upslope.models.decoder import Decoder, DecoderConfig
-from upslope.models.weights import save_folder
+from upslope.models.decoder.network import Decoder, DecoderConfig
+from upslope.models.files.weights import save_folder
 from upslope.options import SFTOptions
 from upslope.recipes.sft import sft
 

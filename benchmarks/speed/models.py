@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from benchmarks.speed import work
-from upslope.models.decoder import Decoder, DecoderConfig
-from upslope.models.loading import load_model
-from upslope.models.reward_folder import SCORE, RewardSettings, save_reward_folder
-from upslope.models.weights import save_folder
+from upslope.models.decoder.network import Decoder, DecoderConfig
+from upslope.models.files.loading import load_model
+from upslope.models.files.reward_folder import SCORE, RewardSettings, save_reward_folder
+from upslope.models.files.weights import save_folder
 
 
 def reward(source: Path, target: Path) -> None:

@@ -11,11 +11,11 @@ import torch
 
 from benchmarks.speed import protocol
 from upslope.build import Policy, load_policy, make_engine
+from upslope.loop.session import StepResult, begin, train
 from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO
-from upslope.recipes.session import StepResult, begin, train
 from upslope.types import RolloutGroup, SamplingParams
 
 TASK = f"{Path(__file__).with_name('task.py')}:Stories"

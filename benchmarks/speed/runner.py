@@ -85,7 +85,7 @@ def policy_folder(*, quick: bool) -> Path:
         if not (target / "config.json").is_file():
             _start(Path(sys.executable), ["benchmarks.speed.models", "tiny", str(target)], 1)
         return target
-    from upslope.models.sources import resolve
+    from upslope.models.files.sources import resolve
 
     return resolve("smollm2-135m")
 

@@ -11,21 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upslope.backends.hardware import choose_dtype
 from upslope.config import check
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import turn_ends, write_ends
+from upslope.devices.hardware import choose_dtype
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError
-from upslope.models.adapters import base_folder, merge_adapters
-from upslope.models.attention import BLOCK, KVCache
+from upslope.models.attention.context import BLOCK, KVCache
+from upslope.models.files.adapters import base_folder, merge_adapters
+from upslope.models.files.loading import load_model, save_model
+from upslope.models.files.reward_folder import stored_score
+from upslope.models.files.sources import is_adapter, resolve, say
+from upslope.models.files.weights import load as load_weights
 from upslope.models.heads import ScalarHead
-from upslope.models.loading import load_model, save_model
 from upslope.models.lora import add_adapters, save_adapters
 from upslope.models.protocol import CausalModel
-from upslope.models.reward_folder import stored_score
-from upslope.models.sources import is_adapter, resolve, say
-from upslope.models.weights import load as load_weights
 from upslope.options import RunOptions
 from upslope.runs.progress import told
 from upslope.training.optim import Group, MasterAdamW, decay_groups

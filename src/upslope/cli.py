@@ -22,7 +22,7 @@ from typing import Any, get_origin
 
 from upslope.config import Setting, build, from_text, hints_of, meant, read_toml
 from upslope.errors import ConfigError, RunError, UpslopeError, one_line
-from upslope.recipes.look import look
+from upslope.loop.look import look
 from upslope.version import __version__
 
 
@@ -39,7 +39,7 @@ class Verb:
     words: str = ""
 
 
-TRAINING = "upslope.recipes.session:run_verb"
+TRAINING = "upslope.loop.session:run_verb"
 
 VERBS: dict[str, Verb] = {
     "demo": Verb("DemoOptions", "upslope.studies.demo:run", "the whole way on one task: base, then sft, then ppo"),

@@ -220,7 +220,7 @@ class Batch:
     (of the token in its sequence, from 0) are int64. rows_N: the row in T whose output predicts the n-th trained
     token; targets_N that token; sequence_N the sequence it belongs to (0..B-1). ends_B: the row of each sequence's
     last token; None where it was not fed. fields: per-trained-token tensors [N], aligned with targets_N. replay: the
-    forward pass as a look-up, where the sampler's activations were kept (models.activations).
+    forward pass as a look-up, where the sampler's activations were kept (models.decoder.activations).
     """
 
     tokens_T: Tensor

@@ -24,7 +24,7 @@ LIMITS = {
 SCRIPT = """
 import json, sys
 import torch
-from upslope.backends.hardware import choose_dtype
+from upslope.devices.hardware import choose_dtype
 from upslope.cli import main
 from upslope.commands.numerics import networks, run_checks
 

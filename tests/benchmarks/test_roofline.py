@@ -17,7 +17,7 @@ from benchmarks.scaling import doubling_ratios, heavy_tailed, uniform
 from benchmarks.workload import Learner, Task, experience, random_decoder, spread_lengths
 from upslope.data.batching import collate
 from upslope.functional.logprobs import linear_token_logprobs
-from upslope.models.attention import PackedContext
+from upslope.models.attention.context import PackedContext
 from upslope.training.step import forward
 from upslope.types import Example
 

@@ -16,9 +16,9 @@ from tiny_model import tiny_folder
 
 from upslope.build import load_inference
 from upslope.cli import main
-from upslope.models.adapters import base_source
-from upslope.models.attention import PackedContext
-from upslope.models.weights import write_json
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.adapters import base_source
+from upslope.models.files.weights import write_json
 from upslope.options import SFTOptions
 
 

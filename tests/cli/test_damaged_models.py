@@ -13,9 +13,9 @@ from damage_kit import copied, flip, in_folder, inputs, make_runs, refusal
 
 from upslope.cli import main
 from upslope.errors import ModelError
-from upslope.models.encoder import load_encoder
-from upslope.models.intact import check_intact
-from upslope.models.loading import load_model
+from upslope.models.encoder.network import load_encoder
+from upslope.models.files.intact import check_intact
+from upslope.models.files.loading import load_model
 
 RL = ["--task", "letter.py:Letter", "--max-steps", "1", "--num-prompts", "2", "--num-generations", "2"]
 RL += ["--max-completion-length", "4", "--num-train-prompts", "8", "--eval-samples", "0", "--dtype", "float32"]

@@ -25,10 +25,10 @@ from transformers import (
 from upslope.cli import main
 from upslope.commands import export_verify, llama_cpp
 from upslope.data.chat import load_tokenizer
-from upslope.models import gguf_writer
-from upslope.models.loading import load_model, save_model
+from upslope.models.files import gguf_writer
+from upslope.models.files.loading import load_model, save_model
+from upslope.models.files.weights import load
 from upslope.models.lstm import LSTM, LSTMConfig
-from upslope.models.weights import load
 
 TOKENS = torch.arange(4, 64)[None]
 MESSAGES = [{"role": "user", "content": "hi  there"}, {"role": "assistant", "content": "42"}]
@@ -241,7 +241,7 @@ def _wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upslope.models.gguf_vocab._split_name", lambda state: "gpt-2")
+    monkeypatch.setattr("upslope.models.files.gguf_vocab._split_name", lambda state: "gpt-2")
 
 
 def _wrong_template(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def _wrong_template(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upslope.models.gguf_vocab._frame", lambda tokenizer: (True, False))
+    monkeypatch.setattr("upslope.models.files.gguf_vocab._frame", lambda tokenizer: (True, False))
 
 
 def _wrong_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +400,7 @@ def test_encoders(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_reward_models(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from upslope.models.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
+    from upslope.models.files.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
 
     model = load_model(tiny)
     torch.manual_seed(0)

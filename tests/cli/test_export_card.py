@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from upslope.build import load_inference
 from upslope.cli import main
-from upslope.models.sources import resolve
-from upslope.models.weights import load
+from upslope.models.files.sources import resolve
+from upslope.models.files.weights import load
 from upslope.runs.folder import Run
 
 ROWS = [{"prompt": f"count {i} |", "completion": " ".join(map(str, range(i)))} for i in range(1, 31)]

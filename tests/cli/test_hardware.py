@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upslope.backends import hardware
+from upslope.devices import hardware
 from upslope.errors import ConfigError
 
 

@@ -11,9 +11,9 @@ import pytest
 from upslope import cli
 from upslope.config import load
 from upslope.errors import ConfigError
+from upslope.loop.look import look
+from upslope.loop.session import begin
 from upslope.options import EvalOptions, ExpertOptions, GRPOOptions, PretrainOptions, SFTOptions
-from upslope.recipes.look import look
-from upslope.recipes.session import begin
 from upslope.tasks.base import Task
 from upslope.tasks.key_door import KeyDoor
 from upslope.tasks.loading import load_task, made_first

@@ -16,8 +16,8 @@ from upslope.build import load_inference, load_policy
 from upslope.cli import main
 from upslope.commands.serve import _service
 from upslope.errors import ModelError
-from upslope.models.loading import load_model
-from upslope.models.sources import resolve
+from upslope.models.files.loading import load_model
+from upslope.models.files.sources import resolve
 from upslope.options import ServeOptions, SFTOptions
 from upslope.recipes.distill import load_teacher
 from upslope.rollout.model_rewards import load_likelihood

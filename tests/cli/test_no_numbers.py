@@ -14,7 +14,7 @@ from tiny_model import tiny_folder
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from upslope.cli import main
-from upslope.models.weights import load
+from upslope.models.files.weights import load
 
 NORM = "model.norm.weight"
 COMMANDS = [

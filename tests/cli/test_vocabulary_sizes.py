@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from upslope.build import load_inference, load_policy, make_engine
 from upslope.cli import main
+from upslope.models.files.weights import read_shapes, save_folder
 from upslope.models.lstm import LSTM, LSTMConfig
-from upslope.models.weights import read_shapes, save_folder
 from upslope.options import PPOOptions
 from upslope.runs.store import Store
 from upslope.types import SamplingParams

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from upslope.data.chat import encode_completion, encode_conversation, encode_document, encode_prompt, load_tokenizer
 from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer
-from upslope.data.preview import mask_view
 from upslope.data.records import examples_of, record_of
 from upslope.engine.text import TextStream
 from upslope.errors import DataError, ModelError
-from upslope.models.loading import save_model
+from upslope.models.files.loading import save_model
+from upslope.preview.rows import mask_view
 from upslope.types import Message, Prompt
 
 PAD, EOS = 0, 1

@@ -10,7 +10,7 @@ import torch
 from upslope.data.batching import collate
 from upslope.data.chat import encode_prompt, load_tokenizer
 from upslope.engine import Engine
-from upslope.models.loading import load_model
+from upslope.models.files.loading import load_model
 from upslope.training.step import score
 from upslope.types import Example, Message, Prompt, SamplingParams
 

@@ -10,7 +10,7 @@ import torch
 from upslope.engine import Engine, Event
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.kernels.products import onednn_bfloat16
-from upslope.models.decoder import Decoder
+from upslope.models.decoder.network import Decoder
 from upslope.types import Completion, SamplingParams
 
 from .tiny import assert_exact, byte_tokenizer, ids, prompt, tiny

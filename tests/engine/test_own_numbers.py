@@ -8,8 +8,8 @@ import torch
 
 from upslope.engine import Engine
 from upslope.engine.sampling import uniforms
-from upslope.models.attention import PackedContext
-from upslope.models.decoder import Decoder
+from upslope.models.attention.context import PackedContext
+from upslope.models.decoder.network import Decoder
 from upslope.types import Completion, SamplingParams
 
 from .tiny import byte_tokenizer, ids, prompt, tiny, trainer_logprobs

@@ -15,8 +15,8 @@ from upslope.engine import Engine, sampling
 from upslope.engine.sampling import Row, adjust, beam_candidates, sample
 from upslope.errors import ConfigError
 from upslope.functional.logprobs import log_softmax, token_logprobs
-from upslope.models.attention import PackedContext
-from upslope.models.decoder import Decoder
+from upslope.models.attention.context import PackedContext
+from upslope.models.decoder.network import Decoder
 from upslope.types import Completion, SamplingParams
 
 from .tiny import assert_exact, prompt, tiny

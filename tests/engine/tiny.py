@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from upslope.functional.logprobs import linear_token_logprobs
-from upslope.models.attention import PackedContext
-from upslope.models.decoder import Decoder, DecoderConfig
+from upslope.models.attention.context import PackedContext
+from upslope.models.decoder.network import Decoder, DecoderConfig
 from upslope.types import Completion
 
 SHAPES = {

@@ -212,8 +212,8 @@ def test_a_benchmark_of_a_language_model(models, tmp_path: Path, capsys) -> None
 def test_a_reward_model_is_measured_on_preferences(tmp_path: Path, capsys) -> None:
     import torch
 
-    from upslope.models.loading import load_model
-    from upslope.models.reward_folder import RewardSettings, save_reward_folder
+    from upslope.models.files.loading import load_model
+    from upslope.models.files.reward_folder import RewardSettings, save_reward_folder
 
     source = tiny_folder(tmp_path / "m")
     model = load_model(source)
@@ -251,7 +251,7 @@ def test_an_encoder_decoder_translates_and_rescores(tmp_path: Path, capsys) -> N
     from tiny_model import tiny_tokenizer
     from tiny_seq2seq import tiny
 
-    from upslope.models.loading import save_model
+    from upslope.models.files.loading import save_model
 
     folder = str(save_model(tiny(vocab_size=258), tmp_path / "s2s", tokenizer=tiny_tokenizer()))
     data = rows(tmp_path / "d.jsonl", {"prompt": "ein haus", "completion": "a house"})

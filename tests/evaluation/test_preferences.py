@@ -14,9 +14,9 @@ from upslope.data.kinds import Record
 from upslope.data.preferences import answer
 from upslope.errors import DataError
 from upslope.evaluation.preferences import reward_accuracy
-from upslope.models.decoder import Decoder
-from upslope.models.loading import load_model
-from upslope.models.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
+from upslope.models.decoder.network import Decoder
+from upslope.models.files.loading import load_model
+from upslope.models.files.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
 from upslope.rollout.reward_model import RewardModel
 from upslope.types import Reward, RolloutGroup
 

@@ -22,14 +22,14 @@ from upslope.build import load_inference
 from upslope.data.batching import collate
 from upslope.data.chat import load_tokenizer
 from upslope.data.pieces import encode_pieces
-from upslope.models.adapters import base_source
-from upslope.models.encoder import load_encoder
-from upslope.models.gguf import convert, read_ends
-from upslope.models.gguf_writer import write_gguf
-from upslope.models.loading import decoder_config, save_model
+from upslope.models.encoder.network import load_encoder
+from upslope.models.files.adapters import base_source
+from upslope.models.files.gguf import convert, read_ends
+from upslope.models.files.gguf_writer import write_gguf
+from upslope.models.files.loading import decoder_config, save_model
+from upslope.models.files.reward_folder import load_reward_folder
+from upslope.models.files.weights import load
 from upslope.models.lstm import LSTM, LSTMConfig
-from upslope.models.reward_folder import load_reward_folder
-from upslope.models.weights import load
 from upslope.training.step import score
 from upslope.types import Example
 

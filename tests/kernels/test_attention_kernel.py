@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upslope.kernels import problem
-from upslope.models.attention import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
 from upslope.models.protocol import ModelSpec
 
 pytestmark = pytest.mark.skipif(problem() is not None, reason=f"kernels: {problem()}")

@@ -10,8 +10,8 @@ from tests.models.test_prepared import decoder
 from upslope import kernels
 from upslope.data.batching import collate
 from upslope.engine.engine import Engine
-from upslope.models.activations import Activations, bytes_per_token
-from upslope.models.decoder import Decoder
+from upslope.models.decoder.activations import Activations, bytes_per_token
+from upslope.models.decoder.network import Decoder
 from upslope.training.step import forward
 from upslope.types import Batch, Example, SamplingParams
 

@@ -14,10 +14,10 @@ from tiny_models import TINY, randomise
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from upslope.errors import ModelError
-from upslope.models.adapter import TransformersModel
-from upslope.models.attention import BLOCK, KVCache, PackedContext, PagedContext
-from upslope.models.loading import load_model, save_model
-from upslope.models.weights import load, read_config
+from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.files.loading import load_model, save_model
+from upslope.models.files.weights import load, read_config
+from upslope.models.transformers_model import TransformersModel
 
 GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
 OPT = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 64}

@@ -21,10 +21,10 @@ from transformers import AutoModelForCausalLM
 from upslope.build import load_inference, load_policy
 from upslope.errors import ConfigError, ModelError
 from upslope.manifest import write_manifest
-from upslope.models.adapters import WEIGHTS, adapter_config, base_source, merge_adapters
-from upslope.models.attention import PackedContext
-from upslope.models.loading import load_model
-from upslope.models.sources import resolve
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.adapters import WEIGHTS, adapter_config, base_source, merge_adapters
+from upslope.models.files.loading import load_model
+from upslope.models.files.sources import resolve
 from upslope.options import SFTOptions
 
 TOKENS = torch.arange(5, 65)

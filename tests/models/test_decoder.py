@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from upslope.errors import ModelError
 from upslope.functional.logprobs import linear_token_logprobs, token_logprobs
-from upslope.models.attention import BLOCK, KVCache, PackedContext, PagedContext
-from upslope.models.decoder import Decoder, DecoderConfig, rope_frequencies
+from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.decoder.network import Decoder, DecoderConfig, rope_frequencies
 from upslope.models.protocol import padded_row_count
 
 SHAPE: dict[str, Any] = {
@@ -313,7 +313,7 @@ def test_bundled_model_equals_transformers(smollm2_folder: Any) -> None:
     """Float32 log-probs of a real text to 2e-5; of every other token, however unlikely, to 1e-4."""
     from transformers import AutoTokenizer
 
-    from upslope.models.loading import load_model
+    from upslope.models.files.loading import load_model
 
     text = "The policy gradient theorem says that the gradient of the expected return is an expectation."
     ids = AutoTokenizer.from_pretrained(smollm2_folder)(text, return_tensors="pt").input_ids[0]

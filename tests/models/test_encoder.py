@@ -16,9 +16,9 @@ from tiny_model import tiny_folder
 
 from upslope import packages
 from upslope.errors import ModelError
-from upslope.models import sources
-from upslope.models.encoder import Encoder, Kind, load_encoder, new_encoder
-from upslope.models.sources import provenance, resolve
+from upslope.models.encoder.network import Encoder, Kind, load_encoder, new_encoder
+from upslope.models.files import sources
+from upslope.models.files.sources import provenance, resolve
 
 FAMILIES = ("bert", "roberta", "distilbert", "xlnet")
 AUTO = {

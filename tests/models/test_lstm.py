@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from upslope.engine import Engine
 from upslope.errors import ModelError
 from upslope.functional.logprobs import linear_token_logprobs
-from upslope.models.attention import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.files.loading import load_model, save_model
 from upslope.models.heads import ScalarHead
-from upslope.models.loading import load_model, save_model
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.options import PPOOptions
 from upslope.types import Completion, SamplingParams

@@ -9,10 +9,10 @@ from torch import Tensor
 from tests.tiny_model import tiny_config
 from upslope import kernels
 from upslope.kernels.products import Reordered
-from upslope.models.attention import KVCache, PagedContext
-from upslope.models.decoder import Decoder
+from upslope.models.attention.context import KVCache, PagedContext
+from upslope.models.decoder.network import Decoder
+from upslope.models.decoder.prepared import PreparedDecoder
 from upslope.models.packed import PackedWeights
-from upslope.models.prepared import PreparedDecoder
 
 pytestmark = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels here: {kernels.problem()}")
 

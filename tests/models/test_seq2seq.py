@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from upslope.data.batching import collate
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.functional.returns import gae
-from upslope.models.attention import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.files.loading import load_model, save_model
 from upslope.models.heads import ScalarHead
-from upslope.models.loading import load_model, save_model
-from upslope.models.seq2seq import Seq2Seq
-from upslope.models.seq2seq_files import load_seq2seq
-from upslope.models.seq2seq_layers import Attention, EncoderLayer, LayerNorm, sinusoids
+from upslope.models.seq2seq.files import load_seq2seq
+from upslope.models.seq2seq.layers import Attention, EncoderLayer, LayerNorm, sinusoids
+from upslope.models.seq2seq.network import Seq2Seq
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 from upslope.training.step import Outputs, forward, score, update
 from upslope.types import Batch, Example

@@ -24,9 +24,9 @@ from upslope import packages
 from upslope.cache import cache_root
 from upslope.commands import fetch
 from upslope.errors import DataError, ModelError, RunError
-from upslope.models import sources
-from upslope.models.loading import load_model
-from upslope.models.sources import Alias, HubUnreachable, provenance, resolve
+from upslope.models.files import sources
+from upslope.models.files.loading import load_model
+from upslope.models.files.sources import Alias, HubUnreachable, provenance, resolve
 from upslope.options import FetchOptions
 
 TINY_ALIAS = Alias("someone/tiny", "tiny-model", "1.0", "0" * 64, "tiny/tiny.gguf")

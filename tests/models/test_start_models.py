@@ -12,8 +12,8 @@ from torch import Tensor
 
 from upslope.build import load_policy, load_reference
 from upslope.data.batching import collate
-from upslope.models.attention import PackedContext
-from upslope.models.loading import load_model
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.loading import load_model
 from upslope.models.protocol import CausalModel
 from upslope.options import PPOOptions
 from upslope.training.step import score

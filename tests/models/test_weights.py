@@ -16,11 +16,11 @@ from tiny_models import tiny_network
 from transformers import AutoModelForCausalLM
 
 from upslope.errors import ModelError, RunError
-from upslope.models import weights
-from upslope.models.attention import PackedContext
-from upslope.models.decoder import Decoder
-from upslope.models.loading import load_model, save_model
-from upslope.models.weights import check_shapes, load, new_folder, read_shapes, save_folder
+from upslope.models.attention.context import PackedContext
+from upslope.models.decoder.network import Decoder
+from upslope.models.files import weights
+from upslope.models.files.loading import load_model, save_model
+from upslope.models.files.weights import check_shapes, load, new_folder, read_shapes, save_folder
 
 SHAPES = st.dictionaries(
     st.from_regex(r"[a-z]{1,4}(\.[a-z0-9]{1,3}){0,2}", fullmatch=True),

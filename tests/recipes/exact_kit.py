@@ -24,10 +24,10 @@ from tiny_model import tiny_folder
 from torch import Tensor
 
 from upslope.build import load_policy
-from upslope.models.attention import PackedContext
+from upslope.loop.rollout_queue import Sampled
+from upslope.models.attention.context import PackedContext
 from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel
-from upslope.recipes.rollout_queue import Sampled
 from upslope.training.optim import MasterAdamW
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 

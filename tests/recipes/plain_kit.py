@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from upslope.build import Policy, load_policy
 from upslope.data.batching import PromptStream
-from upslope.models.attention import PackedContext
-from upslope.models.loading import load_model
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.loading import load_model
 from upslope.models.protocol import CausalModel
 from upslope.types import RolloutGroup
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from upslope.build import Policy, load_policy
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, MASKED_SPECIALS, train_tokenizer
-from upslope.models.attention import PackedContext
-from upslope.models.encoder import Kind
+from upslope.models.attention.context import PackedContext
+from upslope.models.encoder.network import Kind
 from upslope.models.protocol import CausalModel
 from upslope.options import ClassifyOptions, PretrainOptions, Seq2SeqOptions, SFTOptions, TagOptions
 from upslope.options.common import RunOptions

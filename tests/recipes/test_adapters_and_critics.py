@@ -12,9 +12,9 @@ from tiny_model import tiny_config, tiny_folder
 
 from upslope.build import load_critic, load_policy
 from upslope.errors import ModelError
-from upslope.models.attention import PackedContext
-from upslope.models.weights import load as load_weights
-from upslope.models.weights import save_folder
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.weights import load as load_weights
+from upslope.models.files.weights import save_folder
 from upslope.options import PPOOptions
 from upslope.recipes.ppo import ppo
 

@@ -8,7 +8,7 @@ import pytest
 
 from upslope import options
 from upslope.config import load
-from upslope.recipes.plan import CLASSES, plan_of
+from upslope.loop.plan import CLASSES, plan_of
 from upslope.tasks.loading import load_task
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.toml"))

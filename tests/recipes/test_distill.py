@@ -15,11 +15,11 @@ from upslope.build import load_policy
 from upslope.data.batching import collate
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.functional.supervised_losses import divergence
-from upslope.models.attention import PackedContext
-from upslope.models.weights import load as load_weights
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.weights import load as load_weights
 from upslope.options import DistillOptions
+from upslope.preview.imitation import show_imitation
 from upslope.recipes.distill import Distill, distill
-from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.runs import Run
 from upslope.training.step import accumulate
 from upslope.types import Example

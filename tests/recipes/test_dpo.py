@@ -18,7 +18,7 @@ from torch import Tensor
 from upslope.build import Policy, load_policy
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError, RunError, UpslopeError
-from upslope.models.weights import load as load_weights
+from upslope.models.files.weights import load as load_weights
 from upslope.options import DPOOptions
 from upslope.recipes.dpo import DPO, dpo
 from upslope.training.step import accumulate

@@ -16,10 +16,10 @@ from supervised_kit import LEARNERS, PAIRS, assert_adamw, network_of, pair_row, 
 from test_exact_encoders import text_losses
 from torch import Tensor
 
+from upslope.loop.kept import DataAccount
+from upslope.loop.plan import plan_of
+from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
-from upslope.recipes.kept import DataAccount
-from upslope.recipes.plan import plan_of
-from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.training.checkpoint import list_checkpoints, resolve
 
 pytestmark = pytest.mark.usefixtures("in_float64")

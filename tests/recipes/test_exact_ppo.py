@@ -27,7 +27,7 @@ from exact_kit import (
 )
 from torch import Tensor
 
-from upslope.models.attention import PackedContext
+from upslope.models.attention.context import PackedContext
 from upslope.recipes.ppo import PPO
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 

@@ -26,8 +26,8 @@ from exact_kit import (
 from torch import Tensor
 
 import upslope.recipes.reinforce
+from upslope.loop.rollout_queue import Sampled
 from upslope.recipes.reinforce import Reinforce
-from upslope.recipes.rollout_queue import Sampled
 from upslope.rollout.collect import collect
 from upslope.training.experience import Experience
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup

@@ -24,7 +24,7 @@ from plain_kit import (
 )
 from torch import Tensor
 
-from upslope.models.reward_folder import SCORE, load_reward_folder
+from upslope.models.files.reward_folder import SCORE, load_reward_folder
 from upslope.options import RewardOptions
 from upslope.recipes.reward import RewardLearner
 

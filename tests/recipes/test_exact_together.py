@@ -28,7 +28,7 @@ from test_exact_grpo import advantages, aggregate, clipped, prompts_of
 from test_exact_ppo import surrogate
 from torch import Tensor
 
-from upslope.models.weights import load as load_weights
+from upslope.models.files.weights import load as load_weights
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import PPO
 from upslope.recipes.reinforce import Reinforce

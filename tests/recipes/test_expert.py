@@ -17,11 +17,11 @@ from torch import Tensor
 from upslope.build import load_policy
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.functional.policy_losses import reinforce
-from upslope.models.weights import load as load_weights
+from upslope.loop import fingerprint
+from upslope.models.files.weights import load as load_weights
 from upslope.options import ExpertOptions, GRPOOptions
+from upslope.preview.imitation import show_imitation
 from upslope.recipes import expert as expert_module
-from upslope.recipes import fingerprint
-from upslope.recipes.dry_run_imitation import show_imitation
 from upslope.recipes.expert import Expert, expert
 from upslope.recipes.expert_data import Candidate, row_of, select
 from upslope.recipes.grpo import grpo

@@ -29,9 +29,9 @@ import upslope.options as all_options
 from upslope.cli import main
 from upslope.config import hints_of
 from upslope.errors import ConfigError, RunError
+from upslope.loop import fingerprint, session
 from upslope.manifest import read_manifest, write_manifest
 from upslope.options import DistillOptions, DPOOptions, GRPOOptions, RunOptions, SFTOptions
-from upslope.recipes import fingerprint, session
 from upslope.recipes.distill_data import load_items
 from upslope.recipes.dpo import dpo
 from upslope.recipes.grpo import grpo
@@ -361,7 +361,7 @@ def test_another_set_of_labels_cannot_go_on(tmp_path: Path, capsys: pytest.Captu
 
 def test_the_models_a_run_leans_on_are_part_of_it(tiny: Path, tmp_path: Path) -> None:
     """The reference of a KL term is loaded anew: another one would be another objective."""
-    from upslope.models.weights import load, save_folder
+    from upslope.models.files.weights import load, save_folder
 
     shutil.copytree(tiny, tmp_path / "model")
     (tmp_path / "letter.py").write_text(TASK)

@@ -14,6 +14,7 @@ from encoder_kit import encoder_folder
 from preference_kit import labelled_rows, pair_rows, step_rows, write
 
 from upslope.errors import ConfigError, DataError
+from upslope.loop.session import run_verb
 from upslope.options import (
     ClassifyOptions,
     DistillOptions,
@@ -26,7 +27,6 @@ from upslope.options import (
 )
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes import classify, distill, dpo, expert, pretrain, reward, seq2seq, sft, tag
-from upslope.recipes.session import run_verb
 
 LONG = "a" * 300
 QUICK: dict[str, Any] = {"max_steps": 1, "eval_every": 0, "eval_samples": 3, "batch_size": 2}

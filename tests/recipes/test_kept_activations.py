@@ -10,7 +10,7 @@ import torch
 
 from tests.recipes.test_recipes import lines, rl, task
 from upslope import kernels
-from upslope.models.weights import load
+from upslope.models.files.weights import load
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.recipes.grpo import grpo
 from upslope.recipes.ppo import ppo
@@ -68,7 +68,7 @@ def test_a_sampler_that_is_not_the_trainer_is_found(
     tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one member that goes through the network again tells, where all others are taken over."""
-    from upslope.models.prepared import PreparedDecoder
+    from upslope.models.decoder.prepared import PreparedDecoder
 
     honest = PreparedDecoder.forward
 

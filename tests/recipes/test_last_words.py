@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from upslope.loop.last_words import last_words
 from upslope.options import (
     DistillOptions,
     ExpertOptions,
@@ -17,7 +18,6 @@ from upslope.options import (
     RunOptions,
     SFTOptions,
 )
-from upslope.recipes.last_words import last_words
 
 GOOD: dict[str, float] = {
     "loss": 0.4,

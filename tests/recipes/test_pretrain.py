@@ -22,9 +22,9 @@ from upslope.cli import main
 from upslope.data.masking import Masking
 from upslope.data.train_tokenizer import train_tokenizer
 from upslope.errors import ConfigError, DataError, RunError, UpslopeError
-from upslope.models.loading import load_model
+from upslope.models.files.loading import load_model
+from upslope.models.files.weights import load as load_weights
 from upslope.models.lstm import LSTM
-from upslope.models.weights import load as load_weights
 from upslope.options import PretrainOptions, SFTOptions
 from upslope.recipes.pretrain import pretrain
 from upslope.recipes.sft import sft
@@ -107,7 +107,7 @@ def test_the_decoders_folder_loads_in_transformers(texts: Path, tmp_path: Path) 
         tokenizer = AutoTokenizer.from_pretrained(summary["model"])
         ours = load_model(summary["model"])
         ids = tokenizer("abcde\n", return_tensors="pt")["input_ids"]
-        from upslope.models.attention import PackedContext
+        from upslope.models.attention.context import PackedContext
 
         with torch.no_grad():
             logits = ours.logits(ours(ids[0], PackedContext([ids.shape[1]])))
@@ -346,8 +346,8 @@ def test_gpt2_through_the_adapter_trains_saves_and_reloads(texts: Path, tmp_path
     """A tiny GPT-2 folder: sft and pretraining, then plain transformers gives the same logits."""
     from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-    from upslope.models.adapter import TransformersModel
-    from upslope.models.attention import PackedContext
+    from upslope.models.attention.context import PackedContext
+    from upslope.models.transformers_model import TransformersModel
 
     torch.manual_seed(0)
     tokenizer = train_tokenizer([(texts / "train.txt").read_text()], "char", 300)

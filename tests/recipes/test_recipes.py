@@ -12,7 +12,7 @@ import torch
 
 from upslope.build import load_policy
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError
-from upslope.models.weights import load as load_weights
+from upslope.models.files.weights import load as load_weights
 from upslope.options import GRPOOptions, PPOOptions, SFTOptions
 from upslope.recipes.grpo import GRPO, grpo
 from upslope.recipes.ppo import PPO, ppo
@@ -298,7 +298,7 @@ def test_non_finite_training_stops_and_keeps_the_last_checkpoint(tiny: Path, tas
         return original(step)
 
     learner.step = poisoned  # type: ignore[method-assign]
-    from upslope.recipes.session import begin, train
+    from upslope.loop.session import begin, train
 
     with begin(options) as begun, pytest.raises(UpslopeError):
         train("ppo", options, learner, begun)
@@ -315,7 +315,7 @@ def test_a_failing_evaluation_still_saves_the_last_step(tiny: Path, task: str, t
         raise DataError("the judge is ill")
 
     learner.evaluate = broken  # type: ignore[method-assign]
-    from upslope.recipes.session import begin, train
+    from upslope.loop.session import begin, train
 
     with begin(options) as begun, pytest.raises(DataError, match="ill"):
         train("ppo", options, learner, begun)

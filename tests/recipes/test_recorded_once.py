@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 from supervised_kit import bert, pairs_file, table_file, tiny
 
+from upslope.loop import session
 from upslope.options import ClassifyOptions, PPOOptions, SFTOptions
 from upslope.options.common import RunOptions
-from upslope.recipes import session
 from upslope.recipes.classify import Classify, classify
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import ppo

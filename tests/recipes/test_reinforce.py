@@ -15,13 +15,13 @@ from test_resume import assert_same, comparable
 from upslope.build import Policy, load_policy
 from upslope.config import load as load_config
 from upslope.errors import ConfigError, DataError
+from upslope.loop.rollout_queue import Sampled
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
-from upslope.recipes.dry_run import show_policy_gradient
+from upslope.preview.dry_run import show_policy_gradient
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO
 from upslope.recipes.reinforce import MovingBaseline, Reinforce, reinforce
-from upslope.recipes.rollout_queue import Sampled
 from upslope.training.experience import Experience, token_rewards
 from upslope.training.step import accumulate
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
@@ -116,7 +116,7 @@ def test_a2c_is_reinforce_with_a_learned_baseline(
 
 def plain_logp(policy: Policy, groups: list[RolloutGroup]) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, T] log-probs and mask, one plain forward pass per sequence, log-softmax over everything."""
-    from upslope.models.attention import PackedContext
+    from upslope.models.attention.context import PackedContext
 
     rows = []
     for group in groups:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from upslope.backends.hardware import choose_dtype
 from upslope.cli import main
+from upslope.devices.hardware import choose_dtype
 from upslope.runs import Run
 
 KILLS = 22

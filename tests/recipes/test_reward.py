@@ -19,9 +19,9 @@ from torch import Tensor
 from upslope.build import load_critic, load_policy
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError, ModelError, UpslopeError
-from upslope.models.reward_folder import load_reward_folder
-from upslope.models.weights import load as load_weights
-from upslope.models.weights import read_config
+from upslope.models.files.reward_folder import load_reward_folder
+from upslope.models.files.weights import load as load_weights
+from upslope.models.files.weights import read_config
 from upslope.options import PPOOptions, RewardOptions
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.reward import RewardLearner, pair_calibration, reward, start_head
@@ -206,7 +206,7 @@ def test_a_padding_token_of_its_own_is_kept_and_batches_agree(tmp_path: Path) ->
 def test_adapters_are_merged_into_the_folder(tiny: Path, tmp_path: Path) -> None:
     o = options(tiny, write(tmp_path / "rows.jsonl", pair_rows(40)), tmp_path / "run", lora_rank=4, max_steps=10)
     learner = RewardLearner(o, load_policy(o))
-    from upslope.recipes.session import begin, train
+    from upslope.loop.session import begin, train
 
     with begin(o) as begun:
         summary = train("reward", o, learner, begun)

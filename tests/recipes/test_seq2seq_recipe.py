@@ -15,7 +15,7 @@ from upslope.build import Policy, load_policy
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.functional.supervised_losses import minimum_risk
-from upslope.models.seq2seq import Seq2Seq
+from upslope.models.seq2seq.network import Seq2Seq
 from upslope.options import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk, distinct, risk_weights
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from upslope.errors import RunError
+from upslope.loop import session
+from upslope.loop.kept import NO_DATA
+from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
-from upslope.recipes import session
-from upslope.recipes.kept import NO_DATA
-from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.runs.folder import Run
 from upslope.training import checkpoint
 from upslope.training.stopping import StopWhen
@@ -153,7 +153,7 @@ def test_a_run_that_died_goes_on_as_if_it_never_had(tmp_path: Path) -> None:
 LATE = """
 import importlib, random, sys
 import numpy as np, torch
-import upslope.recipes.session
+import upslope.loop.session
 from upslope.training.random_state import capture_random_state, seed_everything
 def state():
     tensors, rest = capture_random_state()

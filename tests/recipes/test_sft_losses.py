@@ -14,8 +14,8 @@ from torch import Tensor
 from upslope.build import load_policy
 from upslope.data.batching import collate
 from upslope.errors import ConfigError
-from upslope.models.attention import PackedContext
-from upslope.models.weights import load as load_weights
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.weights import load as load_weights
 from upslope.options import SFTOptions
 from upslope.recipes.sft import SFT, sft
 from upslope.training.step import accumulate, forward

@@ -17,12 +17,12 @@ from upslope.build import load_policy
 from upslope.functional.policy_losses import importance_weights
 from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, lambda_returns, vtrace
+from upslope.loop.rollout_queue import RolloutQueue, Sampled
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.recipes.grpo import GRPO, grpo
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.reinforce import Reinforce, reinforce
-from upslope.recipes.rollout_queue import RolloutQueue, Sampled
 from upslope.runs import Run
 from upslope.training.experience import Experience
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup

@@ -17,9 +17,9 @@ from transformers import PreTrainedTokenizerFast
 from upslope.cache import cache_root
 from upslope.data.chat import encode_prompt
 from upslope.errors import ConfigError, ModelError
-from upslope.models.attention import PackedContext
-from upslope.models.encoder import Encoder, new_encoder
-from upslope.models.loading import load_model
+from upslope.models.attention.context import PackedContext
+from upslope.models.encoder.network import Encoder, new_encoder
+from upslope.models.files.loading import load_model
 from upslope.options import GRPOOptions
 from upslope.recipes.grpo import grpo
 from upslope.rollout.in_process import Surroundings, load_model_rewards, split_rewards

@@ -17,9 +17,9 @@ from upslope.data.chat import encode_prompt
 from upslope.data.preferences import solutions_of, step_ends
 from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError
-from upslope.models.decoder import Decoder
-from upslope.models.loading import load_model
-from upslope.models.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
+from upslope.models.decoder.network import Decoder
+from upslope.models.files.loading import load_model
+from upslope.models.files.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
 from upslope.rollout import in_process
 from upslope.rollout.in_process import CombinedScorer, Surroundings, WeightedReward, split_rewards
 from upslope.rollout.judge import InlineScorer, reward_metrics
@@ -163,7 +163,7 @@ def judge_of(folder: Path, **params: Any) -> RewardModel:
 
 def alone(folder: Path, tokens: list[int]) -> torch.Tensor:
     """The head's word after each token, by the network's own forward pass over one sequence."""
-    from upslope.models.attention import PackedContext
+    from upslope.models.attention.context import PackedContext
 
     model, head, _ = load_reward_folder(folder)
     with torch.no_grad():

@@ -17,7 +17,7 @@ from tiny_model import tiny_folder
 
 from upslope.data.chat import encode_prompt
 from upslope.functional.logprobs import token_logprobs
-from upslope.models.attention import PackedContext
+from upslope.models.attention.context import PackedContext
 from upslope.options import ServeOptions
 from upslope.serving.app import create_app
 from upslope.serving.service import Service

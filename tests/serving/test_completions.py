@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from upslope.data.batching import collate
 from upslope.engine import Engine
-from upslope.models.loading import load_model, save_model
+from upslope.models.files.loading import load_model, save_model
 from upslope.models.protocol import CausalModel
 from upslope.options import ServeOptions
 from upslope.serving.app import create_app

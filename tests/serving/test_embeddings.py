@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from tiny_model import tiny_folder
 
-from upslope.models.attention import PackedContext
+from upslope.models.attention.context import PackedContext
 from upslope.serving.embeddings import BATCH_TOKENS, batches, shortened
 from upslope.serving.service import Service
 

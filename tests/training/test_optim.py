@@ -15,7 +15,7 @@ from tiny_model import tiny_folder
 from torch import Tensor, nn
 
 from upslope.build import load_policy, make_optimizer
-from upslope.models.weights import load as load_weights
+from upslope.models.files.weights import load as load_weights
 from upslope.options import SFTOptions
 from upslope.training.optim import Group, MasterAdamW
 

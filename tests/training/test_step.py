@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from upslope.data.batching import collate, split_by_tokens
 from upslope.errors import RunError
-from upslope.models.attention import PackedContext
-from upslope.models.decoder import Decoder
+from upslope.models.attention.context import PackedContext
+from upslope.models.decoder.network import Decoder
 from upslope.models.heads import ScalarHead
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 from upslope.training.step import Outputs, accumulate, forward, score, update

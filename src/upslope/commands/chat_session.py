@@ -18,7 +18,7 @@ from upslope.data.records import Record
 from upslope.data.template import Tools
 from upslope.engine import Event
 from upslope.errors import ConfigError, DataError, ModelError
-from upslope.models.attention import BLOCK
+from upslope.models.attention.context import BLOCK
 from upslope.options import ChatOptions
 from upslope.types import Completion, Message, Prompt, SamplingParams
 

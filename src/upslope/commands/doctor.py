@@ -16,9 +16,9 @@ import torch
 from packaging.requirements import Requirement
 
 from upslope import extras, kernels
-from upslope.backends.hardware import choose_dtype, cpu_features, matmul_gflops
 from upslope.cache import cache_root
-from upslope.models.gpu_attention import fused_attention
+from upslope.devices.hardware import choose_dtype, cpu_features, matmul_gflops
+from upslope.models.attention.gpu import fused_attention
 from upslope.options import DoctorOptions
 from upslope.runs.environment import describe_environment
 from upslope.version import __version__

@@ -14,8 +14,8 @@ from upslope.commands.evaluate_model import judge_answers, measure_language_mode
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError
 from upslope.evaluation.samples import read_hypotheses
 from upslope.evaluation.table import Results, as_json, compared, write
-from upslope.models.kinds import kind_of
-from upslope.models.sources import is_adapter, resolve
+from upslope.models.files.kinds import kind_of
+from upslope.models.files.sources import is_adapter, resolve
 from upslope.options import EvalOptions
 from upslope.version import __version__
 

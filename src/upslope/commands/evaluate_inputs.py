@@ -17,7 +17,7 @@ from upslope.evaluation.metrics import Texts, bleu_metric, check_metrics
 from upslope.evaluation.perplexity import Documents, read_documents
 from upslope.evaluation.rescore import NBest, read_nbest
 from upslope.evaluation.samples import Sample, read_samples
-from upslope.models.kinds import ModelKind
+from upslope.models.files.kinds import ModelKind
 from upslope.options import EvalOptions
 from upslope.runs.progress import Progress
 from upslope.tasks.base import Task

@@ -7,8 +7,8 @@ import json
 
 from upslope.config import load
 from upslope.errors import ConfigError
+from upslope.loop.plan import CLASSES, plan_of
 from upslope.options import DemoOptions, ExplainOptions
-from upslope.recipes.plan import CLASSES, plan_of
 
 
 def run(options: ExplainOptions) -> int:

@@ -22,11 +22,11 @@ from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import write_ends
 from upslope.errors import ModelError, RunError
 from upslope.extras import require
-from upslope.models.decoder import Decoder
-from upslope.models.gguf_writer import new_file, write_gguf
-from upslope.models.loading import decoder_config, save_model
-from upslope.models.sources import is_adapter, provenance, resolve
-from upslope.models.weights import load, new_folder, read_config, save_folder, write_json
+from upslope.models.decoder.network import Decoder
+from upslope.models.files.gguf_writer import new_file, write_gguf
+from upslope.models.files.loading import decoder_config, save_model
+from upslope.models.files.sources import is_adapter, provenance, resolve
+from upslope.models.files.weights import load, new_folder, read_config, save_folder, write_json
 from upslope.options import ExportOptions
 
 __all__ = ["run"]
@@ -74,7 +74,7 @@ def load_source(model: str, base: str | None) -> Source:
         _refuse_unusable(found)
     kind = None if is_adapter(found) else _encoder_kind(read_config(found))
     if kind is not None:
-        from upslope.models.encoder import load_encoder
+        from upslope.models.encoder.network import load_encoder
 
         load_encoder(found, kind).check_tokens(token_count(load_tokenizer(found)), found)
         return Source(found, found, None)

@@ -14,8 +14,8 @@ from typing import Any
 
 from upslope.commands.export_origin import Origin, Stage, origin_of
 from upslope.commands.export_verify import Gap
+from upslope.models.files.weights import read_config, read_shapes
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
-from upslope.models.weights import read_config, read_shapes
 from upslope.version import __version__
 
 __all__ = ["Origin", "card", "origin_of"]

@@ -12,9 +12,9 @@ from typing import Any
 from upslope.cache import cache_root
 from upslope.errors import ModelError, RunError, UpslopeError
 from upslope.json_file import read_object
-from upslope.models.adapters import adapter_config, base_source
-from upslope.models.run_folders import model_of_run, run_of
-from upslope.models.sources import ALIASES, is_adapter, provenance
+from upslope.models.files.adapters import adapter_config, base_source
+from upslope.models.files.run_folders import model_of_run, run_of
+from upslope.models.files.sources import ALIASES, is_adapter, provenance
 from upslope.runs.folder import Run
 
 __all__ = ["Figures", "Origin", "Stage", "origin_of"]

@@ -20,14 +20,14 @@ from upslope.commands.llama_cpp import LlamaCpp
 from upslope.data.chat import load_tokenizer
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError, RunError
-from upslope.models.attention import PackedContext
-from upslope.models.config_table import quiet
-from upslope.models.gguf import read_ends
-from upslope.models.gguf_writer import GGUFType, as_stored
-from upslope.models.loading import load_model
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.config_table import quiet
+from upslope.models.files.gguf import read_ends
+from upslope.models.files.gguf_writer import GGUFType, as_stored
+from upslope.models.files.loading import load_model
+from upslope.models.files.weights import read_config
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
-from upslope.models.seq2seq_files import is_seq2seq
-from upslope.models.weights import read_config
+from upslope.models.seq2seq.files import is_seq2seq
 
 __all__ = ["Gap", "is_classifier", "verify_folder", "verify_gguf"]
 

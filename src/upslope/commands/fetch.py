@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from upslope.models.sources import provenance, resolve
+from upslope.models.files.sources import provenance, resolve
 from upslope.options import FetchOptions
 
 __all__ = ["run"]

@@ -22,7 +22,7 @@ def run(options: ServeOptions) -> int:
     """Serve until SIGTERM or Ctrl-C; one line on standard output says where, when requests can come."""
     for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
         require("serve", module)
-    from upslope.backends.threads import apart
+    from upslope.devices.threads import apart
     from upslope.serving.app import create_app
     from upslope.serving.server import bind, serve
 
@@ -51,7 +51,7 @@ def _service(name: str, source: str, options: ServeOptions) -> Service:
     """The model with its engine, warmed up: kernels compiled, cache allocated."""
     from upslope.build import Policy, load_inference
     from upslope.commands.decoding import DRAWN, open_engine, suggested
-    from upslope.models.sources import say
+    from upslope.models.files.sources import say
     from upslope.serving.service import Service
     from upslope.types import SamplingParams
 

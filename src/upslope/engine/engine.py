@@ -22,8 +22,8 @@ from upslope.engine.runner import Runner, Stats
 from upslope.engine.scheduler import Scheduler
 from upslope.engine.text import Tokenizer
 from upslope.errors import ConfigError
-from upslope.models.activations import Activations
-from upslope.models.attention import BLOCK, KVCache
+from upslope.models.attention.context import BLOCK, KVCache
+from upslope.models.decoder.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.types import Completion, SamplingParams
 

@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from upslope.models.attention import BLOCK, KVCache
-from upslope.models.gpu_attention import fused_on
+from upslope.models.attention.context import BLOCK, KVCache
+from upslope.models.attention.gpu import fused_on
+from upslope.models.attention.step_context import StepContext
 from upslope.models.protocol import CausalModel
-from upslope.models.step_context import StepContext
 
 __all__ = ["DecodeGraphs", "can_capture", "captured", "rounded_rows"]
 

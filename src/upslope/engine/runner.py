@@ -13,8 +13,8 @@ from upslope.engine.request import Sequence
 from upslope.engine.sampling import policy_temperature, top_alternatives
 from upslope.engine.scheduler import Chunk, Plan
 from upslope.functional.logprobs import log_softmax
-from upslope.models.activations import Activations
-from upslope.models.attention import KVCache, PagedContext
+from upslope.models.attention.context import KVCache, PagedContext
+from upslope.models.decoder.activations import Activations
 from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel
 

@@ -27,7 +27,7 @@ from upslope.evaluation.figures import Figure
 from upslope.evaluation.harness_figures import group_figures, task_figures
 from upslope.evaluation.scorer import Scorer
 from upslope.extras import require
-from upslope.models.attention import BLOCK
+from upslope.models.attention.context import BLOCK
 from upslope.models.protocol import CausalModel
 from upslope.types import SamplingParams
 

@@ -1,5 +1,5 @@
 // All blocks of a decoder for new tokens of cached sequences in one call: the other files' kernels in the order of
-// models/decoder.py. With a few rows the way through Python between them costs as much as the arithmetic. bfloat16.
+// models/decoder/network.py. With a few rows the way through Python between them costs as much as the arithmetic. bfloat16.
 #include "vector.h"
 
 using namespace upslope;

@@ -44,7 +44,7 @@ class BlockWeights(NamedTuple):
 
 
 class KeptRows(NamedTuple):
-    """Where each layer's results go, [L, R, .] each, from row `first` on (models.activations); lse is float32."""
+    """Where each layer's results go, [L, R, .] each, from row `first` on (models/decoder/activations); float32 lse."""
 
     products: Tensor
     attended: Tensor

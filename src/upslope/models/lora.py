@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from upslope.errors import ConfigError
-from upslope.models.adapters import PREFIX, WEIGHTS
+from upslope.models.files.adapters import PREFIX, WEIGHTS
+from upslope.models.files.sources import ADAPTER_CONFIG, provenance
+from upslope.models.files.weights import write_json
 from upslope.models.lora_dropout import drop_inputs
 from upslope.models.protocol import CausalModel
-from upslope.models.seq2seq import Seq2Seq
-from upslope.models.sources import ADAPTER_CONFIG, provenance
-from upslope.models.weights import write_json
+from upslope.models.seq2seq.network import Seq2Seq
 
 __all__ = ["ALL", "add_adapters", "save_adapters", "target_layers"]
 

@@ -14,7 +14,7 @@ packed training batch and in decoding.
 
 The names of a layer's weights, their shapes and the order of the gates are those of torch.nn.LSTM, which computes the
 same function. The folder is in the Hugging Face layout, but transformers has no such architecture: only upslope loads
-it (`models.loading.load_model`).
+it (`models.files.loading.load_model`).
 
 Shapes: T packed tokens, H width, V vocabulary, S sequences or segments of one phase, n of them active at a step.
 """
@@ -274,7 +274,7 @@ class _Trunk(nn.Module):
 
 
 class LSTM(CausalModel):
-    """The LSTM language model with random weights; models.loading fills it from a folder.
+    """The LSTM language model with random weights; models.files.loading fills it from a folder.
 
     The embedding starts as N(0, 1), tied or not: with less a small network takes several times as long to find what
     lies more than one token back.

@@ -59,7 +59,7 @@ class Segment:
 
 
 class Context(Protocol):
-    """Where the tokens of one call stand and what they may attend to (see models/attention.py)."""
+    """Where the tokens of one call stand and what they may attend to (see models/attention/context.py)."""
 
     positions_T: Tensor
     segments: tuple[Segment, ...]

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from upslope.backends.hardware import choose_dtype
 from upslope.build import device_of_machine
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.glue import Split, form_of, labelled, read_items
@@ -30,18 +29,19 @@ from upslope.data.labels import (
     shuffled_by_content,
     split_by_content,
 )
+from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.classification import classification_report
 from upslope.extras import require
-from upslope.models.encoder import Encoder, load_encoder
-from upslope.models.sources import resolve
+from upslope.loop.session import Evaluation, begin, train
+from upslope.models.encoder.network import Encoder, load_encoder
+from upslope.models.files.sources import resolve
 from upslope.options.encoder import ClassifyOptions
+from upslope.preview.encoder import finish
+from upslope.preview.encoder import show as show_encoder
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
-from upslope.recipes.encoder_report import finish
-from upslope.recipes.encoder_report import show as show_encoder
 from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
-from upslope.recipes.session import Evaluation, begin, train
 from upslope.runs.progress import told
 
 __all__ = ["Classifier", "Classify", "classify", "load_classifier", "show"]

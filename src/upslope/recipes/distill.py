@@ -30,19 +30,19 @@ from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.distillation import linear_divergence
-from upslope.models.attention import PackedContext
-from upslope.models.loading import load_model
+from upslope.loop.fingerprint import prompt_row
+from upslope.loop.held_out import per_token
+from upslope.loop.kept import within_context
+from upslope.loop.learner import PolicyLearner, weighted
+from upslope.loop.prompts import held_out_of
+from upslope.loop.session import Evaluation, StepResult, begin, train
+from upslope.models.attention.context import PackedContext
+from upslope.models.files.loading import load_model
+from upslope.models.files.sources import resolve
 from upslope.models.protocol import CausalModel
-from upslope.models.sources import resolve
 from upslope.options import DistillOptions
+from upslope.preview.imitation import show_imitation as show
 from upslope.recipes.distill_data import Item, load_items, with_room
-from upslope.recipes.dry_run_imitation import show_imitation as show
-from upslope.recipes.fingerprint import prompt_row
-from upslope.recipes.held_out import per_token
-from upslope.recipes.kept import within_context
-from upslope.recipes.learner import PolicyLearner, weighted
-from upslope.recipes.prompts import held_out_of
-from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.recipes.sft import held_out_groups
 from upslope.rollout.collect import sampling_keys
 from upslope.rollout.judge import length_metrics

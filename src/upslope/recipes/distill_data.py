@@ -11,10 +11,10 @@ from upslope.data.kinds import Content, Record
 from upslope.data.records import example_of, read_records
 from upslope.data.template import Tools
 from upslope.errors import ConfigError
+from upslope.loop.held_out import tell_task
+from upslope.loop.kept import DataAccount, Kept, shared_out, too_long
+from upslope.loop.prompts import fitting
 from upslope.options import DistillOptions
-from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
-from upslope.recipes.prompts import fitting
 from upslope.recipes.sft import demonstrations
 from upslope.runs.progress import counted
 from upslope.tasks.base import Task

@@ -22,20 +22,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upslope.backends.hardware import choose_dtype
 from upslope.build import device_of_machine
 from upslope.data.batching import PromptStream
 from upslope.data.chat import load_tokenizer, token_count
+from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError, ModelError, RunError
 from upslope.evaluation.classification import format_report
-from upslope.models.encoder import Encoder, Kind, load_encoder
+from upslope.loop.kept import DataAccount
+from upslope.loop.plan import in_steps
+from upslope.loop.session import StepResult
+from upslope.models.encoder.network import Encoder, Kind, load_encoder
+from upslope.models.files.sources import resolve
 from upslope.models.lora_dropout import dropping, padded_keys
-from upslope.models.sources import resolve
 from upslope.options.encoder import EncoderOptions
 from upslope.recipes.encoder_objective import Objective
-from upslope.recipes.kept import DataAccount
-from upslope.recipes.plan import in_steps
-from upslope.recipes.session import StepResult
 from upslope.runs.folder import Run
 from upslope.training.optim import MasterAdamW, decay_groups
 from upslope.training.schedule import rate_at

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from upslope.data.labels import read_rewards
+from upslope.loop.kept import BEYOND, DataAccount, Split
 from upslope.options.encoder import EncoderOptions
-from upslope.recipes.kept import BEYOND, DataAccount, Split
 
 __all__ = ["Data", "Rows", "account_of", "rewards_of", "tell_counts"]
 

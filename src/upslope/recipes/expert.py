@@ -32,13 +32,13 @@ from upslope.build import Policy, load_policy
 from upslope.data.batching import PromptStream
 from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
+from upslope.loop.kept import DataAccount, within_context
+from upslope.loop.learner import likelihood
+from upslope.loop.session import StepResult, begin, train
 from upslope.options import ExpertOptions
-from upslope.recipes.dry_run_imitation import show_imitation as show
+from upslope.preview.imitation import show_imitation as show
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
-from upslope.recipes.kept import DataAccount, within_context
-from upslope.recipes.learner import likelihood
 from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.recipes.session import StepResult, begin, train
 from upslope.rollout.judge import reward_metrics
 from upslope.training.experience import Experience
 from upslope.training.schedule import rate_at

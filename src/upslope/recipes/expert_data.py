@@ -15,8 +15,8 @@ from upslope.atomic import write_atomic
 from upslope.data.messages import message_of
 from upslope.data.records import examples_of, read_records
 from upslope.errors import DataError, RunError
+from upslope.loop.kept import NO_DATA, DataAccount, Split, too_long
 from upslope.options import ExpertOptions
-from upslope.recipes.kept import NO_DATA, DataAccount, Split, too_long
 from upslope.runs.folder import Run
 from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
 

@@ -38,11 +38,11 @@ from upslope.functional.policy_losses import (
     sequence_clipped_surrogate,
     soft_gated,
 )
+from upslope.loop.rollout_queue import Sampled
+from upslope.loop.session import begin, train
 from upslope.options import GRPOOptions
-from upslope.recipes.dry_run import show_policy_gradient as show
+from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics
-from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import begin, train
 from upslope.training.experience import Experience, Normalizer, group_rewards, trainable
 from upslope.training.step import Outputs, score
 from upslope.types import Batch, RolloutGroup

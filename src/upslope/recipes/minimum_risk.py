@@ -23,9 +23,9 @@ from torch import Tensor
 
 from upslope.build import Policy
 from upslope.functional.supervised_losses import minimum_risk
+from upslope.loop.session import StepResult
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.pair_learner import PairData, PairLearner
-from upslope.recipes.session import StepResult
 from upslope.rollout.collect import collect
 from upslope.rollout.in_process import Surroundings
 from upslope.rollout.judge import length_metrics, reward_metrics

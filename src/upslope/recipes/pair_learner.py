@@ -18,15 +18,15 @@ from upslope.data.train_tokenizer import train_tokenizer
 from upslope.errors import ConfigError, DataError
 from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import Measurement
-from upslope.models.loading import save_model
-from upslope.models.seq2seq import Seq2Seq
-from upslope.models.seq2seq_config import Seq2SeqConfig
+from upslope.loop.fingerprint import prompt_row
+from upslope.loop.held_out import tell_task
+from upslope.loop.kept import BEYOND, DataAccount, Split, too_long
+from upslope.loop.learner import PolicyLearner, weighted
+from upslope.loop.session import Evaluation
+from upslope.models.files.loading import save_model
+from upslope.models.seq2seq.config import Seq2SeqConfig
+from upslope.models.seq2seq.network import Seq2Seq
 from upslope.options.seq2seq import SCRATCH, Seq2SeqOptions
-from upslope.recipes.fingerprint import prompt_row
-from upslope.recipes.held_out import tell_task
-from upslope.recipes.kept import BEYOND, DataAccount, Split, too_long
-from upslope.recipes.learner import PolicyLearner, weighted
-from upslope.recipes.session import Evaluation
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.progress import counted

@@ -18,14 +18,14 @@ from upslope.build import Policy, make_engine
 from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import mean_of
 from upslope.functional.policy_losses import importance_weights
-from upslope.models.activations import Activations
+from upslope.loop.fingerprint import prompt_row
+from upslope.loop.learner import PolicyLearner
+from upslope.loop.prompts import ask
+from upslope.loop.rollout_queue import RolloutQueue, Sampled
+from upslope.loop.session import Evaluation, StepResult
+from upslope.models.decoder.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
-from upslope.recipes.fingerprint import prompt_row
-from upslope.recipes.learner import PolicyLearner
-from upslope.recipes.prompts import ask
-from upslope.recipes.rollout_queue import RolloutQueue, Sampled
-from upslope.recipes.session import Evaluation, StepResult
 from upslope.rollout.collect import collect
 from upslope.rollout.in_process import Surroundings
 from upslope.rollout.judge import Scorer, length_metrics, reward_metrics

@@ -31,12 +31,12 @@ from upslope.functional.masking import whiten
 from upslope.functional.policy_losses import clipped_surrogate
 from upslope.functional.returns import gae, vtrace
 from upslope.functional.supervised_losses import value_loss
+from upslope.loop.rollout_queue import Sampled
+from upslope.loop.session import begin, train
 from upslope.options import PPOOptions
+from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.recipes.actor_critic import ActorCritic
-from upslope.recipes.dry_run import show_policy_gradient as show
 from upslope.recipes.policy_gradient import means_of, ratio_metrics
-from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import begin, train
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
 from upslope.types import Batch

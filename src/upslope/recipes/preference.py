@@ -18,14 +18,14 @@ from upslope.data.preferences import Encoded
 from upslope.data.records import read_records
 from upslope.evaluation.intervals import wilson
 from upslope.evaluation.preferences import share
+from upslope.loop.held_out import tell_plain
+from upslope.loop.kept import DataAccount, Kept, shared_out, too_long
+from upslope.loop.learner import PolicyLearner
+from upslope.loop.plan import plan_of
+from upslope.loop.session import Evaluation, StepResult
 from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
-from upslope.recipes.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
-from upslope.recipes.held_out import tell_plain
-from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long
-from upslope.recipes.learner import PolicyLearner
-from upslope.recipes.plan import plan_of
-from upslope.recipes.session import Evaluation, StepResult
+from upslope.preview.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
 from upslope.runs.progress import told
 from upslope.training.optim import Group
 from upslope.training.step import Loss

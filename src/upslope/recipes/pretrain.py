@@ -25,15 +25,15 @@ from typing import Any
 from torch import Tensor
 
 from upslope.build import Policy
-from upslope.data.preview import statistics
 from upslope.errors import DataError
+from upslope.loop.learner import PolicyLearner, likelihood, weighted
+from upslope.loop.plan import plan_of
+from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options.pretrain import PretrainOptions
-from upslope.recipes.dry_run import predict_sft, report
-from upslope.recipes.learner import PolicyLearner, likelihood, weighted
-from upslope.recipes.plan import plan_of
+from upslope.preview.dry_run import predict_sft, report
+from upslope.preview.rows import statistics
 from upslope.recipes.pretrain_masked import MaskedPretrain, show_masked
 from upslope.recipes.pretrain_start import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
-from upslope.recipes.session import Evaluation, StepResult, begin, train
 from upslope.training.step import Outputs, score
 from upslope.types import Batch, Example
 

@@ -26,12 +26,12 @@ from upslope.data.masking import Masking
 from upslope.errors import DataError, RunError
 from upslope.functional.logprobs import log_softmax
 from upslope.functional.supervised_losses import nll
-from upslope.models.encoder import Encoder
+from upslope.loop.plan import in_steps, plan_of
+from upslope.loop.session import Evaluation, StepResult, resident_memory_gb
+from upslope.models.encoder.network import Encoder
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.encoder import Batch, Input, collate, groups_of, item_logits
-from upslope.recipes.plan import in_steps, plan_of
 from upslope.recipes.pretrain_start import load_texts
-from upslope.recipes.session import Evaluation, StepResult, resident_memory_gb
 from upslope.runs.folder import Run
 from upslope.training.optim import MasterAdamW, decay_groups
 from upslope.training.schedule import rate_at

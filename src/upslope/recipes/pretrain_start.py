@@ -9,22 +9,22 @@ from typing import Any, Literal
 
 import torch
 
-from upslope.backends.hardware import choose_dtype
 from upslope.build import Policy, device_of_machine, load_policy
 from upslope.cache import cache_root
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.corpus import Corpus, TokenStream, corpus_files, open_corpus, texts_of
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, KINDS, MASKED_SPECIALS, train_tokenizer
+from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError, DataError, ModelError
-from upslope.models.decoder import Decoder, DecoderConfig
-from upslope.models.encoder import Encoder, load_encoder, new_encoder
+from upslope.loop.held_out import tell_part
+from upslope.loop.kept import DataAccount, Split
+from upslope.models.decoder.network import Decoder, DecoderConfig
+from upslope.models.encoder.network import Encoder, load_encoder, new_encoder
+from upslope.models.files.sources import resolve
+from upslope.models.files.weights import read_config
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.protocol import CausalModel
-from upslope.models.sources import resolve
-from upslope.models.weights import read_config
 from upslope.options.pretrain import PretrainOptions
-from upslope.recipes.held_out import tell_part
-from upslope.recipes.kept import DataAccount, Split
 from upslope.runs.progress import counted, told
 
 __all__ = ["Texts", "load_texts", "objective_of", "start_encoder", "start_policy", "start_tokenizer"]

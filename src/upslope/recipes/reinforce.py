@@ -29,11 +29,11 @@ from upslope.build import Policy, load_policy
 from upslope.functional.masking import whiten
 from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, gae
+from upslope.loop.rollout_queue import Sampled
+from upslope.loop.session import begin, train
 from upslope.options import ReinforceOptions
+from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.recipes.actor_critic import ActorCritic
-from upslope.recipes.dry_run import show_policy_gradient as show
-from upslope.recipes.rollout_queue import Sampled
-from upslope.recipes.session import begin, train
 from upslope.rollout.collect import collect
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs

@@ -27,8 +27,9 @@ from torch import Tensor
 from upslope.build import Policy, load_policy
 from upslope.data.preferences import Pair, Solution, pairs_of, solutions_of
 from upslope.functional.supervised_losses import bradley_terry
-from upslope.models.heads import ScalarHead
-from upslope.models.reward_folder import (
+from upslope.loop.kept import DataAccount, within_context
+from upslope.loop.session import begin, train
+from upslope.models.files.reward_folder import (
     SCORE,
     RewardSettings,
     check_can_be_saved,
@@ -36,11 +37,10 @@ from upslope.models.reward_folder import (
     score_head,
     stored_score,
 )
-from upslope.models.weights import load as load_weights
+from upslope.models.files.weights import load as load_weights
+from upslope.models.heads import ScalarHead
 from upslope.options import RewardOptions
-from upslope.recipes.kept import DataAccount, within_context
 from upslope.recipes.preference import PreferenceLearner, read_rows, right_of, show_preference
-from upslope.recipes.session import begin, train
 from upslope.training.optim import Group
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, after_tokens

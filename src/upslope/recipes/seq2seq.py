@@ -21,12 +21,12 @@ from typing import Any
 from torch import Tensor
 
 from upslope.build import Policy
+from upslope.loop.learner import likelihood
+from upslope.loop.session import StepResult, begin, train
 from upslope.options.seq2seq import Seq2SeqOptions
-from upslope.recipes.learner import likelihood
+from upslope.preview.seq2seq import show_seq2seq as show
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
-from upslope.recipes.seq2seq_dry_run import show_seq2seq as show
-from upslope.recipes.session import StepResult, begin, train
 from upslope.training.step import Outputs
 from upslope.types import Batch
 

@@ -22,13 +22,13 @@ from upslope.data.chat import TooLongError, encode_completion, encode_conversati
 from upslope.data.records import examples_of, read_records
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
+from upslope.loop.held_out import per_token, tell_plain, tell_task
+from upslope.loop.kept import DataAccount, Kept, shared_out, too_long, within_context
+from upslope.loop.learner import PolicyLearner, likelihood, weighted
+from upslope.loop.prompts import held_out_of
+from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
-from upslope.recipes.dry_run import show_sft as show
-from upslope.recipes.held_out import per_token, tell_plain, tell_task
-from upslope.recipes.kept import DataAccount, Kept, shared_out, too_long, within_context
-from upslope.recipes.learner import PolicyLearner, likelihood, weighted
-from upslope.recipes.prompts import held_out_of
-from upslope.recipes.session import Evaluation, StepResult, begin, train
+from upslope.preview.dry_run import show_sft as show
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.progress import counted, told

@@ -27,13 +27,13 @@ from upslope.data.labels import (
 from upslope.errors import ConfigError
 from upslope.evaluation.classification import entity_report, token_report
 from upslope.extras import require
-from upslope.models.encoder import Encoder
+from upslope.loop.session import Evaluation, begin, train
+from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import TagOptions
+from upslope.preview.encoder import finish
+from upslope.preview.encoder import show as show_encoder
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
-from upslope.recipes.encoder_report import finish
-from upslope.recipes.encoder_report import show as show_encoder
 from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
-from upslope.recipes.session import Evaluation, begin, train
 from upslope.runs.progress import counted
 
 __all__ = ["Tag", "show", "tag"]

@@ -23,15 +23,15 @@ from typing import Any, Literal
 
 import torch
 
-from upslope.backends.hardware import choose_dtype
 from upslope.data.batching import collate, split_by_tokens
 from upslope.data.chat import encode_completion, load_tokenizer, token_count
 from upslope.data.ends import turn_ends
+from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError, DataError, ModelError
-from upslope.models.encoder import Encoder, load_encoder
-from upslope.models.loading import load_model
+from upslope.models.encoder.network import Encoder, load_encoder
+from upslope.models.files.loading import load_model
+from upslope.models.files.sources import resolve
 from upslope.models.protocol import CausalModel
-from upslope.models.sources import resolve
 from upslope.training.step import score
 from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
 

@@ -16,15 +16,15 @@ from typing import Any
 
 import torch
 
-from upslope.backends.hardware import choose_dtype
 from upslope.data.batching import collate, split_by_tokens
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.preferences import answer, step_ends
+from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError, DataError, ModelError
+from upslope.models.files.reward_folder import RewardSettings, load_reward_folder
+from upslope.models.files.sources import resolve
 from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel
-from upslope.models.reward_folder import RewardSettings, load_reward_folder
-from upslope.models.sources import resolve
 from upslope.training.step import score
 from upslope.training.units import after_tokens
 from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from fastapi import APIRouter, Request, Response
 
-from upslope.models.attention import PackedContext
+from upslope.models.attention.context import PackedContext
 from upslope.models.protocol import CausalModel
 from upslope.serving.access import encode_all, reply, service_of, while_connected
 from upslope.serving.chat_bodies import EmbeddingBody

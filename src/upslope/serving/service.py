@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from upslope.backends.threads import apart
 from upslope.data.chat import encode_text
 from upslope.data.pairs import PairTokenizer
 from upslope.data.pieces import encode_pieces
+from upslope.devices.threads import apart
 from upslope.engine import Engine, Event, TokenMask
 from upslope.errors import ModelError, RunError, UpslopeError
 from upslope.serving.pieces import Pieces

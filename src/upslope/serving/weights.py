@@ -9,8 +9,8 @@ import torch
 from upslope.data.pairs import PairTokenizer
 from upslope.engine import Engine
 from upslope.errors import ModelError
+from upslope.models.files.weights import check_shapes
 from upslope.models.protocol import CausalModel
-from upslope.models.weights import check_shapes
 
 __all__ = ["Loaded", "check_fits", "copy_weights"]
 

@@ -28,13 +28,13 @@ from upslope.errors import ConfigError, RunError
 from upslope.evaluation.behaviour import calibration
 from upslope.evaluation.diversity import distinct_n, self_bleu
 from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap
-from upslope.observe.comparison import write_report
+from upslope.loop.held_out import tell_task
+from upslope.loop.plan import CLASSES, plan_of
 from upslope.options import CompareOptions, RunOptions
-from upslope.recipes.held_out import tell_task
-from upslope.recipes.plan import CLASSES, plan_of
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
+from upslope.studies.comparison import write_report
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.experience import Experience

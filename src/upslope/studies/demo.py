@@ -16,9 +16,9 @@ from upslope.atomic import write_atomic
 from upslope.build import load_policy
 from upslope.errors import RunError
 from upslope.evaluation.accuracy import evaluate
+from upslope.loop.session import peak_memory_gb
 from upslope.options import DemoOptions, PPOOptions, SFTOptions
 from upslope.recipes.ppo import ppo
-from upslope.recipes.session import peak_memory_gb
 from upslope.recipes.sft import held_out_groups, sft
 from upslope.runs.folder import Run
 from upslope.tasks.loading import load_task

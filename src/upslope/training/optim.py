@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from upslope.backends.hardware import keep_freed_memory
+from upslope.devices.hardware import keep_freed_memory
 from upslope.errors import RunError
 from upslope.kernels.sums import accumulate_
 

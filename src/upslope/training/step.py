@@ -19,7 +19,7 @@ from torch import Tensor
 
 from upslope.errors import RunError
 from upslope.functional.logprobs import linear_token_logprobs
-from upslope.models.attention import PackedContext
+from upslope.models.attention.context import PackedContext
 from upslope.models.heads import ScalarHead
 from upslope.models.lora_dropout import dropping, packed_keys
 from upslope.models.protocol import CausalModel

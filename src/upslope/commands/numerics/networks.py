@@ -13,7 +13,7 @@ from upslope.commands.numerics.result import CheckFunction, Finding, at_most
 from upslope.data.batching import PromptStream, collate, split_by_tokens
 from upslope.engine.engine import Engine
 from upslope.functional.supervised_losses import nll
-from upslope.models.decoder import Decoder, DecoderConfig
+from upslope.models.decoder.network import Decoder, DecoderConfig
 from upslope.training import checkpoint
 from upslope.training.optim import MasterAdamW, decay_groups
 from upslope.training.step import Outputs, accumulate, score, update

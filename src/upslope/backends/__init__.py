@@ -1,1 +1,0 @@
-"""What the computation runs on: the processor, its dtypes, threads."""

@@ -1,0 +1,1 @@
+"""How tokens attend: packed sequences, cached blocks, padded batches."""

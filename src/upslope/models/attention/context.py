@@ -1,0 +1,255 @@
+"""Attention over blocks of 64 keys, causal or not, one arithmetic for training, scoring, prefill and decoding.
+
+The sum over keys always runs block by block with a float32 running maximum, normaliser and accumulator, so that a
+query's output is the same number, bit for bit, whether it is computed alone from the cache (decode), in a packed
+batch (training) or behind a shared prompt. Here stands which rows are queries and keys of a call. The arithmetic is
+in kernels.attention for float32 and bfloat16 on a CPU, in models.attention.gpu on a GPU (fast, but not of the same bits
+in training and decoding), in models.attention.padded everywhere else.
+
+Shapes: L layers, T packed tokens, H query heads, K key/value heads, d head width, S sequences.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from upslope.kernels import usable
+from upslope.kernels.attention import attention_step, describe, packed_attention, paged_attention, write_cache
+from upslope.models.attention.block_softmax import BLOCK
+from upslope.models.attention.gpu import PackedFlex, PagedTiles, fused_on
+from upslope.models.attention.padded import PackedBuckets, PagedBuckets
+from upslope.models.packed import PackedWeights
+from upslope.models.protocol import ModelSpec, Segment
+
+if TYPE_CHECKING:
+    from upslope.kernels.decoder import DecoderBlocks
+    from upslope.models.decoder.activations import Kept
+
+__all__ = ["BLOCK", "KVCache", "PackedContext", "PagedContext"]
+
+
+class KVCache:
+    """Keys and values of every layer in blocks of 64 tokens: [L, blocks, K, BLOCK, d].
+
+    Where the CPU kernels attend, they keep the keys of a block as its columns, [d, BLOCK] in the same memory.
+    """
+
+    def __init__(
+        self, spec: ModelSpec, num_blocks: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> None:
+        shape = (spec.num_layers, num_blocks, spec.num_kv_heads, BLOCK, spec.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.num_blocks = num_blocks
+
+    @staticmethod
+    def bytes_per_block(spec: ModelSpec, dtype: torch.dtype) -> int:
+        """Memory of one block over all layers, keys and values."""
+        return 2 * spec.num_layers * spec.num_kv_heads * BLOCK * spec.head_dim * dtype.itemsize
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks (from, to) in every layer: copy-on-write of partly filled shared ones. No target is a source."""
+        if not pairs:
+            return
+        sources, targets = torch.tensor(pairs, device=self.keys.device).unbind(1)
+        self.keys.index_copy_(1, targets, self.keys.index_select(1, sources))
+        self.values.index_copy_(1, targets, self.values.index_select(1, sources))
+
+
+class PackedContext:
+    """Segments laid end to end without padding; positions start at 0 in each sequence. Differentiable.
+
+    `lengths[i]` tokens belong to segment i. It is a sequence of its own, or continues segment `parents[i]` (a prompt
+    that several continuations share: its tokens are computed once and seen by all of them, its gradient is the sum of
+    theirs). Each token attends to its own segment and what that continues, up to itself, or with causal=False to the
+    whole of its segment (which may then continue none). ValueError: an empty segment, or one that cannot continue what
+    it should.
+    """
+
+    packed = None
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        parents: Sequence[int] | None = None,
+        *,
+        causal: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if not lengths or min(lengths) < 1:
+            raise ValueError(f"every packed sequence needs at least one token, got lengths {list(lengths)}")
+        parents = [-1] * len(lengths) if parents is None else list(parents)
+        for i, (p, _) in enumerate(zip(parents, lengths, strict=True)):
+            if p != -1 and not (0 <= p < len(lengths) and parents[p] == -1 and p != i):
+                raise ValueError(f"segment {i} cannot continue segment {p}: it must be a segment that continues none")
+        if not causal and max(parents) != -1:
+            raise ValueError("no segment can continue another where every token sees the whole of its own (not causal)")
+        self.lengths, self.parents, self.causal, self.device = tuple(lengths), tuple(parents), causal, device
+        starts = [0 if p == -1 else lengths[p] for p in parents]
+        ends = accumulate(lengths)
+        self.segments = tuple(
+            Segment(end - n, n, s, p) for end, n, s, p in zip(ends, lengths, starts, parents, strict=True)
+        )
+        self.positions_T = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)]).to(device)
+
+    @cached_property
+    def described(self) -> array[int]:
+        """The segments as the kernels read them."""
+        return describe((s.row, s.count, s.start, s.parent) for s in self.segments)
+
+    @cached_property
+    def _buckets(self) -> PackedBuckets:
+        return PackedBuckets(self.lengths, self.parents, causal=self.causal, device=self.device)
+
+    @cached_property
+    def _flex(self) -> PackedFlex:
+        return PackedFlex(self.segments, causal=self.causal, device=self.device)
+
+    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
+        """Nothing: what is trained on is not kept."""
+
+    def before(self, layer: int) -> None:
+        """Nothing stands before a packed sequence."""
+
+    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Attention within each sequence; `layer` is not needed here."""
+        _check_rows(self.positions_T.shape[0], q_THd, k_TKd, v_TKd)
+        if usable(q_THd, k_TKd, v_TKd):
+            return packed_attention(q_THd, k_TKd, v_TKd, self.described, causal=self.causal, scale=scale)
+        if fused_on(q_THd):
+            return self._flex.attend(q_THd, k_TKd, v_TKd, scale)
+        return self._buckets.attend(q_THd, k_TKd, v_TKd, scale)
+
+
+def _check_rows(total: int, *tensors: Tensor) -> None:
+    if any(x.shape[0] != total for x in tensors):
+        raise ValueError(f"the call has {total} tokens, its queries, keys and values {[x.shape[0] for x in tensors]}")
+
+
+class PagedContext:
+    """New tokens of sequences whose earlier keys and values lie in a block cache. Not differentiable.
+
+    Sequence i has `starts[i]` tokens in the cache and brings `counts[i]` new ones, laid end to end in the call;
+    `tables[i]` lists its block ids and must cover starts[i] + counts[i] tokens. Blocks before the first new token may
+    be shared between sequences; the blocks written to may not. `prompts[i]`, where given, is the number of tokens of
+    the sequence's prompt, which a network that treats prompts apart needs to know. `packed`: copies
+    of the weights for decoding. `kept`: where a network that can puts its activations, a row for each of the call's.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        tables: Sequence[Sequence[int]],
+        starts: Sequence[int],
+        counts: Sequence[int],
+        *,
+        prompts: Sequence[int] | None = None,
+        packed: PackedWeights | None = None,
+        kept: Kept | None = None,
+    ) -> None:
+        for i, (table, start, count) in enumerate(zip(tables, starts, counts, strict=True)):
+            if count < 1 or start < 0 or len(table) * BLOCK < start + count:
+                raise ValueError(
+                    f"sequence {i}: {len(table)} blocks of {BLOCK} cannot hold {start} cached + {count} new tokens"
+                )
+        self.cache = cache
+        self.packed, self.kept = packed, kept
+        self._starts, self._counts, self._prompts = tuple(starts), tuple(counts), prompts
+        self._tables = [table[: -(-(s + n) // BLOCK)] for table, s, n in zip(tables, starts, counts, strict=True)]
+        used = [*chain.from_iterable(self._tables)]
+        if not 0 <= min(used) <= max(used) < cache.num_blocks:
+            raise ValueError(
+                f"the cache has blocks 0 to {cache.num_blocks - 1}, the tables name {min(used)}, {max(used)}"
+            )
+        self._blocks = array("q", used)
+        positions = chain.from_iterable(range(s, s + n) for s, n in zip(starts, counts, strict=True))
+        self.positions_T = torch.tensor([*positions], device=cache.keys.device)
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """The sequences' new rows."""
+        known = [None] * len(self._starts) if self._prompts is None else self._prompts
+        columns = zip(self._rows, self._counts, self._starts, known, strict=True)
+        return tuple(Segment(row, n, s, prompt=p) for row, n, s, p in columns)
+
+    @property
+    def _rows(self) -> list[int]:
+        return [end - n for end, n in zip(accumulate(self._counts), self._counts, strict=True)]
+
+    @cached_property
+    def described(self) -> array[int]:
+        """The segments as the kernels read them."""
+        first_block = accumulate((len(table) for table in self._tables), initial=0)
+        return describe(zip(self._rows, self._counts, self._starts, first_block, strict=False))
+
+    @cached_property
+    def _buckets(self) -> PagedBuckets:
+        return PagedBuckets(self._tables, self._starts, self._counts, self.cache.keys.device)
+
+    @cached_property
+    def _on_gpu(self) -> PagedTiles:
+        return PagedTiles(self._tables, self._starts, self._counts, self.cache.keys.device)
+
+    @cached_property
+    def _slots(self) -> tuple[Tensor, Tensor]:
+        """Block and place in it of every row of the call."""
+        columns = zip(self._tables, self._starts, self._counts, strict=True)
+        blocks = [table[p // BLOCK] for table, s, n in columns for p in range(s, s + n)]
+        return torch.tensor(blocks, device=self.positions_T.device), self.positions_T % BLOCK
+
+    @cached_property
+    def _slots_before(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Block and place of the token before each sequence's first row, and whether there is none."""
+        columns = zip(self._tables, self._starts, strict=True)
+        last = [(table[(s - 1) // BLOCK], (s - 1) % BLOCK, 0) if s else (0, 0, 1) for table, s in columns]
+        block, place, begins = torch.tensor(last, device=self.positions_T.device).unbind(1)
+        return block, place, begins.bool()
+
+    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
+        """Put the call's keys and values of `layer` into the cache, for `before`."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if usable(k_TKd, v_TKd, keys):
+            _check_rows(self.positions_T.shape[0], k_TKd, v_TKd)
+            write_cache(k_TKd, v_TKd, keys, values, self.described, self._blocks, by_column=False)
+        else:
+            keys[self._slots[0], :, self._slots[1]] = k_TKd
+            values[self._slots[0], :, self._slots[1]] = v_TKd
+
+    def before(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Key and value [S, K, d] of the token before each sequence's first new one; zeros where there is none.
+
+        Those that `write` kept; what `attend` keeps is its own.
+        """
+        block, place, begins = self._slots_before
+        keys, values = (x[layer][block, :, place] for x in (self.cache.keys, self.cache.values))
+        return keys.masked_fill(begins[:, None, None], 0), values.masked_fill(begins[:, None, None], 0)
+
+    def step(self, layer: int, all_TC: Tensor, out_TC: Tensor, **how: Any) -> None:
+        """What `attend` does, of projections not split yet; `how` as in kernels.attention.attention_step."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        attention_step(all_TC, out_TC, keys, values, self.described, self._blocks, **how)
+
+    def through(self, blocks: DecoderBlocks, x_TD: Tensor, angles_Td: tuple[Tensor, Tensor]) -> Tensor:
+        """The call's embedded tokens (overwritten) through all of a decoder's blocks; normed hidden states [T, D]."""
+        kept = None if self.kept is None else self.kept.places
+        return blocks.run(x_TD, angles_Td, self.cache.keys, self.cache.values, self.described, self._blocks, kept)
+
+    @torch.no_grad()
+    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Put the new keys and values of `layer` into the cache, then attend to everything up to each query."""
+        _check_rows(self.positions_T.shape[0], q_THd, k_TKd, v_TKd)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if usable(q_THd, k_TKd, v_TKd, keys):
+            write_cache(k_TKd, v_TKd, keys, values, self.described, self._blocks, by_column=True)
+            return paged_attention(q_THd, keys, values, self.described, self._blocks, scale=scale)
+        self.write(layer, k_TKd, v_TKd)
+        if fused_on(q_THd):
+            return self._on_gpu.attend(q_THd, keys, values, scale)
+        return self._buckets.attend(q_THd, keys, values, scale)

@@ -1,0 +1,253 @@
+"""Attention in plain torch, on any device: sequences of like shape, padded to their longest, side by side.
+
+Padding and masked blocks change no bit of a row (block_softmax.py), so neither does the company a sequence is in.
+
+Shapes: T packed tokens, H query heads, K key/value heads, g = H / K query heads per key head, d head width,
+B sequences of one bucket, R query rows of one (sequence, key head): position-major, then the g heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from upslope.models.attention.block_softmax import BLOCK, BlockAttention, Plan, attend_blocks, causal_plan, whole_plan
+
+__all__ = ["PackedBuckets", "PagedBuckets"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """Sequences of like shape: where their new tokens lie in the call, and back.
+
+    queries [B * Q]: row of the call for each padded query slot (the row T, a zero row, for padding). rows, slots [n]:
+    row in the call and padded query slot of each real token. counts, starts, blocks: new tokens, first query position
+    and number of key blocks of each sequence.
+    """
+
+    size: int
+    num_queries: int
+    queries: Tensor
+    rows: Tensor
+    slots: Tensor
+    counts: tuple[int, ...]
+    starts: tuple[int, ...]
+    blocks: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        first: Sequence[int],
+        counts: Sequence[int],
+        starts: Sequence[int],
+        blocks: Sequence[int],
+        total: int,
+        device: torch.device | str,
+    ) -> _Bucket:
+        """For sequences whose counts[i] new tokens begin at row first[i] of the call's `total`."""
+        queries = max(counts)
+        slot, own = torch.arange(queries), torch.tensor(counts)[:, None]
+        padded = torch.where(slot < own, torch.tensor(first)[:, None] + slot, total)
+        real = padded < total
+        return cls(
+            size=len(counts),
+            num_queries=queries,
+            queries=padded.flatten().to(device),
+            rows=padded[real].to(device),
+            slots=real.flatten().nonzero()[:, 0].to(device),
+            counts=tuple(counts),
+            starts=tuple(starts),
+            blocks=tuple(blocks),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Where the keys of a bucket lie in the pack: [B, S] rows, of which the first may belong to a shared prompt.
+
+    rows [B * S] (the row T for padding). own_slots, own_rows [n]: slots that hold a sequence's own keys, and their
+    rows, each once. prompts [p]: the prompts' rows, [p groups, S] flattened, padding included; group_B: which prompt
+    each sequence continues. Sequences without a prompt have no prompts.
+    """
+
+    rows: Tensor
+    own_slots: Tensor
+    own_rows: Tensor
+    prompt_mask: Tensor | None = None
+    prompt_rows: Tensor | None = None
+    group_B: Tensor | None = None
+
+
+class _GatherKeys(torch.autograd.Function):
+    """x[T, K, d] -> [B * S, K, d] by rows, zeros for padding; the gradient of a shared prompt is summed in float32.
+
+    The sum runs over the sequences in their order: the same bits in every run, which an indexed sum in parallel
+    would not give.
+    """
+
+    @staticmethod
+    def forward(ctx, x, keys: _Keys, size: int):  # type: ignore[no-untyped-def]
+        ctx.keys, ctx.size, ctx.total = keys, size, x.shape[0]
+        return torch.cat([x, x.new_zeros(1, *x.shape[1:])])[keys.rows]
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        keys, size = ctx.keys, ctx.size
+        out = grad.new_zeros(ctx.total + 1, *grad.shape[1:])
+        out[keys.own_rows] = grad[keys.own_slots]
+        if keys.group_B is not None:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            shared = grad.view(size, -1).to(wide) * keys.prompt_mask.to(wide).repeat_interleave(
+                grad.shape[1] * grad.shape[2], dim=1
+            )
+            groups = keys.prompt_rows.shape[0]
+            summed = torch.zeros(groups, shared.shape[1], dtype=wide, device=grad.device)
+            summed.index_add_(0, keys.group_B, shared)
+            out[keys.prompt_rows.flatten()] = summed.view(-1, *grad.shape[1:]).to(grad.dtype)
+        return out[:-1], None, None
+
+
+class PackedBuckets:
+    """The segments of a PackedContext in buckets; differentiable."""
+
+    def __init__(
+        self, lengths: Sequence[int], parents: Sequence[int], *, causal: bool, device: torch.device | str
+    ) -> None:
+        self.lengths, self.parents, self.causal, self.device = lengths, parents, causal, device
+        self._buckets = self._make_buckets([0 if p == -1 else lengths[p] for p in parents])
+        self._order = torch.argsort(torch.cat([bucket.rows for bucket, _ in self._buckets]))
+        self._plans: dict[tuple[int, int], Plan] = {}
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Attention within each sequence, [T, H, d]."""
+        heads, kv_heads = q_THd.shape[1], k_TKd.shape[1]
+        q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
+        parts = []
+        for i, (bucket, where) in enumerate(self._buckets):
+            plan = self._plan(i, heads // kv_heads, q.shape[2])
+            rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
+            keys, values = (
+                _GatherKeys.apply(x, where, bucket.size).view(bucket.size, -1, kv_heads, x.shape[2]).transpose(1, 2)
+                for x in (k_TKd, v_TKd)
+            )
+            out = BlockAttention.apply(rows, keys, values, plan, scale)
+            parts.append(_token_rows(out, bucket.size, bucket.num_queries, kv_heads, heads)[bucket.slots])
+        return parts[0][self._order] if len(parts) == 1 else torch.cat(parts)[self._order]
+
+    def _make_buckets(self, starts: Sequence[int]) -> list[tuple[_Bucket, _Keys]]:
+        *offsets, total = accumulate(self.lengths, initial=0)
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for i, n in enumerate(self.lengths):
+            width = 0 if self.parents[i] == -1 else (n - 1).bit_length() + 1
+            by_shape.setdefault((-(-(starts[i] + n) // BLOCK), width), []).append(i)
+        made = []
+        for (blocks, width), members in sorted(by_shape.items()):
+            bucket = _Bucket.of(
+                [offsets[i] for i in members],
+                [self.lengths[i] for i in members],
+                [starts[i] for i in members],
+                [blocks] * len(members),
+                total,
+                self.device,
+            )
+            made.append((bucket, self._keys(members, starts, offsets, blocks * BLOCK, total, shared=width > 0)))
+        return made
+
+    def _keys(
+        self,
+        members: Sequence[int],
+        starts: Sequence[int],
+        offsets: Sequence[int],
+        size: int,
+        total: int,
+        *,
+        shared: bool,
+    ) -> _Keys:
+        slot = torch.arange(size)
+        start, own = (torch.tensor([x[i] for i in members])[:, None] for x in (starts, self.lengths))
+        first = torch.tensor([offsets[i] for i in members])[:, None]
+        is_own = (slot >= start) & (slot < start + own)
+        rows = torch.where(is_own, first + slot - start, total)
+        own_slots = is_own.flatten().nonzero()[:, 0]
+        own_rows = rows.flatten()[own_slots]
+        if not shared:
+            return _Keys(*(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows)))
+        prompt_of = [self.parents[i] for i in members]
+        prompts = sorted(set(prompt_of))
+        before = torch.tensor([offsets[p] for p in prompt_of])[:, None]
+        is_prompt = slot < start
+        rows = torch.where(is_prompt, before + slot, rows)
+        prompt_first = torch.tensor([offsets[p] for p in prompts])[:, None]
+        prompt_size = torch.tensor([self.lengths[p] for p in prompts])[:, None]
+        prompt_rows = torch.where(slot < prompt_size, prompt_first + slot, total)
+        group = torch.tensor([prompts.index(p) for p in prompt_of])
+        return _Keys(*(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows, is_prompt, prompt_rows, group)))
+
+    def _plan(self, index: int, group: int, width: int) -> Plan:
+        if (index, group) not in self._plans:
+            bucket, _ = self._buckets[index]
+            if self.causal:
+                plan = causal_plan(bucket.starts, bucket.num_queries, bucket.blocks, group, width, self.device)
+            else:
+                plan = whole_plan(bucket.counts, bucket.blocks, group, width, self.device)
+            self._plans[index, group] = plan
+        return self._plans[index, group]
+
+
+class PagedBuckets:
+    """The new tokens of a PagedContext: sequences that bring the same number of them side by side, longest first."""
+
+    def __init__(
+        self, tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], device: torch.device
+    ) -> None:
+        needed = [-(-(s + c) // BLOCK) for s, c in zip(starts, counts, strict=True)]
+        *offsets, total = accumulate(counts, initial=0)
+        by_count: dict[int, list[int]] = {}
+        for i, count in enumerate(counts):
+            by_count.setdefault(count if count == 1 else -(-count // BLOCK) * BLOCK, []).append(i)
+        groups = []
+        for members in by_count.values():
+            members.sort(key=lambda i: -needed[i])
+            table = torch.zeros(len(members), needed[members[0]], dtype=torch.long)
+            for row, i in enumerate(members):
+                table[row, : needed[i]] = torch.tensor(tables[i][: needed[i]])
+            columns = ([x[i] for i in members] for x in (offsets, counts, starts, needed))
+            groups.append((_Bucket.of(*columns, total=total, device=device), table.T.contiguous().to(device)))
+        self._groups = groups
+        self._plans: dict[tuple[int, int], Plan] = {}
+
+    def attend(self, q_THd: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Attention to everything up to each query in one layer's blocks [., K, BLOCK, d]; [T, H, d]."""
+        heads, kv_heads = q_THd.shape[1], keys.shape[1]
+        q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
+        result = torch.empty_like(q_THd)
+        for i, (bucket, table) in enumerate(self._groups):
+            key = (i, heads // kv_heads)
+            if key not in self._plans:
+                self._plans[key] = causal_plan(
+                    bucket.starts, bucket.num_queries, bucket.blocks, heads // kv_heads, q.shape[2], q.device
+                )
+            plan = self._plans[key]
+            rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
+            out, _ = attend_blocks(rows, lambda j, b, t=table: (keys[t[j, :b]], values[t[j, :b]]), plan, scale)
+            result[bucket.rows] = _token_rows(out, bucket.size, bucket.num_queries, kv_heads, heads)[bucket.slots]
+        return result
+
+
+def _query_rows(q: Tensor, size: int, queries: int, kv_heads: int, rows: int) -> Tensor:
+    """[B * Q, H, d] -> [B * K, R, d], zero rows appended up to R."""
+    d = q.shape[-1]
+    q = q.view(size, queries, kv_heads, -1, d).transpose(1, 2).reshape(size * kv_heads, -1, d)
+    extra = rows - q.shape[1]
+    return torch.cat([q, q.new_zeros(q.shape[0], extra, d)], dim=1) if extra else q
+
+
+def _token_rows(out: Tensor, size: int, queries: int, kv_heads: int, heads: int) -> Tensor:
+    """[B * K, R, d] -> [B * Q, H, d], the inverse of `_query_rows`."""
+    d = out.shape[-1]
+    real = out[:, : queries * (heads // kv_heads)].reshape(size, kv_heads, queries, -1, d)
+    return real.transpose(1, 2).reshape(size * queries, heads, d)

@@ -1,0 +1,1 @@
+"""The causal decoder and its fast paths."""

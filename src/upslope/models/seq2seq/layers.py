@@ -1,0 +1,201 @@
+"""Encoder and decoder layers of the network, and how target rows are kept apart from source rows in attention.
+
+Shapes: T rows of a call, D width, H heads, d head width, w padded head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from upslope.models.attention.context import PackedContext
+from upslope.models.protocol import Context, least_rows, pad_rows
+from upslope.models.seq2seq.config import Seq2SeqConfig
+
+__all__ = ["DecoderLayer", "Drop", "EncoderLayer", "LayerNorm", "Layout", "Trunk", "padded_head_dim", "sinusoids"]
+
+_ALIGN = 8  # the flag widens the heads to a multiple of this
+_NORM_EPS = 1e-5
+
+Drop = Callable[[Tensor], Tensor]
+
+
+def sinusoids(positions: int, width: int) -> Tensor:
+    """Positional embedding, float64 [positions, width]: sin(t / 10000^(2i / D)) for all i, then the cosines.
+
+    Section 3.5 of the paper, with sines and cosines in halves as Hugging Face's Marian lays them.
+    """
+    rates = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(positions, dtype=torch.float64)[:, None] * rates
+    return torch.cat([angles.sin(), angles[:, : width // 2].cos()], dim=1)
+
+
+def _barrier(dtype: torch.dtype) -> float:
+    """Key entry that makes a probability exactly 0 after scaling and exp, and overflows in no product."""
+    return -3e4 if dtype == torch.float16 else -1e30
+
+
+def _activate(name: str, x: Tensor) -> Tensor:
+    """The feed-forward's nonlinearity, from operations whose results do not depend on a value's place in memory."""
+    if name == "relu":
+        return x.relu()
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if name == "gelu":
+        return (0.5 * wide * (1.0 + (wide * math.sqrt(0.5)).erf())).to(x.dtype)
+    return (wide / (1.0 + wide.neg().exp())).to(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(var + eps) * weight + bias, computed in float32 (Ba et al. 2016, arXiv 1607.06450)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = wide - wide.mean(-1, keepdim=True)
+        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + _NORM_EPS)
+        return (centred * scale * self.weight + self.bias).to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which rows of a call are source and which target, and where each stands in its own side."""
+
+    total: int
+    source_lengths: tuple[int, ...]
+    source_rows: Tensor
+    source_positions: Tensor
+    target_rows: Tensor
+    target_positions: Tensor
+
+
+class Attention(nn.Module):
+    """Projections of multi-head attention, with biases."""
+
+    def __init__(self, config: Seq2SeqConfig) -> None:
+        super().__init__()
+        self.heads, self.head_dim = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+        self.width = padded_head_dim(self.head_dim)
+        for name in ("k_proj", "v_proj", "q_proj", "out_proj"):
+            setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size))
+        self.scale = self.head_dim**-0.5
+        self.least = least_rows(config.hidden_size * min(config.hidden_size, config.intermediate_size))
+
+    def split(self, projected: Tensor, real: int) -> Tensor:
+        """[rows, D] -> [real, H, d]."""
+        return projected[:real].view(real, self.heads, self.head_dim)
+
+    def encode(self, x: Tensor, context: PackedContext) -> Tensor:
+        """Every source token over all tokens of its source."""
+        real = context.positions_T.shape[0]
+        q, k, v = (self.split(project(x), real) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(pad_rows(context.attend(0, q, k, v, self.scale).flatten(1), least=self.least))
+
+    def decode(self, x: Tensor, memory: Tensor | None, layer: int, layout: Layout, context: Context) -> Tensor:
+        """Target rows x over target rows (memory None) or over the source rows `memory`, in cache layer `layer`."""
+        real, sources = layout.target_rows.shape[0], layout.source_rows.shape[0]
+        q = self._spread(self.split(self.q_proj(x), real), layout.target_rows, layout.total, inside=1.0)
+        seen, count, rows = (x, real, layout.target_rows) if memory is None else (memory, sources, layout.source_rows)
+        if count:
+            k, v = (self.split(project(seen), count) for project in (self.k_proj, self.v_proj))
+        else:  # plain decoding: every source lies in the cache
+            k = v = x.new_zeros(0, self.heads, self.head_dim)
+        k = self._spread(k, rows, layout.total, outside=_barrier(x.dtype))
+        out = context.attend(layer, q, k, self._spread(v, rows, layout.total), self.scale)
+        out = out.index_select(0, layout.target_rows)[..., : self.head_dim]
+        return self.out_proj(pad_rows(out.reshape(real, -1), least=self.least))
+
+    def _spread(self, x: Tensor, rows: Tensor, total: int, *, inside: float = 0.0, outside: float = 0.0) -> Tensor:
+        """[n, H, d] -> [T, H, w]: x at `rows` with `inside` as its flag, zeros with `outside` elsewhere."""
+        wide = F.pad(x, (0, self.width - self.head_dim))
+        if inside:
+            wide[..., self.head_dim] = inside
+        base = x.new_zeros(total, self.heads, self.width)
+        if outside:
+            base[..., self.head_dim] = outside
+        return base.index_copy(0, rows, wide)
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of a head with its flag, a multiple of 8."""
+    return (head_dim // _ALIGN + 1) * _ALIGN
+
+
+class _Layer(nn.Module):
+    """What encoder and decoder layers share: the feed-forward, and where the norm stands."""
+
+    def __init__(self, config: Seq2SeqConfig) -> None:
+        super().__init__()
+        self.pre, self.activation = config.norm == "pre", config.activation
+        self.self_attn = Attention(config)
+        self.self_attn_layer_norm = LayerNorm(config.hidden_size)
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.final_layer_norm = LayerNorm(config.hidden_size)
+
+    def residual(self, x: Tensor, norm: nn.Module, branch: Callable[[Tensor], Tensor], drop: Drop) -> Tensor:
+        """norm(x + branch(x)), or x + branch(norm(x))."""
+        return x + drop(branch(norm(x))) if self.pre else norm(x + drop(branch(x)))
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.fc2(_activate(self.activation, self.fc1(x)))
+
+
+class EncoderLayer(_Layer):
+    """Self-attention over the whole source, then the feed-forward."""
+
+    def forward(self, x: Tensor, context: PackedContext, drop: Drop) -> Tensor:
+        x = self.residual(x, self.self_attn_layer_norm, lambda y: self.self_attn.encode(y, context), drop)
+        return self.residual(x, self.final_layer_norm, self.feed_forward, drop)
+
+
+class DecoderLayer(_Layer):
+    """Causal self-attention, attention over the source, then the feed-forward."""
+
+    def __init__(self, config: Seq2SeqConfig, index: int) -> None:
+        super().__init__(config)
+        self.index = index
+        self.encoder_attn = Attention(config)
+        self.encoder_attn_layer_norm = LayerNorm(config.hidden_size)
+
+    def forward(self, x: Tensor, memory: Tensor, layout: Layout, context: Context, drop: Drop) -> Tensor:
+        def itself(y: Tensor) -> Tensor:
+            return self.self_attn.decode(y, None, 2 * self.index, layout, context)
+
+        def source(y: Tensor) -> Tensor:
+            return self.encoder_attn.decode(y, memory, 2 * self.index + 1, layout, context)
+
+        x = self.residual(x, self.self_attn_layer_norm, itself, drop)
+        x = self.residual(x, self.encoder_attn_layer_norm, source, drop)
+        return self.residual(x, self.final_layer_norm, self.feed_forward, drop)
+
+
+class Side(nn.Module):
+    """The layers of encoder or decoder, their own embedding where it is not shared, the last norm of the pre form."""
+
+    def __init__(self, config: Seq2SeqConfig, layers: Sequence[nn.Module], vocab_size: int | None) -> None:
+        super().__init__()
+        if vocab_size is not None:
+            self.embed_tokens = nn.Embedding(vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(layers)
+        if config.norm == "pre":
+            self.layer_norm = LayerNorm(config.hidden_size)
+
+
+class Trunk(nn.Module):
+    def __init__(self, config: Seq2SeqConfig) -> None:
+        super().__init__()
+        if config.source_vocab_size is None:
+            self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
+        encoder = [EncoderLayer(config) for _ in range(config.encoder_layers)]
+        decoder = [DecoderLayer(config, i) for i in range(config.decoder_layers)]
+        self.encoder = Side(config, encoder, config.source_vocab_size)
+        self.decoder = Side(config, decoder, None if config.source_vocab_size is None else config.vocab_size)

@@ -1,0 +1,234 @@
+"""The encoder-decoder Transformer behind the protocol of a decoder: same engine, same packed trainer.
+
+A sequence is [source tokens..., decoder_start, target tokens...]; the row of decoder_start predicts the first target
+token. The encoder reads the source rows of every sequence that begins in the call, all to all. The decoder runs over
+the other rows; its self-attention and its cross-attention are two cache layers of the same causal `Context.attend`, in
+which one more dimension of the heads tells the two kinds of rows apart: a query carries 1 there, a key that it must
+not see a number so low that the key's probability is exactly 0. So blocks, forks, beams, preemption and shared
+prompts work as they are, and a target token's hidden state is the same bits in training and in decoding.
+
+Vaswani et al. 2017 (arXiv 1706.03762). Parameter names are those of Hugging Face's Marian and Pegasus.
+
+Shapes: T rows of a call, S source rows, N target rows, D width, H heads, d head width, w padded head width.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from upslope.errors import DataError, ModelError
+from upslope.models.attention.context import PackedContext
+from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, least_rows, pad_rows
+from upslope.models.seq2seq.config import Seq2SeqConfig
+from upslope.models.seq2seq.layers import Drop, Layout, Side, Trunk, padded_head_dim, sinusoids
+
+__all__ = ["Seq2Seq", "sinusoids"]
+
+
+class Seq2Seq(CausalModel):
+    """The network with random weights (Glorot's uniform; embeddings normal with deviation D^-0.5).
+
+    `use_dropout` lets `config.dropout` act in training mode where gradients are recorded; it is off unless a supervised
+    recipe sets it, because a policy's update must see the network that sampled. `final_logits_bias` is a constant that
+    real Marian models carry: where it is not zero, it becomes one more column of the head, met by a 1 at the end of
+    each hidden state.
+    """
+
+    whole_prompts = True
+    final_logits_bias: Tensor
+
+    def __init__(self, config: Seq2SeqConfig, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
+        self.use_dropout = False
+        self.model = Trunk(config)
+        self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
+        self.apply(self._init)
+        self._tables: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._biased = False
+        self._measure()
+
+    def _measure(self) -> None:
+        config = self.config
+        self.spec = ModelSpec(
+            num_layers=2 * config.decoder_layers,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_attention_heads,
+            head_dim=padded_head_dim(config.hidden_size // config.num_attention_heads),
+            hidden_size=config.hidden_size + self._biased,
+            vocab_size=config.vocab_size,
+            max_positions=2 * config.max_position_embeddings,
+            intermediate_size=config.intermediate_size,
+            parameters=sum(p.numel() for p in self.parameters()),
+            input_vocab_size=config.vocab_size + (config.source_vocab_size or 0),
+        )
+
+    def _init(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+
+    def set_logits_bias(self, bias: Tensor | None) -> None:
+        """Take a folder's final_logits_bias [1, V] (None: zeros)."""
+        weight = self._embedding
+        bias = torch.zeros(1, self.config.vocab_size) if bias is None else bias
+        self.final_logits_bias = bias.to(weight.device, weight.dtype)
+        self._biased = bool((bias != 0).any())
+        self._measure()
+
+    @property
+    def _embedding(self) -> Tensor:
+        """The target embedding [V, D]."""
+        return (self.model.shared if self.config.source_vocab_size is None else self.model.decoder.embed_tokens).weight
+
+    @property
+    def _source_embedding(self) -> Tensor:
+        return (self.model.shared if self.config.source_vocab_size is None else self.model.encoder.embed_tokens).weight
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The target embedding [V, D], with the constant bias (if any) as its last column."""
+        weight = self._embedding
+        return torch.cat([weight, self.final_logits_bias.T], dim=1) if self._biased else weight
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return self._embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._embedding.device
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """DataError unless the prompt is a source that fits, followed by the one decoder_start_token_id in it."""
+        start, offset = self.config.decoder_start_token_id, self.config.source_offset
+        if prompt[-1] != start or start in prompt[:-1] or len(prompt) < 2:
+            raise DataError(
+                f"the prompt of an encoder-decoder is its source tokens (at least one) and then decoder_start_token_id "
+                f"{start}, once: encode it with the model folder's own tokenizer"
+            )
+        if len(prompt) - 1 > self.config.max_position_embeddings:
+            raise DataError(
+                f"the source has {len(prompt) - 1} tokens but the encoder holds {self.config.max_position_embeddings}: "
+                "shorten it"
+            )
+        wrong = next((t for t in prompt[:-1] if t < offset), None)
+        if wrong is not None:
+            raise DataError(f"source token {wrong} is a target token: source ids start at {offset} in this model")
+
+    def room(self, prompt_length: int) -> int:
+        """Target tokens that may follow decoder_start, whatever the source's length."""
+        return self.config.max_position_embeddings - 1
+
+    def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
+        """Hidden states [T, D] of the target rows, decoder_start's included; zeros at source rows.
+
+        Raises ModelError where a sequence holds no decoder_start, no source, or more tokens than positions.
+        """
+        layout = self._layout(tokens_T, context.segments)
+        drop = self._drop()
+        memory = self._encode(tokens_T, layout, drop)
+        x = self._embed(self._embedding, tokens_T[layout.target_rows], layout.target_positions, drop)
+        for layer in self.model.decoder.layers:
+            x = self._run(layer, x, memory, layout, context, drop)
+        x = self._last_norm(self.model.decoder, x)[: layout.target_rows.shape[0]]
+        if self._biased:
+            x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+        return x.new_zeros(layout.total, x.shape[1]).index_copy(0, layout.target_rows, x)
+
+    def _encode(self, tokens_T: Tensor, layout: Layout, drop: Drop) -> Tensor:
+        """The encoder's output at the source rows of the call (none of them in plain decoding)."""
+        if not layout.source_lengths:
+            return self._embedding.new_zeros(0, self.config.hidden_size)
+        ids = tokens_T[layout.source_rows] - self.config.source_offset
+        if self.config.source_offset and int(ids.min()) < 0:
+            raise ModelError(f"a source holds a target token: source ids start at {self.config.source_offset}")
+        context = PackedContext(layout.source_lengths, causal=False, device=tokens_T.device)
+        x = self._embed(self._source_embedding, ids, layout.source_positions, drop)
+        for layer in self.model.encoder.layers:
+            x = self._run(layer, x, context, drop)
+        return self._last_norm(self.model.encoder, x)
+
+    def _run(self, layer: nn.Module, *args: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
+
+    def _last_norm(self, side: Side, x: Tensor) -> Tensor:
+        return side.layer_norm(x) if self.config.norm == "pre" else x
+
+    def _embed(self, weight: Tensor, ids: Tensor, positions: Tensor, drop: Drop) -> Tensor:
+        least = least_rows(self.config.hidden_size * min(self.config.hidden_size, self.config.intermediate_size))
+        x = F.embedding(pad_rows(ids, least=least), weight)
+        if self.config.scale_embedding:
+            x = x * math.sqrt(self.config.hidden_size)
+        return drop(x + self._positions()[pad_rows(positions, least=least)])
+
+    def _positions(self) -> Tensor:
+        key = (self.dtype, self.device)
+        if key not in self._tables:
+            with torch.inference_mode(False):  # the engine's first call must not make what training uses later
+                table = sinusoids(self.config.max_position_embeddings, self.config.hidden_size)
+                self._tables = {key: table.to(device=key[1], dtype=key[0])}
+        return self._tables[key]
+
+    def _drop(self) -> Drop:
+        active = self.training and self.use_dropout and torch.is_grad_enabled()
+        p = self.config.dropout if active else 0.0
+        return (lambda x: F.dropout(x, p)) if p else (lambda x: x)
+
+    def _layout(self, tokens_T: Tensor, segments: Sequence[Segment]) -> Layout:
+        marks = (tokens_T == self.config.decoder_start_token_id).nonzero()[:, 0].tolist()
+        sources = [0 if s.parent != -1 else self._source_length(s, marks) for s in segments]
+        lengths, source, source_at, target, target_at = [], [], [], [], []
+        for own, s in zip(sources, segments, strict=True):
+            size = own if s.parent == -1 else sources[s.parent]
+            inside = max(0, size - s.start)
+            if inside:
+                lengths.append(size)
+                source.append(torch.arange(s.row, s.row + size))
+                source_at.append(torch.arange(size))
+            first = s.start + inside - size
+            target.append(torch.arange(s.row + inside, s.row + s.count))
+            target_at.append(torch.arange(first, first + s.count - inside))
+            self._check_room(size, first + s.count - inside)
+        none = [torch.empty(0, dtype=torch.long)]
+        columns = (source or none, source_at or none, target, target_at)
+        return Layout(tokens_T.shape[0], tuple(lengths), *(torch.cat(c).to(tokens_T.device) for c in columns))
+
+    def _source_length(self, segment: Segment, marks: list[int]) -> int:
+        """Source tokens of the sequence a segment without parent belongs to."""
+        start = self.config.decoder_start_token_id
+        if segment.start:
+            if segment.prompt is None or segment.start < segment.prompt:
+                raise ModelError("an encoder-decoder must be given the whole prompt of a sequence in one call")
+            return segment.prompt - 1
+        at = bisect_left(marks, segment.row)
+        size = marks[at] - segment.row if at < len(marks) else segment.count
+        if not 0 < size < segment.count:
+            raise ModelError(
+                f"a sequence of {segment.count} tokens has no source followed by decoder_start_token_id {start}: "
+                "encode it with the model folder's own tokenizer"
+            )
+        if segment.prompt is not None and segment.prompt != size + 1:
+            raise ModelError(f"decoder_start_token_id {start} stands inside a prompt instead of at its end")
+        return size
+
+    def _check_room(self, source: int, target: int) -> None:
+        most = self.config.max_position_embeddings
+        for side, length in (("source", source), ("target", target)):
+            if length > most:
+                raise ModelError(f"a {side} of {length} tokens is longer than max_position_embeddings {most}")

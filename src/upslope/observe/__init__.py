@@ -1,1 +1,0 @@
-"""Looks at what runs have recorded; it only reads."""
