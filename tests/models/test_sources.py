@@ -289,7 +289,7 @@ def _resolver(gguf: Path, before_rename: str = "") -> subprocess.Popen[str]:
     """A process that resolves `gguf`; `before_rename` runs in it when the converted folder is complete."""
     code = (
         "import sys, time\n"
-        "from upslope.models import sources, weights\n"
+        "from upslope.models.files import sources, weights\n"
         "swap = weights._swap_in\n"
         f"def slow(temp, path):\n    {before_rename or 'pass'}\n    swap(temp, path)\n"
         "weights._swap_in = slow\n"
