@@ -35,7 +35,7 @@ from upslope.data.batching import collate
 from upslope.engine.sampling import Row, sample, uniforms
 from upslope.functional.logprobs import linear_token_logprobs
 from upslope.models.protocol import CausalModel
-from upslope.training.step import forward
+from upslope.training.step import Forward
 from upslope.types import Example, SamplingParams
 
 PARTS = ("group", "lengths", "context", "vocabulary")
@@ -146,8 +146,7 @@ def context_part(learner: Learner, rounds: int, *, quick: bool) -> dict[str, Any
         batch = packed(model, [context] * (total // context))
 
         def both(batch: Any = batch) -> None:
-            out = forward(model, batch)
-            assert out.logp_N is not None
+            out = Forward()(model, batch)
             out.logp_N.mean().backward()
             learner.optimizer.zero_grad()
 

@@ -78,7 +78,6 @@ class Learner:
 
 def surrogate(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     """GRPO's clipped loss without a reference."""
-    assert out.logp_N is not None
     f = batch.fields
     return clipped_surrogate(out.logp_N, f["old_logp"], f["advantages"], clip_low=0.2, clip_high=0.2), {}
 

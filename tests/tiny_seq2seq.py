@@ -10,7 +10,7 @@ import torch
 from upslope.data.batching import collate
 from upslope.models.seq2seq.config import Seq2SeqConfig
 from upslope.models.seq2seq.network import Seq2Seq
-from upslope.training.step import score
+from upslope.training.step import Forward, score
 from upslope.types import Completion, Example
 
 PAD, EOS = 0, 1
@@ -70,7 +70,7 @@ def trainer_logprobs(
 ) -> list[list[float]]:
     """Log-probs of the tokens after each prompt, by the trainer's own scoring of one packed batch."""
     examples = [Example(p + c, [False] * len(p) + [True] * len(c)) for p, c in pairs]
-    logp = score(model, [collate(examples, share_prompts=share_prompts)], temperature=temperature).logp_N
+    logp = score(model, [collate(examples, share_prompts=share_prompts)], Forward(temperature=temperature)).logp_N
     assert logp is not None
     return [part.tolist() for part in logp.split([len(c) for _, c in pairs])]
 

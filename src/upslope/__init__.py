@@ -78,7 +78,7 @@ _HOME = {
     "upslope.tasks.loading": ("load_reward", "load_task"),
     "upslope.training.experience": ("Experience",),
     "upslope.training.optim": ("Group", "MasterAdamW", "decay_groups"),
-    "upslope.training.step": ("forward", "score", "update"),
+    "upslope.training.step": ("Forward", "score", "update"),
     "upslope.types": ("Completion", "Message", "Prompt", "Reward", "Rollout", "RolloutGroup", "SamplingParams"),
 }
 _NAMES = {name: home for home, names in _HOME.items() for name in names}

@@ -18,7 +18,7 @@ from benchmarks.workload import Learner, Task, experience, random_decoder, sprea
 from upslope.data.batching import collate
 from upslope.functional.logprobs import linear_token_logprobs
 from upslope.models.attention.context import PackedContext
-from upslope.training.step import forward
+from upslope.training.step import Forward
 from upslope.types import Example
 
 LAYERS, WIDTH, INNER, HEADS, KV_HEADS, HEAD, VOCABULARY = 2, 64, 128, 4, 2, 16, 512
@@ -91,8 +91,7 @@ class TestCounts:
         batch = collate(examples)
 
         def both() -> None:
-            out = forward(model, batch)
-            assert out.logp_N is not None
+            out = Forward()(model, batch)
             out.logp_N.sum().backward()
 
         seen = counting.products_seen(both)
@@ -197,14 +196,12 @@ class TestExactness:
             held = experience(task.rollout(task.engine(model)))
             theirs = trainer_logp(model, held)
             batches, _ = held.batches(range(held.size), 4096)
-            out = forward(model, batches[0])
-            assert out.logp_N is not None
+            out = Forward()(model, batches[0])
             out.logp_N.sum().backward()
         gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
         ours = trainer_logp(model, held)
-        out = forward(model, batches[0])
-        assert out.logp_N is not None
+        out = Forward()(model, batches[0])
         out.logp_N.sum().backward()
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
         torch.testing.assert_close(held.flat["rollout_logp"], ours, rtol=0, atol=1e-4)

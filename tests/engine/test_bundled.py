@@ -11,7 +11,7 @@ from upslope.data.batching import collate
 from upslope.data.chat import encode_prompt, load_tokenizer
 from upslope.engine import Engine
 from upslope.models.files.loading import load_model
-from upslope.training.step import score
+from upslope.training.step import Forward, score
 from upslope.types import Example, Message, Prompt, SamplingParams
 
 QUESTIONS = ["What is 2 + 2?", "Name a colour.", "Write one line about the sea, please, and keep it short.", "Hi"]
@@ -32,8 +32,8 @@ def test_sampler_equals_trainer_bit_for_bit(dtype: torch.dtype, smollm2_folder: 
         for c in group
     ]
     reported = torch.tensor([x for group in sampled for c in group for x in c.policy_logprobs])
-    shared = score(model, [collate(examples, share_prompts=True)], temperature=0.8).logp_N
-    apart = score(model, [collate([e]) for e in examples[:4]], temperature=0.8).logp_N
+    shared = score(model, [collate(examples, share_prompts=True)], Forward(temperature=0.8)).logp_N
+    apart = score(model, [collate([e]) for e in examples[:4]], Forward(temperature=0.8)).logp_N
     assert shared is not None
     assert apart is not None
     assert torch.equal(shared, reported)

@@ -12,7 +12,7 @@ from upslope.data.batching import collate
 from upslope.engine.engine import Engine
 from upslope.models.decoder.activations import Activations, bytes_per_token
 from upslope.models.decoder.network import Decoder
-from upslope.training.step import forward
+from upslope.training.step import Forward
 from upslope.types import Batch, Example, SamplingParams
 
 pytestmark = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels here: {kernels.problem()}")
@@ -45,8 +45,7 @@ def sampled(
 def gradients(model: Decoder, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs, and every parameter's gradient of a weighted sum of them."""
     model.zero_grad()
-    out = forward(model, batch)
-    assert out.logp_N is not None
+    out = Forward()(model, batch)
     (out.logp_N * torch.linspace(-1, 2, out.logp_N.shape[0])).sum().backward()
     return out.logp_N.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -94,10 +93,10 @@ def test_without_a_gradient_the_states_are_looked_up() -> None:
     model = decoder(torch.bfloat16)
     store = room(model)
     batch = collate(sampled(model, store), share_prompts=True, feed_last=False)
-    plain = forward(model, batch).logp_N
+    plain = Forward()(model, batch).logp_N
     assert store.attach(batch)
     with torch.no_grad():
-        kept = forward(model, batch).logp_N
+        kept = Forward()(model, batch).logp_N
     assert plain is not None
     assert kept is not None
     assert torch.equal(plain.detach(), kept)

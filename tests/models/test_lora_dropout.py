@@ -22,7 +22,7 @@ from upslope.models.lora import add_adapters
 from upslope.models.lora_dropout import AdapterDropout, drop_inputs, dropping, packed_keys
 from upslope.recipes.encoder import Input, item_logits, keys_of
 from upslope.recipes.encoder import collate as pad
-from upslope.training.step import forward
+from upslope.training.step import Forward
 from upslope.types import Batch, Example
 
 
@@ -72,7 +72,7 @@ def dropped(model: nn.Module, batch: Batch, step: int = 0) -> Iterator[None]:
 
 def logps(model: Decoder, batch: Batch, step: int = 0) -> Tensor:
     with dropped(model, batch, step):
-        found = forward(model, batch).logp_N
+        found = Forward()(model, batch).logp_N
     assert found is not None
     return found.detach()
 
@@ -134,7 +134,7 @@ def test_recomputed_activations_have_the_same_mask() -> None:
     for checkpointing in (False, True):
         model, batch = decoder(gradient_checkpointing=checkpointing), collate([A, B])
         with dropped(model, batch, step=4):
-            found = forward(model, batch).logp_N
+            found = Forward()(model, batch).logp_N
             assert found is not None
             found.sum().backward()
         gradients.append([p.grad for _, p in model.named_parameters() if p.requires_grad])
@@ -145,10 +145,10 @@ def test_none_without_it_and_none_outside() -> None:
     """0 leaves peft's own layers; what is not inside `dropping`, and a step of None, has every number."""
     batch, none = collate([A, B]), decoder(0.0)
     assert not [m for m in none.modules() if isinstance(m, AdapterDropout)]
-    plain, model = forward(none, batch).logp_N, decoder()
+    plain, model = Forward()(none, batch).logp_N, decoder()
     with pytest.raises(KeyError), dropped(model, batch):
         raise KeyError
-    for found in (forward(model, batch).logp_N, logps(model, batch, step=None)):  # type: ignore[arg-type]
+    for found in (Forward()(model, batch).logp_N, logps(model, batch, step=None)):  # type: ignore[arg-type]
         assert plain is not None
         assert found is not None
         assert torch.equal(found, plain)

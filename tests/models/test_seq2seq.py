@@ -24,7 +24,7 @@ from upslope.models.seq2seq.files import load_seq2seq
 from upslope.models.seq2seq.layers import Attention, EncoderLayer, LayerNorm, sinusoids
 from upslope.models.seq2seq.network import Seq2Seq
 from upslope.training.optim import Group, MasterAdamW, decay_groups
-from upslope.training.step import Outputs, forward, score, update
+from upslope.training.step import Forward, Outputs, score, update
 from upslope.types import Batch, Example
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -225,7 +225,7 @@ def test_gradient_of_shared_prompts_is_that_of_whole_sequences(
         model.zero_grad()
         for part in parts:
             batch = collate([examples[i] for i in part], share_prompts=shared)
-            (forward(model, batch).logp_N * batch.fields["w"]).sum().backward()
+            (Forward()(model, batch).logp_N * batch.fields["w"]).sum().backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters()})
     for other in found[1:]:
         for name, g in found[0].items():
@@ -239,7 +239,7 @@ def test_gradient_is_the_difference_quotient() -> None:
     batch = collate([example(model, 5, 4), example(model, 5, 6), example(model, 66, 3)], share_prompts=True)
 
     def loss() -> Tensor:
-        return forward(model, batch).logp_N.sum()
+        return Forward()(model, batch).logp_N.sum()
 
     loss().backward()
     named = dict(model.named_parameters())
@@ -268,11 +268,11 @@ def test_gradient_is_the_difference_quotient() -> None:
 def test_checkpointing_changes_no_bit() -> None:
     model = tiny("post")
     batch = collate([example(model, 9, 12), example(model, 70, 5)])
-    forward(model, batch).logp_N.sum().backward()
+    Forward()(model, batch).logp_N.sum().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     model.gradient_checkpointing = True
-    forward(model, batch).logp_N.sum().backward()
+    Forward()(model, batch).logp_N.sum().backward()
     assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
 
 
@@ -444,7 +444,7 @@ def test_values_and_policy_train_together() -> None:
     )
     examples = [example(model, 9, 4, weight=[1 / 11] * 4), example(model, 9, 7, weight=[1 / 11] * 7)]
     batch = collate(examples, share_prompts=True)
-    scored = score(model, [batch], head=head)
+    scored = score(model, [batch], Forward(head=head))
     rewards, mask = torch.zeros(2, 7), torch.ones(2, 7, dtype=torch.bool)
     mask[0, 4:] = False
     rewards[0, 3], rewards[1, 6] = 1.0, -1.0
@@ -462,9 +462,9 @@ def test_values_and_policy_train_together() -> None:
         return surrogate + value, {"surrogate": surrogate, "value": value}
 
     begun = False
-    first = update(model, optimizer, [batch], loss, learning_rate=1e-3, max_grad_norm=1.0, head=head)
+    first = update(model, optimizer, [batch], loss, Forward(head=head), learning_rate=1e-3, max_grad_norm=1.0)
     begun = True
-    second = update(model, optimizer, [batch], loss, learning_rate=1e-3, max_grad_norm=1.0, head=head)
+    second = update(model, optimizer, [batch], loss, Forward(head=head), learning_rate=1e-3, max_grad_norm=1.0)
     assert second["surrogate"] < first["surrogate"]
     assert second["value"] < first["value"]
 

@@ -21,7 +21,7 @@ from upslope.options import DistillOptions
 from upslope.preview.imitation import show_imitation
 from upslope.recipes.distill import Distill, distill
 from upslope.runs import Run
-from upslope.training.step import accumulate
+from upslope.training.step import Forward, accumulate
 from upslope.types import Example
 
 TASK = """
@@ -115,7 +115,9 @@ def test_gradient_is_that_of_the_full_logits_however_the_batch_is_cut(
     for parts in ([[0, 1, 2, 3, 4]], [[4], [1, 0], [2, 3]]):
         student.zero_grad()
         batches = [collate([weighted[i] for i in part]) for part in parts]
-        totals = accumulate(student, batches, lambda batch, out: learner._loss(batch, out, []), logp=False, hidden=True)
+        totals = accumulate(
+            student, batches, lambda batch, out: learner._loss(batch, out, []), Forward(logp=False, hidden=True)
+        )
         assert totals["loss"] == pytest.approx(value.item(), abs=1e-12)
         for name, p in student.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], rtol=0, atol=1e-10)

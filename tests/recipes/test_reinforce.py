@@ -23,7 +23,7 @@ from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO
 from upslope.recipes.reinforce import MovingBaseline, Reinforce, reinforce
 from upslope.training.experience import Experience, token_rewards
-from upslope.training.step import accumulate
+from upslope.training.step import Forward, accumulate
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -82,7 +82,7 @@ def gradients(learner: Any, experience: Experience, normalizer: str, constant: i
     learner.optimizer.zero_grad()
     critic = getattr(learner, "critic", None)
     loss = learner.loss if hasattr(learner, "loss") else learner._loss
-    accumulate(learner.policy.model, batches, loss, head=critic.head if critic else None)
+    accumulate(learner.policy.model, batches, loss, Forward(head=critic.head if critic else None))
     return {name: g.clone() for name, g in learner.optimizer.gradients().items()}
 
 

@@ -26,7 +26,7 @@ from upslope.options import PPOOptions, RewardOptions
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.reward import RewardLearner, pair_calibration, reward, start_head
 from upslope.rollout.reward_model import RewardModel, load_reward_model
-from upslope.training.step import accumulate
+from upslope.training.step import Forward, accumulate
 from upslope.training.units import unit_batches
 from upslope.types import Example
 
@@ -59,7 +59,7 @@ def gradient(learner: RewardLearner, budget: int) -> tuple[dict[str, Tensor], di
     learner.optimizer.zero_grad()
     loss, _ = learner.loss_of(learner.units, None)
     batches = unit_batches(learner.units, budget)
-    metrics = accumulate(learner.policy.model, batches, loss, head=learner.head, logp=False, train_final=True)
+    metrics = accumulate(learner.policy.model, batches, loss, Forward(head=learner.head, logp=False, train_final=True))
     return {n: g.clone() for n, g in learner.optimizer.gradients().items()}, metrics
 
 

@@ -22,7 +22,7 @@ from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 from upslope.recipes.seq2seq import MaximumLikelihood, seq2seq
 from upslope.runs import Run
 from upslope.training.experience import Experience
-from upslope.training.step import forward
+from upslope.training.step import Forward
 from upslope.types import Rollout
 
 
@@ -172,7 +172,7 @@ def test_two_passes_are_the_gradient_of_minimum_risk(
     losses, grads = [], []
     for group in groups:  # by autograd, each prompt's whole set in one pass
         (batch,), order = Experience.of([group]).batches(range(len(group.rollouts)), 10**9)
-        logp_N = forward(model, batch).logp_N
+        logp_N = Forward()(model, batch).logp_N
         assert logp_N is not None
         assert order == list(range(len(group.rollouts)))
         logp_G = torch.zeros(len(order), dtype=torch.float64).index_add(0, batch.sequence_N, logp_N)

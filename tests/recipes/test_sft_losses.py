@@ -18,7 +18,7 @@ from upslope.models.attention.context import PackedContext
 from upslope.models.files.weights import load as load_weights
 from upslope.options import SFTOptions
 from upslope.recipes.sft import SFT, sft
-from upslope.training.step import accumulate, forward
+from upslope.training.step import Forward, accumulate
 from upslope.types import Batch, Example
 
 
@@ -78,7 +78,7 @@ def test_gradient_is_the_definitions_however_the_batch_is_cut(
     for parts in ([[0, 1, 2, 3, 4]], [[4], [1, 0], [2, 3]]):
         model.zero_grad()
         batches = [collate([weighted[i] for i in part]) for part in parts]
-        totals = accumulate(model, batches, learner._loss, mean_logp=smoothing > 0)
+        totals = accumulate(model, batches, learner._loss, Forward(mean_logp=smoothing > 0))
         assert totals["loss"] == pytest.approx(value.item(), abs=1e-12)
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], rtol=0, atol=1e-12)
@@ -88,15 +88,15 @@ def test_the_step_reports_the_mean_over_the_vocabulary_and_the_entropy_together(
     o = options(tiny, rows, Path("unused"))
     learner = SFT(o, load_policy(o))
     batch = collate(learner.train_examples[:3])
-    both = forward(learner.policy.model, batch, entropy=True, mean_logp=True)
-    plain = forward(learner.policy.model, batch)
-    assert plain.mean_logp_N is None
-    assert plain.entropy_N is None
+    both = Forward(entropy=True, mean_logp=True)(learner.policy.model, batch)
+    plain = Forward()(learner.policy.model, batch)
+    assert "mean_logp_N" not in plain
+    assert "entropy_N" not in plain
     assert torch.equal(both.logp_N, plain.logp_N)
-    assert torch.equal(both.entropy_N, forward(learner.policy.model, batch, entropy=True).entropy_N)
-    alone = forward(learner.policy.model, batch, mean_logp=True)
+    assert torch.equal(both.entropy_N, Forward(entropy=True)(learner.policy.model, batch).entropy_N)
+    alone = Forward(mean_logp=True)(learner.policy.model, batch)
     assert torch.equal(both.mean_logp_N, alone.mean_logp_N)
-    assert alone.entropy_N is None
+    assert "entropy_N" not in alone
     assert bool((both.mean_logp_N <= -math.log(258) + 1e-5).all())  # the mean of logs is at most the log of 1 / V
 
 

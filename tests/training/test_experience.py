@@ -131,12 +131,8 @@ def test_what_a_network_says_comes_back_in_the_experiences_order() -> None:
             values_N=torch.cat([10 * b.fields["place"] for b in batches]),
             final_B=torch.tensor(order),
         )
-        assert said.logp_N is not None
         assert said.logp_N.tolist() != list(range(x.num_trained))
         back = x.in_order(said, order)
-        assert back.logp_N is not None
-        assert back.values_N is not None
-        assert back.final_B is not None
         assert back.logp_N.tolist() == list(range(x.num_trained))
         assert back.values_N.tolist() == [10 * i for i in range(x.num_trained)]
         assert back.final_B.tolist() == [0, 1, 2, 3]

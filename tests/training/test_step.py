@@ -18,7 +18,7 @@ from upslope.models.attention.context import PackedContext
 from upslope.models.decoder.network import Decoder
 from upslope.models.heads import ScalarHead
 from upslope.training.optim import Group, MasterAdamW, decay_groups
-from upslope.training.step import Outputs, accumulate, forward, score, update
+from upslope.training.step import Forward, Outputs, accumulate, score, update
 from upslope.types import Batch, Example
 
 
@@ -36,8 +36,6 @@ def examples_of(lengths: list[int], dtype: torch.dtype = torch.float64) -> list[
 
 
 def loss_of(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-    assert out.logp_N is not None
-    assert out.values_N is not None
     policy = -out.logp_N * batch.fields["advantages"]
     return policy + 0.1 * (out.values_N - batch.fields["advantages"]).square(), {"policy": policy}
 
@@ -48,7 +46,7 @@ def gradients(dtype: torch.dtype, examples: list[Example], parts: list[list[int]
     nn.init.normal_(head.score.weight)
     head.to(dtype)
     batches = [collate([examples[i] for i in part]) for part in parts]
-    totals = accumulate(model, batches, loss_of, head=head)
+    totals = accumulate(model, batches, loss_of, Forward(head=head))
     named = {**dict(model.named_parameters()), **dict(head.named_parameters())}
     return {name: p.grad for name, p in named.items() if p.grad is not None}, totals["loss"]
 
@@ -96,8 +94,8 @@ def test_score_does_not_depend_on_packing_bit_for_bit() -> None:
     model, head = Decoder(tiny_config(initializer_range=0.2)).to(torch.bfloat16), ScalarHead(32)
     nn.init.normal_(head.score.weight)
     examples = examples_of([4, 9, 30, 70, 12])
-    together = score(model, [collate(examples)], head=head)
-    alone = score(model, [collate([e]) for e in examples], head=head)
+    together = score(model, [collate(examples)], Forward(head=head))
+    alone = score(model, [collate([e]) for e in examples], Forward(head=head))
     for name in ("logp_N", "values_N", "final_B"):
         assert torch.equal(getattr(together, name), getattr(alone, name)), name
 
@@ -109,11 +107,7 @@ def test_values_are_of_the_state_before_the_action() -> None:
     nn.init.normal_(head.score.weight)
     a, b = [5, 6, 7, 8], [5, 6, 7, 200]
     mask = [False, False, True, True]
-    first, second = (forward(model, collate([Example(t, mask)]), head=head) for t in (a, b))
-    assert first.values_N is not None
-    assert second.values_N is not None
-    assert first.final_B is not None
-    assert second.final_B is not None
+    first, second = (Forward(head=head)(model, collate([Example(t, mask)])) for t in (a, b))
     assert torch.equal(first.values_N, second.values_N)
     assert not torch.equal(first.final_B, second.final_B)
 
@@ -132,17 +126,16 @@ def test_log_probs_are_of_the_sampling_temperature(entropy: bool) -> None:
     seen: dict[str, Tensor] = {}
 
     def loss(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        assert out.logp_N is not None
         seen["logp"] = out.logp_N.detach()
-        if out.entropy_N is not None:
+        if "entropy_N" in out:
             seen["entropy"] = out.entropy_N.detach()
         return -out.logp_N, {}
 
-    accumulate(model, [collate([example])], loss, temperature=0.6, entropy=entropy)
+    accumulate(model, [collate([example])], loss, Forward(temperature=0.6, entropy=entropy))
     torch.testing.assert_close(seen["logp"], expected)
     if entropy:
         torch.testing.assert_close(seen["entropy"], -(logp.exp() * logp).sum(-1))
-    scored = score(model, [collate([example])], temperature=0.6).logp_N
+    scored = score(model, [collate([example])], Forward(temperature=0.6)).logp_N
     torch.testing.assert_close(scored, expected)
 
 
@@ -156,7 +149,7 @@ def test_the_value_loss_moves_the_trunk_only_where_it_may() -> None:
     def moved(what: str, **options: bool) -> tuple[bool, bool]:
         model.zero_grad()
         head.zero_grad()
-        getattr(forward(model, batch, head=head, **options), what).sum().backward()
+        getattr(Forward(head=head, **options)(model, batch), what).sum().backward()
         return tuple(p.grad is not None and bool(p.grad.any()) for p in (model.model.norm.weight, head.score.weight))  # type: ignore[return-value]
 
     assert moved("values_N") == (True, True)
@@ -179,7 +172,7 @@ def test_scoring_knows_no_dropout_and_training_has_it_back() -> None:
     assert torch.equal(one, other)
     assert model.training
     assert model.model.norm.training
-    noisy, again = (forward(model, batch).logp_N for _ in range(2))
+    noisy, again = (Forward()(model, batch).logp_N for _ in range(2))
     assert noisy is not None
     assert again is not None
     assert not torch.equal(noisy, again)
@@ -256,7 +249,6 @@ def test_non_finite_loss_stops_before_the_update() -> None:
     before = {name: w.clone() for name, w in optimizer.weights().items()}
 
     def broken(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        assert out.logp_N is not None
         return out.logp_N * float("nan"), {}
 
     batch = collate(examples_of([8, 9], torch.float32))

@@ -20,7 +20,7 @@ from upslope.data.batching import collate, split_by_tokens
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.functional.logprobs import token_logprobs
 from upslope.models.protocol import CausalModel
-from upslope.training.step import evaluating, forward
+from upslope.training.step import Forward, evaluating
 from upslope.types import Batch, Example
 
 __all__ = ["Request", "Scored", "Scorer", "rolling_windows"]
@@ -184,7 +184,7 @@ class Scorer:
         return [[i for u in part for i in units[u]] for part in split_by_tokens(sizes, self.batch_tokens)]
 
     def _run(self, batch: Batch, count: int) -> list[Scored]:
-        hidden_ND = forward(self.model, batch, logp=False, hidden=True).hidden_ND
+        hidden_ND = Forward(logp=False, hidden=True)(self.model, batch).hidden_ND
         assert hidden_ND is not None
         logps: list[Tensor] = []
         hits: list[Tensor] = []

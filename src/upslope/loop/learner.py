@@ -17,7 +17,7 @@ from upslope.loop.plan import in_steps
 from upslope.runs.folder import Run
 from upslope.training.optim import Group
 from upslope.training.schedule import rate_at
-from upslope.training.step import Loss, Outputs, update
+from upslope.training.step import Forward, Loss, Outputs, update
 from upslope.types import Batch, Example
 
 __all__ = ["PolicyLearner", "likelihood", "weighted"]
@@ -42,11 +42,13 @@ class PolicyLearner:
         """The schedule at this step."""
         return rate_at(self.options, step)
 
-    def update(self, step: int, batches: Iterable[Batch], loss: Loss, **passes: Any) -> dict[str, float]:
-        """One optimizer step of the policy in training mode; `passes` are those of `training.step.update`."""
+    def update(
+        self, step: int, batches: Iterable[Batch], loss: Loss, forward: Forward = Forward(), **gap: Any
+    ) -> dict[str, float]:
+        """One optimizer step of the policy in training mode; `gap` and all else as `training.step.update`."""
         self.policy.model.train()
         rates = {"learning_rate": self.learning_rate(step), "max_grad_norm": self.options.max_grad_norm}
-        return update(self.policy.model, self.optimizer, batches, loss, step=step, **rates, **passes)
+        return update(self.policy.model, self.optimizer, batches, loss, forward, step=step, **rates, **gap)
 
     def updated(self) -> None:
         """The weights have moved: what the engine cached of the old ones is void."""
@@ -94,7 +96,6 @@ def weighted(examples: Sequence[Example], weight: float) -> list[Example]:
 
 def likelihood(out: Outputs, label_smoothing: float) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Negative log-likelihood of each trained token; with smoothing the plain one is logged beside it."""
-    assert out.logp_N is not None
     if label_smoothing:
         return nll(out.logp_N, label_smoothing, out.mean_logp_N), {"loss/nll": -out.logp_N}
     return nll(out.logp_N), {}

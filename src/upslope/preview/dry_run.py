@@ -32,7 +32,7 @@ from upslope.options import DistillOptions, GRPOOptions, PPOOptions, ReinforceOp
 from upslope.preview.rows import mask_view, statistics
 from upslope.preview.task import Judged, check_held_out, judge_one
 from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy, scorer_of
-from upslope.training.step import forward
+from upslope.training.step import Forward
 from upslope.types import Completion, Example, SamplingParams
 
 __all__ = ["Prediction", "predict_policy_gradient", "predict_sft", "show_policy_gradient", "show_sft"]
@@ -66,17 +66,16 @@ def probe(policy: Policy, examples: Sequence[Example], *, head: ScalarHead | Non
     batch = collate([Example(e.tokens, e.mask) for e in chosen], device=policy.model.device)
     tokens = sum(batch.lengths)
     with torch.no_grad():
-        forward(policy.model, batch, head=head)
+        Forward(head=head)(policy.model, batch)
         started = time.perf_counter()
-        forward(policy.model, batch, head=head)
+        Forward(head=head)(policy.model, batch)
         forward_seconds = time.perf_counter() - started
     times = []
     for _ in range(2):
         started = time.perf_counter()
         with counting_kept(policy.model) as kept:
-            out = forward(policy.model, batch, head=head)
-        assert out.logp_N is not None
-        loss = out.logp_N.sum() if out.values_N is None else out.logp_N.sum() + out.values_N.sum()
+            out = Forward(head=head)(policy.model, batch)
+        loss = out.logp_N.sum() if "values_N" not in out else out.logp_N.sum() + out.values_N.sum()
         loss.backward()
         times.append(time.perf_counter() - started)
         policy.model.zero_grad(set_to_none=True)

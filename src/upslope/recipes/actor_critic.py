@@ -22,7 +22,7 @@ from upslope.options import PPOOptions, ReinforceOptions
 from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.training.experience import Experience, token_rewards
 from upslope.training.optim import Group, MasterAdamW, decay_groups
-from upslope.training.step import Outputs, score, update
+from upslope.training.step import Forward, Outputs, score, update
 from upslope.types import Batch
 
 __all__ = ["ActorCritic"]
@@ -60,12 +60,12 @@ class ActorCritic(PolicyGradient):
         self.replay(batches)
         out, logp = Outputs(), not self.on_policy
         if logp or shared is not None:
-            out = score(model, batches, temperature=o.temperature, logp=logp, head=shared)
+            out = score(model, batches, Forward(temperature=o.temperature, logp=logp, head=shared))
         if critic is not None and critic.model is not None:
-            valued = score(critic.model, batches, logp=False, head=critic.head)
+            valued = score(critic.model, batches, Forward(logp=False, head=critic.head))
             out = Outputs(out.logp_N, None, valued.values_N, valued.final_B)
         scored = experience.in_order(out, order)
-        if scored.values_N is not None:
+        if "values_N" in scored:
             experience.flat["values"] = scored.values_N
         return scored, self.old_logp(experience, scored_N=scored.logp_N)
 
@@ -91,7 +91,6 @@ class ActorCritic(PolicyGradient):
         """V of the state after a completion that was cut by its budget [B]; None where every end is an end."""
         if self.options.truncated != "bootstrap":
             return None
-        assert scored.final_B is not None
         cut_B = torch.tensor([r.finish_reason == "length" for r in experience.rollouts])
         return torch.where(cut_B, scored.final_B, 0.0)
 
@@ -120,10 +119,9 @@ class ActorCritic(PolicyGradient):
                 self.critic_optimizer,
                 batches,
                 self.value_loss,
+                Forward(head=critic.head, logp=False),
                 learning_rate=self.learning_rate(step),
                 max_grad_norm=o.max_grad_norm,
-                head=critic.head,
-                logp=False,
             )
             metrics |= {"loss/value": done["loss/value"], "critic_grad_norm": done["grad_norm"]}
         taken = self.take_over(experience, members, batches, step) if first else {}
@@ -131,22 +129,20 @@ class ActorCritic(PolicyGradient):
         shared = critic.head if critic is not None and critic.model is None else None
         if frozen:
             if shared is not None:
-                metrics |= self.update(step, batches, self.value_loss, head=shared, logp=False, detach_trunk=True)
+                metrics |= self.update(
+                    step, batches, self.value_loss, Forward(head=shared, logp=False, detach_trunk=True)
+                )
             return metrics
         return metrics | self.update(
             step,
             batches,
             self.loss,
-            temperature=o.temperature,
-            entropy=o.entropy_coef > 0,
-            head=shared,
-            detach_trunk=o.vf_coef == 0,
+            Forward(temperature=o.temperature, entropy=o.entropy_coef > 0, head=shared, detach_trunk=o.vf_coef == 0),
             gap_to="rollout_logp" if self.on_policy and first and not taken else None,
         )
 
     def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Half the squared error against the targets."""
-        assert out.values_N is not None
         loss_N = value_loss(out.values_N, batch.fields["targets"])
         return loss_N, {"loss/value": loss_N}
 
@@ -158,12 +154,12 @@ class ActorCritic(PolicyGradient):
         """Policy loss, corrected for the sampler, and what shares its backward pass: value and entropy."""
         o = self.options
         loss_N, metrics = self.policy_loss(batch, out)
-        if out.values_N is not None:
+        if "values_N" in out:
             value_N, value_metrics = self.value_loss(batch, out)
             # With vf_coef = 0 the trunk is detached: the head alone learns, at full weight.
             loss_N = loss_N + (o.vf_coef or 1.0) * value_N
             metrics |= value_metrics
-        if out.entropy_N is not None:
+        if "entropy_N" in out:
             loss_N = loss_N - o.entropy_coef * out.entropy_N
             metrics["policy/entropy"] = out.entropy_N
         return loss_N, metrics

@@ -48,7 +48,7 @@ from upslope.rollout.collect import sampling_keys
 from upslope.rollout.judge import length_metrics
 from upslope.runs.progress import told
 from upslope.tasks.loading import load_task
-from upslope.training.step import Outputs, evaluating, forward
+from upslope.training.step import Forward, Outputs, evaluating
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
 
 __all__ = ["Distill", "distill", "load_teacher", "show"]
@@ -120,7 +120,7 @@ class Distill(PolicyLearner):
         batches, order = self.micro_batches(weighted(examples, 1 / trained), feed_last=True)
         values: list[Tensor] = []
         loss = partial(self._loss, values=values)
-        metrics = self.update(step, batches, loss, logp=False, hidden=True)
+        metrics = self.update(step, batches, loss, Forward(logp=False, hidden=True))
         self.updated()
         per_sequence = _in_order(values, batches, order)
         metrics |= _origins(per_sequence, len(rollouts))
@@ -164,7 +164,6 @@ class Distill(PolicyLearner):
 
     def _loss(self, batch: Batch, out: Outputs, values: list[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
         o = self.options
-        assert out.hidden_ND is not None
         with torch.no_grad():
             context = PackedContext(batch.lengths, batch.parents, device=batch.tokens_T.device)
             teacher_ND = self.teacher(batch.tokens_T, context).index_select(0, batch.rows_N)
@@ -203,7 +202,7 @@ class Distill(PolicyLearner):
         batches, _ = self.micro_batches(examples, feed_last=True)
         with evaluating(self.policy.model):
             for batch in batches:
-                self._loss(batch, forward(self.policy.model, batch, logp=False, hidden=True), values)
+                self._loss(batch, Forward(logp=False, hidden=True)(self.policy.model, batch), values)
         found = per_token(torch.cat(values), batches)
         return Evaluation("eval_divergence", {"eval_divergence": found, "eval_rows": len(examples)})
 

@@ -103,7 +103,6 @@ class DPO(PreferenceLearner):
 
 def pair_loss(o: DPOOptions, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Loss and metrics of each pair [U]; sequences stand chosen, rejected, chosen, rejected."""
-    assert out.logp_N is not None
     beta = o.strength
     sums_B, counts_B = sequence_logps(out.logp_N, batch)
     means_B = sums_B / counts_B
@@ -144,7 +143,6 @@ def label_loss(
 
     Means over the good (or bad) answers alone are logged as chosen (rejected): each counts for 1 / share.
     """
-    assert out.logp_N is not None
     beta = o.strength
     sums_U, _ = sequence_logps(out.logp_N, batch)
     ref_U, _ = sequence_logps(batch.fields["ref_logp"], batch)
@@ -170,7 +168,6 @@ def label_loss(
 
 
 def _log_ratio(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-    assert out.logp_N is not None
     return sequence_logps(out.logp_N, batch)[0] - sequence_logps(batch.fields["ref_logp"], batch)[0], {}
 
 

@@ -44,7 +44,7 @@ from upslope.options import GRPOOptions
 from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics
 from upslope.training.experience import Experience, Normalizer, group_rewards, trainable
-from upslope.training.step import Outputs, score
+from upslope.training.step import Forward, Outputs, score
 from upslope.types import Batch, RolloutGroup
 
 __all__ = ["GRPO", "grpo", "show"]
@@ -94,7 +94,7 @@ class GRPO(PolicyGradient):
         scored_N = None
         if not self.on_policy:
             batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
-            scored_N = experience.in_order(score(model, batches, temperature=o.temperature), order).logp_N
+            scored_N = experience.in_order(score(model, batches, Forward(temperature=o.temperature)), order).logp_N
         metrics = self.old_logp(experience, scored_N=scored_N)
         if o.beta:
             flat["ref_logp"] = self.reference_logp(experience, self.reference)
@@ -139,8 +139,7 @@ class GRPO(PolicyGradient):
                     step,
                     batches,
                     self._loss,
-                    temperature=o.temperature,
-                    entropy=o.entropy_coef > 0,
+                    Forward(temperature=o.temperature, entropy=o.entropy_coef > 0),
                     gap_to="rollout_logp" if self.on_policy and not made and not taken else None,
                     share=share,
                 )
@@ -164,7 +163,6 @@ class GRPO(PolicyGradient):
 
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         o, f = self.options, batch.fields
-        assert out.logp_N is not None
         high = o.epsilon if o.epsilon_high is None else o.epsilon_high
         old, advantages = f["old_logp"], f["advantages"]
         if o.loss == "gspo":
@@ -181,7 +179,7 @@ class GRPO(PolicyGradient):
         metrics = {"loss/policy": policy_N, **ratio_metrics(out.logp_N, f, o.epsilon, high)}
         if o.beta:
             loss_N = loss_N + o.beta * importance_k1(out.logp_N, f["ref_logp"], old)
-        if out.entropy_N is not None:
+        if "entropy_N" in out:
             loss_N = loss_N - o.entropy_coef * out.entropy_N
             metrics["policy/entropy"] = out.entropy_N
         return loss_N, metrics

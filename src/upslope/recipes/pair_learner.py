@@ -229,7 +229,6 @@ class PairLearner(PolicyLearner):
             return None
         o = self.options
         out = score(self.policy.model, self.batches(self.eval_examples))
-        assert out.logp_N is not None
         params = SamplingParams(max_tokens=o.max_completion_length, temperature=0.0, beam_width=o.beam_width)
         groups = self.decode(self.held_out, params)
         if self.run is not None:

@@ -34,7 +34,7 @@ from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.optim import Group
-from upslope.training.step import gap_metrics, score
+from upslope.training.step import Forward, gap_metrics, score
 from upslope.types import Batch, RolloutGroup, SamplingParams
 
 __all__ = [
@@ -198,7 +198,7 @@ class PolicyGradient(PolicyLearner):
             return {}
         o, device = self.options, self.policy.model.device
         (one,), _ = experience.batches([members[step % len(members)]], o.micro_batch_tokens, device=device)
-        logp_N = score(self.policy.model, [one], temperature=o.temperature).logp_N
+        logp_N = score(self.policy.model, [one], Forward(temperature=o.temperature)).logp_N
         assert logp_N is not None
         return {"rollout/replayed": share, **gap_metrics((one.fields["rollout_logp"] - logp_N).abs())}
 
@@ -208,10 +208,10 @@ class PolicyGradient(PolicyLearner):
         device = self.policy.model.device
         batches, order = experience.batches(range(experience.size), o.micro_batch_tokens, device=device)
         if reference is not None:
-            out = score(reference, batches, temperature=o.temperature)
+            out = score(reference, batches, Forward(temperature=o.temperature))
         else:
             with self.policy.as_reference() as model:
-                out = score(model, batches, temperature=o.temperature)
+                out = score(model, batches, Forward(temperature=o.temperature))
         logp_N = experience.in_order(out, order).logp_N
         assert logp_N is not None
         return logp_N

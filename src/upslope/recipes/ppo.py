@@ -118,7 +118,6 @@ class PPO(ActorCritic):
 
     def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Half the squared error, optionally clipped around the rollout's value."""
-        assert out.values_N is not None
         clip, f = self.options.value_clip, batch.fields
         old = f["values"] if clip is not None else None
         loss_N = value_loss(out.values_N, f["targets"], old_values=old, clip=clip)
@@ -127,7 +126,6 @@ class PPO(ActorCritic):
     def policy_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """The clipped surrogate and the penalties with a gradient of their own."""
         o, f = self.options, batch.fields
-        assert out.logp_N is not None
         high = o.epsilon if o.epsilon_high is None else o.epsilon_high
         policy_N = clipped_surrogate(
             out.logp_N, f["old_logp"], f["advantages"], clip_low=o.epsilon, clip_high=high, dual_clip=o.dual_clip

@@ -28,7 +28,7 @@ from upslope.options.preference import PreferenceData
 from upslope.preview.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
 from upslope.runs.progress import told
 from upslope.training.optim import Group
-from upslope.training.step import Loss
+from upslope.training.step import Forward, Loss
 from upslope.training.units import Unit, measure, unit_batches, weighted_mean
 
 __all__ = ["PreferenceLearner", "read_rows", "right_of", "show_preference"]
@@ -64,8 +64,7 @@ class PreferenceLearner(PolicyLearner):
     """One update per step over `batch_size` units; a recipe gives the units and the loss."""
 
     higher_is_better = True
-    head: ScalarHead | None = None
-    logp = True
+    forward = Forward()
 
     def __init__(
         self,
@@ -91,8 +90,7 @@ class PreferenceLearner(PolicyLearner):
         units = [self.units[i] for i in indices]
         loss, numbers = self.loss_of(units, indices)
         batches = unit_batches(units, o.micro_batch_tokens, device=self.policy.model.device)
-        passes = {"head": self.head, "logp": self.logp, "train_final": self.head is not None}
-        metrics = self.update(step, batches, loss, **passes)
+        metrics = self.update(step, batches, loss, self.forward)
         seconds = time.perf_counter() - started
         trained = sum(sum(e.mask) for unit in units for e in unit.examples)
         rate = sum(unit.tokens for unit in units) / seconds
@@ -103,7 +101,7 @@ class PreferenceLearner(PolicyLearner):
         o, model = self.options, self.policy.model
         loss, numbers = self.loss_of(self.held_out, None)
         batches = unit_batches(self.held_out, o.micro_batch_tokens, device=model.device)
-        found = measure(model, batches, loss, head=self.head, logp=self.logp)
+        found = measure(model, batches, loss, self.forward)
         return found, weighted_mean(found, self.held_out) | numbers
 
     def evaluate(self, step: int) -> Evaluation | None:

@@ -34,7 +34,7 @@ from upslope.preview.dry_run import predict_sft, report
 from upslope.preview.rows import statistics
 from upslope.recipes.pretrain_masked import MaskedPretrain, show_masked
 from upslope.recipes.pretrain_start import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
-from upslope.training.step import Outputs, score
+from upslope.training.step import Forward, Outputs, score
 from upslope.types import Batch, Example
 
 __all__ = ["Pretrain", "pretrain", "show"]
@@ -87,7 +87,7 @@ class Pretrain(PolicyLearner):
         windows = [self.texts.train.window(i, o.context_length) for i in self.order.take(o.batch_size)]
         trained = sum(len(w) - 1 for w in windows)
         batches, _ = self.micro_batches(weighted([_example(w) for w in windows], 1 / trained))
-        metrics = self.update(step, batches, self._loss, mean_logp=o.label_smoothing > 0)
+        metrics = self.update(step, batches, self._loss, Forward(mean_logp=o.label_smoothing > 0))
         seconds = time.perf_counter() - started
         return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": trained / seconds}, trained)
 
@@ -97,7 +97,6 @@ class Pretrain(PolicyLearner):
     def evaluate(self, step: int) -> Evaluation | None:
         """Perplexity per token and bits per byte of the held-out text."""
         out = score(self.policy.model, self.micro_batches(self.held_out)[0])
-        assert out.logp_N is not None
         total, count = float(-out.logp_N.double().sum()), out.logp_N.shape[0]
         metrics = {
             "perplexity": math.exp(min(total / count, 700.0)),

@@ -141,7 +141,6 @@ class Reinforce(ActorCritic):
 
     def policy_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """-A log pi, corrected where the sampler's weights were others."""
-        assert out.logp_N is not None
         policy_N = likelihood_ratio(out.logp_N, batch.fields["advantages"])
         if "importance" in batch.fields:
             policy_N = policy_N * batch.fields["importance"]

@@ -42,7 +42,7 @@ from upslope.models.heads import ScalarHead
 from upslope.options import RewardOptions
 from upslope.recipes.preference import PreferenceLearner, read_rows, right_of, show_preference
 from upslope.training.optim import Group
-from upslope.training.step import Loss, Outputs
+from upslope.training.step import Forward, Loss, Outputs
 from upslope.training.units import Unit, after_tokens
 from upslope.types import Batch, Example
 
@@ -60,12 +60,12 @@ class RewardLearner(PreferenceLearner):
     """A network and its scalar head, by comparisons (outcome) or by labelled steps (process)."""
 
     options: RewardOptions
-    logp = False
 
     def __init__(self, options: RewardOptions, policy: Policy) -> None:
         check_can_be_saved(policy.model)
         units, held_out, account = load_units(within_context(options, policy), policy.tokenizer)
         self.head = head = start_head(policy, options.seed)
+        self.forward = Forward(logp=False, head=head, train_final=True)
         for name, parameter in policy.model.named_parameters():
             if name == "lm_head.weight":  # the words' head is not in a reward model
                 parameter.requires_grad_(False)
@@ -114,7 +114,6 @@ def start_head(policy: Policy, seed: int) -> ScalarHead:
 
 def pair_loss(o: RewardOptions, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Bradley-Terry of each pair [U]; sequences stand chosen, rejected, chosen, rejected."""
-    assert out.final_B is not None
     chosen_U, rejected_U = out.final_B[0::2], out.final_B[1::2]
     loss_U = bradley_terry(chosen_U, rejected_U, margin=batch.fields["margin"], centering=o.centering)
     return loss_U, {
@@ -127,8 +126,6 @@ def pair_loss(o: RewardOptions, batch: Batch, out: Outputs) -> tuple[Tensor, Map
 
 def step_loss(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     """The sum of each solution's cross-entropies at its step ends [U]; labels may be shares between 0 and 1."""
-    assert out.values_N is not None
-    assert out.final_B is not None
     label_N = batch.fields["label"]
     ends_N = ~label_N.isnan()
     logit_N = torch.where(ends_N, after_tokens(out.values_N, out.final_B, batch), 0.0)

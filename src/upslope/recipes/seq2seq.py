@@ -27,7 +27,7 @@ from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.preview.seq2seq import show_seq2seq as show
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
-from upslope.training.step import Outputs
+from upslope.training.step import Forward, Outputs
 from upslope.types import Batch
 
 __all__ = ["MaximumLikelihood", "seq2seq", "show"]
@@ -50,7 +50,7 @@ class MaximumLikelihood(PairLearner):
         """One batch of pairs, one update."""
         o, started = self.options, time.perf_counter()
         examples = [self.examples[i] for i in self.order.take(o.batch_size)]
-        metrics = self.update(step, self.batches(examples), self._loss, mean_logp=o.label_smoothing > 0)
+        metrics = self.update(step, self.batches(examples), self._loss, Forward(mean_logp=o.label_smoothing > 0))
         self.updated()
         trained, tokens = sum(sum(e.mask) for e in examples), sum(len(e.tokens) for e in examples)
         seconds = time.perf_counter() - started

@@ -34,7 +34,7 @@ from upslope.rollout.workers import make_scorer
 from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
-from upslope.training.step import Outputs, score
+from upslope.training.step import Forward, Outputs, score
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
 
 __all__ = ["SFT", "sft", "show"]
@@ -66,7 +66,7 @@ class SFT(PolicyLearner):
         examples = [self.train_examples[i] for i in self.order.take(o.batch_size)]
         trained = sum(sum(e.mask) for e in examples)
         batches = self._batches(examples, trained)
-        metrics = self.update(step, batches, self._loss, mean_logp=o.label_smoothing > 0)
+        metrics = self.update(step, batches, self._loss, Forward(mean_logp=o.label_smoothing > 0))
         seconds = time.perf_counter() - started
         tokens = sum(len(e.tokens) for e in examples)
         return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": tokens / seconds}, trained)
@@ -77,7 +77,6 @@ class SFT(PolicyLearner):
     def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         if self.options.loss != "dft":
             return likelihood(out, self.options.label_smoothing)
-        assert out.logp_N is not None
         return dft(out.logp_N), {"loss/nll": -out.logp_N}
 
     def evaluate(self, step: int) -> Evaluation | None:
@@ -87,7 +86,6 @@ class SFT(PolicyLearner):
             trained = sum(sum(e.mask) for e in self.eval_examples)
             batches = self._batches(self.eval_examples, trained)
             out = score(self.policy.model, batches)
-            assert out.logp_N is not None
             metrics |= {"eval_loss": per_token(-out.logp_N, batches), "eval_rows": len(self.eval_examples)}
         if self.task is not None and self.options.eval_samples:
             groups = held_out_groups(

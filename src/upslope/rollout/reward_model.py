@@ -25,7 +25,7 @@ from upslope.models.files.reward_folder import RewardSettings, load_reward_folde
 from upslope.models.files.sources import resolve
 from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel
-from upslope.training.step import score
+from upslope.training.step import Forward, score
 from upslope.training.units import after_tokens
 from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
 
@@ -118,9 +118,7 @@ class RewardModel:
         found: dict[int, list[float]] = {}
         for part in split_by_tokens([len(e.tokens) for e in examples], self.batch_tokens):
             batch = collate([examples[i] for i in part], share_prompts=True, device=self.model.device)
-            out = score(self.model, [batch], logp=False, head=self.head)
-            assert out.values_N is not None
-            assert out.final_B is not None
+            out = score(self.model, [batch], Forward(logp=False, head=self.head))
             if self.settings.kind == "outcome":
                 found |= {i: [value] for i, value in zip(part, out.final_B.tolist(), strict=True)}
                 continue

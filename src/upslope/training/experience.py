@@ -162,14 +162,8 @@ class Experience:
         tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i] + counts[i])) for i in order])
         place_N, place_B = torch.argsort(tokens), torch.argsort(torch.tensor(list(order)))
 
-        def sorted_by(x: Tensor | None, place: Tensor) -> Tensor | None:
-            return None if x is None else x.cpu()[place]
-
         return Outputs(
-            logp_N=sorted_by(outputs.logp_N, place_N),
-            entropy_N=sorted_by(outputs.entropy_N, place_N),
-            values_N=sorted_by(outputs.values_N, place_N),
-            final_B=sorted_by(outputs.final_B, place_B),
+            **{name: x.cpu()[place_B if name.endswith("_B") else place_N] for name, x in vars(outputs).items()}
         )
 
 

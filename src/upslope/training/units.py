@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from upslope.data.batching import collate, padded_from_flat, split_by_tokens
 from upslope.models.protocol import CausalModel
-from upslope.training.step import Loss, evaluating, forward
+from upslope.training.step import Forward, Loss, evaluating
 from upslope.types import Batch, Example
 
 __all__ = ["Unit", "after_tokens", "measure", "sequence_logps", "token_logps", "unit_batches", "weighted_mean"]
@@ -78,13 +77,13 @@ def after_tokens(values_N: Tensor, final_B: Tensor, batch: Batch) -> Tensor:
 
 
 def measure(
-    model: CausalModel, batches: Iterable[Batch], loss: Loss, *, head: Any = None, logp: bool = True
+    model: CausalModel, batches: Iterable[Batch], loss: Loss, forward: Forward = Forward()
 ) -> dict[str, Tensor]:
     """Loss ("loss") and metrics of every unit, [U] each, without gradient, in the order of the batches."""
     found: dict[str, list[Tensor]] = {}
-    with evaluating(model, head):
+    with evaluating(model, forward.head):
         for batch in batches:
-            value_U, metrics = loss(batch, forward(model, batch, head=head, logp=logp))
+            value_U, metrics = loss(batch, forward(model, batch))
             for name, part in {"loss": value_U, **metrics}.items():
                 found.setdefault(name, []).append(part.float().cpu())
     return {name: torch.cat(parts) for name, parts in found.items()}
@@ -97,8 +96,7 @@ def token_logps(
     for part in split_by_tokens([unit.tokens for unit in units], budget):
         examples = [Example(e.tokens, e.mask) for i in part for e in units[i].examples]
         with evaluating(model):
-            out = forward(model, collate(examples, share_prompts=True, device=device))
-        assert out.logp_N is not None
+            out = Forward()(model, collate(examples, share_prompts=True, device=device))
         pieces = list(out.logp_N.cpu().split([sum(e.mask) for e in examples]))
         for i in part:
             yield i, [pieces.pop(0) for _ in units[i].examples]
