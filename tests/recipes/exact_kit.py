@@ -167,9 +167,9 @@ def learner_of(make: Any, folder: Path, *, temperature: float = 1.0, **options: 
     policy = load_policy(chosen)
     tabulate(policy.model, TABLE, temperature=temperature)
     learner = make(chosen, policy)
-    if getattr(learner, "reference", None) is not None:
-        tabulate(learner.reference, OTHER, temperature=temperature)
-    critic = getattr(learner, "critic", None)
+    if getattr(getattr(learner, "reference", None), "model", None) is not None:
+        tabulate(learner.reference.model, OTHER, temperature=temperature)
+    critic = network_of(learner)
     if critic is not None:
         draw = torch.Generator().manual_seed(1)
         critic.head.double()
@@ -184,7 +184,22 @@ def learner_of(make: Any, folder: Path, *, temperature: float = 1.0, **options: 
 
 def feed(learner: Any, groups: list[RolloutGroup], greedy: Sequence[RolloutGroup] = ()) -> None:
     """Let every step of the learner train on these rollouts."""
-    learner.rollouts = lambda step: Sampled(groups, {"seconds/rollout": 0.0}, list(greedy))
+    learner.sampler.next = lambda step: Sampled(groups, {"seconds/rollout": 0.0}, list(greedy))
+
+
+def estimated(learner: Any, groups: list[RolloutGroup], greedy: Sequence[RolloutGroup] = ()) -> tuple[Any, Any]:
+    """The experience that a step makes of these rollouts, and its metrics; nothing is updated."""
+    feed(learner, groups, greedy)
+    learner.updater.update_on = lambda *_, **__: {}
+    if hasattr(learner, "critic"):
+        learner.critic.update = lambda *_: {}
+    learner.finish = lambda step, groups, x, metrics, started: (x, metrics)
+    return learner.step(0)
+
+
+def network_of(learner: Any) -> Any:
+    """The learner's critic as `build.load_critic` made it, or None."""
+    return getattr(getattr(learner, "critic", None), "network", None)
 
 
 @dataclass
@@ -364,7 +379,7 @@ def before(
     learner: Any, taken: Taken, *, table: Table = TABLE, temperature: float = 1.0
 ) -> Iterator[tuple[Exact, dict[str, torch.nn.Parameter]]]:
     """What the policy said before an optimizer step; its parameters, and those of a head that shares its trunk."""
-    model, critic = learner.policy.model, getattr(learner, "critic", None)
+    model, critic = learner.policy.model, network_of(learner)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with ExitStack() as stack:
         stack.enter_context(at(model, taken))
@@ -377,7 +392,7 @@ def before(
 @contextmanager
 def critic_before(learner: Any, taken: Taken) -> Iterator[tuple[Exact, dict[str, torch.nn.Parameter]]]:
     """What a critic that stands apart saw before one of its own steps, and its parameters."""
-    critic = learner.critic
+    critic = learner.critic.network
     with at(critic.model, taken, "critic."), at(critic.head, taken, "critic."):
         yield exact(critic.model), critic.named_parameters()
 

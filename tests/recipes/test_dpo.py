@@ -179,7 +179,7 @@ def test_the_reference_is_the_start_and_stays_it(loss: str, rank: int, tiny: Pat
     rows = labelled_rows(12) if loss == "kto" else pair_rows(12)
     o = options(tiny, write(tmp_path / "rows.jsonl", rows), tmp_path / "run", loss=loss, lora_rank=rank)
     learner = DPO(o, load_policy(o))
-    fields = [e.fields["ref_logp"].clone() for u in learner.units for e in u.examples]
+    fields = [e.fields["ref_logprobs"].clone() for u in learner.units for e in u.examples]
     learner.policy.model.train()
     first = learner.step(0).metrics
     assert first["rewards/chosen"] == 0.0
@@ -187,7 +187,7 @@ def test_the_reference_is_the_start_and_stays_it(loss: str, rank: int, tiny: Pat
     if loss == "kto":
         assert first["objective/kl"] == 0.0
     assert any(learner.step(step).metrics["rewards/margins"] != 0.0 for step in (1, 2))
-    after = [e.fields["ref_logp"] for u in learner.units for e in u.examples]
+    after = [e.fields["ref_logprobs"] for u in learner.units for e in u.examples]
     assert all(torch.equal(a, b) for a, b in zip(fields, after, strict=True))
     oracle = Oracle(tiny, learner.policy.tokenizer)
     row = rows[0]

@@ -256,8 +256,8 @@ def test_dynamic_sampling_trains_on_groups_that_differ(table_model: Path) -> Non
             asked.append((round_, count or learner.options.num_prompts))
             return rounds[round_], {"reward/errors": 1.0}
 
-        learner.sample = sample
-        sampled = learner.draw(0)
+        learner.sampler.sample = sample
+        sampled = learner.sampler.draw(0)
         assert sampled.metrics["reward/errors"] == len(asked)
         return [g.prompt.key for g in sampled.groups], sampled.metrics["rollout/prompts_tried"], asked
 
@@ -278,9 +278,9 @@ def test_dynamic_sampling_goes_by_what_is_compared(table_model: Path) -> None:
             return Rollout([5], [7, 8], [True, True], [0.0] * 2, [0.0] * 2, done, "", 0, reward=Reward(value))
 
         group = RolloutGroup(Prompt(key=0, text=""), [one(*each) for each in rewards])
-        learner.sample = lambda step, **_: ([group, group], {})
+        learner.sampler.sample = lambda step, **_: ([group, group], {})
         try:
-            return len(learner.draw(0).groups) == 2
+            return len(learner.sampler.draw(0).groups) == 2
         except DataError:
             return False
 

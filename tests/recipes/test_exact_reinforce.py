@@ -16,6 +16,7 @@ from exact_kit import (
     assert_gradient,
     before,
     critic_before,
+    estimated,
     exact,
     learner_of,
     rewards_of,
@@ -25,11 +26,9 @@ from exact_kit import (
 )
 from torch import Tensor
 
-import upslope.recipes.reinforce
-from upslope.loop.rollout_queue import Sampled
+from upslope.loop import sampler as sampler_module
 from upslope.recipes.reinforce import Reinforce
 from upslope.rollout.collect import collect
-from upslope.training.experience import Experience
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -234,13 +233,12 @@ def test_the_greedy_baseline_is_that_of_the_prompt(table_model: Path) -> None:
     greedy = greedy_replies()
     greedy[1].rollouts[0].finish_reason = "length"
     groups = sampled(REWARDS)
-    experience = Experience.of(groups)
-    metrics = learner.estimate(experience, Sampled(groups, {}, greedy))
+    experience, metrics = estimated(learner, groups, greedy)
     for i, rollout in enumerate(experience.rollouts):
         value = rollout.reward.value - 0.7 * (rollout.finish_reason == "length")
         baseline = (0.5, 1.5 - 0.7)[experience.group_B[i]]
         assert rollout.reward.value is not None
-        assert float(experience.padded(experience.flat["advantages"])[i, 0]) == pytest.approx(value - baseline)
+        assert float(experience.padded(experience.advantages)[i, 0]) == pytest.approx(value - baseline)
     assert metrics["baseline"] == pytest.approx((0.5 + 0.8) / 2)
 
 
@@ -251,9 +249,9 @@ def test_the_greedy_reply_is_greedy(table_model: Path, monkeypatch: pytest.Monke
         asked.append((prompts, params))
         return collect(engine, tokenizer, judge, prompts, params)
 
-    monkeypatch.setattr(upslope.recipes.reinforce, "collect", spy)
+    monkeypatch.setattr(sampler_module, "collect", spy)
     learner = learner_of(Reinforce, table_model, baseline="greedy", temperature=2.0, num_generations=2)
-    drawn = learner.draw(0)
+    drawn = learner.sampler.draw(0)
     ((prompts, params),) = asked
     assert (params.temperature, params.n, params.max_tokens) == (0.0, 1, LENGTH)
     assert [g.prompt for g in drawn.groups] == prompts == [g.prompt for g in drawn.greedy]

@@ -11,8 +11,8 @@ import pytest
 import torch
 from exact_kit import LENGTH, learner_of, rewards_of, sampled, stepped
 
+from upslope.loop import sampler as sampler_module
 from upslope.options import PPOOptions
-from upslope.recipes import policy_gradient
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import PPO
 from upslope.rollout.collect import collect
@@ -67,7 +67,7 @@ def test_rewards_are_computed_as_the_options_say(table_model: Path, monkeypatch:
         asked.append((rewards, more["processes"], more["timeout_s"]))
         return make_scorer(task, rewards, **more)
 
-    monkeypatch.setattr(policy_gradient, "make_scorer", spy)
+    monkeypatch.setattr(sampler_module, "make_scorer", spy)
     learner = learner_of(PPO, table_model, reward=("length:target=2",), reward_workers=1, reward_timeout=7.5)
     try:
         assert asked == [(("length:target=2",), 1, 7.5)]
@@ -84,7 +84,7 @@ def test_evaluation_is_greedy_and_leaves_the_training_alone(table_model: Path, m
         asked.append((prompts, params))
         return collect(engine, tokenizer, judge, prompts, params)
 
-    monkeypatch.setattr(policy_gradient, "collect", spy)
+    monkeypatch.setattr(sampler_module, "collect", spy)
     tokens = []
     for evaluates in (True, False):
         learner = learner_of(PPO, table_model, eval_samples=3, temperature=2.0, num_generations=8, seed=5)
@@ -129,7 +129,7 @@ def test_held_out_replies_that_were_not_judged_are_in_no_mean(table_model: Path,
     )
     learner = learner_of(PPO, table_model, eval_samples=8, reward=(f"{tmp_path}/some.py:some",))
     try:
-        assert 0 < sum(p.key % 2 for p in learner.eval_prompts) < 8
+        assert 0 < sum(p.key % 2 for p in learner.sampler.eval_prompts) < 8
         found = learner.evaluate(0)
         assert found.value == found.metrics["reward"]["value"] == 2.0
         assert found.metrics["reward"]["n"] + found.metrics["reward"]["errors"] == 8
@@ -144,9 +144,9 @@ def test_activations_have_the_room_that_was_given(monkeypatch: pytest.MonkeyPatc
     def of(model: Any, *, tokens: int, limit_bytes: int) -> None:
         asked.append(limit_bytes)
 
-    monkeypatch.setattr(policy_gradient.Activations, "of", of)
+    monkeypatch.setattr(sampler_module.Activations, "of", of)
     policy: Any = SimpleNamespace(model=SimpleNamespace(exact=True), lora=None)
     for given in (2.5, 0.0, None):
-        policy_gradient.room_for_activations(PPOOptions(activations_gb=given), policy, 10)
+        sampler_module.room_for_activations(PPOOptions(activations_gb=given), policy, 10)
     assert asked[:2] == [2_500_000_000, 0]
     assert 0.2 < asked[2] / psutil.virtual_memory().available < 0.5

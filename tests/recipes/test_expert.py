@@ -174,8 +174,8 @@ def test_a_step_over_all_kept_samples_is_reinforce_without_baseline(tiny: Path, 
     rewards = torch.tensor([r.reward.value for r in experience.rollouts], dtype=torch.float64)
     assert 0 < rewards.sum() < len(rewards)
     # REINFORCE: -1/n sum_i R_i sum_t log pi, over all n samples
-    experience.flat["advantages"] = experience.per_sequence(rewards)
-    experience.flat["weight"] = torch.full((experience.num_trained,), 1 / len(rewards), dtype=torch.float64)
+    experience.advantages = experience.per_sequence(rewards)
+    experience.weight = torch.full((experience.num_trained,), 1 / len(rewards), dtype=torch.float64)
     batches, _ = experience.batches(range(experience.size), 10_000)
     accumulate(model, batches, lambda b, out: (reinforce(out.logp_N, b.fields["advantages"]), {}))
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -19,8 +19,7 @@ from upslope.loop import session
 from upslope.options import ClassifyOptions, PPOOptions, SFTOptions
 from upslope.options.common import RunOptions
 from upslope.recipes.classify import Classify, classify
-from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.recipes.ppo import ppo
+from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.sft import SFT, sft
 from upslope.runs import Run
 
@@ -61,7 +60,7 @@ def classify_options(folder: Path, **changes: Any) -> ClassifyOptions:
 
 
 VERBS: dict[str, tuple[Callable[..., RunOptions], Callable[..., dict[str, Any]], type]] = {
-    "ppo": (ppo_options, ppo, PolicyGradient),
+    "ppo": (ppo_options, ppo, PPO),
     "sft": (sft_options, sft, SFT),
     "classify": (classify_options, classify, Classify),
 }

@@ -9,17 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from exact_kit import estimated, network_of
 from test_recipes import TASK, lines, rl
 from test_resume import assert_same, comparable
 
 from upslope.build import Policy, load_policy
 from upslope.config import load as load_config
 from upslope.errors import ConfigError, DataError
-from upslope.loop.rollout_queue import Sampled
+from upslope.loop import sampler as sampler_module
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.preview.dry_run import show_policy_gradient
 from upslope.recipes.grpo import GRPO
-from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO
 from upslope.recipes.reinforce import MovingBaseline, Reinforce, reinforce
 from upslope.training.experience import Experience, token_rewards
@@ -80,9 +80,8 @@ def gradients(learner: Any, experience: Experience, normalizer: str, constant: i
     batches, _ = experience.batches(range(experience.size), 24)
     assert len(batches) > 1
     learner.optimizer.zero_grad()
-    critic = getattr(learner, "critic", None)
-    loss = learner.loss if hasattr(learner, "loss") else learner._loss
-    accumulate(learner.policy.model, batches, loss, Forward(head=critic.head if critic else None))
+    critic = network_of(learner)
+    accumulate(learner.policy.model, batches, learner.loss, Forward(head=critic.head if critic else None))
     return {name: g.clone() for name, g in learner.optimizer.gradients().items()}
 
 
@@ -90,7 +89,7 @@ def test_a2c_is_reinforce_with_a_learned_baseline(
     tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same advantages, same gradient: PPO at one pass and one minibatch has REINFORCE's (arXiv 2205.09123)."""
-    monkeypatch.setattr(PolicyGradient, "on_policy", False)  # crafted rollouts were not sampled
+    monkeypatch.setattr(sampler_module, "samples_exactly", lambda *_: False)  # crafted rollouts were not sampled
     shipped = load_config(PPOOptions, CONFIGS / "ppo_a2c.toml")
     assert (shipped.num_epochs, shipped.num_minibatches, shipped.rollout_lag) == (1, 1, 0)
     common = rl(tiny, task, tmp_path / "run", lam=0.9, vf_coef=shipped.vf_coef)
@@ -102,11 +101,9 @@ def test_a2c_is_reinforce_with_a_learned_baseline(
     weight = torch.randn(1, 32)
     found = []
     for learner in (a2c, plain):
-        assert learner.critic is not None
         learner.critic.head.score.weight.data = weight.double()
-        experience = Experience.of(crafted())
-        learner.estimate(experience, Sampled(crafted(), {}))
-        found.append((experience.flat["advantages"], gradients(learner, experience, "token")))
+        experience, _ = estimated(learner, crafted())
+        found.append((experience.advantages, gradients(learner, experience, "token")))
     assert torch.equal(found[0][0], found[1][0])
     assert found[0][0].abs().max() > 0.1
     for name, g in found[0][1].items():
@@ -204,7 +201,7 @@ def test_shipped_family_has_the_gradient_of_its_paper(
     name: str, tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The TOML's loss on a crafted batch against autograd through the paper's formula, padded, in float64."""
-    monkeypatch.setattr(PolicyGradient, "on_policy", False)
+    monkeypatch.setattr(sampler_module, "samples_exactly", lambda *_: False)
     shipped = load_config(GRPOOptions, CONFIGS / f"grpo_{name}.toml")
     options = replace(
         shipped,
@@ -215,10 +212,9 @@ def test_shipped_family_has_the_gradient_of_its_paper(
     )
     learner = GRPO(options, in_float64(load_policy(options)))
     groups = crafted()
-    experience = Experience.of(groups, drop_truncated=options.truncated == "mask")
     with torch.no_grad():
         old_BT, _ = plain_logp(learner.policy, groups)
-    learner.estimate(experience, Sampled(groups, {}))
+    experience, _ = estimated(learner, groups)
     if name != "rloo":
         torch.manual_seed(1)
         with torch.no_grad():
@@ -261,10 +257,9 @@ def test_reinforce_runs_on_policy(variant: str, tiny: Path, task: str, tmp_path:
         assert line["optimizer_steps"] == 1
 
 
-def estimated(learner: Reinforce, groups: list[RolloutGroup], greedy: list[RolloutGroup]) -> torch.Tensor:
-    experience = Experience.of(groups)
-    learner.estimate(experience, Sampled(groups, {}, greedy))
-    return experience.padded(experience.flat["advantages"])
+def advantages_of(learner: Reinforce, groups: list[RolloutGroup], greedy: list[RolloutGroup]) -> torch.Tensor:
+    experience, _ = estimated(learner, groups, greedy)
+    return experience.padded(experience.advantages)
 
 
 def test_advantages_by_hand(tiny: Path, task: str, tmp_path: Path) -> None:
@@ -286,16 +281,16 @@ def test_advantages_by_hand(tiny: Path, task: str, tmp_path: Path) -> None:
         return Reinforce(options, load_policy(options))
 
     groups, greedy = make((1.0, 3.0), (3, 2)), make((2.0,), (1,))
-    torch.testing.assert_close(estimated(learner(baseline="none"), groups, []), returns)
-    torch.testing.assert_close(estimated(learner(baseline="greedy"), groups, greedy), (returns - 2) * mask)
-    torch.testing.assert_close(estimated(learner(baseline="learned"), groups, []), returns)  # a fresh critic says 0
-    whitened = estimated(learner(baseline="reinforce++"), groups, [])
+    torch.testing.assert_close(advantages_of(learner(baseline="none"), groups, []), returns)
+    torch.testing.assert_close(advantages_of(learner(baseline="greedy"), groups, greedy), (returns - 2) * mask)
+    torch.testing.assert_close(advantages_of(learner(baseline="learned"), groups, []), returns)  # a fresh critic says 0
+    whitened = advantages_of(learner(baseline="reinforce++"), groups, [])
     flat = returns[mask.bool()]
     torch.testing.assert_close(whitened[mask.bool()], (flat - flat.mean()) / flat.std(), rtol=1e-5, atol=1e-6)
     moving = learner(baseline="moving", baseline_decay=0.75)
-    torch.testing.assert_close(estimated(moving, groups, []), returns)
+    torch.testing.assert_close(advantages_of(moving, groups, []), returns)
     second = (returns * torch.tensor([[8.0], [8 / 3]]) - 2) * mask
-    torch.testing.assert_close(estimated(moving, make((8.0, 8.0), (3, 2)), []), second)
+    torch.testing.assert_close(advantages_of(moving, make((8.0, 8.0), (3, 2)), []), second)
     assert moving.moving.value == pytest.approx((0.75 * 0.25 * 2 + 0.25 * 8) / (0.75 * 0.25 + 0.25))
 
 
@@ -327,21 +322,22 @@ def test_step_rewards_reach_ppo_and_reinforce_but_grpo_takes_the_total(tiny: Pat
     ppo_options = PPOOptions(**common, lam=1.0, whiten_advantages=False)
     actor = ReinforceOptions(**common, baseline="none")
     group_options = GRPOOptions(**common, advantage="dr_grpo")
-    first, second, third = (Experience.of(crafted(steps=True)) for _ in range(3))
-    sampled = Sampled(crafted(steps=True), {})
-    PPO(ppo_options, load_policy(ppo_options)).estimate(first, sampled)
-    Reinforce(actor, load_policy(actor)).estimate(second, sampled)
-    GRPO(group_options, load_policy(group_options)).estimate(third, sampled)
+    learners = [
+        PPO(ppo_options, load_policy(ppo_options)),
+        Reinforce(actor, load_policy(actor)),
+        GRPO(group_options, load_policy(group_options)),
+    ]
+    first, second, third = (estimated(learner, crafted(steps=True))[0] for learner in learners)
     for row, rollout in enumerate(first.rollouts):
         rest = rollout.reward.value - sum(v for _, v in rollout.reward.steps)  # type: ignore[operator]
         for t in range(len(rollout.tokens)):
             expected = sum(v for i, v in rollout.reward.steps if i >= t) + rest
             for experience in (first, second):
-                found = experience.padded(experience.flat["advantages"])[row, t]
+                found = experience.padded(experience.advantages)[row, t]
                 assert float(found) == pytest.approx(expected, abs=1e-5)
     whole = [r.reward.value for r in third.rollouts[:4]]
     expected = whole[0] - sum(whole) / 4  # type: ignore[arg-type]
-    assert float(third.flat["advantages"][0]) == pytest.approx(expected, abs=1e-5)
+    assert float(third.advantages[0]) == pytest.approx(expected, abs=1e-5)
 
 
 LEARNING: dict[str, dict[str, Any]] = {

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from exact_kit import estimated
 from functional.enumerable import EnumerableLM
 from test_recipes import TASK, lines, rl
 from test_resume import assert_same, comparable
@@ -17,14 +18,13 @@ from upslope.build import load_policy
 from upslope.functional.policy_losses import importance_weights
 from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, lambda_returns, vtrace
+from upslope.loop import sampler as sampler_module
 from upslope.loop.rollout_queue import RolloutQueue, Sampled
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.recipes.grpo import GRPO, grpo
-from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.reinforce import Reinforce, reinforce
 from upslope.runs import Run
-from upslope.training.experience import Experience
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 
@@ -67,21 +67,19 @@ def _varied(folder: Path) -> str:
 def test_auto_corrects_per_token_once_the_weights_differ(
     tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PolicyGradient, "on_policy", False)
+    monkeypatch.setattr(sampler_module, "samples_exactly", lambda *_: False)
     common = rl(tiny, task, tmp_path / "run")
     for kind, make in ((PPOOptions, PPO), (GRPOOptions, GRPO), (ReinforceOptions, Reinforce)):
         learner = make(kind(**common), load_policy(kind(**common)))
-        sampled = learner.rollouts(0)
-        exact = Experience.of(sampled.groups)
-        learner.estimate(exact, sampled)
-        assert "importance" not in exact.flat
+        sampled = learner.sampler.next(0)
+        exact, _ = estimated(learner, sampled.groups)
+        assert "importance" not in exact.columns()
         with torch.no_grad():
             learner.policy.model.model.embed_tokens.weight.mul_(1.5)
-        stale = Experience.of(sampled.groups)
-        learner.estimate(stale, sampled)
-        expected = (stale.flat["old_logp"] - stale.flat["sampling_logp"]).exp().clamp(max=2.0)
-        torch.testing.assert_close(stale.flat["importance"], expected)
-        assert stale.flat["importance"].std() > 0.01
+        stale, _ = estimated(learner, sampled.groups)
+        expected = (stale.old_logprobs - stale.sampling_logprobs).exp().clamp(max=2.0)
+        torch.testing.assert_close(stale.importance, expected)
+        assert stale.importance.std() > 0.01
 
 
 def test_vtrace_on_policy_is_the_lambda_return(tiny: Path, task: str, tmp_path: Path) -> None:
@@ -93,28 +91,22 @@ def test_vtrace_on_policy_is_the_lambda_return(tiny: Path, task: str, tmp_path: 
                 **rl(tiny, task, tmp_path / "run", advantage=advantage, gamma=0.9, lam=lam, whiten_advantages=False)
             )
             learner = PPO(options, load_policy(options))
-            assert learner.critic is not None
             torch.manual_seed(0)
             torch.nn.init.normal_(learner.critic.head.score.weight)
-            sampled = learner.rollouts(0)
-            experience = Experience.of(sampled.groups)
-            learner.estimate(experience, sampled)
-            found[advantage] = experience
-        flat, mask = found["vtrace"].flat, found["vtrace"].mask_BT
-        values, rewards = found["vtrace"].padded(flat["values"]), torch.zeros(mask.shape)
+            found[advantage], _ = estimated(learner, learner.sampler.next(0).groups)
+        x, mask = found["vtrace"], found["vtrace"].mask_BT
+        values, rewards = x.padded(x.values), torch.zeros(mask.shape)
         last = mask.sum(1) - 1
         scores = torch.tensor([r.reward.value for r in found["vtrace"].rollouts])
         rewards[torch.arange(len(last)), last] = scores
         targets = lambda_returns(rewards, values, mask, gamma=0.9, lam=lam)
         following = torch.cat([targets[:, 1:], torch.zeros(len(last), 1)], 1)
-        torch.testing.assert_close(found["vtrace"].padded(flat["targets"]), targets)
-        torch.testing.assert_close(
-            found["vtrace"].padded(flat["advantages"]), (rewards + 0.9 * following - values) * mask
-        )
+        torch.testing.assert_close(x.padded(x.returns), targets)
+        torch.testing.assert_close(x.padded(x.advantages), (rewards + 0.9 * following - values) * mask)
         if lam == 1.0:
-            torch.testing.assert_close(flat["advantages"], found["gae"].flat["advantages"])
+            torch.testing.assert_close(x.advantages, found["gae"].advantages)
         else:
-            assert not torch.allclose(flat["advantages"], found["gae"].flat["advantages"])
+            assert not torch.allclose(x.advantages, found["gae"].advantages)
 
 
 @pytest.mark.parametrize("variant", ["token", "sequence", "geometric", "vtrace"])

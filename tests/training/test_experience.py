@@ -49,12 +49,12 @@ def test_group_view_and_back() -> None:
 
 def test_packed_batches_carry_each_token_its_own_numbers() -> None:
     x = Experience.of(groups())
-    x.flat["place"] = torch.arange(x.num_trained)
+    x.values = torch.arange(x.num_trained)
     for budget in (4, 8, 100):
         batches, order = x.batches(range(x.size), budget)
         assert sorted(order) == list(range(x.size))
         for batch in batches:
-            expected = [t for i in batch.fields["place"].tolist() for t in [all_tokens(x)[i]]]
+            expected = [t for i in batch.fields["values"].tolist() for t in [all_tokens(x)[i]]]
             assert batch.targets_N.tolist() == expected
 
 
@@ -66,7 +66,7 @@ def test_weights_of_a_minibatch_sum_to_one_and_spare_the_others() -> None:
     x = Experience.of(groups())
     for normalizer in ("token", "sequence"):
         x.set_weights([1, 2], normalizer)
-        per_sequence = x.sequence_sums(x.flat["weight"])
+        per_sequence = x.sequence_sums(x.weight)
         assert float(per_sequence.sum()) == pytest.approx(1.0)
         assert per_sequence[[0, 3]].tolist() == [0.0, 0.0]
 
@@ -106,14 +106,14 @@ def with_a_tool() -> list[RolloutGroup]:
 def test_observed_tokens_are_read_and_never_trained_on() -> None:
     x = Experience.of(with_a_tool())
     assert x.num_trained == 5
-    assert x.flat["rollout_logp"].tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
-    assert x.flat["sampling_logp"].tolist() == [-0.5, -1.5, -2.5, -0.25, -0.75]
-    assert x.padded(x.flat["rollout_logp"]).tolist() == [[-1.0, -2.0, -3.0], [-4.0, -5.0, 0.0]]
-    assert torch.equal(x.unpadded(x.padded(x.flat["rollout_logp"])), x.flat["rollout_logp"])
-    x.flat["place"] = torch.arange(5)
+    assert x.policy_logprobs.tolist() == [-1.0, -2.0, -3.0, -4.0, -5.0]
+    assert x.sampling_logprobs.tolist() == [-0.5, -1.5, -2.5, -0.25, -0.75]
+    assert x.padded(x.policy_logprobs).tolist() == [[-1.0, -2.0, -3.0], [-4.0, -5.0, 0.0]]
+    assert torch.equal(x.unpadded(x.padded(x.policy_logprobs)), x.policy_logprobs)
+    x.values = torch.arange(5)
     for budget in (1, 100):
         batches, _ = x.batches(range(2), budget)
-        found = {int(i): int(t) for b in batches for i, t in zip(b.fields["place"], b.targets_N, strict=True)}
+        found = {int(i): int(t) for b in batches for i, t in zip(b.fields["values"], b.targets_N, strict=True)}
         assert found == {0: 11, 1: 14, 2: 15, 3: 21, 4: 22}
         for batch in batches:  # each target follows, in the packed row before it, what really stood before it
             before = dict(zip(batch.targets_N.tolist(), batch.tokens_T[batch.rows_N].tolist(), strict=True))
@@ -123,12 +123,12 @@ def test_observed_tokens_are_read_and_never_trained_on() -> None:
 def test_what_a_network_says_comes_back_in_the_experiences_order() -> None:
     """Whatever the micro-batches' order: here outputs that are the tokens' and the sequences' own numbers."""
     x = Experience.of(groups()[::-1])  # the longer group last, and packed first
-    x.flat["place"] = torch.arange(x.num_trained)
+    x.values = torch.arange(x.num_trained)
     for members in ([0, 1, 2, 3], [3, 2, 1, 0]):
         batches, order = x.batches(members, 8)
         said = Outputs(
-            logp_N=torch.cat([b.fields["place"] for b in batches]),
-            values_N=torch.cat([10 * b.fields["place"] for b in batches]),
+            logp_N=torch.cat([b.fields["values"] for b in batches]),
+            values_N=torch.cat([10 * b.fields["values"] for b in batches]),
             final_B=torch.tensor(order),
         )
         assert said.logp_N.tolist() != list(range(x.num_trained))

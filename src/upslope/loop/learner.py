@@ -1,54 +1,92 @@
-"""What the learners that train a policy share: the order of their items, the update, what a checkpoint holds."""
+"""What recipes hold and are: a policy, its updater, an order of items, parts with a state; what a checkpoint holds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from upslope.build import Policy, make_optimizer
+from upslope.build import Policy
 from upslope.data.batching import PromptStream, collate, split_by_tokens
 from upslope.engine.engine import Engine
 from upslope.functional.supervised_losses import nll
+from upslope.loop.fingerprint import prompt_row
 from upslope.loop.plan import in_steps
+from upslope.loop.sampler import Sampler
+from upslope.loop.session import Evaluation, StepResult
+from upslope.loop.updater import Updater
+from upslope.options import RLOptions
+from upslope.rollout.judge import length_metrics, reward_metrics
 from upslope.runs.folder import Run
+from upslope.training.experience import Experience
 from upslope.training.optim import Group
-from upslope.training.schedule import rate_at
-from upslope.training.step import Forward, Loss, Outputs, update
-from upslope.types import Batch, Example
+from upslope.training.step import Forward, Loss, Outputs
+from upslope.types import Batch, Example, RolloutGroup
 
-__all__ = ["PolicyLearner", "likelihood", "weighted"]
+__all__ = [
+    "Part",
+    "PolicyLearner",
+    "RolloutLearner",
+    "likelihood",
+    "means_of",
+    "rollout_metrics",
+    "stored",
+    "weighted",
+]
+
+
+class Part(Protocol):
+    """A piece of a learner with its share of a checkpoint, under names that no other part uses."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Its tensors, by file and name."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """What else it is, as JSON."""
+        ...
+
+    def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Take back, bit for bit, what `tensors` and `state` gave."""
+        ...
 
 
 class PolicyLearner:
-    """A policy, its optimizer, and `count` items that are met in the order of the seed.
+    """A policy, its updater, the order in which its items are met, and parts with a state of their own.
 
-    A recipe adds `step`, `evaluate` and `trained_on`, and an engine where it samples.
+    A recipe adds `step`, `evaluate` and `trained_on`, and an engine where it samples. `order`: the number of items, or
+    the order of whoever takes them.
     """
 
     options: Any
     engine: Engine | None = None
 
-    def __init__(self, options: Any, policy: Policy, count: int, *, extra: Sequence[Group] = ()) -> None:
-        self.options, self.policy = in_steps(options, count), policy
+    def __init__(
+        self,
+        options: Any,
+        policy: Policy,
+        order: int | PromptStream,
+        *,
+        extra: Sequence[Group] = (),
+        parts: Sequence[Part] = (),
+    ) -> None:
+        self.order = PromptStream(order, seed=options.seed) if isinstance(order, int) else order
+        self.options, self.policy, self.parts = in_steps(options, self.order.n), policy, list(parts)
         self.run: Run | None = None
-        self.order = PromptStream(count, seed=options.seed)
-        self.optimizer = make_optimizer(policy, options, list(extra))
+        self.updater = Updater(self.options, policy, extra=extra)
+        self.optimizer = self.updater.optimizer
 
     def learning_rate(self, step: int) -> float:
         """The schedule at this step."""
-        return rate_at(self.options, step)
+        return self.updater.learning_rate(step)
 
-    def update(
-        self, step: int, batches: Iterable[Batch], loss: Loss, forward: Forward = Forward(), **gap: Any
-    ) -> dict[str, float]:
-        """One optimizer step of the policy in training mode; `gap` and all else as `training.step.update`."""
-        self.policy.model.train()
-        rates = {"learning_rate": self.learning_rate(step), "max_grad_norm": self.options.max_grad_norm}
-        return update(self.policy.model, self.optimizer, batches, loss, forward, step=step, **rates, **gap)
+    def update(self, step: int, batches: Iterable[Batch], loss: Loss, forward: Forward = Forward()) -> dict[str, float]:
+        """One optimizer step of the policy in training mode, as `training.step.update`."""
+        return self.updater.update(step, batches, loss, forward)
 
     def updated(self) -> None:
         """The weights have moved: what the engine cached of the old ones is void."""
@@ -64,13 +102,14 @@ class PolicyLearner:
         return [collate([examples[i] for i in part], feed_last=feed_last, device=device) for part in parts], parts
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments; the weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()}
+        """The optimizer's moments and the parts' tensors; the policy's weights are in the model folder."""
+        return {"optimizer": self.optimizer.state()} | {k: x for part in self.parts for k, x in part.tensors().items()}
 
     def state(self) -> dict[str, Any]:
-        """The data position, and the weight version where there is an engine."""
+        """The data position, the weight version where there is an engine, the parts' states."""
         version = {} if self.engine is None else {"version": self.engine.version}
-        return {"order": self.order.state_dict(), **version}
+        parts = {k: x for part in self.parts for k, x in part.state().items()}
+        return {"order": self.order.state_dict(), **version, **parts}
 
     def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
@@ -78,15 +117,95 @@ class PolicyLearner:
         self.order.load_state_dict(state["order"])
         if self.engine is not None:
             self.engine.set_version(state["version"])
+        for part in self.parts:
+            part.load(tensors, state)
 
     def trained_weights(self, model: Path, tensors: Mapping[str, dict[str, Tensor]]) -> Mapping[str, Tensor]:
-        """The float32 masters of a checkpoint."""
-        return self.policy.read(model)
+        """The float32 masters of a checkpoint; a critic's complete the model folder."""
+        return {**self.policy.read(model), **tensors.get("critic", {})}
 
     def write_model(self, folder: Path) -> None:
         """The policy with its float32 masters; what else is trained has a place of its own in the checkpoint."""
         own = {name for name, _ in self.policy.model.named_parameters()}
         self.policy.write(folder, {name: x for name, x in self.optimizer.weights().items() if name in own})
+
+
+class RolloutLearner(PolicyLearner):
+    """A learner whose items are the judged trajectories of a sampler; greedy: as for `Sampler`."""
+
+    higher_is_better = True
+    options: RLOptions
+    engine: Engine
+
+    def __init__(
+        self,
+        options: RLOptions,
+        policy: Policy,
+        *,
+        extra: Sequence[Group] = (),
+        parts: Sequence[Part] = (),
+        greedy: bool = False,
+    ) -> None:
+        self.sampler = Sampler(options, policy, greedy=greedy)
+        super().__init__(options, policy, self.sampler.order, extra=extra, parts=[self.sampler, *parts])
+        self.account, self.engine = self.sampler.account, self.sampler.engine
+
+    def finish(
+        self, step: int, groups: Sequence[RolloutGroup], x: Experience, metrics: dict[str, float], started: float
+    ) -> StepResult:
+        """The end of a step: the engine has new weights, the rollouts are stored; what the step reports.
+
+        started: when what follows sampling began, by time.perf_counter.
+        """
+        self.updated()
+        seconds = time.perf_counter() - started
+        tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in x.rollouts)
+        rate = tokens / (seconds + metrics["seconds/rollout"])
+        if self.run is not None:
+            self.run.record_rollouts(step + 1, groups, arrays=stored(groups, x))
+        return StepResult({**metrics, "seconds/update": seconds, "tokens_per_second": rate}, x.num_trained)
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Greedy accuracy (or the mean reward, where the task has no verdict) on held-out prompts."""
+        return self.sampler.evaluate(step, self.run)
+
+    def trained_on(self) -> tuple[Any, Iterator[Any]]:
+        """The tokenizer and the training rows, for the fingerprint."""
+        return self.policy.tokenizer, (prompt_row(prompt) for prompt in self.sampler.prompts)
+
+    def close(self) -> None:
+        """End the reward workers."""
+        self.sampler.judge.__exit__(None, None, None)
+
+
+STORED = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
+"""The columns of an experience that are stored with a step's rollouts."""
+
+
+def stored(groups: Sequence[RolloutGroup], x: Experience) -> dict[str, list[Any]]:
+    """Each stored column, rollout by rollout; None for those that were left out of the update."""
+    place = {id(r): i for i, r in enumerate(x.rollouts)}
+    counts = torch.bincount(x.sequence_N, minlength=x.size).tolist()
+    rollouts = [r for g in groups for r in g.rollouts]
+    parts = {name: column.split(counts) for name, column in x.columns().items() if name in STORED}
+    return {
+        name: [some[place[id(r)]].tolist() if id(r) in place else None for r in rollouts]
+        for name, some in parts.items()
+    }
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup], x: Experience) -> dict[str, float]:
+    """Rewards and their parts, lengths, and how much of the step is left out of the update."""
+    rollouts = [r for g in groups for r in g.rollouts]
+    left_out, trained = float(len(rollouts) - x.size), float(x.num_trained)
+    return {**reward_metrics(groups), **length_metrics(rollouts), "rollout/left_out": left_out, "num_tokens": trained}
+
+
+def means_of(made: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of a step's updates, each averaged over the updates that have it, and how many there were."""
+    names = dict.fromkeys(name for metrics in made for name in metrics)
+    found = {name: [m[name] for m in made if name in m] for name in names}
+    return {**{name: sum(x) / len(x) for name, x in found.items()}, "optimizer_steps": float(len(made))}
 
 
 def weighted(examples: Sequence[Example], weight: float) -> list[Example]:

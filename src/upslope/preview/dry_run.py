@@ -24,6 +24,7 @@ from upslope.data.chat import encode_prompt
 from upslope.loop.kept import NO_DATA, DataAccount, within_context
 from upslope.loop.plan import Plan, plan_of
 from upslope.loop.prompts import Asked, ask
+from upslope.loop.sampler import room_for_activations, samples_exactly, scorer_of
 from upslope.loop.session import resident_memory_gb
 from upslope.models.attention.context import BLOCK, KVCache
 from upslope.models.decoder.activations import bytes_per_token
@@ -31,7 +32,6 @@ from upslope.models.heads import ScalarHead
 from upslope.options import DistillOptions, GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
 from upslope.preview.rows import mask_view, statistics
 from upslope.preview.task import Judged, check_held_out, judge_one
-from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy, scorer_of
 from upslope.training.step import Forward
 from upslope.types import Completion, Example, SamplingParams
 
@@ -150,7 +150,7 @@ def predict_policy_gradient(
     # A prompt's tokens are computed once for all its completions.
     per_step = options.num_prompts * prompt + plan.sequences_per_step * completion
     kept = room_for_activations(options, policy, max(map(len, prompts)))
-    own = kept is None and (shared is not None or not samples_on_policy(options, policy))
+    own = kept is None and (shared is not None or not samples_exactly(options, policy))
     scoring = own + bool(_kl_weight(options)) + (critic is not None and critic.model is not None)
     training = 1 + (critic is not None and critic.model is not None)
     step = (

@@ -9,12 +9,12 @@ from upslope.data.chat import encode_prompt
 from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.plan import in_steps, plan_of
 from upslope.loop.prompts import ask
+from upslope.loop.sampler import scorer_of
 from upslope.options import DistillOptions, ExpertOptions
 from upslope.preview import dry_run
 from upslope.preview.dry_run import Prediction, probe
 from upslope.preview.task import check_held_out, judge_one
 from upslope.recipes.expert_data import groups_of_run, load_mix
-from upslope.recipes.policy_gradient import scorer_of
 from upslope.tasks.loading import load_task
 from upslope.types import Completion, Example
 

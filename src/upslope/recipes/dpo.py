@@ -70,7 +70,7 @@ class DPO(PreferenceLearner):
             self._attach_reference()
 
     def _attach_reference(self) -> None:
-        """Give every row that the run will meet the reference's log-prob of each trained token, as field ref_logp."""
+        """Give every row that the run will meet the reference's log-prob of each trained token."""
         o = self.options
         met = sorted({self.order.at(p) for p in range(min(len(self.units), o.max_steps * o.batch_size))})
         wanted = [self.units[i] for i in met] + self.held_out
@@ -81,7 +81,7 @@ class DPO(PreferenceLearner):
         with reference as network, Progress(len(wanted), "reference", unit="row") as progress:
             for i, parts in token_logps(network, wanted, o.micro_batch_tokens, device=model.device):
                 for example, logp in zip(wanted[i].examples, parts, strict=True):
-                    example.fields["ref_logp"] = logp
+                    example.fields["ref_logprobs"] = logp
                 progress.advance()
 
     def loss_of(self, units: Sequence[Unit], indices: Sequence[int] | None) -> tuple[Loss, dict[str, float]]:
@@ -107,7 +107,7 @@ def pair_loss(o: DPOOptions, batch: Batch, out: Outputs) -> tuple[Tensor, Mappin
     sums_B, counts_B = sequence_logps(out.logp_N, batch)
     means_B = sums_B / counts_B
     if o.loss in REFERENCED:
-        ref_B, _ = sequence_logps(batch.fields["ref_logp"], batch)
+        ref_B, _ = sequence_logps(batch.fields["ref_logprobs"], batch)
         four = (sums_B[0::2], sums_B[1::2], ref_B[0::2], ref_B[1::2])
         rewards_B, logps_B = beta * (sums_B - ref_B), sums_B
         if o.loss == "dpo":
@@ -145,7 +145,7 @@ def label_loss(
     """
     beta = o.strength
     sums_U, _ = sequence_logps(out.logp_N, batch)
-    ref_U, _ = sequence_logps(batch.fields["ref_logp"], batch)
+    ref_U, _ = sequence_logps(batch.fields["ref_logprobs"], batch)
     desirable_U = batch.fields["desirable"] > 0
     loss_U = kto(
         sums_U,
@@ -168,7 +168,7 @@ def label_loss(
 
 
 def _log_ratio(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-    return sequence_logps(out.logp_N, batch)[0] - sequence_logps(batch.fields["ref_logp"], batch)[0], {}
+    return sequence_logps(out.logp_N, batch)[0] - sequence_logps(batch.fields["ref_logprobs"], batch)[0], {}
 
 
 def unit_of(row: Pair | Judged) -> Unit:

@@ -33,14 +33,13 @@ from upslope.data.batching import PromptStream
 from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
 from upslope.loop.kept import DataAccount, within_context
-from upslope.loop.learner import likelihood
+from upslope.loop.learner import RolloutLearner, likelihood
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import ExpertOptions
 from upslope.preview.imitation import show_imitation as show
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
-from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.rollout.judge import reward_metrics
-from upslope.training.experience import Experience
+from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.schedule import rate_at
 from upslope.training.step import Outputs
 from upslope.types import Batch, Example, RolloutGroup
@@ -54,13 +53,14 @@ def expert(options: ExpertOptions, *, policy: Policy | None = None) -> dict[str,
         return train("expert", learner.options, learner, begun)
 
 
-class Expert(PolicyGradient):
+class Expert(RolloutLearner):
     """A step is one optimizer step; a round's sampling and selection happen inside its first step."""
 
     options: ExpertOptions
 
     def __init__(self, options: ExpertOptions, policy: Policy) -> None:
         super().__init__(options, policy)
+        self.updater.learning_rate = self.learning_rate
         self.kept: list[Row] = []
         self.corpus: list[Row] = []
         self.acceptance = 1.0
@@ -91,7 +91,7 @@ class Expert(PolicyGradient):
         """The schedule over the whole run, or, where every round starts anew, over the round."""
         o = self.options
         if not o.restart:
-            return super().learning_rate(step)
+            return rate_at(o, step)
         return rate_at(replace(o, max_steps=min(o.train_steps, o.max_steps)), step % o.train_steps)
 
     def begin_round(self, step: int, round_: int) -> dict[str, float]:
@@ -99,7 +99,7 @@ class Expert(PolicyGradient):
         o = self.options
         groups, places, metrics = self._samples(step, round_)
         experience = Experience.of(groups)
-        values_B, shaping = self.shaped(experience)
+        values_B, shaping = shaped_rewards(experience, self.options)
         candidates = [
             Candidate(groups[g].prompt, rollout, value)
             for g, rollout, value in zip(experience.group_B, experience.rollouts, values_B.tolist(), strict=True)
@@ -134,7 +134,7 @@ class Expert(PolicyGradient):
         """Judged groups; from another run also where each rollout stands in it."""
         folder = self.options.from_run
         if folder is None or round_:
-            groups, metrics = self.sample(step)
+            groups, metrics = self.sampler.sample(step)
             return groups, [], metrics
         vocabulary = self.policy.model.spec.vocab_size
         groups, places = groups_of_run(folder, vocabulary=vocabulary, tokenizer=self.policy.tokenizer)

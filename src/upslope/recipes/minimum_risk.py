@@ -130,8 +130,8 @@ class MinimumRisk(PairLearner):
         logp_PG = torch.zeros(mask_PG.shape, dtype=torch.float64)
         logp_PG.view(-1)[place_B] = logp_B
         risk_P, weight_PG = risk_weights(logp_PG, costs_PG, mask_PG, alpha=o.alpha)
-        experience.flat["slope"] = experience.per_sequence(weight_PG.flatten()[place_B].float())
-        experience.flat["weight"] = torch.full((experience.num_trained,), 1 / count)
+        experience.slope = experience.per_sequence(weight_PG.flatten()[place_B].float())
+        experience.weight = torch.full((experience.num_trained,), 1 / count)
         batches, _ = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
         metrics = update(
             model,

@@ -18,6 +18,7 @@ inside.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from typing import Any
@@ -26,19 +27,20 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_policy
-from upslope.functional.kl import importance_k1, rollout_kl
+from upslope.functional.kl import importance_k1, k1, rollout_kl
 from upslope.functional.masking import whiten
-from upslope.functional.policy_losses import clipped_surrogate
-from upslope.functional.returns import gae, vtrace
 from upslope.functional.supervised_losses import value_loss
-from upslope.loop.rollout_queue import Sampled
-from upslope.loop.session import begin, train
+from upslope.loop.advantages import CRITIC_ADVANTAGES, AdvantageInput, estimate
+from upslope.loop.critic import Critic
+from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
+from upslope.loop.policy_losses import LOSSES, policy_loss
+from upslope.loop.reference import Reference
+from upslope.loop.scoring import score_before_update
+from upslope.loop.session import StepResult, begin, train
 from upslope.options import PPOOptions
 from upslope.preview.dry_run import show_policy_gradient as show
-from upslope.recipes.actor_critic import ActorCritic
-from upslope.recipes.policy_gradient import means_of, ratio_metrics
-from upslope.training.experience import Experience
-from upslope.training.step import Outputs
+from upslope.training.experience import Experience, shaped_rewards, token_rewards
+from upslope.training.step import Forward, Outputs
 from upslope.types import Batch
 
 __all__ = ["PPO", "ppo", "show"]
@@ -50,91 +52,79 @@ def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
         return train("ppo", options, learner, begun)
 
 
-class PPO(ActorCritic):
-    """Clipped policy and value losses over several passes, GAE or V-trace, KL to a reference."""
+class PPO(RolloutLearner):
+    """Clipped policy and value losses over several passes, advantages from a critic, KL to a reference."""
 
     options: PPOOptions
 
     def __init__(self, options: PPOOptions, policy: Policy) -> None:
-        super().__init__(options, policy, critic=options.critic)
+        o = options
+        self.critic = Critic(o, policy, o.critic)
+        self.reference = Reference(o, policy, o.kl_coef, o.kl_target, o.kl_horizon)
+        super().__init__(o, policy, extra=self.critic.extra, parts=[self.critic, self.reference])
 
-    @torch.no_grad()
-    def estimate(self, experience: Experience, sampled: Sampled) -> dict[str, float]:
-        """Fill in old_logp, values, advantages and targets of every token."""
-        o, flat = self.options, experience.flat
-        scored, metrics = self.score(experience)
-        rewards_BT, more = self.rewards(experience, kl_in_reward=o.kl_placement == "reward")
-        bootstrap_B = self.bootstrap(experience, scored)
-        metrics |= more | self.explained(experience, rewards_BT, bootstrap_B)
-        advantages_BT, targets_BT = self._advantages(experience, rewards_BT, bootstrap_B)
-        flat["targets"] = experience.unpadded(targets_BT)
-        if o.whiten_advantages:
-            advantages_BT = whiten(advantages_BT, experience.mask_BT)
-        flat["advantages"] = experience.unpadded(advantages_BT)
-        return metrics
+    def step(self, step: int) -> StepResult:
+        """Sample, judge, score, estimate, update."""
+        o, sampler, critic, reference = self.options, self.sampler, self.critic, self.reference
+        sampled, started = sampler.next(step), time.perf_counter()
+        x = Experience.of(sampled.groups, drop_truncated=sampler.drop_truncated)
+        metrics = sampled.metrics | rollout_metrics(sampled.groups, x)
 
-    def _advantages(
-        self, experience: Experience, rewards_BT: Tensor, bootstrap_B: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Advantages and value targets [B, T]."""
-        o, flat, mask_BT = self.options, experience.flat, experience.mask_BT
-        values_BT = experience.padded(flat["values"])
-        if o.advantage == "vtrace":
-            log_ratio_BT = experience.padded(flat["old_logp"] - flat["sampling_logp"])
-            return vtrace(
-                log_ratio_BT,
-                rewards_BT,
-                values_BT,
-                mask_BT,
-                gamma=o.gamma,
-                lam=o.lam,
-                rho_clip=o.rho_clip,
-                c_clip=o.c_clip,
-                bootstrap_B=bootstrap_B,
-            )
-        advantages_BT = gae(rewards_BT, values_BT, mask_BT, gamma=o.gamma, lam=o.lam, bootstrap_B=bootstrap_B)
-        return advantages_BT, advantages_BT + values_BT
+        with torch.no_grad():
+            # V-trace carries the importance weights in its advantages.
+            metrics |= score_before_update(o, x, sampler, critic, correct=o.advantage != "vtrace")
+            scores_B, penalties = shaped_rewards(x, o)
+            rewards_BT = token_rewards(x, scores_B)
+            if o.kl_coef:
+                metrics |= reference.score(x, o.temperature) | {"objective/kl_coef": reference.coef}
+                if o.kl_placement == "reward":
+                    rewards_BT = rewards_BT - reference.coef * x.padded(k1(x.old_logprobs, x.ref_logprobs))
+            metrics |= penalties | critic.explained(x, rewards_BT)
+            judged = AdvantageInput(o, x, scores_B, rewards_BT, len(sampled.groups))
+            advantages_BT = estimate(CRITIC_ADVANTAGES[o.advantage], judged)
+            if o.whiten_advantages:
+                advantages_BT = whiten(advantages_BT, x.mask_BT)
+            x.advantages = x.unpadded(advantages_BT)
 
-    def correction(self, experience: Experience, trainer_logp_N: Tensor, *, exact: bool) -> Tensor | None:
-        """As every recipe's; none with V-trace, whose advantages carry the weights already."""
-        if self.options.advantage == "vtrace":
-            return None
-        return super().correction(experience, trainer_logp_N, exact=exact)
-
-    def optimize(self, experience: Experience, step: int) -> dict[str, float]:
-        """The passes over the step's rollouts; metrics are means over the optimizer steps that were made."""
-        o = self.options
-        frozen = step < o.value_pretraining_steps
         made: list[dict[str, float]] = []
-        for epoch in range(o.num_epochs):
-            place = step * o.num_epochs + epoch
-            for members in experience.minibatches(o.num_minibatches, seed=o.seed, epoch=place):
-                experience.set_weights(members, "token")
-                made.append(self.descend(experience, members, step, first=not made, frozen=frozen))
-            if o.target_kl and not frozen and made[-1]["policy/approx_kl"] > 1.5 * o.target_kl:
+        for epoch in range(step * o.num_epochs, (step + 1) * o.num_epochs):
+            for members in x.minibatches(o.num_minibatches, seed=o.seed, epoch=epoch):
+                x.set_weights(members, "token")
+                made.append(self.descend(x, members, step, first=not made))
+            if o.target_kl and made[-1].get("policy/approx_kl", 0.0) > 1.5 * o.target_kl:
                 break
-        self.updated()
-        return means_of(made)
+        return self.finish(step, sampled.groups, x, metrics | means_of(made), started)
 
-    def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def descend(self, x: Experience, members: list[int], step: int, *, first: bool) -> dict[str, float]:
+        """One optimizer step of the critic and, once value_pretraining_steps are over, of the policy."""
+        o, head = self.options, self.critic.head
+        metrics = self.critic.update(x, members, self.value_loss, self.learning_rate(step))
+        loss = self.loss
+        forward = Forward(o.temperature, entropy=o.entropy_coef > 0, head=head, detach_trunk=o.vf_coef == 0)
+        if step < o.value_pretraining_steps:
+            loss, forward = self.value_loss, Forward(logp=False, head=head, detach_trunk=True)
+        return metrics | self.updater.update_on(x, members, step, loss, forward, sampler=self.sampler, first=first)
+
+    def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The clipped surrogate, and what shares its backward pass: penalties, value and entropy."""
+        o, f = self.options, batch.fields
+        loss_N, metrics = policy_loss(LOSSES["clipped"], o, batch, out)
+        if o.kl_coef and o.kl_placement == "loss":
+            loss_N = loss_N + self.reference.coef * importance_k1(out.logp_N, f["ref_logprobs"], f["old_logprobs"])
+        if o.rollout_kl_coef:
+            loss_N = loss_N + o.rollout_kl_coef * rollout_kl(out.logp_N, f["old_logprobs"])
+        if self.critic.head is not None:
+            value_N, said = self.value_loss(batch, out)
+            # With vf_coef = 0 the trunk is detached: the head alone learns, at full weight.
+            loss_N, metrics = loss_N + (o.vf_coef or 1.0) * value_N, metrics | said
+        if o.entropy_coef:
+            loss_N = loss_N - o.entropy_coef * out.entropy_N
+            metrics["policy/entropy"] = out.entropy_N
+        return loss_N, metrics
+
+    def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Half the squared error, optionally clipped around the rollout's value."""
         clip, f = self.options.value_clip, batch.fields
         old = f["values"] if clip is not None else None
-        loss_N = value_loss(out.values_N, f["targets"], old_values=old, clip=clip)
+        loss_N = value_loss(out.values_N, f["returns"], old_values=old, clip=clip)
         return loss_N, {"loss/value": loss_N}
-
-    def policy_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """The clipped surrogate and the penalties with a gradient of their own."""
-        o, f = self.options, batch.fields
-        high = o.epsilon if o.epsilon_high is None else o.epsilon_high
-        policy_N = clipped_surrogate(
-            out.logp_N, f["old_logp"], f["advantages"], clip_low=o.epsilon, clip_high=high, dual_clip=o.dual_clip
-        )
-        if "importance" in f:
-            policy_N = policy_N * f["importance"]
-        loss_N = policy_N
-        if o.kl_coef and o.kl_placement == "loss":
-            loss_N = loss_N + self.kl_coef * importance_k1(out.logp_N, f["ref_logp"], f["old_logp"])
-        if o.rollout_kl_coef:
-            loss_N = loss_N + o.rollout_kl_coef * rollout_kl(out.logp_N, f["old_logp"])
-        return loss_N, {"loss/policy": policy_N, **ratio_metrics(out.logp_N, f, o.epsilon, high)}

@@ -19,25 +19,28 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_policy
+from upslope.functional.kl import k1
 from upslope.functional.masking import whiten
 from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, gae
+from upslope.functional.supervised_losses import value_loss
+from upslope.loop.critic import Critic
+from upslope.loop.learner import RolloutLearner, rollout_metrics
+from upslope.loop.reference import Reference
 from upslope.loop.rollout_queue import Sampled
-from upslope.loop.session import begin, train
+from upslope.loop.scoring import score_before_update
+from upslope.loop.session import StepResult, begin, train
 from upslope.options import ReinforceOptions
 from upslope.preview.dry_run import show_policy_gradient as show
-from upslope.recipes.actor_critic import ActorCritic
-from upslope.rollout.collect import collect
-from upslope.training.experience import Experience
-from upslope.training.step import Outputs
-from upslope.types import Batch, Reward, RolloutGroup, SamplingParams
+from upslope.training.experience import Experience, shaped_rewards, token_rewards
+from upslope.training.step import Forward, Outputs
+from upslope.types import Batch
 
 __all__ = ["MovingBaseline", "Reinforce", "reinforce", "show"]
 
@@ -64,102 +67,98 @@ class MovingBaseline:
         self.total = self.decay * self.total + (1 - self.decay) * mean
         self.weight = self.decay * self.weight + (1 - self.decay)
 
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """None."""
+        return {}
 
-class Reinforce(ActorCritic):
+    def state(self) -> dict[str, Any]:
+        """The sum and its weight."""
+        return {"moving": [self.total, self.weight]}
+
+    def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.total, self.weight = state["moving"]
+
+
+class Reinforce(RolloutLearner):
     """Return to go minus one of five baselines."""
 
     options: ReinforceOptions
 
     def __init__(self, options: ReinforceOptions, policy: Policy) -> None:
-        super().__init__(options, policy, critic=options.critic if options.baseline == "learned" else None)
-        self.moving = MovingBaseline(options.baseline_decay)
+        o = options
+        self.critic = Critic(o, policy, o.critic if o.baseline == "learned" else None)
+        self.reference = Reference(o, policy, o.kl_coef, o.kl_target, o.kl_horizon)
+        self.moving = MovingBaseline(o.baseline_decay)
+        parts = [self.critic, self.reference, self.moving]
+        super().__init__(o, policy, extra=self.critic.extra, parts=parts, greedy=o.baseline == "greedy")
 
-    def draw(self, index: int) -> Sampled:
-        """A batch; with the greedy baseline also one judged greedy reply to each of its prompts."""
-        sampled = super().draw(index)
-        if self.options.baseline != "greedy":
-            return sampled
-        started = time.perf_counter()
-        params = SamplingParams(max_tokens=self.options.max_completion_length, temperature=0.0)
-        prompts = [group.prompt for group in sampled.groups]
+    def step(self, step: int) -> StepResult:
+        """Sample, judge, score, subtract the baseline, one update on everything."""
+        o, sampler, critic, reference = self.options, self.sampler, self.critic, self.reference
+        sampled, started = sampler.next(step), time.perf_counter()
+        x = Experience.of(sampled.groups, drop_truncated=sampler.drop_truncated)
+        metrics = sampled.metrics | rollout_metrics(sampled.groups, x)
+
         with torch.no_grad():
-            sampled.greedy, judged = collect(self.engine, self.policy.tokenizer, self.judge, prompts, params)
-        self.engine.sleep()
-        _leave_out_unjudged(sampled.groups, sampled.greedy)
-        sampled.metrics["reward/errors"] += judged["reward/errors"]
-        sampled.metrics["seconds/rollout"] += time.perf_counter() - started
-        return sampled
+            metrics |= score_before_update(o, x, sampler, critic)
+            scores_B, penalties = shaped_rewards(x, o)
+            rewards_BT = token_rewards(x, scores_B)
+            if o.kl_coef:
+                metrics |= reference.score(x, o.temperature) | {"objective/kl_coef": reference.coef}
+                rewards_BT = rewards_BT - reference.coef * x.padded(k1(x.old_logprobs, x.ref_logprobs))
+            if o.baseline == "learned":
+                values_BT, mask_BT = x.padded(x.values), x.mask_BT
+                advantages_BT = gae(rewards_BT, values_BT, mask_BT, gamma=o.gamma, lam=o.lam, bootstrap_B=x.bootstrap_B)
+                x.returns = x.unpadded(advantages_BT + values_BT)
+                metrics |= critic.explained(x, rewards_BT)
+            else:
+                baseline_B, said = self.baseline(x, rewards_BT, sampled)
+                advantages_BT = discounted_returns(rewards_BT, x.mask_BT, gamma=o.gamma) - baseline_B[:, None]
+                metrics |= said
+            if o.baseline == "reinforce++" or o.whiten_advantages:
+                advantages_BT = whiten(advantages_BT, x.mask_BT)
+            x.advantages = x.unpadded(advantages_BT)
 
-    @torch.no_grad()
-    def estimate(self, experience: Experience, sampled: Sampled) -> dict[str, float]:
-        """Fill in old_logp and the advantage of every token; with a critic also values and targets."""
-        o, flat, mask_BT = self.options, experience.flat, experience.mask_BT
-        scored, metrics = self.score(experience)
-        rewards_BT, more = self.rewards(experience)
-        bootstrap_B = self.bootstrap(experience, scored)
-        metrics |= more
-        if o.baseline == "learned":
-            values_BT = experience.padded(flat["values"])
-            advantages_BT = gae(rewards_BT, values_BT, mask_BT, gamma=o.gamma, lam=o.lam, bootstrap_B=bootstrap_B)
-            flat["targets"] = experience.unpadded(advantages_BT + values_BT)
-            metrics |= self.explained(experience, rewards_BT, bootstrap_B)
-        else:
-            baseline_B, said = self.baseline(experience, rewards_BT, sampled.greedy)
-            metrics |= said
-            advantages_BT = discounted_returns(rewards_BT, mask_BT, gamma=o.gamma) - baseline_B[:, None]
-        if o.baseline == "reinforce++" or o.whiten_advantages:
-            advantages_BT = whiten(advantages_BT, mask_BT)
-        flat["advantages"] = experience.unpadded(advantages_BT)
-        return metrics
+        everything = list(range(x.size))
+        x.set_weights(everything, o.normalizer, constant=o.max_completion_length)
+        metrics |= penalties | critic.update(x, everything, self.value_loss, self.learning_rate(step))
+        forward = Forward(o.temperature, entropy=o.entropy_coef > 0, head=critic.head, detach_trunk=o.vf_coef == 0)
+        metrics |= self.updater.update_on(x, everything, step, self.loss, forward, sampler=sampler, first=True)
+        return self.finish(step, sampled.groups, x, {**metrics, "optimizer_steps": 1.0}, started)
 
-    def baseline(
-        self, experience: Experience, rewards_BT: Tensor, greedy: list[RolloutGroup]
-    ) -> tuple[Tensor, dict[str, float]]:
+    def baseline(self, x: Experience, rewards_BT: Tensor, sampled: Sampled) -> tuple[Tensor, dict[str, float]]:
         """What is subtracted from the returns of each sequence [B]; the moving mean then takes in this batch."""
         o = self.options
         if o.baseline == "moving":
             before = self.moving.value
             self.moving.update(float(rewards_BT.sum(1).mean()))
-            return torch.full((experience.size,), before), {"baseline": before}
+            return torch.full((x.size,), before), {"baseline": before}
         if o.baseline == "greedy":
-            replies = Experience.of(greedy)
-            rewards_of, _ = self.shaped(replies)
+            replies = Experience.of(sampled.greedy)
+            rewards_of, _ = shaped_rewards(replies, o)
             by_group = dict(zip(replies.group_B, rewards_of.tolist(), strict=True))
-            baseline_B = torch.tensor([by_group[g] for g in experience.group_B])
+            baseline_B = torch.tensor([by_group[g] for g in x.group_B])
             return baseline_B, {"baseline": float(baseline_B.mean())}
-        return torch.zeros(experience.size), {}
+        return torch.zeros(x.size), {}
 
-    def optimize(self, experience: Experience, step: int) -> dict[str, float]:
-        """One optimizer step on everything."""
-        o = self.options
-        constant = o.max_completion_length if o.normalizer == "constant" else None
-        everything = list(range(experience.size))
-        experience.set_weights(everything, o.normalizer, constant=constant)
-        metrics = self.descend(experience, everything, step)
-        self.updated()
-        return {**metrics, "optimizer_steps": 1.0}
+    def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """-A log pi, corrected where the sampler's policy was another, and what shares its backward pass."""
+        o, f = self.options, batch.fields
+        policy_N = likelihood_ratio(out.logp_N, f["advantages"])
+        if "importance" in f:
+            policy_N = policy_N * f["importance"]
+        loss_N, metrics = policy_N, {"loss/policy": policy_N}
+        if self.critic.head is not None:
+            value_N, said = self.value_loss(batch, out)
+            # With vf_coef = 0 the trunk is detached: the head alone learns, at full weight.
+            loss_N, metrics = loss_N + (o.vf_coef or 1.0) * value_N, metrics | said
+        if o.entropy_coef:
+            loss_N = loss_N - o.entropy_coef * out.entropy_N
+            metrics["policy/entropy"] = out.entropy_N
+        return loss_N, metrics
 
-    def policy_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """-A log pi, corrected where the sampler's weights were others."""
-        policy_N = likelihood_ratio(out.logp_N, batch.fields["advantages"])
-        if "importance" in batch.fields:
-            policy_N = policy_N * batch.fields["importance"]
-        return policy_N, {"loss/policy": policy_N}
-
-    def state(self) -> dict[str, Any]:
-        """Data position, weight version, KL controller, moving mean."""
-        return {**super().state(), "moving": [self.moving.total, self.moving.weight]}
-
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        super().load(model, tensors, state)
-        self.moving.total, self.moving.weight = state["moving"]
-
-
-def _leave_out_unjudged(groups: list[RolloutGroup], greedy: list[RolloutGroup]) -> None:
-    """Where the greedy reply has no reward there is no baseline: the prompt's completions are errors, too."""
-    for group, reply in zip(groups, greedy, strict=True):
-        reward = reply.rollouts[0].reward
-        if reward.value is None:
-            for rollout in group.rollouts:
-                rollout.reward = Reward(value=None, error=f"the greedy reply could not be judged: {reward.error}")
+    def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Half the squared error against the returns."""
+        loss_N = value_loss(out.values_N, batch.fields["returns"])
+        return loss_N, {"loss/value": loss_N}

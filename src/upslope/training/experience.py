@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -21,28 +20,61 @@ from upslope.data.batching import collate, data_order, flat_from_padded, padded_
 from upslope.errors import DataError
 from upslope.functional.masking import loss_weights
 from upslope.functional.shaping import at_last_token, soft_overlong_penalty
+from upslope.options import RLOptions
 from upslope.training.step import Outputs
 from upslope.types import Batch, Example, Rollout, RolloutGroup
 
-__all__ = ["Experience", "group_rewards", "shaped_rewards", "token_rewards", "trainable"]
+__all__ = ["COLUMNS", "Experience", "group_rewards", "shaped_rewards", "token_rewards", "trainable"]
 
 Normalizer = Literal["token", "sequence", "constant"]
 
 _MODES: dict[Normalizer, Any] = {"token": "token_mean", "sequence": "sequence_mean_token_mean", "constant": "constant"}
 
 
-@dataclass(slots=True)
-class Experience:
-    """The B trajectories of one step that are trained on, and the flat numbers attached to their N tokens.
+COLUMNS = {
+    "sampling_logprobs": "of the distribution that was sampled from, filters included",
+    "policy_logprobs": "of the policy that sampled, at its temperature, as the sampler computed them",
+    "old_logprobs": "of the trained policy before the step's first update, as the trainer computes them",
+    "ref_logprobs": "of the reference model",
+    "values": "what the critic says of the state in which each token was chosen, before the update",
+    "advantages": "what the update weighs each token's likelihood with",
+    "returns": "what the critic is to say",
+    "importance": "weight of the old policy against the distribution that was sampled from",
+    "slope": "the gradient of a sequence's expected cost in its own log-prob (minimum risk)",
+    "weight": "each token's share of the one loss of the step (training/step.py)",
+}
+"""Everything that is known of the N trained tokens of a step, each [N]: the fields of its micro-batches."""
 
-    `rollouts` keeps (prompt, sample) order; `group_B` says which prompt each belongs to. `flat` holds per-token
-    tensors [N] by name; "rollout_logp" is there from the start.
+
+class Experience:
+    """The B trajectories of one step that are trained on, and the columns over their N tokens.
+
+    `rollouts` keeps (prompt, sample) order; `group_B` says which prompt each belongs to. `sampling_logprobs` and
+    `policy_logprobs` are there from the start; reading a column of COLUMNS before it is set is an AttributeError.
+    bootstrap_B: the value of the state after a completion that was cut by its budget, else 0; None where every end is
+    an end.
     """
 
-    rollouts: list[Rollout]
-    group_B: list[int]
-    sequence_N: Tensor
-    flat: dict[str, Tensor] = field(default_factory=dict)
+    bootstrap_B: Tensor | None = None
+
+    sampling_logprobs: Tensor
+    policy_logprobs: Tensor
+    old_logprobs: Tensor
+    ref_logprobs: Tensor
+    values: Tensor
+    advantages: Tensor
+    returns: Tensor
+    importance: Tensor
+    slope: Tensor
+    weight: Tensor
+
+    def __init__(self, rollouts: list[Rollout], group_B: list[int]) -> None:
+        counts = torch.tensor([sum(r.mask) for r in rollouts])
+        self.rollouts, self.group_B = rollouts, group_B
+        self.sequence_N = torch.repeat_interleave(torch.arange(len(rollouts)), counts)
+        for name in ("sampling_logprobs", "policy_logprobs"):
+            of_tokens = (zip(getattr(r, name), r.mask, strict=True) for r in rollouts)
+            setattr(self, name, torch.tensor([p for some in of_tokens for p, real in some if real]))
 
     @classmethod
     def of(cls, groups: Sequence[RolloutGroup], *, drop_truncated: bool = False) -> Experience:
@@ -50,25 +82,21 @@ class Experience:
 
         Raises DataError when nothing is left.
         """
-        kept, owner = [], []
-        for g, group in enumerate(groups):
-            for rollout in group.rollouts:
-                if trainable(rollout, drop_truncated=drop_truncated):
-                    kept.append(rollout)
-                    owner.append(g)
+        kept = [
+            (rollout, g)
+            for g, group in enumerate(groups)
+            for rollout in group.rollouts
+            if trainable(rollout, drop_truncated=drop_truncated)
+        ]
         if not kept:
             errors = {r.reward.error for group in groups for r in group.rollouts if r.reward.error}
             why = f"every reward failed, first: {sorted(errors)[0]}" if errors else "every completion was cut off"
             raise DataError(f"no completion of this step can be trained on: {why}")
-        counts = torch.tensor([sum(r.mask) for r in kept])
-        logp = [p for r in kept for p, real in zip(r.policy_logprobs, r.mask, strict=True) if real]
-        sampled = [p for r in kept for p, real in zip(r.sampling_logprobs, r.mask, strict=True) if real]
-        return cls(
-            rollouts=kept,
-            group_B=owner,
-            sequence_N=torch.repeat_interleave(torch.arange(len(kept)), counts),
-            flat={"rollout_logp": torch.tensor(logp), "sampling_logp": torch.tensor(sampled)},
-        )
+        return cls([rollout for rollout, _ in kept], [g for _, g in kept])
+
+    def columns(self) -> dict[str, Tensor]:
+        """The columns that are set, by name."""
+        return {name: x for name, x in vars(self).items() if name in COLUMNS}
 
     @property
     def size(self) -> int:
@@ -87,7 +115,7 @@ class Experience:
     @property
     def mask_BT(self) -> Tensor:
         """True where `padded` holds a token."""
-        return padded_from_flat(self.flat["rollout_logp"], self.sequence_N, self.size)[1]
+        return padded_from_flat(self.policy_logprobs, self.sequence_N, self.size)[1]
 
     def unpadded(self, x_BT: Tensor) -> Tensor:
         """[B, T] -> [N], the inverse of `padded`."""
@@ -102,13 +130,16 @@ class Experience:
         return torch.zeros(self.size, dtype=x_N.dtype).index_add_(0, self.sequence_N, x_N)
 
     def set_weights(self, members: Sequence[int], normalizer: Normalizer, *, constant: int | None = None) -> None:
-        """Give every token of `members` its share of their one loss, in `flat["weight"]` (see training/step.py)."""
+        """Give every token of `members` its share of their one loss, in `weight` (see training/step.py).
+
+        constant: what the normalizer of that name divides each sequence by.
+        """
         member_B = torch.zeros(self.size, dtype=torch.bool)
         member_B[list(members)] = True
-        weights_BT, denominator = loss_weights(
-            self.mask_BT & member_B[:, None], _MODES[normalizer], constant=None if constant is None else float(constant)
-        )
-        self.flat["weight"] = weights_BT[self.mask_BT] / denominator
+        divisor = float(constant) if normalizer == "constant" and constant is not None else None
+        members_BT = self.mask_BT & member_B[:, None]
+        weights_BT, denominator = loss_weights(members_BT, _MODES[normalizer], constant=divisor)
+        self.weight = weights_BT[self.mask_BT] / denominator
 
     def minibatches(self, parts: int, *, seed: int, epoch: int) -> list[list[int]]:
         """Every sequence once, in `parts` shuffled sets whose numbers of prompts differ by at most one.
@@ -126,7 +157,7 @@ class Experience:
     def batches(
         self, members: Sequence[int], token_budget: int, *, feed_last: bool = False, device: torch.device | str = "cpu"
     ) -> tuple[list[Batch], list[int]]:
-        """The sequences `members` as packed micro-batches of at most `token_budget` tokens, with all flat fields.
+        """The sequences `members` as packed micro-batches of at most `token_budget` tokens, with all columns.
 
         `feed_last` is needed for the value of the state after the last token.
 
@@ -144,12 +175,12 @@ class Experience:
             for pack in packs
         ]
         parts = [[i for p in part for i in packs[p]] for part in split_by_tokens(sizes, token_budget)]
-        batches = []
+        batches, columns = [], self.columns()
         for part in parts:
             examples = []
             for i in part:
                 r = self.rollouts[i]
-                fields = {name: x_N[starts[i] : ends[i]] for name, x_N in self.flat.items()}
+                fields = {name: x_N[starts[i] : ends[i]] for name, x_N in columns.items()}
                 mask = [False] * len(r.prompt_tokens) + r.mask
                 examples.append(Example([*r.prompt_tokens, *r.tokens], mask, fields))
             batches.append(collate(examples, share_prompts=True, feed_last=feed_last, device=device))
@@ -173,19 +204,17 @@ def trainable(rollout: Rollout, *, drop_truncated: bool = False) -> bool:
     return usable and not (drop_truncated and rollout.finish_reason == "length")
 
 
-def shaped_rewards(
-    experience: Experience, *, missing_eos_penalty: float, overlong_buffer: int, max_completion_length: int
-) -> tuple[Tensor, dict[str, float]]:
+def shaped_rewards(x: Experience, o: RLOptions) -> tuple[Tensor, dict[str, float]]:
     """The reward of each sequence [B] after the penalties that do not depend on the policy, and their means."""
-    rewards = torch.tensor([float(r.reward.value or 0.0) for r in experience.rollouts])
+    rewards = torch.tensor([float(r.reward.value or 0.0) for r in x.rollouts])
     metrics: dict[str, float] = {}
-    if missing_eos_penalty:
-        cut = torch.tensor([float(r.finish_reason == "length") for r in experience.rollouts])
-        rewards = rewards - missing_eos_penalty * cut
-        metrics["rewards/missing_eos"] = float(-missing_eos_penalty * cut.mean())
-    if overlong_buffer:
-        lengths = torch.tensor([len(r.tokens) for r in experience.rollouts])
-        penalty = soft_overlong_penalty(lengths, max_completion_length, overlong_buffer).float()
+    if o.missing_eos_penalty:
+        cut = torch.tensor([float(r.finish_reason == "length") for r in x.rollouts])
+        rewards = rewards - o.missing_eos_penalty * cut
+        metrics["rewards/missing_eos"] = float(-o.missing_eos_penalty * cut.mean())
+    if o.overlong_buffer:
+        lengths = torch.tensor([len(r.tokens) for r in x.rollouts])
+        penalty = soft_overlong_penalty(lengths, o.max_completion_length, o.overlong_buffer).float()
         rewards = rewards + penalty
         metrics["rewards/overlong"] = float(penalty.mean())
     return rewards, metrics
