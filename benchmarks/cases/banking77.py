@@ -22,10 +22,12 @@ from typing import Any
 from benchmarks.harness import ROOT, Expectation, Outcome
 from upslope.data.labels import LabelledText, labels_of, read_labelled, stratified_choice
 from upslope.evaluation.classification import classification_report
+from upslope.loop.encoder import Data
 from upslope.loop.kept import NO_DATA
+from upslope.models.encoder.items import Input
+from upslope.models.encoder.labellers import inputs_of, load_start
 from upslope.options import ClassifyOptions
-from upslope.recipes.classify import Classify, Data, inputs_of
-from upslope.recipes.encoder import Input, load_start
+from upslope.recipes.classify import Classify
 
 NAME = "banking77"
 TEST_ROWS = 3080

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from benchmarks.harness import ROOT, Outcome
-from upslope.build import Policy, device_of_machine, load_policy, make_engine
+from upslope.build import Policy, load_policy, make_engine
+from upslope.devices.hardware import device_of_machine
 from upslope.errors import DataError
 from upslope.evaluation.diversity import distinct_n
 from upslope.options import PPOOptions, ReinforceOptions, RLOptions

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from upslope.config import check
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import turn_ends, write_ends
-from upslope.devices.hardware import choose_dtype
+from upslope.devices.hardware import choose_dtype, device_of_machine
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError
 from upslope.models.attention.context import BLOCK, KVCache
@@ -31,11 +31,6 @@ from upslope.runs.progress import told
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 
 __all__ = ["Critic", "Policy", "load_critic", "load_inference", "load_policy", "load_reference", "make_engine"]
-
-
-def device_of_machine() -> torch.device:
-    """The first GPU where there is one, else the processor."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(slots=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +326,7 @@ def train(bert: Path, data: str, out: Path, **more: Any) -> dict[str, Any]:
 def test_classify_takes_the_same_files_and_its_folder_is_measured(bert: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from upslope.recipes.classify import load_classifier
+    from upslope.models.encoder.labellers import load_classifier
 
     texts = [f"the film was {word} {x}" for x in "abcdefgh" for word in ("good", "bad")]
     for name in ("train", "dev"):
@@ -388,7 +389,7 @@ def similar() -> list[tuple[str, str, float]]:
 def test_classify_learns_a_score(bert: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from upslope.recipes.classify import load_classifier
+    from upslope.models.encoder.labellers import load_classifier
 
     rows = similar()
     for name in ("train", "dev"):
@@ -413,9 +414,9 @@ def test_classify_learns_a_score(bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_score_of_ones_own_table(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from upslope.models.encoder.items import item_logits, padded_batch
     from upslope.options import ClassifyOptions
     from upslope.recipes.classify import _prepare
-    from upslope.recipes.encoder import collate, item_logits, update
 
     path = tmp_path / "own.csv"
     path.write_text("text,label\n" + "".join(f"{b},{s}\n" for _, b, s in similar()))
@@ -423,12 +424,10 @@ def test_a_score_of_ones_own_table(bert: Path, tmp_path: Path, capsys: pytest.Ca
     learner, data = _prepare(ClassifyOptions(data=str(path), objective="squared_error", **shared), None)
     assert len(data.train) + len(data.dev) == 24
     assert 1 <= len(data.dev) <= 3
-    batch = collate(data.train, learner.encoder, *learner.pads)
+    batch = padded_batch(data.train, learner.encoder, *learner.pads)
     z = item_logits(learner.encoder, batch)[:, 0].detach()
     targets = torch.tensor([x.targets[0] for x in data.train])
-    said = update(
-        learner.encoder, learner.optimizer, [batch], learner.objective, step=0, learning_rate=0.0, max_grad_norm=1.0
-    )
+    said = learner.update(0, [batch], partial(learner.loss, 0))
     assert said["loss"] == pytest.approx(float(((z - targets) ** 2).mean()), rel=1e-5)
     assert "accuracy" not in said
     command = ["classify", "--data", str(path), "--objective", "squared_error", "--dry-run"]

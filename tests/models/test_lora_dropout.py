@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from upslope.data.batching import collate
 from upslope.errors import ConfigError, ModelError
 from upslope.models.decoder.network import Decoder
+from upslope.models.encoder.items import Input, item_logits, keys_of
+from upslope.models.encoder.items import padded_batch as pad
 from upslope.models.lora import add_adapters
 from upslope.models.lora_dropout import AdapterDropout, drop_inputs, dropping, packed_keys
-from upslope.recipes.encoder import Input, item_logits, keys_of
-from upslope.recipes.encoder import collate as pad
 from upslope.training.step import Forward
 from upslope.types import Batch, Example
 

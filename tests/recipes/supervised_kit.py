@@ -23,13 +23,13 @@ from torch import Tensor
 from upslope.build import Policy, load_policy
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, MASKED_SPECIALS, train_tokenizer
 from upslope.models.attention.context import PackedContext
+from upslope.models.encoder.labellers import Start, load_start
 from upslope.models.encoder.network import Kind
 from upslope.models.protocol import CausalModel
 from upslope.options import ClassifyOptions, PretrainOptions, Seq2SeqOptions, SFTOptions, TagOptions
 from upslope.options.common import RunOptions
 from upslope.options.encoder import EncoderOptions
 from upslope.recipes import classify, pair_learner, tag
-from upslope.recipes.encoder import Start, load_start
 from upslope.recipes.pair_learner import PairData
 from upslope.recipes.pretrain import Pretrain, causal_texts
 from upslope.recipes.pretrain_masked import MaskedPretrain

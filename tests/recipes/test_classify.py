@@ -17,10 +17,11 @@ from safetensors.torch import load_file
 
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError
+from upslope.loop.encoder_objective import Objective
+from upslope.models.encoder.items import groups_of, item_logits, padded_batch
+from upslope.models.encoder.labellers import load_start
 from upslope.options import ClassifyOptions
 from upslope.recipes.classify import Classify, _prepare, classify
-from upslope.recipes.encoder import collate, groups_of, item_logits, load_start
-from upslope.recipes.encoder_objective import Objective
 
 OBJECTIVES = ("cross_entropy", "policy_gradient", "policy_gradient_sampled")
 
@@ -173,7 +174,7 @@ def test_the_loss_is_a_mean_over_the_rows_of_the_step(bert: Path, data: Path) ->
     first = [learner.order.at(i) for i in range(8)]
     inputs = [read.train[i] for i in first]
     with torch.no_grad():
-        logits = torch.cat([item_logits(learner.encoder, collate([x], learner.encoder, 0)) for x in inputs])
+        logits = torch.cat([item_logits(learner.encoder, padded_batch([x], learner.encoder, 0)) for x in inputs])
     expected = torch.nn.functional.cross_entropy(logits, torch.tensor([x.targets[0] for x in inputs]))
     assert learner.step(0).metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
 
@@ -329,7 +330,7 @@ def test_every_family_trains_on_pairs_and_loads_in_transformers(family: str, tmp
     learner.encoder.eval()
     for group in groups_of([len(x.tokens) for x in read.train], 200):
         inputs = [read.train[i] for i in group]
-        ours = item_logits(learner.encoder, collate(inputs, learner.encoder, *learner.pads))
+        ours = item_logits(learner.encoder, padded_batch(inputs, learner.encoder, *learner.pads))
         for x, z in zip(inputs, ours, strict=True):
             assert torch.allclose(z, theirs[tuple(x.tokens)], rtol=1e-4, atol=1e-5)
 

@@ -129,7 +129,7 @@ def test_the_kept_are_imitated_and_no_other(case: str, normalizer: str, small: P
     """token: the mean over all trained tokens; sample: the sum over tokens, over all samples, kept or not."""
     changes, kept = KEPT[case]
     learner = learner_of(small, opened, batch_size=len(kept), normalizer=normalizer, **changes)
-    learner.sample = lambda step: (groups_of(SAMPLES), {})  # type: ignore[method-assign,assignment,misc]
+    learner.sampler.sample = lambda step: (groups_of(SAMPLES), {})  # type: ignore[method-assign,assignment,misc]
     taken, metrics = taken_by(learner, 1)
     assert [(row.origin["prompt_key"], row.origin["completion"]) for row in learner.kept] == [
         (key, text.removesuffix("...")) for key, text in kept
@@ -154,7 +154,7 @@ def test_a_round_goes_through_all_that_is_kept(small: Path, opened: ExitStack) -
         calls.append(step)
         return groups_of(SAMPLES), {}
 
-    learner.sample = sample  # type: ignore[method-assign,assignment]
+    learner.sampler.sample = sample  # type: ignore[method-assign,assignment]
     taken, metrics = taken_by(learner, 2)
     assert calls == [0]
     model = learner.policy.model
@@ -180,7 +180,7 @@ def test_the_second_round_samples_anew_and_starts_where_it_should(
         seen.append({name: p.detach().clone() for name, p in trained(model).items()})
         return groups_of(OTHERS if step else SAMPLES), {}
 
-    learner.sample = sample  # type: ignore[method-assign,assignment]
+    learner.sampler.sample = sample  # type: ignore[method-assign,assignment]
     taken, _ = taken_by(learner, 4)
     rates = [0.02, 0.01, 0.02, 0.01] if restart else [0.02, 0.015, 0.01, 0.005]
     assert [t.learning_rate for t in taken] == pytest.approx(rates)
@@ -204,7 +204,7 @@ def test_mixed_rows_have_their_share_of_a_batch(
     data = write(tmp_path / "mix.jsonl", [{"prompt": asked(7), "completion": "hhh"}])
     kept = KEPT["the correct ones"][1]
     learner = learner_of(small, opened, batch_size=8, mix_data=data, mix_ratio=0.5, normalizer=normalizer)
-    learner.sample = lambda step: (groups_of(SAMPLES), {})  # type: ignore[method-assign,assignment,misc]
+    learner.sampler.sample = lambda step: (groups_of(SAMPLES), {})  # type: ignore[method-assign,assignment,misc]
     taken, _ = taken_by(learner, 1)
     model = learner.policy.model
     return_to(model, taken[0])
@@ -224,13 +224,13 @@ def test_every_round_is_drawn_by_the_trained_model(restart: bool, small: Path, o
     changes: dict[str, Any] = {"threshold": -1.0, "truncated": "terminate", "temperature": 0.8, "max_steps": 3}
     learner = learner_of(small, opened, restart=restart, batch_size=4, **changes)
     model, seen, held = learner.policy.model, [], sampled_by(learner)
-    original = learner.sample
+    original = learner.sampler.sample
 
     def sample(step: int) -> Any:
         seen.append({name: p.detach().clone() for name, p in trained(model).items()})
         return original(step)
 
-    learner.sample = sample  # type: ignore[method-assign]
+    learner.sampler.sample = sample  # type: ignore[method-assign]
     taken_by(learner, 3)
     versions = [{r.version for group in groups for r in group.rollouts} for groups in held]
     assert versions == ([{0}, {1}, {3}] if restart else [{0}, {1}, {2}]), "one more for every time the weights moved"
@@ -247,7 +247,7 @@ def test_every_round_is_drawn_by_the_trained_model(restart: bool, small: Path, o
 def test_the_first_update_is_cut_and_decays(small: Path, opened: ExitStack) -> None:
     changes: dict[str, Any] = {"weight_decay": 0.5, "max_grad_norm": 0.01, "warmup_steps": 1, "max_steps": 2}
     learner = learner_of(small, opened, batch_size=4, **changes)
-    learner.sample = lambda step: (groups_of(SAMPLES), {})  # type: ignore[method-assign,assignment,misc]
+    learner.sampler.sample = lambda step: (groups_of(SAMPLES), {})  # type: ignore[method-assign,assignment,misc]
     taken, _ = taken_by(learner, 1)
     assert taken[0].learning_rate == pytest.approx(0.01)
     assert_first_update(
@@ -267,7 +267,7 @@ def sampling(learner: Expert, *rounds: Sequence[tuple[int, str, float | None, bo
         calls.append(step)
         return groups_of(rounds[min(len(calls), len(rounds)) - 1]), {}
 
-    learner.sample = sample  # type: ignore[method-assign,assignment]
+    learner.sampler.sample = sample  # type: ignore[method-assign,assignment]
     return calls
 
 
@@ -317,7 +317,7 @@ def test_what_the_environment_said_is_not_imitated(small: Path, opened: ExitStac
     groups = groups_of([(0, "abc", 1.0, True)])
     groups[0].rollouts[0].mask = [True, False, True, True]
     learner = learner_of(small, opened, batch_size=1)
-    learner.sample = lambda step: (groups, {})  # type: ignore[method-assign,assignment,misc]
+    learner.sampler.sample = lambda step: (groups, {})  # type: ignore[method-assign,assignment,misc]
     taken, metrics = taken_by(learner, 1)
     model = learner.policy.model
     return_to(model, taken[0])

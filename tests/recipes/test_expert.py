@@ -168,7 +168,7 @@ def test_a_step_over_all_kept_samples_is_reinforce_without_baseline(tiny: Path, 
     o = options(tiny, task, tmp_path / "run", normalizer="sample", dedupe=False, max_per_prompt=100)
     learner = Expert(o, load_policy(o))
     model = learner.policy.model
-    groups, _ = learner.sample(0)
+    groups, _ = learner.sampler.sample(0)
     model.double()
     experience = Experience.of(groups)
     rewards = torch.tensor([r.reward.value for r in experience.rollouts], dtype=torch.float64)

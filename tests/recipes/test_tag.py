@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from upslope.cli import main
 from upslope.data.labels import TaggedSentence, read_conll
 from upslope.errors import DataError
+from upslope.models.encoder.items import item_logits, padded_batch
+from upslope.models.encoder.labellers import pieces_of
 from upslope.options import TagOptions
-from upslope.recipes.encoder import collate, item_logits
-from upslope.recipes.tag import _prepare, pieces_of, tag
+from upslope.recipes.tag import _prepare, tag
 
 OBJECTIVES = ("cross_entropy", "policy_gradient", "policy_gradient_sampled")
 NAMES = {"ann": "PER", "bob": "PER", "oslo": "LOC", "rome": "LOC"}
@@ -147,7 +148,7 @@ def test_the_loss_is_a_mean_over_the_words_of_the_step_however_it_is_split(
     if objective == "cross_entropy":
         learner, _ = _prepare(options(bert, data), None)
         with torch.no_grad():
-            batch = collate([x for row in rows for x in row], learner.encoder, 0)
+            batch = padded_batch([x for row in rows for x in row], learner.encoder, 0)
             expected = torch.nn.functional.cross_entropy(item_logits(learner.encoder, batch), batch.targets_N)
         assert whole["loss"] == pytest.approx(float(expected), rel=1e-5)
 

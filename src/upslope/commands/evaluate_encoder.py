@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from upslope.commands.evaluate_inputs import Inputs
-from upslope.data.labels import TaggedSentence, read_conll, read_labelled
+from upslope.data.labels import read_conll, read_labelled
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.measurement import Measurement, out_of
 from upslope.evaluation.metrics import Texts, measure
+from upslope.models.encoder.labellers import load_classifier, tags_of
 from upslope.models.files.kinds import ModelKind
 from upslope.models.files.weights import read_config
-from upslope.options import TagOptions
-from upslope.recipes.classify import load_classifier
-from upslope.recipes.encoder import load_start, pads_of, predict
-from upslope.recipes.tag import pieces_of
 
 __all__ = ["measure_encoder"]
 
 _LABELS = {"classifier": ("accuracy", "macro_f1"), "tagger": ("entity_f1",)}
-_BATCH_TOKENS = 8192
 
 
 def measure_encoder(kind: ModelKind, folder: Path, inputs: Inputs) -> list[Measurement | Figure]:
@@ -78,17 +72,5 @@ def _tagged(folder: Path, inputs: Inputs) -> Texts:
     if o.columns:
         raise ConfigError(f"columns: {folder.name} is a tagger, whose files name no columns; leave it out")
     rows = inputs.first(str(o.data), read_conll(str(o.data)))
-    said = _tags_of(folder, [row.words for row in rows], o.dtype)
+    said = [" ".join(tags) for tags in tags_of(str(folder), [row.words for row in rows], dtype=o.dtype)]
     return Texts(str(o.data), said, [(" ".join(row.tags),) for row in rows], [row.where for row in rows])
-
-
-def _tags_of(folder: Path, sentences: Sequence[tuple[str, ...]], dtype: Any) -> list[str]:
-    """The likeliest tags of each sentence's words, parted by spaces."""
-    start = load_start(TagOptions(model=str(folder), dtype=dtype), "tag", None)
-    names, longest = start.encoder.labels, min(start.encoder.max_positions or 512, 512)
-    untagged = [TaggedSentence(words, (names[0],) * len(words)) for words in sentences]
-    pieces = pieces_of(untagged, start.tokenizer, names, longest)
-    pad, pad_type = pads_of(start.tokenizer)
-    flat = [x for own in pieces for x in own]
-    classes = iter(predict(start.encoder, flat, pad=pad, pad_type=pad_type, budget=_BATCH_TOKENS))
-    return [" ".join(names[c] for _ in own for c in next(classes)) for own in pieces]

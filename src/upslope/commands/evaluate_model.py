@@ -10,9 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from upslope.atomic import write_atomic
-from upslope.build import Policy, device_of_machine, load_inference, make_engine
+from upslope.build import Policy, load_inference, make_engine
 from upslope.commands.evaluate_inputs import Inputs, progress
 from upslope.data.chat import encode_prompt, load_tokenizer
+from upslope.devices.hardware import device_of_machine
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure

@@ -13,7 +13,7 @@ import torch
 from upslope.errors import ConfigError
 from upslope.kernels.products import onednn_bfloat16
 
-__all__ = ["choose_dtype", "cpu_features", "keep_freed_memory", "matmul_gflops"]
+__all__ = ["choose_dtype", "cpu_features", "device_of_machine", "keep_freed_memory", "matmul_gflops"]
 
 BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
@@ -99,3 +99,8 @@ def _timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.device.type == "cuda":
         torch.cuda.synchronize(a.device)
     return time.perf_counter() - start
+
+
+def device_of_machine() -> torch.device:
+    """The first GPU where there is one, else the processor."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

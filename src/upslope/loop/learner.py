@@ -15,6 +15,7 @@ from upslope.data.batching import PromptStream, collate, split_by_tokens
 from upslope.engine.engine import Engine
 from upslope.functional.supervised_losses import nll
 from upslope.loop.fingerprint import prompt_row
+from upslope.loop.kept import NO_DATA
 from upslope.loop.plan import in_steps
 from upslope.loop.sampler import Sampler
 from upslope.loop.session import Evaluation, StepResult
@@ -23,11 +24,12 @@ from upslope.options import RLOptions
 from upslope.rollout.judge import length_metrics, reward_metrics
 from upslope.runs.folder import Run
 from upslope.training.experience import Experience
-from upslope.training.optim import Group
+from upslope.training.optim import Group, MasterAdamW
 from upslope.training.step import Forward, Loss, Outputs
 from upslope.types import Batch, Example, RolloutGroup
 
 __all__ = [
+    "Learner",
     "Part",
     "PolicyLearner",
     "RolloutLearner",
@@ -55,15 +57,49 @@ class Part(Protocol):
         ...
 
 
-class PolicyLearner:
-    """A policy, its updater, the order in which its items are met, and parts with a state of their own.
+class Learner:
+    """What every recipe is: options, an order of items, an optimizer, parts with a state of their own; and a run.
 
-    A recipe adds `step`, `evaluate` and `trained_on`, and an engine where it samples. `order`: the number of items, or
-    the order of whoever takes them.
+    A recipe adds `step`, `evaluate`, `trained_on`, and where its weights are read from and written to. order: the
+    number of items, or the order of whoever takes them.
     """
 
-    options: Any
+    higher_is_better = True
+    account = NO_DATA
     engine: Engine | None = None
+    optimizer: MasterAdamW
+
+    def __init__(self, options: Any, order: int | PromptStream, parts: Sequence[Part] = ()) -> None:
+        self.order = PromptStream(order, seed=options.seed) if isinstance(order, int) else order
+        self.options, self.parts = in_steps(options, self.order.n), list(parts)
+        self.run: Run | None = None
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The optimizer's moments and the parts' tensors; the weights are in the model folder."""
+        return {"optimizer": self.optimizer.state()} | {k: x for part in self.parts for k, x in part.tensors().items()}
+
+    def state(self) -> dict[str, Any]:
+        """The data position, the weight version where there is an engine, the parts' states."""
+        version = {} if self.engine is None else {"version": self.engine.version}
+        parts = {k: x for part in self.parts for k, x in part.state().items()}
+        return {"order": self.order.state_dict(), **version, **parts}
+
+    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self.optimizer.load(self.trained_weights(model, tensors), tensors["optimizer"])
+        self.order.load_state_dict(state["order"])
+        if self.engine is not None:
+            self.engine.set_version(state["version"])
+        for part in self.parts:
+            part.load(tensors, state)
+
+    def trained_weights(self, model: Path, tensors: Mapping[str, dict[str, Tensor]]) -> Mapping[str, Tensor]:
+        """The float32 masters of a checkpoint."""
+        raise NotImplementedError(f"{type(self).__name__} reads no weights")
+
+
+class PolicyLearner(Learner):
+    """A learner that trains a policy, with an engine where it samples; extra: further groups of its optimizer."""
 
     def __init__(
         self,
@@ -74,9 +110,8 @@ class PolicyLearner:
         extra: Sequence[Group] = (),
         parts: Sequence[Part] = (),
     ) -> None:
-        self.order = PromptStream(order, seed=options.seed) if isinstance(order, int) else order
-        self.options, self.policy, self.parts = in_steps(options, self.order.n), policy, list(parts)
-        self.run: Run | None = None
+        super().__init__(options, order, parts)
+        self.policy = policy
         self.updater = Updater(self.options, policy, extra=extra)
         self.optimizer = self.updater.optimizer
 
@@ -101,25 +136,6 @@ class PolicyLearner:
         device = self.policy.model.device
         return [collate([examples[i] for i in part], feed_last=feed_last, device=device) for part in parts], parts
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments and the parts' tensors; the policy's weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()} | {k: x for part in self.parts for k, x in part.tensors().items()}
-
-    def state(self) -> dict[str, Any]:
-        """The data position, the weight version where there is an engine, the parts' states."""
-        version = {} if self.engine is None else {"version": self.engine.version}
-        parts = {k: x for part in self.parts for k, x in part.state().items()}
-        return {"order": self.order.state_dict(), **version, **parts}
-
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.optimizer.load(self.trained_weights(model, tensors), tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
-        if self.engine is not None:
-            self.engine.set_version(state["version"])
-        for part in self.parts:
-            part.load(tensors, state)
-
     def trained_weights(self, model: Path, tensors: Mapping[str, dict[str, Tensor]]) -> Mapping[str, Tensor]:
         """The float32 masters of a checkpoint; a critic's complete the model folder."""
         return {**self.policy.read(model), **tensors.get("critic", {})}
@@ -133,8 +149,7 @@ class PolicyLearner:
 class RolloutLearner(PolicyLearner):
     """A learner whose items are the judged trajectories of a sampler; greedy: as for `Sampler`."""
 
-    higher_is_better = True
-    options: RLOptions
+    options: Any
     engine: Engine
 
     def __init__(

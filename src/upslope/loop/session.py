@@ -22,10 +22,9 @@ import rich.style  # noqa: F401  # draws from Python's generator when it is load
 import torch
 from torch import Tensor
 
-from upslope.build import device_of_machine
 from upslope.config import LAUNCH, OBJECT, check, dump
 from upslope.data.template import clock_at
-from upslope.devices.hardware import choose_dtype
+from upslope.devices.hardware import choose_dtype, device_of_machine
 from upslope.errors import ConfigError, RunError, UpslopeError
 from upslope.loop import fingerprint
 from upslope.loop.closing import closing_words, commands_of, measured, opening_words, told_when_stopped

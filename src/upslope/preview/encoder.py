@@ -5,53 +5,22 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-from upslope.atomic import write_atomic
+from upslope.loop.encoder import LabelLearner
 from upslope.loop.plan import plan_of
 from upslope.loop.session import resident_memory_gb
-from upslope.models.encoder.network import load_encoder
+from upslope.models.encoder.items import Input, groups_of, item_logits, padded_batch
 from upslope.options.encoder import EncoderOptions
 from upslope.preview.dry_run import Prediction, counting_kept
 from upslope.preview.rows import mask_view, statistics
-from upslope.recipes.encoder import EncoderLearner, Input, collate, groups_of, item_logits
-from upslope.runs.encoding import to_json
-from upslope.training import checkpoint
 from upslope.types import Example
 
-__all__ = ["finish", "show"]
+__all__ = ["show"]
 
 
-def finish(learner: Any, summary: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, Any]:
-    """Score the best checkpoint on dev and, this once, on test; write report.json and report.txt into the run folder.
-
-    The checkpoint is read back from its folder, so the figures are those of the model that is there. An interrupted
-    run is left as it is: test waits for the end.
-    """
-    if summary["stopped"] == "interrupted":
-        return dict(summary)
-    folder = Path(summary["folder"])
-    best = checkpoint.resolve(folder / "checkpoints", "best")
-    ours = learner.encoder
-    encoder = load_encoder(best.path / "model", ours.kind, labels=None).to_compute(ours.dtype, ours.device)
-    measured, reports, texts = {}, {}, []
-    for name, split in splits.items():
-        measured[name], reports[name] = learner.measure(split, encoder)
-        for report in reports[name].values():
-            texts.append(f"{name}, step {best.step}: {learner.describe(report)}")
-    text = "\n\n".join(texts)
-    whole = {**summary, **measured, "best_step": best.step, "best_model": str(folder / "checkpoints/best/model")}
-    write_atomic(folder / "report.json", to_json({"step": best.step, **reports}, indent=2) + "\n")
-    write_atomic(folder / "report.txt", text + "\n")
-    write_atomic(folder / "summary.json", to_json(whole, indent=2) + "\n")
-    print(text, file=sys.stderr)
-    return whole
-
-
-def show(options: EncoderOptions, learner: EncoderLearner) -> int:
+def show(options: EncoderOptions, learner: LabelLearner) -> int:
     """Print what a run would do: data, one example, the arithmetic, predicted memory and time."""
     inputs = [x for row in learner.rows for x in row]
     prediction = _predict(options, learner, inputs)
@@ -88,11 +57,11 @@ def _example(x: Input) -> Example:
     return Example(x.tokens, [i in carrying for i in range(len(x.tokens))])
 
 
-def _predict(options: EncoderOptions, learner: EncoderLearner, inputs: Sequence[Input]) -> Prediction:
+def _predict(options: EncoderOptions, learner: LabelLearner, inputs: Sequence[Input]) -> Prediction:
     """Extrapolate from one micro-batch of real inputs."""
     encoder = learner.encoder
     group = groups_of([len(x.tokens) for x in inputs[:64]], min(options.micro_batch_tokens, 2048))[0]
-    batch = collate([inputs[i] for i in group], encoder, *learner.pads)
+    batch = padded_batch([inputs[i] for i in group], encoder, *learner.pads)
     tokens = batch.ids_BT.numel()
     times, activations = [], 0
     encoder.train()

@@ -7,18 +7,15 @@ policy pi(a | x) over labels = softmax of the encoder's logits; r(y, a) = reward
                               "mean", which shrinks it by (K - 1) / K
     squared_error             J = -mean (z(x) - y)^2, y a number and z the head's one logit
 With 0/1 rewards the exact gradient is cross-entropy's times pi(y | x): it weighs what the model already half knows
-and vanishes where it is confidently wrong. The loop is in recipes/encoder.py.
+and vanishes where it is confidently wrong. What it shares with tag is in loop/encoder.py.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-from upslope.build import device_of_machine
-from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.glue import Split, form_of, labelled, read_items
 from upslope.data.labels import (
     LabelledText,
@@ -29,22 +26,20 @@ from upslope.data.labels import (
     shuffled_by_content,
     split_by_content,
 )
-from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.classification import classification_report
 from upslope.extras import require
+from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
 from upslope.loop.session import Evaluation, begin, train
-from upslope.models.encoder.network import Encoder, load_encoder
-from upslope.models.files.sources import resolve
+from upslope.models.encoder.items import Input
+from upslope.models.encoder.labellers import Start, check_length, inputs_of, load_start
+from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import ClassifyOptions
-from upslope.preview.encoder import finish
 from upslope.preview.encoder import show as show_encoder
-from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
-from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
 from upslope.runs.progress import told
 
-__all__ = ["Classifier", "Classify", "classify", "load_classifier", "show"]
+__all__ = ["Classify", "classify", "show"]
 
 
 NUMBER = ("score",)
@@ -65,7 +60,7 @@ def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[st
     return finish(learner, summary, splits)
 
 
-class Classify(EncoderLearner):
+class Classify(LabelLearner):
     """One label per text, measured by accuracy (mean reward where rewards are given); of numbers the correlations."""
 
     def __init__(self, options: ClassifyOptions, start: Start, data: Data) -> None:
@@ -98,9 +93,7 @@ class Classify(EncoderLearner):
     def _correlations(
         self, inputs: Sequence[Input], encoder: Encoder | None
     ) -> tuple[dict[str, Any], dict[str, Mapping[str, Any]]]:
-        pad, pad_type = self.pads
-        budget = self.options.micro_batch_tokens
-        said = [z[0][0] for z in scores(encoder or self.encoder, inputs, pad=pad, pad_type=pad_type, budget=budget)]
+        said = [z[0][0] for z in self.scored(inputs, encoder)]
         truth = [float(x.targets[0]) for x in inputs]
         found = {"pearson": pearson(truth, said), "spearman": spearman(truth, said)}
         figures = {name: {**interval._asdict(), "n": len(truth)} for name, interval in found.items()}
@@ -117,46 +110,6 @@ class Classify(EncoderLearner):
                 *(f"{k} {f['value']:.4f} [{f['low']:.4f}, {f['high']:.4f}] n={f['n']}" for k, f in report.items()),
             ]
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Classifier:
-    """A trained encoder that says how likely each of its labels is; texts longer than max_length tokens are cut."""
-
-    encoder: Encoder
-    tokenizer: Any
-    max_length: int
-    batch_tokens: int = 8192
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The label of class 0, 1, ..."""
-        return self.encoder.labels
-
-    def logits(self, rows: Sequence[LabelledText]) -> list[list[float]]:
-        """A score per label for each text or pair."""
-        inputs, cut = inputs_of(rows, self.tokenizer, [-1] * len(rows), self.max_length)
-        if cut:
-            print(f"upslope: cut to max_length {self.max_length}: {cut} of {len(rows)}", file=sys.stderr)
-        pad, pad_type = pads_of(self.tokenizer)
-        found = scores(self.encoder, inputs, pad=pad, pad_type=pad_type, budget=self.batch_tokens)
-        return [items[0] for items in found]
-
-
-def load_classifier(source: str, *, dtype: str = "auto", max_length: int | None = None) -> Classifier:
-    """The encoder of a folder that `classify` wrote (or any sequence classifier's), to be asked.
-
-    max_length: longest input in tokens, by default what the encoder reads (512 where it has no limit). ModelError: no
-    encoder, or none with a head on labels.
-    """
-    folder = resolve(source)
-    device = device_of_machine()
-    chosen, _ = choose_dtype(dtype, device)
-    encoder = load_encoder(folder, "classify", labels=None).to_compute(chosen, device)
-    longest = min(max_length or encoder.max_positions or 512, encoder.max_positions or 512)
-    tokenizer = load_tokenizer(folder)
-    encoder.check_tokens(token_count(tokenizer), folder)
-    return Classifier(encoder, tokenizer, longest)
 
 
 def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, Data]:
@@ -236,34 +189,6 @@ def encode_splits(options: ClassifyOptions, start: Start, train: Rows, dev: Rows
     tell_counts({f"cut to max_length {options.max_length}": cut, "rows that also stand in the training data": shared})
     account = account_of(splits, {"labels": len(labels), "cut": cut, "also_in_train": shared})
     return Data(**encoded, rewards=rewards_of(options, labels), account=account)
-
-
-def inputs_of(
-    rows: Sequence[LabelledText], tokenizer: Any, targets: Sequence[float], max_length: int
-) -> tuple[list[Input], int]:
-    """(inputs, how many were cut): the longer text of a pair is cut first."""
-    if not rows:
-        return [], 0
-    texts = [row.text for row in rows]
-    pairs = [row.pair or "" for row in rows] if rows[0].pair is not None else None
-    with told(f"encoding {len(texts):,} texts"):
-        whole = tokenizer(texts, pairs, truncation=False, verbose=False)
-    long = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
-    short = {}
-    if long:
-        again = tokenizer(
-            [texts[i] for i in long],
-            None if pairs is None else [pairs[i] for i in long],
-            truncation="longest_first",
-            max_length=max_length,
-        )
-        short = {i: k for k, i in enumerate(long)}
-    made = []
-    for i in range(len(rows)):
-        source, at = (again, short[i]) if i in short else (whole, i)
-        types = source["token_type_ids"][at] if "token_type_ids" in source else None
-        made.append(Input(list(source["input_ids"][at]), [targets[i]], [], types, row=i))
-    return made, len(long)
 
 
 def _targets(rows: Sequence[LabelledText], labels: Sequence[str]) -> list[float]:

@@ -39,6 +39,7 @@ from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.loading import load_model
 from upslope.models.files.sources import resolve
+from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
 from upslope.preview.imitation import show_imitation as show
@@ -48,7 +49,7 @@ from upslope.rollout.collect import sampling_keys
 from upslope.rollout.judge import length_metrics
 from upslope.runs.progress import told
 from upslope.tasks.loading import load_task
-from upslope.training.step import Forward, Outputs, evaluating
+from upslope.training.step import Forward, Outputs
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
 
 __all__ = ["Distill", "distill", "load_teacher", "show"]

@@ -13,41 +13,36 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from upslope.data.batching import PromptStream
 from upslope.data.corpus import TokenStream
 from upslope.data.masking import Masking
-from upslope.errors import DataError, RunError
+from upslope.errors import DataError
 from upslope.functional.logprobs import log_softmax
 from upslope.functional.supervised_losses import nll
-from upslope.loop.plan import in_steps, plan_of
+from upslope.loop.encoder import EncoderLearner
+from upslope.loop.plan import plan_of
 from upslope.loop.session import Evaluation, StepResult, resident_memory_gb
+from upslope.models.encoder.items import Input, ItemBatch, item_logits
+from upslope.models.encoder.labellers import Start
 from upslope.models.encoder.network import Encoder
+from upslope.models.modes import evaluating
 from upslope.options.pretrain import PretrainOptions
-from upslope.recipes.encoder import Batch, Input, collate, groups_of, item_logits
 from upslope.recipes.pretrain_start import load_texts
-from upslope.runs.folder import Run
-from upslope.training.optim import MasterAdamW, decay_groups
-from upslope.training.schedule import rate_at
-from upslope.training.step import evaluating
 
 __all__ = ["MaskedPretrain", "show_masked"]
 
 
-class MaskedPretrain:
+class MaskedPretrain(EncoderLearner):
     """Likelihood of hidden tokens; held out: the loss, its exponential and the share guessed right, masks fixed."""
 
     higher_is_better = False
 
     def __init__(self, options: PretrainOptions, encoder: Encoder, tokenizer: Any) -> None:
-        self.encoder, self.tokenizer = encoder, tokenizer
-        self.run: Run | None = None
         self.frame = [t for t in (tokenizer.cls_token_id, tokenizer.sep_token_id) if t is not None]
         self.frame = self.frame if len(self.frame) == 2 else []
         self.width = options.context_length - len(self.frame)
@@ -56,12 +51,7 @@ class MaskedPretrain:
         count = _count(self.texts.train, self.width)
         if not count:
             raise DataError("the training text has no tokens: there is nothing to predict")
-        self.options = options = in_steps(options, count)
-        self.order = PromptStream(count, seed=options.seed)
-        self.optimizer = MasterAdamW(
-            decay_groups(encoder.named_parameters(), weight_decay=options.weight_decay), masters=encoder.masters
-        )
-        encoder.masters = {}
+        super().__init__(options, Start(encoder, tokenizer), count)
         special = set(tokenizer.all_special_ids)
         self.masking = Masking(
             probability=options.mask_probability or 0.15,
@@ -91,54 +81,29 @@ class MaskedPretrain:
         """One batch of windows, one update."""
         started = time.perf_counter()
         inputs = self.inputs()
-        rate = rate_at(self.options, step)
-        self.encoder.train()
-        metrics = self._update(self._batches(inputs), rate)
+        metrics = self.update(step, self.batches(inputs), self.loss)
+        metrics["num_tokens"] = metrics.pop("num_items")
         tokens, seconds = sum(len(x.tokens) for x in inputs), time.perf_counter() - started
-        return StepResult({**metrics, "learning_rate": rate, "tokens_per_second": tokens / seconds}, tokens)
+        return StepResult({**metrics, "tokens_per_second": tokens / seconds}, tokens)
 
-    def _batches(self, inputs: Sequence[Input]) -> list[Batch]:
-        groups = groups_of([len(x.tokens) for x in inputs], self.options.micro_batch_tokens)
-        pad = self.tokenizer.pad_token_id
-        return [collate([inputs[i] for i in group], self.encoder, pad) for group in groups]
-
-    def _update(self, batches: Sequence[Batch], rate: float) -> dict[str, float]:
-        """One optimizer step; on RunError (a loss or gradient that is not finite) nothing has changed."""
-        count = sum(len(b.rows_N) for b in batches)
-        totals = {"loss": 0.0, "accuracy": 0.0}
-        self.optimizer.zero_grad()
-        try:
-            for batch in batches:
-                losses_N, right = self._losses(batch)
-                loss = losses_N.sum() / max(1, count)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise RunError(f"the loss is {value}: stopped before the update, the last checkpoint is untouched")
-                loss.backward()
-                totals["loss"] += value
-                totals["accuracy"] += right / max(1, count)
-            totals["grad_norm"] = self.optimizer.step(rate, max_norm=self.options.max_grad_norm)
-        except RunError:
-            self.optimizer.zero_grad()
-            raise
-        return {**totals, "num_tokens": float(count)}
-
-    def _losses(self, batch: Batch, *, smoothed: bool = True) -> tuple[Tensor, int]:
-        """Loss of every hidden token [N], and how many are the likeliest guess."""
-        logits = item_logits(self.encoder, batch)
-        logp_NV = log_softmax(logits)
-        right = int((logits.detach().argmax(-1) == batch.targets_N).sum())
+    def loss(
+        self, batch: ItemBatch, logits_NV: Tensor, *, smoothed: bool = True
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Loss of every hidden token [N], and whether it is the likeliest guess."""
+        logp_NV = log_softmax(logits_NV)
         share = self.options.label_smoothing if smoothed else 0.0
         mean_N = logp_NV.mean(-1) if share else None
-        return nll(logp_NV.gather(1, batch.targets_N[:, None])[:, 0], share, mean_N), right
+        losses_N = nll(logp_NV.gather(1, batch.targets_N[:, None])[:, 0], share, mean_N)
+        return losses_N, {"accuracy": logits_NV.detach().argmax(-1) == batch.targets_N}
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Loss per hidden token, its exponential (no perplexity of the text), and the share guessed right."""
         total = right = count = 0.0
         with evaluating(self.encoder):
-            for batch in self._batches(self.held_out):
-                losses_N, guessed = self._losses(batch, smoothed=False)
-                total, right, count = total + float(losses_N.double().sum()), right + guessed, count + len(batch.rows_N)
+            for batch in self.batches(self.held_out):
+                losses_N, metrics = self.loss(batch, item_logits(self.encoder, batch), smoothed=False)
+                total, count = total + float(losses_N.double().sum()), count + len(batch.rows_N)
+                right += float(metrics["accuracy"].sum())
         if not count:
             return None
         metrics = {
@@ -151,23 +116,6 @@ class MaskedPretrain:
     def trained_on(self) -> tuple[Any, Iterator[Any]]:
         """The tokenizer, unless it is the run's own, and the text, for the fingerprint."""
         return None if self.options.new else self.tokenizer, iter([self.texts.corpus.sha256])
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The optimizer's moments; the weights are in the model folder."""
-        return {"optimizer": self.optimizer.state()}
-
-    def state(self) -> dict[str, Any]:
-        """The data position."""
-        return {"order": self.order.state_dict()}
-
-    def load(self, model: Path, tensors: dict[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Continue from a checkpoint."""
-        self.optimizer.load(self.encoder.read(model), tensors["optimizer"])
-        self.order.load_state_dict(state["order"])
-
-    def write_model(self, folder: Path) -> None:
-        """A folder that transformers loads by itself: float32 masters and the tokenizer."""
-        self.encoder.save(folder, self.optimizer.weights(), self.tokenizer)
 
 
 def _count(stream: TokenStream, width: int) -> int:
@@ -189,8 +137,8 @@ def show_masked(options: PretrainOptions, encoder: Encoder, tokenizer: Any) -> i
     times = []
     for _ in range(2):
         started = time.perf_counter()
-        for batch in learner._batches(probe):
-            learner._losses(batch)[0].sum().backward()
+        for batch in learner.batches(probe):
+            learner.loss(batch, item_logits(encoder, batch))[0].sum().backward()
         times.append(time.perf_counter() - started)
         learner.optimizer.zero_grad()
     parameters = sum(p.numel() for p in encoder.parameters())

@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 import torch
 
-from upslope.build import Policy, device_of_machine, load_policy
+from upslope.build import Policy, load_policy
 from upslope.cache import cache_root
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.corpus import Corpus, TokenStream, corpus_files, open_corpus, texts_of
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, KINDS, MASKED_SPECIALS, train_tokenizer
-from upslope.devices.hardware import choose_dtype
+from upslope.devices.hardware import choose_dtype, device_of_machine
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.loop.held_out import tell_part
 from upslope.loop.kept import DataAccount, Split

@@ -6,13 +6,13 @@ policy pi(a | word in its sentence) over tags = softmax of the encoder's logits 
     policy_gradient_sampled   the same J from K sampled tags per word
 The later sub-words of a word, and the special tokens, carry no tag. A sentence longer than max_length is split between
 words; every word is trained, and measured, in the piece it falls into. Words are tagged one by one (no search over
-sequences), so a predicted sequence may break IOB2; strict entity measures then count it as wrong. The loop is in
-recipes/encoder.py.
+sequences), so a predicted sequence may break IOB2; strict entity measures then count it as wrong. What it shares with
+classify is in loop/encoder.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from upslope.data.labels import (
@@ -27,14 +27,12 @@ from upslope.data.labels import (
 from upslope.errors import ConfigError
 from upslope.evaluation.classification import entity_report, token_report
 from upslope.extras import require
+from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
 from upslope.loop.session import Evaluation, begin, train
+from upslope.models.encoder.labellers import Sentences, Start, check_length, cut_words, load_start, pieces_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import TagOptions
-from upslope.preview.encoder import finish
 from upslope.preview.encoder import show as show_encoder
-from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
-from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
-from upslope.runs.progress import counted
 
 __all__ = ["Tag", "show", "tag"]
 
@@ -53,11 +51,7 @@ def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
     return finish(learner, summary, splits)
 
 
-Sentences = list[list[Input]]
-"""Each sentence as the pieces it was split into."""
-
-
-class Tag(EncoderLearner):
+class Tag(LabelLearner):
     """One tag per word, measured by the F1 of whole entities (by token accuracy where tags are not IOB2)."""
 
     def __init__(self, options: TagOptions, start: Start, data: Data) -> None:
@@ -144,62 +138,3 @@ def encode_splits(options: TagOptions, start: Start, train: Rows, dev: Rows, tes
     words = {n: sum(len(x.targets) for pieces in rows for x in pieces) for n, rows in encoded.items()}
     further = {"words": words, "labels": len(labels), "split": split, "cut": cut, "also_in_train": shared}
     return Data(**encoded, rewards=rewards_of(options, labels), account=account_of(splits, further))
-
-
-def cut_words(rows: Sequence[TaggedSentence], sentences: Sentences, tokenizer: Any, max_length: int) -> int:
-    """How many words are longer than a whole input, so that only their first sub-words are read."""
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=False)
-    full = [x for pieces in sentences for x in pieces if len(x.targets) == 1 and len(x.tokens) >= max_length]
-    return sum(_sizes(_readable([rows[x.row].words[x.first]], tokenizer), tokenizer)[0] > room for x in full)
-
-
-def pieces_of(rows: Sequence[TaggedSentence], tokenizer: Any, labels: Sequence[str], max_length: int) -> Sentences:
-    """Each sentence as inputs of at most `max_length` tokens, split between words.
-
-    A word carries its tag on its first sub-word. A word the tokenizer makes nothing of becomes its unknown token. Of a
-    word longer than a whole input the first sub-words are kept, among them the one that carries the tag.
-    """
-    index = {label: i for i, label in enumerate(labels)}
-    room = max_length - tokenizer.num_special_tokens_to_add(pair=False)
-    made = []
-    for number, row in enumerate(counted(rows, "encoding", unit="sentence")):
-        words = _readable(row.words, tokenizer)
-        sizes = _sizes(words, tokenizer)
-        pieces, start = [], 0
-        while start < len(words):
-            end, used = start + 1, min(sizes[start], room)
-            while end < len(words) and used + sizes[end] <= room:
-                used += sizes[end]
-                end += 1
-            targets = [index[label] for label in row.tags[start:end]]
-            pieces.append(_piece(words[start:end], targets, tokenizer, max_length, number, start))
-            start = end
-        made.append(pieces)
-    return made
-
-
-def _readable(words: Sequence[str], tokenizer: Any) -> list[str]:
-    """Words without any token (control characters, say) replaced by the unknown token."""
-    sizes = _sizes(words, tokenizer)
-    return [word if size else tokenizer.unk_token or "?" for word, size in zip(words, sizes, strict=True)]
-
-
-def _sizes(words: Sequence[str], tokenizer: Any) -> list[int]:
-    """Sub-words of each word."""
-    encoded = tokenizer(list(words), is_split_into_words=True, add_special_tokens=False, verbose=False)
-    sizes = [0] * len(words)
-    for word in encoded.word_ids():
-        sizes[word] += 1
-    return sizes
-
-
-def _piece(words: Sequence[str], targets: list[int], tokenizer: Any, max_length: int, row: int, first: int) -> Input:
-    encoded = tokenizer(
-        list(words), is_split_into_words=True, truncation=True, max_length=max_length, return_special_tokens_mask=True
-    )
-    places: dict[int, int] = {}
-    for place, word in enumerate(encoded.word_ids()):
-        if word is not None:
-            places.setdefault(word, place)
-    types = list(encoded["token_type_ids"]) if "token_type_ids" in encoded else None
-    return Input(list(encoded["input_ids"]), targets, [places[i] for i in range(len(words))], types, row, first)

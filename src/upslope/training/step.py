@@ -10,8 +10,7 @@ Shapes: N trained tokens, T packed tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +22,12 @@ from upslope.functional.logprobs import linear_token_logprobs
 from upslope.models.attention.context import PackedContext
 from upslope.models.heads import ScalarHead
 from upslope.models.lora_dropout import dropping, packed_keys
+from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.training.optim import MasterAdamW
 from upslope.types import Batch
 
-__all__ = ["Forward", "Loss", "Outputs", "evaluating", "gap_metrics", "score", "update"]
+__all__ = ["Forward", "Loss", "Outputs", "gap_metrics", "score", "update"]
 
 
 class Outputs:
@@ -105,21 +105,6 @@ class Forward:
         return Outputs(**parts)
 
 
-@contextmanager
-def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
-    """Dropout off and no gradient, and the previous modes back afterwards."""
-    real = [m for m in modules if m is not None]
-    modes = [m.training for m in real]
-    for module in real:
-        module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in zip(real, modes, strict=True):
-            module.train(mode)
-
-
 def score(model: CausalModel, batches: Iterable[Batch], forward: Forward = Forward()) -> Outputs:
     """What `forward` gives for every trained token, without gradient, concatenated in the order of the batches."""
     with evaluating(model, forward.head):
@@ -135,6 +120,7 @@ def accumulate(
     *,
     gap_to: str | None = None,
     share: float = 1.0,
+    denominator: int = 1,
 ) -> dict[str, float]:
     """Add the gradient of the step's weighted loss to the parameters; returns the loss and the weighted metrics.
 
@@ -142,7 +128,7 @@ def accumulate(
     token, the whole step's denominator in it. `gap_to` names a field with log-probs of the same tokens and weights; how
     far they are is returned as `gap_metrics` names it. `share` is the part of the step's weight that the batches hold,
     where what has no gradient was left out: losses stay parts of the whole, other metrics are averaged over what is
-    there. Raises RunError at the first loss that is not finite, before any update.
+    there. `denominator` divides every weight. Raises RunError at the first loss that is not finite, before any update.
     """
     totals: dict[str, float] = {"loss": 0.0}
     gaps: list[Tensor] = []
@@ -152,14 +138,16 @@ def accumulate(
             gaps.append((batch.fields[gap_to] - out.logp_N.detach()).abs())
         loss_N, metrics = loss(batch, out)
         weight_N = batch.fields["weight"]
-        total = (loss_N * weight_N).sum()
+        total = (loss_N * weight_N).sum() / denominator
         value = float(total.detach())
         if not math.isfinite(value):
             raise RunError(f"the loss is {value}: stopped before the update, the last checkpoint is untouched")
         totals["loss"] += value
         for name, values in metrics.items():
             part = float((values.detach() * weight_N).sum())
-            totals[name] = totals.get(name, 0.0) + (part if name.startswith("loss") else part / share)
+            totals[name] = totals.get(name, 0.0) + part / (
+                denominator if name.startswith("loss") else share * denominator
+            )
         total.backward()
     return totals | (gap_metrics(torch.cat(gaps)) if gaps else {})
 
@@ -174,27 +162,29 @@ def gap_metrics(gap_N: Tensor) -> dict[str, float]:
 
 
 def update(
-    model: CausalModel,
+    model: Any,
     optimizer: MasterAdamW,
-    batches: Iterable[Batch],
-    loss: Loss,
-    forward: Forward = Forward(),
+    batches: Iterable[Any],
+    loss: Callable[[Any, Any], tuple[Tensor, Mapping[str, Tensor]]],
+    forward: Callable[[Any, Any], Any] = Forward(),
     *,
     learning_rate: float,
     max_grad_norm: float,
     step: int | None = None,
+    keys_of: Callable[[Any], Tensor] = packed_keys,
     gap_to: str | None = None,
     share: float = 1.0,
+    denominator: int = 1,
 ) -> dict[str, float]:
-    """One optimizer step over all micro-batches, as `accumulate`; of a `step` adapters have their dropout.
+    """One optimizer step over all micro-batches, as `accumulate`; of a `step` adapters have their dropout, by keys.
 
     Returns loss, metrics and the gradient norm before clipping. On RunError (a loss or gradient that is not finite)
     nothing has changed.
     """
     optimizer.zero_grad()
     try:
-        with dropping(model, batches, packed_keys, step) as prepared:
-            totals = accumulate(model, prepared, loss, forward, gap_to=gap_to, share=share)
+        with dropping(model, batches, keys_of, step) as prepared:
+            totals = accumulate(model, prepared, loss, forward, gap_to=gap_to, share=share, denominator=denominator)
         totals["grad_norm"] = optimizer.step(learning_rate, max_norm=max_grad_norm)
     except RunError:
         optimizer.zero_grad()

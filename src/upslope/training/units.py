@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from upslope.data.batching import collate, padded_from_flat, split_by_tokens
+from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
-from upslope.training.step import Forward, Loss, evaluating
+from upslope.training.step import Forward, Loss
 from upslope.types import Batch, Example
 
 __all__ = ["Unit", "after_tokens", "measure", "sequence_logps", "token_logps", "unit_batches", "weighted_mean"]
