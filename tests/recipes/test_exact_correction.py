@@ -27,7 +27,7 @@ def objective(name: str, x: Exact, learner: Any, weight_ST: Tensor) -> Tensor:
     """Of the batch that the other weights sampled, as the recipe without correction has it, each token weighted."""
     scores = x.of(REWARDS)
     if name == "ppo":
-        advantages = x.to_go(x.last(scores)) - x.values(learner.critic.head)[0].detach()
+        advantages = x.to_go(x.last(scores)) - x.values(learner.critic.network.head)[0].detach()
         return -x.token_mean(weight_ST * advantages * x.logp_ST)
     if name == "grpo":
         prompts = torch.tensor([key[0] for key in x.keys])

@@ -134,7 +134,7 @@ def test_every_pass_of_every_loss(name: str, beta: float, table_model: Path) -> 
             acted = max(acted, float((loss_ST - plain).abs().max().detach()))
             loss = aggregate(x, normalizer, loss_ST)
             if beta:
-                ref = exact(learner.reference)
+                ref = exact(learner.reference.model)
                 kl_ST = ratio * (x.logp_ST - ref.logp_ST.detach())
                 kl = aggregate(x, normalizer, kl_ST)
                 if place == 0 and normalizer == "token":  # over whole completions the sample's form is the exact one's
@@ -149,7 +149,7 @@ def test_kl_is_measured_per_completion(table_model: Path) -> None:
     learner = learner_of(GRPO, table_model, beta=0.3)
     taken, (metrics,) = stepped(learner, sampled(REWARDS))
     with before(learner, taken[0]) as (x, _):
-        kl = x.expected(((x.logp_ST - exact(learner.reference).logp_ST) * x.mask_ST).sum(1))
+        kl = x.expected(((x.logp_ST - exact(learner.reference.model).logp_ST) * x.mask_ST).sum(1))
         assert metrics["objective/kl"] == pytest.approx(float(kl.detach()))
 
 
@@ -215,7 +215,7 @@ def test_completions_without_advantage_stay_in_the_denominator(more: dict[str, A
             ratio, moving = (x.logp_ST - old).exp(), prompts_of(x) == 0
             loss_ST = clipped(ratio, advantages(x, "grpo", x.of(rewards)) * moving[:, None], 0.2, 0.2)
             if "beta" in more:
-                loss_ST = loss_ST + 0.3 * ratio * (x.logp_ST - exact(learner.reference).logp_ST.detach())
+                loss_ST = loss_ST + 0.3 * ratio * (x.logp_ST - exact(learner.reference.model).logp_ST.detach())
             if "entropy_coef" in more:
                 loss_ST = loss_ST - 0.7 * x.entropies()
             assert_gradient(one, x.token_mean(loss_ST), named)

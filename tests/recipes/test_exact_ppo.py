@@ -52,11 +52,11 @@ class First:
     def __init__(self, learner: Any, taken: Any, *, kl: float = 0.0, after: bool = False, scores: Any = None) -> None:
         o = learner.options
         with before(learner, taken) as (x, _):
-            self.old, (v, final_S) = x.logp_ST.detach(), x.values(learner.critic.head)
+            self.old, (v, final_S) = x.logp_ST.detach(), x.values(learner.critic.network.head)
             self.v = v.detach()
             r = x.last(x.of(REWARDS) if scores is None else scores(x))
             if kl:
-                r = r - kl * (self.old - exact(learner.reference).logp_ST.detach())
+                r = r - kl * (self.old - exact(learner.reference.model).logp_ST.detach())
             after_S = torch.where(x.cut_S, final_S.detach(), 0.0) if after else 0.0
             self.a = x.gae(r, self.v, gamma=o.gamma, lam=o.lam, after_S=after_S)
             self.target = self.a + self.v
@@ -65,7 +65,7 @@ class First:
 
 def value_loss(x: Exact, learner: Any, first: First, clip: float | None = None) -> Tensor:
     """Half the squared error; clipped: the larger one of it and of that of a value near the old one."""
-    v, _ = x.values(learner.critic.head)
+    v, _ = x.values(learner.critic.network.head)
     error = (v - first.target) ** 2
     if clip is not None:
         near = first.v + (v - first.v).clamp(-clip, clip)
@@ -128,15 +128,15 @@ def test_without_vf_coef_the_head_alone_learns_the_value_at_full_weight(table_mo
 
 def test_a_critic_apart_learns_the_same_targets_and_leaves_the_policy_alone(table_model: Path) -> None:
     learner = ppo(table_model, critic="separate", num_epochs=2, vf_coef=0.4, value_clip=0.01)
-    apart = watch(learner.critic_optimizer)
+    apart = watch(learner.critic.optimizer)
     taken, _ = stepped(learner, sampled(REWARDS))
     assert len(apart) == len(taken) == 2
     with critic_before(learner, apart[0]) as (c, named):
-        v = c.values(learner.critic.head)[0].detach()
+        v = c.values(learner.critic.network.head)[0].detach()
         a = c.gae(c.last(c.of(REWARDS)), v, gamma=1.0, lam=0.95)
     for one in apart:
         with critic_before(learner, one) as (c, named):
-            now = c.values(learner.critic.head)[0]
+            now = c.values(learner.critic.network.head)[0]
             near = v + (now - v).clamp(-0.01, 0.01)
             error = torch.maximum((now - a - v) ** 2, (near - a - v) ** 2)
             assert_gradient(one, c.token_mean(0.5 * error), named)
@@ -153,7 +153,7 @@ def test_kl_to_the_reference(placement: str, target: float | None, table_model: 
     taken, metrics = stepped(learner, sampled(REWARDS), steps=2)
     after = 0.3 * (1 + {None: 0.0, 1e-3: 0.2, 1e3: -0.2}[target] * 128 / 640)
     assert [m["objective/kl_coef"] for m in metrics] == pytest.approx([0.3, after])
-    ref = exact(learner.reference)
+    ref = exact(learner.reference.model)
     for coef, one in zip((0.3, after), taken, strict=True):
         first = First(learner, one, kl=coef if placement == "reward" else 0.0)
         with before(learner, one) as (x, named):
@@ -166,7 +166,7 @@ def test_kl_to_the_reference(placement: str, target: float | None, table_model: 
 def test_kl_in_the_loss_is_weighted_by_the_ratio_in_later_passes(table_model: Path) -> None:
     learner = ppo(table_model, kl_coef=0.3, kl_placement="loss", num_epochs=2, learning_rate=0.03)
     taken, _ = stepped(learner, sampled(REWARDS))
-    first, ref_ST = First(learner, taken[0]), exact(learner.reference).logp_ST.detach()
+    first, ref_ST = First(learner, taken[0]), exact(learner.reference.model).logp_ST.detach()
     with before(learner, taken[1]) as (x, named):
         ratio = (x.logp_ST - first.old).exp()
         loss_ST = surrogate(ratio, first.a) + 0.3 * ratio * (x.logp_ST - ref_ST)
@@ -209,7 +209,7 @@ def test_entropy_and_temperature(temperature: float, table_model: Path) -> None:
     learner = ppo(table_model, entropy_coef=0.7, temperature=temperature)
     taken, (metrics,) = stepped(learner, sampled(REWARDS))
     with before(learner, taken[0], temperature=temperature) as (x, named):
-        v = x.values(learner.critic.head)[0].detach()
+        v = x.values(learner.critic.network.head)[0].detach()
         a = x.gae(x.last(x.of(REWARDS)), v, gamma=1.0, lam=0.95)
         entropy = x.token_mean(x.entropies())
         assert metrics["policy/entropy"] == pytest.approx(float(entropy.detach()))
@@ -224,7 +224,7 @@ def test_completions_that_were_cut(truncated: str, table_model: Path) -> None:
     first = First(learner, taken[0], after=truncated == "bootstrap")
     with before(learner, taken[0]) as (x, named):
         counted = ~x.cut_S if truncated == "mask" else torch.ones(len(x.cut_S))
-        v = x.values(learner.critic.head)[0]
+        v = x.values(learner.critic.network.head)[0]
         loss_ST = -first.a * x.logp_ST + 0.4 * 0.5 * (v - first.target) ** 2
         assert_gradient(taken[0], x.token_mean(loss_ST, counted), named)
         left_out = 128 * float(x.expected(1.0 - counted.double()))
@@ -252,7 +252,7 @@ def test_minibatches_are_whole_prompts_each_with_its_own_denominator(table_model
     for one in taken:
         with before(learner, one) as (x, named):
             loss_ST = surrogate((x.logp_ST - first.old).exp(), first.a)
-            loss_ST = loss_ST + 0.4 * 0.5 * (x.values(learner.critic.head)[0] - first.target) ** 2
+            loss_ST = loss_ST + 0.4 * 0.5 * (x.values(learner.critic.network.head)[0] - first.target) ** 2
             for g in (0, 1):
                 counted = torch.tensor([key[0] == g for key in x.keys])
                 (head,) = torch.autograd.grad(
@@ -267,19 +267,19 @@ def test_minibatches_are_whole_prompts_each_with_its_own_denominator(table_model
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_value_pretraining_moves_the_critic_only(critic: str, table_model: Path) -> None:
     learner = ppo(table_model, critic=critic, value_pretraining_steps=1, vf_coef=0.4, lam=1.0)
-    apart = watch(learner.critic_optimizer) if critic == "separate" else []
+    apart = watch(learner.critic.optimizer) if critic == "separate" else []
     taken, _ = stepped(learner, sampled(REWARDS), steps=2)
     assert len(taken) == (2 if critic == "shared" else 1)
     assert len(apart) == (0 if critic == "shared" else 2)
     if critic == "separate":
         return
     with before(learner, taken[0]) as (x, named):
-        error = (x.values(learner.critic.head)[0] - x.to_go(x.last(x.of(REWARDS)))) ** 2
+        error = (x.values(learner.critic.network.head)[0] - x.to_go(x.last(x.of(REWARDS)))) ** 2
         assert_gradient(taken[0], x.token_mean(0.5 * error), {n: p for n, p in named.items() if n.startswith("critic")})
     for name, w in taken[0].weights.items():
         assert torch.equal(w, taken[1].weights[name]) != name.startswith("critic"), name
     with before(learner, taken[1]) as (x, named):
-        v = x.values(learner.critic.head)[0]
+        v = x.values(learner.critic.network.head)[0]
         returns = x.to_go(x.last(x.of(REWARDS)))
         loss_ST = -(returns - v).detach() * x.logp_ST + 0.4 * 0.5 * (v - returns) ** 2
         assert_gradient(taken[1], x.token_mean(loss_ST), named)
@@ -296,7 +296,7 @@ def test_vtrace_over_rollouts_of_other_weights(rho: float, c: float, truncated: 
         mu = x.logps(OTHER)
         ratio = (x.logp_ST.detach() - mu).exp()
         assert ratio[x.mask_ST].max() > 1.5
-        (v, final_S), r = x.values(learner.critic.head), x.last(x.of(REWARDS))
+        (v, final_S), r = x.values(learner.critic.network.head), x.last(x.of(REWARDS))
         after = torch.where(x.cut_S & (truncated == "bootstrap"), final_S, 0.0).tolist()
         vs, advantages = torch.zeros(r.shape), torch.zeros(r.shape)
         for s, n in enumerate(x.lengths_S.tolist()):
@@ -321,7 +321,7 @@ def test_the_critic_has_its_own_rate(table_model: Path) -> None:
     for critic in ("shared", "separate"):
         for given, expected in ((None, 0.01), (0.004, 0.004)):
             learner = ppo(table_model, learning_rate=0.001, critic_learning_rate=given, critic=critic)
-            head, policy = learner.critic.head.score.weight.data, learner.policy.model.lm_head.weight.data
+            head, policy = learner.critic.network.head.score.weight.data, learner.policy.model.lm_head.weight.data
             before_head, before_policy = head.clone(), policy.clone()
             stepped(learner, sampled(REWARDS))
             assert float((head - before_head).abs().max()) == pytest.approx(expected, rel=1e-4)
@@ -332,7 +332,7 @@ def test_the_reference_has_the_temperature(table_model: Path) -> None:
     learner = ppo(table_model, kl_coef=0.3, temperature=2.0)
     taken, (metrics,) = stepped(learner, sampled(REWARDS))
     with before(learner, taken[0], temperature=2.0) as (x, _):
-        kl_ST = x.logp_ST - exact(learner.reference, temperature=2.0).logp_ST
+        kl_ST = x.logp_ST - exact(learner.reference.model, temperature=2.0).logp_ST
         assert metrics["objective/kl"] == pytest.approx(float(x.expected((kl_ST * x.mask_ST).sum(1)).detach()))
 
 
@@ -354,7 +354,7 @@ def test_observed_tokens_are_passed_over(table_model: Path) -> None:
         own = torch.tensor(mask)
         logp = torch.log_softmax(before_each @ learner.policy.model.head_weight.T, -1)
         logp = logp[torch.arange(len(tokens)), torch.tensor(tokens)]
-        v = (before_each @ learner.critic.head.score.weight[0] + learner.critic.head.score.bias)[own]
+        v = (before_each @ learner.critic.network.head.score.weight[0] + learner.critic.network.head.score.bias)[own]
         r, next_v = torch.zeros(len(v)), torch.cat([v[1:], torch.zeros(1)]).detach()
         r[-1] = value
         delta = r + 0.9 * next_v - v.detach()

@@ -108,7 +108,7 @@ def test_kl_in_the_reward_is_subtracted_from_the_objective(table_model: Path) ->
     learner = learner_of(Reinforce, table_model, baseline="none", normalizer="constant", kl_coef=0.3)
     taken, (metrics,) = stepped(learner, sampled(REWARDS))
     with before(learner, taken[0]) as (x, named):
-        p, ref_ST = probabilities(x), exact(learner.reference).logp_ST.detach()
+        p, ref_ST = probabilities(x), exact(learner.reference.model).logp_ST.detach()
         kl = (p * (x.logp_ST - ref_ST).sum(1)).sum()
         measured = float(kl.detach())
         assert_gradient(taken[0], -((p * x.of(REWARDS)).sum() - 0.3 * kl) / LENGTH, named)
@@ -118,7 +118,7 @@ def test_kl_in_the_reward_is_subtracted_from_the_objective(table_model: Path) ->
 
 def test_the_reference_under_adapters_is_the_model_without_them(table_model: Path) -> None:
     learner = learner_of(Reinforce, table_model, baseline="none", kl_coef=0.3, lora_rank=2, rollout_correction="none")
-    assert learner.reference is None
+    assert learner.reference.model is None
     with learner.policy.as_reference() as model:
         ref_ST = exact(model).logp_ST.detach()
     for name, p in learner.policy.model.named_parameters():
@@ -143,11 +143,11 @@ def test_the_kl_coefficient_adapts_once_a_step_by_the_kl_of_whole_completions(ta
         assert [m["objective/kl_coef"] for m in metrics] == pytest.approx([0.3, expected])
         for one, coef in zip(taken, (0.3, expected), strict=True):
             with before(learner, one) as (x, named):
-                ref_ST = exact(learner.reference).logp_ST.detach()
+                ref_ST = exact(learner.reference.model).logp_ST.detach()
                 rewards = x.last(x.of(REWARDS)) - coef * (x.logp_ST - ref_ST).detach()
                 assert_gradient(one, -x.token_mean(x.to_go(rewards) * x.logp_ST), named)
     with before(learner, taken[0]) as (x, _):
-        kl = float(x.expected(((x.logp_ST - exact(learner.reference).logp_ST) * x.mask_ST).sum(1)).detach())
+        kl = float(x.expected(((x.logp_ST - exact(learner.reference.model).logp_ST) * x.mask_ST).sum(1)).detach())
     near = learner_of(Reinforce, table_model, kl_target=0.9 * kl, **common)
     _, metrics = stepped(near, sampled(REWARDS), steps=2)
     assert metrics[1]["objective/kl_coef"] == pytest.approx(0.3 * (1 + (1 / 0.9 - 1) * 128 / 640))
@@ -210,12 +210,12 @@ def test_actor_critic(critic: str, whiten: bool, truncated: str, table_model: Pa
     """GAE by its definition; V of the state after a completion that was cut, and of none that ended."""
     o: dict[str, Any] = {"critic": critic, "truncated": truncated, "whiten_advantages": whiten}
     learner = learner_of(Reinforce, table_model, baseline="learned", gamma=0.9, lam=0.6, vf_coef=0.3, **o)
-    apart = watch(learner.critic_optimizer) if critic == "separate" else []
+    apart = watch(learner.critic.optimizer) if critic == "separate" else []
     taken, _ = stepped(learner, sampled(REWARDS))
     with ExitStack() as stack:
         x, named = stack.enter_context(before(learner, taken[0]))
         c, its_own = stack.enter_context(critic_before(learner, apart[0])) if apart else (x, {})
-        v_ST, final_S = c.values(learner.critic.head)
+        v_ST, final_S = c.values(learner.critic.network.head)
         after = torch.where(x.cut_S, final_S, 0.0).detach() if truncated == "bootstrap" else 0.0
         a_ST = x.gae(x.last(x.of(REWARDS)), v_ST.detach(), gamma=0.9, lam=0.6, after_S=after)
         policy = -x.token_mean((x.whitened(a_ST) if whiten else a_ST) * x.logp_ST)
@@ -252,6 +252,6 @@ def test_the_greedy_reply_is_greedy(table_model: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(sampler_module, "collect", spy)
     learner = learner_of(Reinforce, table_model, baseline="greedy", temperature=2.0, num_generations=2)
     drawn = learner.sampler.draw(0)
-    ((prompts, params),) = asked
+    _, (prompts, params) = asked
     assert (params.temperature, params.n, params.max_tokens) == (0.0, 1, LENGTH)
     assert [g.prompt for g in drawn.groups] == prompts == [g.prompt for g in drawn.greedy]

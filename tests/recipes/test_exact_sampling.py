@@ -28,7 +28,7 @@ def test_a_step_samples_anew(table_model: Path) -> None:
 
     def tokens(step: int, round_: int, **options: Any) -> dict[Any, list[list[int]]]:
         learner = learner_of(GRPO, table_model, num_train_prompts=2, **options)
-        groups, _ = learner.sample(step, round_=round_)
+        groups, _ = learner.sampler.sample(step, round_=round_)
         return {g.prompt.key: [r.tokens for r in g.rollouts] for g in groups}
 
     first = tokens(0, 0)
@@ -46,7 +46,7 @@ def test_a_step_samples_anew(table_model: Path) -> None:
 def test_filters_act_on_the_rollouts(options: dict[str, Any], table_model: Path) -> None:
     def kinds(**more: Any) -> int:
         learner = learner_of(GRPO, table_model, **more)
-        groups, _ = learner.sample(0)
+        groups, _ = learner.sampler.sample(0)
         return max(len({str(r.tokens) for r in g.rollouts}) for g in groups)
 
     assert kinds() > 8
@@ -71,7 +71,7 @@ def test_rewards_are_computed_as_the_options_say(table_model: Path, monkeypatch:
     learner = learner_of(PPO, table_model, reward=("length:target=2",), reward_workers=1, reward_timeout=7.5)
     try:
         assert asked == [(("length:target=2",), 1, 7.5)]
-        groups, _ = learner.sample(0)
+        groups, _ = learner.sampler.sample(0)
         assert all(set(r.reward.parts) == {"length"} for g in groups for r in g.rollouts)
     finally:
         learner.close()
@@ -92,11 +92,11 @@ def test_evaluation_is_greedy_and_leaves_the_training_alone(table_model: Path, m
             assert learner.evaluate(0) is not None
             ((prompts, params),) = asked
             assert params.temperature == 0.0
-            assert prompts == learner.task.prompts("eval", 3, seed=0)
-            assert not {p.key for p in prompts} & {p.key for p in learner.train_prompts}
+            assert prompts == learner.sampler.task.prompts("eval", 3, seed=0)
+            assert not {p.key for p in prompts} & {p.key for p in learner.sampler.prompts}
             assert params.seed == learner.options.seed == 5
-            assert learner.train_prompts == learner.task.prompts("train", 4, seed=5)
-        groups, _ = learner.sample(0)
+            assert learner.sampler.prompts == learner.sampler.task.prompts("train", 4, seed=5)
+        groups, _ = learner.sampler.sample(0)
         tokens.append([r.tokens for g in groups for r in g.rollouts])
     assert tokens[0] == tokens[1]
 

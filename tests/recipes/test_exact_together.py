@@ -61,7 +61,7 @@ def test_the_correction_weighs_every_policy_loss_and_nothing_else(loss: str, tab
         GRPO, table_model, epsilon=0.01, epsilon_high=0.02, rollout_lag=1, rollout_correction_cap=1.3, **o
     )
     taken, _ = stepped(learner, sampled(REWARDS, table=OTHER))
-    ref_ST = exact(learner.reference).logp_ST.detach()
+    ref_ST = exact(learner.reference.model).logp_ST.detach()
     with before(learner, taken[0], table=OTHER) as (x, _):
         old, weight = x.logp_ST.detach(), x.importance(OTHER, "token", 1.3)
     for one in taken:
@@ -77,10 +77,10 @@ def test_everything_of_ppo_over_stale_rollouts(table_model: Path) -> None:
     o |= {"rollout_kl_coef": 0.6, "entropy_coef": 0.7, "rollout_correction_cap": 1.3, "lam": 0.6, "dual_clip": 1.5}
     learner = learner_of(PPO, table_model, rollout_lag=1, **o)
     taken, (metrics,) = stepped(learner, sampled(REWARDS, table=OTHER))
-    ref_ST, losses = exact(learner.reference).logp_ST.detach(), []
+    ref_ST, losses = exact(learner.reference.model).logp_ST.detach(), []
     for place, one in enumerate(taken):
         with before(learner, one, table=OTHER) as (x, named):
-            v = x.values(learner.critic.head)[0]
+            v = x.values(learner.critic.network.head)[0]
             if place == 0:
                 old, weight, target = x.logp_ST.detach(), x.importance(OTHER, "token", 1.3), v.detach()
                 a = x.gae(x.last(x.of(REWARDS)), v.detach(), gamma=1.0, lam=0.6)
@@ -165,7 +165,7 @@ def test_the_controller_counts_those_that_its_kl_was_measured_on(table_model: Pa
     stepped(learner, groups := some_failed())
     judged = sum(r.reward.value is not None for g in groups for r in g.rollouts)
     assert judged < 128
-    assert learner.kl.coef == pytest.approx(0.3 * (1 + 0.2 * judged / 640))
+    assert learner.reference.controller.coef == pytest.approx(0.3 * (1 + 0.2 * judged / 640))
 
 
 def test_the_moving_baseline_is_of_rewards_with_their_kl(table_model: Path) -> None:
@@ -174,7 +174,7 @@ def test_the_moving_baseline_is_of_rewards_with_their_kl(table_model: Path) -> N
     )
     taken, metrics = stepped(learner, sampled(REWARDS), steps=2)
     with before(learner, taken[0]) as (x, _):
-        kl_S = ((x.logp_ST - exact(learner.reference).logp_ST) * x.mask_ST).sum(1).detach()
+        kl_S = ((x.logp_ST - exact(learner.reference.model).logp_ST) * x.mask_ST).sum(1).detach()
         mean = x.expected(x.of(REWARDS) - 0.7 * x.cut_S - 0.3 * kl_S)
     assert [m["baseline"] for m in metrics] == pytest.approx([0.0, float(mean)])
 
@@ -192,8 +192,8 @@ def test_the_constant_is_the_budget_and_not_the_longest_completion(table_model: 
 def test_the_critic_decays_and_is_clipped_as_its_options_say(critic: str, table_model: Path) -> None:
     """Apart: its matrices decay and its own gradient is clipped. Shared: the head does neither by itself."""
     learner = learner_of(PPO, table_model, critic=critic, num_epochs=1, weight_decay=0.5, max_grad_norm=0.01)
-    optimizer = learner.critic_optimizer or learner.optimizer
-    head = learner.critic.head.score.weight
+    optimizer = learner.critic.optimizer or learner.optimizer
+    head = learner.critic.network.head.score.weight
     head.data[0, 7] = 3.0  # no state of the batch has this place: it has no gradient
     taken = watch(optimizer)
     _, (metrics,) = stepped(learner, sampled(REWARDS))
@@ -213,7 +213,7 @@ def test_the_critic_decays_and_is_clipped_as_its_options_say(critic: str, table_
 def test_a_critic_apart_follows_the_schedule(table_model: Path) -> None:
     o: dict[str, Any] = {"learning_rate": 0.04, "lr_scheduler_type": "linear", "max_steps": 4, "num_epochs": 1}
     learner = learner_of(PPO, table_model, critic="separate", **o)
-    apart = watch(learner.critic_optimizer)
+    apart = watch(learner.critic.optimizer)
     stepped(learner, sampled(REWARDS), steps=4)
     assert [one.learning_rate for one in apart] == pytest.approx([0.04, 0.03, 0.02, 0.01])
 
@@ -224,8 +224,8 @@ def test_a_narrow_critic_apart_starts_from_weights_as_they_were(tiny: Path) -> N
 
     options = PPOOptions(model=str(tiny), dtype="bfloat16", critic="separate", num_train_prompts=4, eval_samples=0)
     learner = PPO(options, load_policy(options))
-    stored, masters = load_weights(tiny, torch.float32), learner.critic_optimizer.weights()  # type: ignore[union-attr]
-    assert next(learner.critic.model.parameters()).dtype == torch.bfloat16  # type: ignore[union-attr]
+    stored, masters = load_weights(tiny, torch.float32), learner.critic.optimizer.weights()  # type: ignore[union-attr]
+    assert next(learner.critic.network.model.parameters()).dtype == torch.bfloat16  # type: ignore[union-attr]
     assert all(torch.equal(masters[f"critic.{name}"], w) for name, w in stored.items())
 
 
@@ -274,7 +274,7 @@ def test_what_a_step_says_of_itself(table_model: Path) -> None:
         assert m["rollout/max_logprob_diff"] == pytest.approx(float(gap[x.mask_ST].max()))
         assert m["rollout/mean_logprob_diff"] == pytest.approx(float((n_ST * gap).sum() / n_ST.sum()))
         assert m["objective/entropy"] == pytest.approx(-float((n_ST * x.logp_ST.detach()).sum() / n_ST.sum()))
-        v, final_S = (y.detach() for y in x.values(learner.critic.head))
+        v, final_S = (y.detach() for y in x.values(learner.critic.network.head))
         scores = x.last(x.of(REWARDS)) + 0.9 * x.last(torch.where(x.cut_S, final_S, 0.0))
         returns = x.to_go(scores, 0.9)
 

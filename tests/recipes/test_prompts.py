@@ -113,9 +113,9 @@ def test_the_cache_holds_the_longest_prompt_of_all(task: str, tmp_path: Path) ->
     (tmp_path / "long.py").write_text(TASK.replace("[400, 510, 600]", "[5000] * 3").replace("100 * ", "2 * "))
     o = options("grpo", roomy, task, tmp_path / "run", num_train_prompts=470, eval_samples=0)
     with closing(GRPO(o, load_policy(o))) as learner:
-        lengths = [len(prompt.text or "") for prompt in learner.train_prompts]
+        lengths = [len(prompt.text or "") for prompt in learner.sampler.prompts]
         assert lengths.index(5000) >= 100
-        long = encode_prompt(learner.policy.tokenizer, learner.train_prompts[lengths.index(5000)])
+        long = encode_prompt(learner.policy.tokenizer, learner.sampler.prompts[lengths.index(5000)])
         (answers,) = learner.engine.generate([long], SamplingParams(max_tokens=6, n=2))
         assert len(answers) == 2
 

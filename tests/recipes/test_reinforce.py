@@ -101,7 +101,7 @@ def test_a2c_is_reinforce_with_a_learned_baseline(
     weight = torch.randn(1, 32)
     found = []
     for learner in (a2c, plain):
-        learner.critic.head.score.weight.data = weight.double()
+        learner.critic.network.head.score.weight.data = weight.double()
         experience, _ = estimated(learner, crafted())
         found.append((experience.advantages, gradients(learner, experience, "token")))
     assert torch.equal(found[0][0], found[1][0])

@@ -92,7 +92,7 @@ def test_vtrace_on_policy_is_the_lambda_return(tiny: Path, task: str, tmp_path: 
             )
             learner = PPO(options, load_policy(options))
             torch.manual_seed(0)
-            torch.nn.init.normal_(learner.critic.head.score.weight)
+            torch.nn.init.normal_(learner.critic.network.head.score.weight)
             found[advantage], _ = estimated(learner, learner.sampler.next(0).groups)
         x, mask = found["vtrace"], found["vtrace"].mask_BT
         values, rewards = x.padded(x.values), torch.zeros(mask.shape)

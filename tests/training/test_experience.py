@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from upslope.errors import DataError
+from upslope.options import RLOptions
 from upslope.training.experience import Experience, group_rewards, shaped_rewards
 from upslope.training.step import Outputs
 from upslope.types import FinishReason, Prompt, Reward, Rollout, RolloutGroup
@@ -34,9 +35,9 @@ def test_what_was_not_judged_or_was_cut_is_left_out() -> None:
 def test_penalties_by_hand() -> None:
     """Missing EOS once per cut completion; the overlong points 0, -0.5 and -1 at lengths 2, 3 and 4 of 4."""
     x = Experience.of(groups())
-    missing, _ = shaped_rewards(x, missing_eos_penalty=0.5, overlong_buffer=0, max_completion_length=4)
+    missing, _ = shaped_rewards(x, RLOptions(missing_eos_penalty=0.5, overlong_buffer=0, max_completion_length=4))
     assert missing.tolist() == [1.0, -0.5, 0.5, 0.5]
-    overlong, _ = shaped_rewards(x, missing_eos_penalty=0.0, overlong_buffer=2, max_completion_length=4)
+    overlong, _ = shaped_rewards(x, RLOptions(missing_eos_penalty=0.0, overlong_buffer=2, max_completion_length=4))
     assert overlong.tolist() == [1.0, -1.0, 0.5, 0.0]
 
 
