@@ -253,10 +253,10 @@ def test_the_clock_of_a_template_is_the_runs_start(
 ) -> None:
     (tmp_path / "letter.py").write_text(TASK)
     task = f"{tmp_path / 'letter.py'}:Letter"
-    monkeypatch.setattr(session, "now", lambda: MORNING)
+    monkeypatch.setattr(launch, "now", lambda: MORNING)
     recipe(clocked, task, tmp_path / "whole", max_steps=4)
     recipe(clocked, task, tmp_path / "parts", max_steps=2)
-    monkeypatch.setattr(session, "now", lambda: NEXT_DAY)
+    monkeypatch.setattr(launch, "now", lambda: NEXT_DAY)
     recipe(clocked, task, tmp_path / "parts", max_steps=4, resume=True)
     recipe(clocked, task, tmp_path / "later", max_steps=4)
     whole, parts, later = (comparable(tmp_path / name) for name in ("whole", "parts", "later"))

@@ -19,7 +19,7 @@ from upslope.evaluation.classification import format_report
 from upslope.loop.encoder_objective import Objective
 from upslope.loop.kept import BEYOND, DataAccount, Split
 from upslope.loop.learner import Learner
-from upslope.loop.session import StepResult
+from upslope.loop.results import StepResult
 from upslope.models.encoder.items import (
     Input,
     ItemBatch,

@@ -17,8 +17,8 @@ from upslope.functional.supervised_losses import nll
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import NO_DATA
 from upslope.loop.plan import in_steps
+from upslope.loop.results import Evaluation, StepResult
 from upslope.loop.sampler import Sampler
-from upslope.loop.session import Evaluation, StepResult
 from upslope.loop.updater import Updater
 from upslope.options import RLOptions
 from upslope.rollout.judge import length_metrics, reward_metrics
@@ -163,7 +163,7 @@ class RolloutLearner(PolicyLearner):
     ) -> None:
         self.sampler = Sampler(options, policy, greedy=greedy)
         super().__init__(options, policy, self.sampler.order, extra=extra, parts=[self.sampler, *parts])
-        self.account, self.engine = self.sampler.account, self.sampler.engine
+        self.task, self.account, self.engine = self.sampler.task, self.sampler.account, self.sampler.engine
 
     def finish(
         self, step: int, groups: Sequence[RolloutGroup], x: Experience, metrics: dict[str, float], started: float

@@ -18,8 +18,8 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import mean_of
 from upslope.functional.advantages import has_signal
 from upslope.loop.prompts import ask
+from upslope.loop.results import Evaluation
 from upslope.loop.rollout_queue import RolloutQueue, Sampled
-from upslope.loop.session import Evaluation
 from upslope.models.decoder.activations import Activations
 from upslope.options import GRPOOptions, RLOptions
 from upslope.rollout.collect import collect
