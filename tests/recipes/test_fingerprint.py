@@ -29,7 +29,7 @@ import upslope.options as all_options
 from upslope.cli import main
 from upslope.config import hints_of
 from upslope.errors import ConfigError, RunError
-from upslope.loop import fingerprint, session
+from upslope.loop import fingerprint, launch
 from upslope.manifest import read_manifest, write_manifest
 from upslope.options import DistillOptions, DPOOptions, GRPOOptions, RunOptions, SFTOptions
 from upslope.recipes.distill_data import load_items
