@@ -34,7 +34,7 @@ from torch import Tensor
 from upslope.engine.sampling import draw, uniforms
 from upslope.loop.session import Evaluation, begin, train
 from upslope.models.encoder.network import Encoder
-from upslope.preview.encoder import finish
+from upslope.recipes.encoder_report import finish
 from upslope.types import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("in_float64")

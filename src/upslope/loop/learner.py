@@ -13,7 +13,7 @@ from upslope.build import Policy, make_optimizer
 from upslope.data.batching import PromptStream, collate, split_by_tokens
 from upslope.engine.engine import Engine
 from upslope.functional.supervised_losses import nll
-from upslope.loop.plan import in_steps
+from upslope.loop.steps import in_steps
 from upslope.runs.folder import Run
 from upslope.training.optim import Group
 from upslope.training.schedule import rate_at

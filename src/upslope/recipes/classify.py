@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,22 +39,21 @@ from upslope.loop.session import Evaluation, begin, train
 from upslope.models.encoder.network import Encoder, load_encoder
 from upslope.models.files.sources import resolve
 from upslope.options.encoder import ClassifyOptions
-from upslope.preview.encoder import finish
-from upslope.preview.encoder import show as show_encoder
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start, pads_of, scores
+from upslope.recipes.encoder_report import finish
 from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
 from upslope.runs.progress import told
 
-__all__ = ["Classifier", "Classify", "classify", "load_classifier", "show"]
+__all__ = ["Classifier", "Classify", "classify", "load_classifier", "make_learner"]
 
 
 NUMBER = ("score",)
 """The one label of a head that gives a number."""
 
 
-def show(options: ClassifyOptions) -> int:
-    """Print what the run would do."""
-    return show_encoder(options, _prepare(options, None)[0])
+def make_learner(options: ClassifyOptions, start: Start | None = None) -> AbstractContextManager[Classify]:
+    """What a run trains, in a `with`; a `start` already loaded is trained in place."""
+    return nullcontext(_prepare(options, start)[0])
 
 
 def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError, ModelError, RunError
 from upslope.evaluation.classification import format_report
 from upslope.loop.kept import DataAccount
-from upslope.loop.plan import in_steps
 from upslope.loop.session import StepResult
+from upslope.loop.steps import in_steps
 from upslope.models.encoder.network import Encoder, Kind, load_encoder
 from upslope.models.files.sources import resolve
 from upslope.models.lora_dropout import dropping, padded_keys

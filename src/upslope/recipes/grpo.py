@@ -41,18 +41,22 @@ from upslope.functional.policy_losses import (
 from upslope.loop.rollout_queue import Sampled
 from upslope.loop.session import begin, train
 from upslope.options import GRPOOptions
-from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.recipes.policy_gradient import PolicyGradient, means_of, ratio_metrics
 from upslope.training.experience import Experience, Normalizer, group_rewards, trainable
 from upslope.training.step import Outputs, score
 from upslope.types import Batch, RolloutGroup
 
-__all__ = ["GRPO", "grpo", "show"]
+__all__ = ["GRPO", "grpo", "make_learner"]
+
+
+def make_learner(options: GRPOOptions, policy: Policy | None = None) -> closing[GRPO]:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return closing(GRPO(options, policy or load_policy(options)))
 
 
 def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, closing(GRPO(options, policy or load_policy(options))) as learner:
+    with begin(options) as begun, make_learner(options, policy) as learner:
         return train("grpo", options, learner, begun)
 
 

@@ -34,19 +34,23 @@ from upslope.functional.supervised_losses import value_loss
 from upslope.loop.rollout_queue import Sampled
 from upslope.loop.session import begin, train
 from upslope.options import PPOOptions
-from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.recipes.actor_critic import ActorCritic
 from upslope.recipes.policy_gradient import means_of, ratio_metrics
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
 from upslope.types import Batch
 
-__all__ = ["PPO", "ppo", "show"]
+__all__ = ["PPO", "make_learner", "ppo"]
+
+
+def make_learner(options: PPOOptions, policy: Policy | None = None) -> closing[PPO]:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return closing(PPO(options, policy or load_policy(options)))
 
 
 def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, closing(PPO(options, policy or load_policy(options))) as learner:
+    with begin(options) as begun, make_learner(options, policy) as learner:
         return train("ppo", options, learner, begun)
 
 

@@ -32,19 +32,23 @@ from upslope.functional.returns import discounted_returns, gae
 from upslope.loop.rollout_queue import Sampled
 from upslope.loop.session import begin, train
 from upslope.options import ReinforceOptions
-from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.recipes.actor_critic import ActorCritic
 from upslope.rollout.collect import collect
 from upslope.training.experience import Experience
 from upslope.training.step import Outputs
 from upslope.types import Batch, Reward, RolloutGroup, SamplingParams
 
-__all__ = ["MovingBaseline", "Reinforce", "reinforce", "show"]
+__all__ = ["MovingBaseline", "Reinforce", "make_learner", "reinforce"]
+
+
+def make_learner(options: ReinforceOptions, policy: Policy | None = None) -> closing[Reinforce]:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return closing(Reinforce(options, policy or load_policy(options)))
 
 
 def reinforce(options: ReinforceOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, closing(Reinforce(options, policy or load_policy(options))) as learner:
+    with begin(options) as begun, make_learner(options, policy) as learner:
         return train("reinforce", options, learner, begun)
 
 

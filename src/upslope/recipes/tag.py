@@ -13,6 +13,7 @@ recipes/encoder.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from upslope.data.labels import (
@@ -30,18 +31,17 @@ from upslope.extras import require
 from upslope.loop.session import Evaluation, begin, train
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import TagOptions
-from upslope.preview.encoder import finish
-from upslope.preview.encoder import show as show_encoder
 from upslope.recipes.encoder import EncoderLearner, Input, Start, check_length, load_start
+from upslope.recipes.encoder_report import finish
 from upslope.recipes.encoder_rows import Data, Rows, account_of, rewards_of, tell_counts
 from upslope.runs.progress import counted
 
-__all__ = ["Tag", "show", "tag"]
+__all__ = ["Tag", "make_learner", "tag"]
 
 
-def show(options: TagOptions) -> int:
-    """Print what the run would do."""
-    return show_encoder(options, _prepare(options, None)[0])
+def make_learner(options: TagOptions, start: Start | None = None) -> AbstractContextManager[Tag]:
+    """What a run trains, in a `with`; a `start` already loaded is trained in place."""
+    return nullcontext(_prepare(options, start)[0])
 
 
 def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
