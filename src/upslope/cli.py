@@ -39,7 +39,7 @@ class Verb:
     words: str = ""
 
 
-TRAINING = "upslope.loop.session:run_verb"
+TRAINING = "upslope.commands.train:run"
 
 VERBS: dict[str, Verb] = {
     "demo": Verb("DemoOptions", "upslope.studies.demo:run", "the whole way on one task: base, then sft, then ppo"),

@@ -18,7 +18,7 @@ from upslope.functional.supervised_losses import divergence
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.weights import load as load_weights
 from upslope.options import DistillOptions
-from upslope.preview.imitation import show_imitation
+from upslope.preview.dry_run import run as dry_run
 from upslope.recipes.distill import Distill, distill
 from upslope.runs import Run
 from upslope.training.step import Forward, accumulate
@@ -249,7 +249,7 @@ def test_dry_run(
     tiny: Path, teacher: Path, rows: Path, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for change in ({"data": str(rows), "on_policy_fraction": 0.5}, {"task": task, "num_generations": 2}):
-        show_imitation(options(tiny, teacher, tmp_path / "run", json=True, **change))
+        dry_run(options(tiny, teacher, tmp_path / "run", json=True, **change))
         said = json.loads(capsys.readouterr().out)
         assert said["plan"]["optimizer_steps"] == 4
         assert said["prediction"]["step_seconds"] > 0

@@ -17,9 +17,9 @@ from test_exact_encoders import text_losses
 from torch import Tensor
 
 from upslope.loop.kept import DataAccount
-from upslope.loop.plan import plan_of
 from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
+from upslope.preview.plan import plan_of
 from upslope.training.checkpoint import list_checkpoints, resolve
 
 pytestmark = pytest.mark.usefixtures("in_float64")

@@ -20,7 +20,7 @@ from upslope.functional.policy_losses import reinforce
 from upslope.loop import fingerprint
 from upslope.models.files.weights import load as load_weights
 from upslope.options import ExpertOptions, GRPOOptions
-from upslope.preview.imitation import show_imitation
+from upslope.preview.dry_run import run as dry_run
 from upslope.recipes import expert as expert_module
 from upslope.recipes.expert import Expert, expert
 from upslope.recipes.expert_data import Candidate, row_of, select
@@ -387,7 +387,7 @@ def test_filtered_sampling_needs_no_correction(tiny: Path, task: str, tmp_path: 
 
 
 def test_dry_run(tiny: Path, task: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    show_imitation(options(tiny, task, tmp_path / "run", json=True, num_rounds=2, train_steps=7))
+    dry_run(options(tiny, task, tmp_path / "run", json=True, num_rounds=2, train_steps=7))
     said = json.loads(capsys.readouterr().out)
     assert said["plan"]["optimizer_steps"] == 14
     assert said["prediction"]["step_seconds"] > 0

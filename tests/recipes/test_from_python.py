@@ -20,10 +20,10 @@ from upslope.build import load_policy, make_optimizer
 from upslope.cli import main, parse
 from upslope.config import check, load
 from upslope.errors import ConfigError, DataError, ModelError, RunError
-from upslope.loop.plan import CLASSES
 from upslope.options import GRPOOptions, PPOOptions, SFTOptions
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import sft
+from upslope.recipes.verbs import CLASSES
 from upslope.rollout.workers import make_scorer
 from upslope.tasks.loading import load_task
 

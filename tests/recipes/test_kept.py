@@ -13,8 +13,8 @@ import pytest
 from encoder_kit import encoder_folder
 from preference_kit import labelled_rows, pair_rows, step_rows, write
 
+from upslope.commands.train import run as run_verb
 from upslope.errors import ConfigError, DataError
-from upslope.loop.session import run_verb
 from upslope.options import (
     ClassifyOptions,
     DistillOptions,

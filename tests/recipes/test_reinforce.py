@@ -18,7 +18,7 @@ from upslope.config import load as load_config
 from upslope.errors import ConfigError, DataError
 from upslope.loop import sampler as sampler_module
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
-from upslope.preview.dry_run import show_policy_gradient
+from upslope.preview.dry_run import run as dry_run
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import PPO
 from upslope.recipes.reinforce import MovingBaseline, Reinforce, reinforce
@@ -390,7 +390,7 @@ def test_dry_run_and_plan(tiny: Path, task: str, capsys: pytest.CaptureFixture[s
     options = ReinforceOptions(
         model=str(tiny), task=task, baseline="learned", num_train_prompts=40, eval_samples=9, json=True
     )
-    assert show_policy_gradient(options) == 0
+    assert dry_run(options) == 0
     said = json.loads(capsys.readouterr().out)
     assert any("critic is a head" in line for line in said["plan"]["words"])
     assert said["plan"]["optimizer_steps_per_step"] == 1

@@ -7,8 +7,9 @@ import json
 
 from upslope.config import load
 from upslope.errors import ConfigError
-from upslope.loop.plan import CLASSES, plan_of
 from upslope.options import DemoOptions, ExplainOptions
+from upslope.preview.plan import plan_of
+from upslope.recipes.verbs import CLASSES
 
 
 def run(options: ExplainOptions) -> int:

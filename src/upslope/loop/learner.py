@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ from upslope.engine.engine import Engine
 from upslope.functional.supervised_losses import nll
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import NO_DATA
-from upslope.loop.plan import in_steps
 from upslope.loop.results import Evaluation, StepResult
 from upslope.loop.sampler import Sampler
+from upslope.loop.steps import in_steps
 from upslope.loop.updater import Updater
 from upslope.options import RLOptions
 from upslope.rollout.judge import length_metrics, reward_metrics
@@ -73,6 +73,15 @@ class Learner:
         self.order = PromptStream(order, seed=options.seed) if isinstance(order, int) else order
         self.options, self.parts = in_steps(options, self.order.n), list(parts)
         self.run: Run | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what the learner started: at the end of its `with`."""
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments and the parts' tensors; the weights are in the model folder."""

@@ -34,12 +34,6 @@ class Asked:
     longest: int
     account: DataAccount
 
-    @property
-    def words(self) -> tuple[str, ...]:
-        """For the terminal."""
-        held_out = f"{len(self.held_out):,} held out; the longest: {self.longest} tokens."
-        return (f"{len(self.train):,} problems to train on and {held_out}",)
-
 
 def ask(options: RLOptions, policy: Policy, task: Task) -> Asked:
     """All the prompts that a run asks its task for. DataError: fewer exist, one cannot be encoded, or none fits."""

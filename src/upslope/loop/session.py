@@ -5,8 +5,6 @@ A recipe is a Learner (what it holds, and one step) inside `train`, the one trai
 
 from __future__ import annotations
 
-import importlib
-import json
 import os
 import shlex
 import sys
@@ -22,11 +20,10 @@ from torch import Tensor
 from upslope.config import OBJECT, dump
 from upslope.errors import RunError, UpslopeError
 from upslope.loop import fingerprint
-from upslope.loop.closing import closing_words, commands_of, measured, opening_words, told_when_stopped
+from upslope.loop.closing import commands_of, measured, opening_words, told_when_stopped
 from upslope.loop.last_words import last_words
 from upslope.loop.launch import Begun, begin, of_run, open_run, state_errors
 from upslope.loop.learner import Learner
-from upslope.loop.plan import CLASSES
 from upslope.loop.results import Evaluation, StepResult
 from upslope.options import RunOptions
 from upslope.runs.folder import HELD_OUT, Run
@@ -37,7 +34,7 @@ from upslope.training.optim import MasterAdamW
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
-__all__ = ["Begun", "Evaluation", "Learner", "StepResult", "begin", "conclude", "run_verb", "train"]
+__all__ = ["Begun", "Evaluation", "Learner", "StepResult", "begin", "train"]
 
 
 def train(verb: str, options: RunOptions, learner: Learner, begun: Begun) -> dict[str, Any]:
@@ -248,29 +245,6 @@ def _random_state_kept() -> Iterator[None]:
         yield
     finally:
         restore_random_state(*state)
-
-
-def exit_code(summary: Mapping[str, Any]) -> int:
-    """130 after Ctrl-C, else 0."""
-    return GracefulInterrupt.exit_code if summary["stopped"] == "interrupted" else 0
-
-
-def conclude(options: RunOptions, summary: Mapping[str, Any]) -> int:
-    """The end of a training verb: what came out, the summary on standard output for --json, and the exit code."""
-    print("\n".join(closing_words(summary)), file=sys.stderr)
-    if options.json:
-        print(json.dumps(summary))
-    return exit_code(summary)
-
-
-def run_verb(options: RunOptions) -> int:
-    """A training verb's exit code: of what `--dry-run` shows, else of the run. Its module has both by name."""
-    verb = next(name for name, kind in CLASSES.items() if type(options) is kind)
-    module = importlib.import_module(f"upslope.recipes.{verb}")
-    if options.dry_run:
-        with begin(options):
-            return module.show(options)
-    return conclude(options, getattr(module, verb)(options))
 
 
 def peak_memory_gb() -> float:

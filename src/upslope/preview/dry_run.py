@@ -1,311 +1,210 @@
 """`--dry-run`: look at data, mask, shapes, memory and time before a run is paid for.
 
-The data is really read and encoded, the model really loaded, and one small piece of the work really done; memory and
-time are extrapolated from that.
+The learner is made as the run makes it, for a step of a few rows or prompts; one such step is really made, and memory
+and time are extrapolated from it.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
+from math import ceil
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from upslope.build import Policy, load_critic, load_policy, make_engine
-from upslope.data.batching import collate
 from upslope.data.chat import encode_prompt
-from upslope.loop.kept import NO_DATA, DataAccount, within_context
-from upslope.loop.plan import Plan, plan_of
-from upslope.loop.prompts import Asked, ask
-from upslope.loop.sampler import room_for_activations, samples_exactly, scorer_of
-from upslope.loop.session import resident_memory_gb
-from upslope.models.attention.context import BLOCK, KVCache
-from upslope.models.decoder.activations import bytes_per_token
-from upslope.models.heads import ScalarHead
-from upslope.options import DistillOptions, GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
+from upslope.evaluation.accuracy import evaluate
+from upslope.loop.session import begin
+from upslope.options import DistillOptions, ExpertOptions, PretrainOptions, RLOptions, RunOptions, SFTOptions
+from upslope.preview.plan import plan_of
+from upslope.preview.probe import predict
 from upslope.preview.rows import mask_view, statistics
-from upslope.preview.task import Judged, check_held_out, judge_one
-from upslope.training.step import Forward
-from upslope.types import Completion, Example, SamplingParams
+from upslope.recipes.expert_data import groups_of_run
+from upslope.recipes.sft import held_out_groups
+from upslope.recipes.verbs import recipe_of, verb_of
+from upslope.types import Example, Reward
 
-__all__ = ["Prediction", "predict_policy_gradient", "predict_sft", "show_policy_gradient", "show_sft"]
+__all__ = ["run"]
 
+Items = list[list[Example]]
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """Peak memory of the process (1e9 bytes), seconds of one training step, and of the whole run without evaluation."""
-
-    memory_gb: float
-    step_seconds: float
-    run_seconds: float
+_LITTLE = {"batch_size": 4, "num_prompts": 4, "num_generations": 2, "train_steps": 1, "max_steps": 1}
+_LITTLE |= {"num_iterations": 1, "num_minibatches": 1, "value_pretraining_steps": 0, "rollout_lag": 1}
+"""The most that the small step has of what an option counts."""
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What a small piece of work cost: seconds per token forward and backward, kept bytes per token."""
-
-    train_seconds: float
-    forward_seconds: float
-    activation_bytes: float
-
-
-def probe(policy: Policy, examples: Sequence[Example], *, head: ScalarHead | None, budget: int) -> Probe:
-    """Time one forward and backward pass over a few real examples and count the bytes autograd keeps."""
-    chosen: list[Example] = []
-    for example in examples:
-        if chosen and sum(len(e.tokens) for e in chosen) + len(example.tokens) > min(budget, 512):
-            break
-        chosen.append(example)
-    batch = collate([Example(e.tokens, e.mask) for e in chosen], device=policy.model.device)
-    tokens = sum(batch.lengths)
-    with torch.no_grad():
-        Forward(head=head)(policy.model, batch)
-        started = time.perf_counter()
-        Forward(head=head)(policy.model, batch)
-        forward_seconds = time.perf_counter() - started
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
-        with counting_kept(policy.model) as kept:
-            out = Forward(head=head)(policy.model, batch)
-        loss = out.logp_N.sum() if "values_N" not in out else out.logp_N.sum() + out.values_N.sum()
-        loss.backward()
-        times.append(time.perf_counter() - started)
-        policy.model.zero_grad(set_to_none=True)
-        if head is not None:
-            head.zero_grad(set_to_none=True)
-    return Probe(min(times) / tokens, forward_seconds / tokens, sum(kept.values()) / tokens)
-
-
-@contextmanager
-def counting_kept(network: nn.Module) -> Iterator[dict[int, int]]:
-    """Gives the bytes, by storage, of what autograd keeps for the backward pass besides the network's parameters."""
-    kept: dict[int, int] = {}
-    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
-
-    def keep(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        yield kept
-
-
-def weight_bytes(policy: Policy) -> float:
-    """Bytes still to come for masters, gradients and moments of what is trained (the compute copy is loaded)."""
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    return trained * (4 + 8)
-
-
-def head_bytes(policy: Policy) -> float:
-    """The head's chunk: logits, their softmax and gradient, and the gradient of its weight in float32."""
-    spec = policy.model.spec
-    return 256 * spec.vocab_size * 14 + spec.vocab_size * spec.hidden_size * 6
-
-
-def update_memory_gb(policy: Policy, cost: Probe, tokens: float, *, more: float = 0.0) -> float:
-    """What this process has now, all that an update of micro-batches of `tokens` needs, and `more` bytes."""
-    needed = weight_bytes(policy) + head_bytes(policy) + tokens * cost.activation_bytes + more
-    return resident_memory_gb() + needed / 1e9
-
-
-def predict_sft(options: SFTOptions, policy: Policy, examples: Sequence[Example]) -> Prediction:
-    """Memory and time of an sft run, from a probe on its own examples."""
-    cost = probe(policy, examples, head=None, budget=options.micro_batch_tokens)
-    mean = sum(len(e.tokens) for e in examples) / len(examples)
-    per_step = mean * options.batch_size
-    plan = plan_of(options, examples=len(examples))
-    memory = update_memory_gb(policy, cost, min(options.micro_batch_tokens, per_step))
-    step = per_step * cost.train_seconds + update_seconds(policy)
-    return Prediction(memory, step, step * plan.optimizer_steps)
-
-
-def predict_policy_gradient(
-    options: RLOptions, policy: Policy, prompts: Sequence[Sequence[int]]
-) -> tuple[Prediction, list[list[Completion]]]:
-    """Memory and time of a ppo or grpo run, from a probe that samples a few completions and trains on them.
-
-    Also these completions, of the first prompts.
-    """
-    choice = _critic_choice(options)
-    critic = load_critic(policy, choice, options) if choice is not None else None
-    shared = critic.head if critic is not None and critic.model is None else None
-    loaded = resident_memory_gb()
-    rollout_seconds, sampled = probe_sampling(options, policy, prompts)
-    examples = sampled_examples(prompts, sampled)
-    longest = max(map(len, prompts)) + options.max_completion_length
-    plan = plan_of(options)
-    cost = probe(policy, examples, head=shared, budget=options.micro_batch_tokens)
-    prompt = sum(map(len, prompts)) / len(prompts)
-    completion = sum(len(c.tokens) for group in sampled for c in group) / len(examples)
-    # A prompt's tokens are computed once for all its completions.
-    per_step = options.num_prompts * prompt + plan.sequences_per_step * completion
-    kept = room_for_activations(options, policy, max(map(len, prompts)))
-    own = kept is None and (shared is not None or not samples_exactly(options, policy))
-    scoring = own + bool(_kl_weight(options)) + (critic is not None and critic.model is not None)
-    training = 1 + (critic is not None and critic.model is not None)
-    step = (
-        rollout_seconds
-        + per_step * (cost.forward_seconds * scoring + cost.train_seconds * training * plan.passes_per_sequence)
-        + update_seconds(policy) * plan.optimizer_steps_per_step * training
-    )
-    first = 1 / plan.optimizer_steps_per_step  # the share of the passes that starts from the sampler's activations
-    kept_bytes, activation_bytes = 0.0, cost.activation_bytes
-    if kept is not None:
-        each = bytes_per_token(kept.decoder.config, policy.model.dtype)
-        kept_bytes = min(kept.capacity, per_step) * each
-        step -= per_step * cost.forward_seconds * plan.passes_per_sequence * first
-        activation_bytes -= each if first == 1 else 0
-    # The engine sleeps while the weights are trained: the larger of the two counts.
-    copies = policy.model.spec.parameters * policy.model.dtype.itemsize
-    sampling = copies + cache_bytes(policy, plan, longest)
-    update = head_bytes(policy) + min(options.micro_batch_tokens, per_step) * max(0.0, activation_bytes)
-    weights = weight_bytes(policy) * training + _reference_bytes(policy, options)
-    memory = loaded + (weights + kept_bytes + max(sampling, update)) / 1e9
-    return Prediction(memory, step, step * options.max_steps), sampled
-
-
-def probe_sampling(
-    options: RLOptions | DistillOptions, policy: Policy, prompts: Sequence[Sequence[int]]
-) -> tuple[float, list[list[Completion]]]:
-    """Seconds to sample all of a step's (or an expert's round's) completions, and some of the first prompts."""
-    count, width = min(8, len(prompts)), min(options.num_generations, 4)
-    longest = max(map(len, prompts)) + options.max_completion_length
-    engine = make_engine(policy, sequences=count * width, longest=longest)
-    params = SamplingParams(
-        max_tokens=options.max_completion_length, n=width, temperature=options.temperature, seed=options.seed
-    )
-    with torch.no_grad():
-        engine.generate([list(p) for p in prompts[:2]], params)
-        started = time.perf_counter()
-        sampled = engine.generate([list(p) for p in prompts[:count]], params)
-        seconds = time.perf_counter() - started
-    share = options.on_policy_fraction if isinstance(options, DistillOptions) else 1.0
-    total = options.num_prompts * options.num_generations * share
-    # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
-    return seconds * (total / (count * width)) ** 0.75, sampled
-
-
-def sampled_examples(prompts: Sequence[Sequence[int]], sampled: Sequence[Sequence[Completion]]) -> list[Example]:
-    """The completions of the first prompts as training sequences."""
-    return [
-        Example([*p, *c.tokens], [False] * len(p) + [True] * len(c.tokens))
-        for p, group in zip(prompts, sampled, strict=False)
-        for c in group
-    ]
-
-
-def _critic_choice(options: RLOptions) -> str | None:
-    if isinstance(options, ReinforceOptions):
-        return options.critic if options.baseline == "learned" else None
-    return options.critic if isinstance(options, PPOOptions) else None
-
-
-def _kl_weight(options: RLOptions) -> float:
-    if isinstance(options, PPOOptions | ReinforceOptions):
-        return options.kl_coef
-    return options.beta if isinstance(options, GRPOOptions) else 0.0
-
-
-def _reference_bytes(policy: Policy, options: RLOptions) -> float:
-    loaded = _kl_weight(options) and not options.lora_rank
-    return policy.model.spec.parameters * policy.model.dtype.itemsize if loaded else 0.0
-
-
-def cache_bytes(policy: Policy, plan: Plan, longest: int) -> float:
-    """What the engine's cache takes while a step's sequences are sampled."""
-    blocks = min(plan.sequences_per_step, 256) * math.ceil((longest + 1) / BLOCK)
-    per_block = KVCache.bytes_per_block(policy.model.spec, policy.model.dtype)
-    return min(blocks * per_block, 1e9)
-
-
-def update_seconds(policy: Policy) -> float:
-    """Clipping, AdamW and the renewed copies move about 40 bytes per trained weight; measure the machine on a copy."""
-    trained = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
-    x = torch.ones(4_000_000)
-    started = time.perf_counter()
-    x.add_(1.0)
-    rate = 8 * x.numel() / (time.perf_counter() - started)
-    return 40 * trained / rate
-
-
-def show_sft(options: SFTOptions) -> int:
-    """Print what an sft run would do."""
-    from upslope.recipes.sft import load_examples
-    from upslope.tasks.loading import load_task
-
-    policy = load_policy(options)
-    task = load_task(options.task) if options.task else None
-    examples, rows, account = load_examples(within_context(options, policy), policy.tokenizer, task)
-    held = check_held_out(options, policy, task) if task is not None else None
-    held_out, account = len(rows if held is None else held.rows), account.and_held_out(held)
-    prediction = predict_sft(options, policy, examples)
-    print(statistics(examples), file=sys.stderr)
-    report(options, policy, examples[0], plan_of(options, examples=len(examples)), prediction, held_out, account)
-    return 0
-
-
-def show_policy_gradient(options: RLOptions) -> int:
-    """Print what a ppo or grpo run would do."""
-    from upslope.tasks.loading import load_task
-
-    policy = load_policy(options)
-    task = load_task(options.task)
-    with scorer_of(options, policy, task) as judge:
-        asked = ask(options, policy, task)
-        tokens = [encode_prompt(policy.tokenizer, prompt) for prompt in asked.train[: options.num_prompts]]
-        prediction, sampled = predict_policy_gradient(options, policy, tokens)
-        judged = judge_one(judge, asked.train[0], tokens[0], sampled[0])
-    example, held_out = Example(tokens[0], [False] * len(tokens[0])), len(asked.held_out)
-    plan = plan_of(options)
-    report(options, policy, example, plan, prediction, held_out, asked.account, asked=asked, judged=judged)
-    return 0
-
-
-def report(
-    options: RunOptions,
-    policy: Policy,
-    example: Example,
-    plan: Plan,
-    prediction: Prediction,
-    held_out: int,
-    account: DataAccount = NO_DATA,
-    *,
-    asked: Asked | None = None,
-    judged: Judged | None = None,
-) -> None:
-    """On standard output, in words or as JSON; `asked` and `judged` of a run that asks a task and judges replies."""
-    spec = policy.model.spec
+def run(options: RunOptions) -> int:
+    """Print what a run would do: on standard output, in words or as JSON. The run folder is left alone."""
+    verb, small = verb_of(options), little(options)
+    with begin(options), recipe_of(verb).make_learner(small) as learner:
+        items = _SHOWN.get(verb, _prompts)(learner)
+        judged = _judged(learner) if isinstance(options, RLOptions) else None
+        _check(options, learner)
+        prediction = predict(options, small, learner, items)
+    account, plan = learner.account, plan_of(options, examples=learner.order.n)
+    held_out = sum(split.rows for name, split in account.splits.items() if name in ("eval", "dev"))
+    model, tokenizer, facts = _model(learner)
     if options.json:
-        said: dict[str, Any] = {"prediction": asdict(prediction), "plan": asdict(plan), "model": asdict(spec)}
-        said |= {"held_out": held_out, "data": account.facts()}
-        said |= {"train_prompts": len(asked.train)} if asked is not None else {}
-        said |= {"judged": judged.as_json()} if judged is not None else {}
+        said: dict[str, Any] = {"prediction": asdict(prediction), "plan": asdict(plan), "model": facts}
+        said |= {"parameters": facts["parameters"], "held_out": held_out, "data": account.facts()}
+        said |= {"train_prompts": len(items), "judged": judged.as_json()} if judged is not None else {}
         print(json.dumps(said))
-        return
+        return 0
     from rich.console import Console
 
     console = Console()
-    console.print(mask_view(example, policy.tokenizer))
-    console.print(
-        f"model: {spec.parameters:,} parameters, {spec.num_layers} layers, width {spec.hidden_size}, "
-        f"{policy.model.dtype}".replace("torch.", "")
-    )
+    if any(any(example.mask) for example in items[0]):
+        print(statistics([*chain.from_iterable(items)]), file=sys.stderr)
+    console.print(mask_view(items[0][0], tokenizer))
+    console.print(model)
     held = f"{held_out:,} held-out sample{'s' * (held_out != 1)}" if held_out else "nothing: no rows are held out"
     for line in plan.words:
         console.print(f"- {line.replace(f'up to {options.eval_samples} samples', held)}")
-    for line in [*account.lines(), *(asked.words if asked else ()), *(judged.words if judged else ())]:
+    facts = account.facts() if account.further else {}
+    lines = [*(f"{name}: {value}" for name, value in facts.items()), *account.lines(), *_words(learner, items)]
+    for line in [*lines, *(judged.words if judged is not None else ())]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(
-        f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.1f} s per step, "
+        f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.2g} s per step, "
         f"{prediction.run_seconds / 60:.1f} min without evaluation."
     )
+    return 0
+
+
+def little(options: Any) -> Any:
+    """The options of a run of the same data and models whose first step is small, and meets no bad luck.
+
+    A few completions may all be cut off, or none be good enough to imitate: none of them is left out.
+    """
+    changes: dict[str, Any] = {n: min(most, getattr(options, n)) for n, most in _LITTLE.items() if hasattr(options, n)}
+    if hasattr(options, "num_epochs"):
+        changes["num_epochs"] = 1 if isinstance(options, RLOptions) else None
+    if isinstance(options, PretrainOptions):
+        changes["batch_size"] = min(options.batch_size, max(1, 512 // options.context_length))
+    if isinstance(options, DistillOptions) and options.on_policy_fraction:
+        changes["num_prompts"] = min(options.num_prompts, max(4, ceil(1 / options.on_policy_fraction)))
+    if getattr(options, "objective", None) == "minimum_risk":
+        changes["num_samples"] = min(options.num_samples, 4)
+    if getattr(options, "truncated", None) == "mask":
+        changes["truncated"] = "terminate"
+    if hasattr(options, "dynamic_sampling"):
+        changes["dynamic_sampling"] = False
+    if isinstance(options, ExpertOptions):
+        changes |= {"num_rounds": None, "from_run": None, "keep": "best", "threshold": None}
+    return replace(options, **changes)
+
+
+def _check(options: RunOptions, learner: Any) -> None:
+    """What the run will ask for later than its first step: rollouts of another run, the task's verdicts.
+
+    DataError, in place of the run's: the rollouts are not the model's, or there is no verdict.
+    """
+    if isinstance(options, ExpertOptions) and options.from_run is not None:
+        policy = learner.policy
+        groups_of_run(options.from_run, vocabulary=policy.model.spec.vocab_size, tokenizer=policy.tokenizer)
+    if isinstance(options, SFTOptions | DistillOptions) and options.task is not None and options.eval_samples:
+        samples = min(2, options.eval_samples)
+        evaluate(held_out_groups(learner.policy, learner.task, samples, options.max_completion_length))
+
+
+def _prompts(learner: Any) -> Items:
+    """Prompts as sequences of which nothing is trained on yet."""
+    return [[_asked(learner, prompt)] for prompt in learner.sampler.prompts]
+
+
+def _asked(learner: Any, prompt: Any, **more: Any) -> Example:
+    tokens = encode_prompt(learner.policy.tokenizer, prompt, **more)
+    return Example(tokens, [False] * len(tokens))
+
+
+def _windows(learner: Any) -> Items:
+    """A few windows of text; of an encoder with their hidden tokens as what is trained on."""
+    if hasattr(learner, "encoder"):
+        return [[_labelled(x)] for x in learner.inputs()]
+    o, texts = learner.options, learner.texts.train
+    windows = [texts.window(i, o.context_length) for i in range(min(learner.order.n, o.batch_size))]
+    return [[Example(tokens, [place > 0 for place in range(len(tokens))])] for tokens in windows]
+
+
+def _labelled(x: Any) -> Example:
+    """The tokens that carry a label are the trained ones (the first where the text carries it)."""
+    carrying = set(x.places or [0])
+    return Example(x.tokens, [i in carrying for i in range(len(x.tokens))])
+
+
+def _answered(learner: Any) -> Items:
+    """Given training sequences where there are some, else prompts."""
+    given = [[item.example] for item in learner.items if item.example is not None]
+    return given or [[_asked(learner, item.prompt, tools=item.tools)] for item in learner.items]
+
+
+_SHOWN: dict[str, Callable[[Any], Items]] = {
+    "pretrain": _windows,
+    "sft": lambda learner: [[example] for example in learner.train_examples],
+    "seq2seq": lambda learner: [[example] for example in learner.examples],
+    "distill": _answered,
+    **dict.fromkeys(("dpo", "reward"), lambda learner: [list(unit.examples) for unit in learner.units]),
+    **dict.fromkeys(("classify", "tag"), lambda learner: [[_labelled(x) for x in row] for row in learner.rows]),
+}
+"""What is shown of a verb's learner: its rows, each with its sequences (prompts where nothing is said)."""
+
+
+def _words(learner: Any, items: Items) -> list[str]:
+    """Further lines about the data."""
+    if hasattr(learner, "sampler"):
+        held_out = [_asked(learner, prompt) for prompt in learner.sampler.eval_prompts]
+        longest = max(len(example.tokens) for example in [*chain.from_iterable(items), *held_out])
+        return [f"{len(items):,} problems to train on and {len(held_out):,} held out; the longest: {longest} tokens."]
+    if hasattr(learner, "rows"):
+        return [f"labels of these items: {' '.join(map(learner.name_of, learner.rows[0][0].targets))}"]
+    return []
+
+
+def _model(learner: Any) -> tuple[str, Any, dict[str, Any]]:
+    """The network in words, its tokenizer, and its sizes."""
+    encoder = getattr(learner, "encoder", None)
+    if encoder is None:
+        model, tokenizer = learner.policy.model, learner.policy.tokenizer
+        spec, dtype = model.spec, str(model.dtype).removeprefix("torch.")
+        said = f"{spec.parameters:,} parameters, {spec.num_layers} layers, width {spec.hidden_size}, {dtype}"
+        return f"model: {said}", tokenizer, asdict(spec)
+    parameters, dtype = sum(p.numel() for p in encoder.parameters()), str(encoder.dtype).removeprefix("torch.")
+    facts = {"parameters": parameters, "vocab_size": len(learner.tokenizer)}
+    return f"model: {encoder.config.model_type}, {parameters:,} parameters, {dtype}", learner.tokenizer, facts
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """The judgement of real completions of one prompt: the first that was judged, and how many could not be."""
+
+    completion: str
+    reward: Reward
+    judged: int
+    errors: int
+    first_error: str
+    seconds: float
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """For the terminal."""
+        parts = ", ".join(f"{name} {value:.4g}" for name, value in self.reward.parts.items())
+        found = f"Reward of the completion {self.completion!r:.80}: {self.reward.value:.4g}" + (
+            f" ({parts})" if parts else ""
+        )
+        timed = f"{found}; {self.judged} judged in {self.seconds:.2f} s."
+        return (timed, f"{self.errors} of them could not be judged: {self.first_error}") if self.errors else (timed,)
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json."""
+        return {**asdict(self), "reward": self.reward.value, "parts": dict(self.reward.parts)}
+
+
+def _judged(learner: Any) -> _Judged:
+    """One prompt's completions, sampled and judged as the run will. DataError: not one of them could be."""
+    (group,), said = learner.sampler.sample(0, count=1)
+    known = next(r for r in group.rollouts if r.reward.value is not None)
+    errors = [r.reward.error or "not judged" for r in group.rollouts if r.reward.value is None]
+    rollouts = len(group.rollouts)
+    return _Judged(known.text, known.reward, rollouts, len(errors), "".join(errors[:1]), said["seconds/reward"])

@@ -36,19 +36,18 @@ from upslope.models.encoder.items import Input
 from upslope.models.encoder.labellers import Start, check_length, inputs_of, load_start
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import ClassifyOptions
-from upslope.preview.encoder import show as show_encoder
 from upslope.runs.progress import told
 
-__all__ = ["Classify", "classify", "show"]
+__all__ = ["Classify", "classify", "make_learner"]
 
 
 NUMBER = ("score",)
 """The one label of a head that gives a number."""
 
 
-def show(options: ClassifyOptions) -> int:
-    """Print what the run would do."""
-    return show_encoder(options, _prepare(options, None)[0])
+def make_learner(options: ClassifyOptions, start: Start | None = None) -> Classify:
+    """What a run trains, in a `with`; a `start` already loaded is trained in place."""
+    return _prepare(options, start)[0]
 
 
 def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[str, Any]:

@@ -42,7 +42,6 @@ from upslope.models.files.sources import resolve
 from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
-from upslope.preview.imitation import show_imitation as show
 from upslope.recipes.distill_data import Item, load_items, with_room
 from upslope.recipes.sft import held_out_groups
 from upslope.rollout.collect import sampling_keys
@@ -52,13 +51,17 @@ from upslope.tasks.loading import load_task
 from upslope.training.step import Forward, Outputs
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
 
-__all__ = ["Distill", "distill", "load_teacher", "show"]
+__all__ = ["Distill", "distill", "load_teacher", "make_learner"]
+
+
+def make_learner(options: DistillOptions, policy: Policy | None = None) -> Distill:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return Distill(options, policy or load_policy(options))
 
 
 def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun:
-        learner = Distill(options, policy or load_policy(options))
+    with begin(options) as begun, make_learner(options, policy) as learner:
         return train("distill", options, learner, begun)
 
 

@@ -37,21 +37,25 @@ from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.session import begin, train
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
-from upslope.recipes.preference import PreferenceLearner, read_rows, right_of, show_preference
+from upslope.recipes.preference import PreferenceLearner, read_rows, right_of
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches
 from upslope.types import Batch
 
-__all__ = ["DPO", "dpo", "show"]
+__all__ = ["DPO", "dpo", "make_learner"]
 
 REFERENCED = ("dpo", "ipo", "kto")
 
 
+def make_learner(options: DPOOptions, policy: Policy | None = None) -> DPO:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return DPO(options, policy or load_policy(options))
+
+
 def dpo(options: DPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place, and is its own reference."""
-    with begin(options) as begun:
-        learner = DPO(options, policy or load_policy(options))
+    with begin(options) as begun, make_learner(options, policy) as learner:
         return train("dpo", learner.options, learner, begun)
 
 
@@ -183,10 +187,3 @@ def load_rows(
 ) -> tuple[list[Pair] | list[Judged], list[Pair] | list[Judged], DataAccount]:
     """Training and held-out rows of the kind that the loss takes, and what became of every row."""
     return read_rows(options, tokenizer, judged_of if options.loss == "kto" else pairs_of)
-
-
-def show(options: DPOOptions) -> int:
-    policy = load_policy(options)
-    rows, held_out, account = load_rows(within_context(options, policy), policy.tokenizer)
-    scored = len(rows) if options.loss in REFERENCED else 0
-    return show_preference(options, policy, [unit_of(row) for row in rows], len(held_out), account, scored=scored)

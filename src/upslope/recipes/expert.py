@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -36,7 +35,6 @@ from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.learner import RolloutLearner, likelihood
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import ExpertOptions
-from upslope.preview.imitation import show_imitation as show
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.rollout.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
@@ -44,12 +42,17 @@ from upslope.training.schedule import rate_at
 from upslope.training.step import Outputs
 from upslope.types import Batch, Example, RolloutGroup
 
-__all__ = ["Expert", "expert", "show"]
+__all__ = ["Expert", "expert", "make_learner"]
+
+
+def make_learner(options: ExpertOptions, policy: Policy | None = None) -> Expert:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return Expert(options, policy or load_policy(options))
 
 
 def expert(options: ExpertOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, closing(Expert(options, policy or load_policy(options))) as learner:
+    with begin(options) as begun, make_learner(options, policy) as learner:
         return train("expert", learner.options, learner, begun)
 
 

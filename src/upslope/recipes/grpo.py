@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -36,18 +35,22 @@ from upslope.loop.reference import Reference
 from upslope.loop.scoring import score_before_update
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import GRPOOptions
-from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.training.experience import Experience, Normalizer, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
 from upslope.types import Batch
 
-__all__ = ["GRPO", "grpo", "show"]
+__all__ = ["GRPO", "grpo", "make_learner"]
+
+
+def make_learner(options: GRPOOptions, policy: Policy | None = None) -> GRPO:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return GRPO(options, policy or load_policy(options))
 
 
 def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, closing(GRPO(options, policy or load_policy(options))) as learner:
-        return train("grpo", options, learner, begun)
+    with begin(options) as begun, make_learner(options, policy) as learner:
+        return train("grpo", learner.options, learner, begun)
 
 
 class GRPO(RolloutLearner):

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -38,18 +37,22 @@ from upslope.loop.reference import Reference
 from upslope.loop.scoring import score_before_update
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import PPOOptions
-from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
 from upslope.types import Batch
 
-__all__ = ["PPO", "ppo", "show"]
+__all__ = ["PPO", "make_learner", "ppo"]
+
+
+def make_learner(options: PPOOptions, policy: Policy | None = None) -> PPO:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return PPO(options, policy or load_policy(options))
 
 
 def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, closing(PPO(options, policy or load_policy(options))) as learner:
-        return train("ppo", options, learner, begun)
+    with begin(options) as begun, make_learner(options, policy) as learner:
+        return train("ppo", learner.options, learner, begun)
 
 
 class PPO(RolloutLearner):

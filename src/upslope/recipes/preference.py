@@ -1,11 +1,10 @@
-"""What dpo and reward share: rows of answers as units, one update per step, held-out accuracy, checkpoints, dry run.
+"""What dpo and reward share: rows of answers as units, one update per step, held-out accuracy, checkpoints.
 
 The losses themselves are in the recipes' own files.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -21,17 +20,14 @@ from upslope.evaluation.preferences import share
 from upslope.loop.held_out import tell_plain
 from upslope.loop.kept import DataAccount, Kept, shared_out, too_long
 from upslope.loop.learner import PolicyLearner
-from upslope.loop.plan import plan_of
 from upslope.loop.session import Evaluation, StepResult
-from upslope.models.heads import ScalarHead
 from upslope.options.preference import PreferenceData
-from upslope.preview.dry_run import Prediction, probe, report, update_memory_gb, update_seconds
 from upslope.runs.progress import told
 from upslope.training.optim import Group
 from upslope.training.step import Forward, Loss
 from upslope.training.units import Unit, measure, unit_batches, weighted_mean
 
-__all__ = ["PreferenceLearner", "read_rows", "right_of", "show_preference"]
+__all__ = ["PreferenceLearner", "read_rows", "right_of"]
 
 Row = TypeVar("Row")
 
@@ -130,28 +126,3 @@ class PreferenceLearner(PolicyLearner):
 def right_of(margins_U: Tensor) -> Tensor:
     """1 where a judgement is right by its margin, 0 where it is wrong, and half at a tie. [U] -> [U]."""
     return (1 + margins_U.detach().sign()) / 2
-
-
-def show_preference(
-    options: PreferenceData,
-    policy: Policy,
-    units: Sequence[Unit],
-    held_out: int,
-    account: DataAccount,
-    *,
-    head: ScalarHead | None = None,
-    scored: int = 0,
-) -> int:
-    """`--dry-run`: one example with its mask, sizes, memory and time; `scored` units are read once beforehand."""
-    examples = [e for unit in units for e in unit.examples]
-    cost = probe(policy, examples, head=head, budget=options.micro_batch_tokens)
-    mean = sum(unit.tokens for unit in units) / len(units)
-    plan = plan_of(options, examples=len(units))
-    per_step = mean * options.batch_size
-    longest = max(unit.tokens for unit in units)
-    memory = update_memory_gb(policy, cost, min(max(options.micro_batch_tokens, longest), per_step))
-    step = per_step * cost.train_seconds + update_seconds(policy)
-    whole = step * plan.optimizer_steps + scored * mean * cost.forward_seconds
-    print(f"{len(units):,} rows, {sum(unit.tokens for unit in units):,} tokens", file=sys.stderr)
-    report(options, policy, examples[0], plan, Prediction(memory, step, whole), held_out, account)
-    return 0

@@ -14,11 +14,10 @@ held out: perplexity = exp(-sum_t logp_t / tokens) over overlapping windows, and
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +26,33 @@ from torch import Tensor
 from upslope.build import Policy
 from upslope.errors import DataError
 from upslope.loop.learner import PolicyLearner, likelihood, weighted
-from upslope.loop.plan import plan_of
 from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options.pretrain import PretrainOptions
-from upslope.preview.dry_run import predict_sft, report
-from upslope.preview.rows import statistics
-from upslope.recipes.pretrain_masked import MaskedPretrain, show_masked
+from upslope.recipes.pretrain_masked import MaskedPretrain
 from upslope.recipes.pretrain_start import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.training.step import Forward, Outputs, score
 from upslope.types import Batch, Example
 
-__all__ = ["Pretrain", "pretrain", "show"]
+__all__ = ["Pretrain", "make_learner", "pretrain"]
+
+
+@contextmanager
+def make_learner(options: PretrainOptions, policy: Policy | None = None) -> Iterator[Pretrain | MaskedPretrain]:
+    """What a run trains; a causal `policy` already loaded is trained in place, with its tokenizer."""
+    objective = "causal" if policy is not None else objective_of(options)
+    tokenizer = policy.tokenizer if policy is not None else start_tokenizer(options, objective)
+    if objective == "masked":
+        yield MaskedPretrain(options, start_encoder(options, tokenizer), tokenizer)
+        return
+    with tempfile.TemporaryDirectory(prefix="upslope-pretrain-") as folder:
+        texts = causal_texts(options, tokenizer)
+        yield Pretrain(options, policy or start_policy(options, tokenizer, Path(folder)), texts)
 
 
 def pretrain(options: PretrainOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a causal `policy` already loaded is trained in place, with its tokenizer."""
-    with begin(options) as begun, tempfile.TemporaryDirectory(prefix="upslope-pretrain-") as folder:
-        objective = "causal" if policy is not None else objective_of(options)
-        tokenizer = policy.tokenizer if policy is not None else start_tokenizer(options, objective)
-        if objective == "masked":
-            learner = MaskedPretrain(options, start_encoder(options, tokenizer), tokenizer)
-            return train("pretrain", learner.options, learner, begun)
-        texts = causal_texts(options, tokenizer)
-        causal = Pretrain(options, policy or start_policy(options, tokenizer, Path(folder)), texts)
-        return train("pretrain", causal.options, causal, begun)
+    with begin(options) as begun, make_learner(options, policy) as learner:
+        return train("pretrain", learner.options, learner, begun)
 
 
 def causal_texts(options: PretrainOptions, tokenizer: Any) -> Texts:
@@ -121,24 +123,3 @@ class Pretrain(PolicyLearner):
 
 def _example(window: list[int]) -> Example:
     return Example(window, [False] + [True] * (len(window) - 1))
-
-
-def show(options: PretrainOptions) -> int:
-    """Print what the run would do: the tokenizer really trained, the text encoded, one small piece of work done."""
-    objective = objective_of(options)
-    tokenizer = start_tokenizer(options, objective)
-    if objective == "masked":
-        return show_masked(options, start_encoder(options, tokenizer), tokenizer)
-    texts = causal_texts(options, tokenizer)
-    with tempfile.TemporaryDirectory(prefix="upslope-pretrain-") as folder:
-        policy = start_policy(options, tokenizer, Path(folder))
-        windows = texts.train.num_windows(options.context_length)
-        shown = [texts.train.window(i, options.context_length) for i in range(min(windows, options.batch_size))]
-        examples = [_example(w) for w in shown]
-        prediction = predict_sft(options, policy, examples)  # type: ignore[arg-type]
-        plan = plan_of(options, examples=windows)
-        prediction = replace(prediction, run_seconds=prediction.step_seconds * plan.optimizer_steps)
-        print(statistics(examples), file=sys.stderr)
-        held_out = sum(1 for _ in texts.held_out.strided(options.context_length, stride_of(options)))
-        report(options, policy, examples[0], plan, prediction, held_out, texts.account(windows, held_out))
-    return 0

@@ -10,11 +10,10 @@ which tokens are chosen depends on (seed, position in the data order), so every 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -25,8 +24,7 @@ from upslope.errors import DataError
 from upslope.functional.logprobs import log_softmax
 from upslope.functional.supervised_losses import nll
 from upslope.loop.encoder import EncoderLearner
-from upslope.loop.plan import plan_of
-from upslope.loop.session import Evaluation, StepResult, resident_memory_gb
+from upslope.loop.session import Evaluation, StepResult
 from upslope.models.encoder.items import Input, ItemBatch, item_logits
 from upslope.models.encoder.labellers import Start
 from upslope.models.encoder.network import Encoder
@@ -34,7 +32,7 @@ from upslope.models.modes import evaluating
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.pretrain_start import load_texts
 
-__all__ = ["MaskedPretrain", "show_masked"]
+__all__ = ["MaskedPretrain"]
 
 
 class MaskedPretrain(EncoderLearner):
@@ -126,38 +124,3 @@ def _hidden(windows: Iterable[tuple[int, list[int]]], masking: Masking) -> list[
     """Numbered windows with tokens hidden; one of special tokens alone has none to hide and is left out."""
     masked = [(window, *masking.apply(window, counter)) for counter, window in windows]
     return [Input(changed, [window[t] for t in places], places) for window, changed, places in masked if places]
-
-
-def show_masked(options: PretrainOptions, encoder: Encoder, tokenizer: Any) -> int:
-    """Print what a masked run would do, from one small piece of its work."""
-    learner = MaskedPretrain(options, encoder, tokenizer)
-    windows = learner.order.n
-    inputs = learner.inputs()
-    probe = inputs[: max(1, 512 // options.context_length)]
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
-        for batch in learner.batches(probe):
-            learner.loss(batch, item_logits(encoder, batch))[0].sum().backward()
-        times.append(time.perf_counter() - started)
-        learner.optimizer.zero_grad()
-    parameters = sum(p.numel() for p in encoder.parameters())
-    step = min(times) / sum(len(x.tokens) for x in probe) * sum(len(x.tokens) for x in inputs)
-    plan = plan_of(options, examples=windows)
-    prediction = {
-        "memory_gb": resident_memory_gb() + parameters * 8 / 1e9,
-        "step_seconds": step,
-        "run_seconds": step * plan.optimizer_steps,
-    }
-    if options.json:
-        model = {"parameters": parameters, "vocab_size": len(tokenizer)}
-        found = {"prediction": prediction, "plan": asdict(plan), "model": model, "held_out": len(learner.held_out)}
-        found["data"] = learner.account.facts()
-        print(json.dumps(found))
-        return 0
-    print(f"hidden: {tokenizer.decode(probe[0].tokens)}")
-    print(f"model: {parameters:,} parameters, {str(encoder.dtype).removeprefix('torch.')}")
-    for line in plan.words:
-        print(f"- {line}")
-    print(f"- Predicted: {step:.1f} s per step, {prediction['run_seconds'] / 60:.1f} min without evaluation.")
-    return 0

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from contextlib import closing
 from typing import Any
 
 import torch
@@ -37,18 +36,22 @@ from upslope.loop.rollout_queue import Sampled
 from upslope.loop.scoring import score_before_update
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import ReinforceOptions
-from upslope.preview.dry_run import show_policy_gradient as show
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
 from upslope.types import Batch
 
-__all__ = ["MovingBaseline", "Reinforce", "reinforce", "show"]
+__all__ = ["MovingBaseline", "Reinforce", "make_learner", "reinforce"]
+
+
+def make_learner(options: ReinforceOptions, policy: Policy | None = None) -> Reinforce:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return Reinforce(options, policy or load_policy(options))
 
 
 def reinforce(options: ReinforceOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, closing(Reinforce(options, policy or load_policy(options))) as learner:
-        return train("reinforce", options, learner, begun)
+    with begin(options) as begun, make_learner(options, policy) as learner:
+        return train("reinforce", learner.options, learner, begun)
 
 
 class MovingBaseline:

@@ -40,19 +40,23 @@ from upslope.models.files.reward_folder import (
 from upslope.models.files.weights import load as load_weights
 from upslope.models.heads import ScalarHead
 from upslope.options import RewardOptions
-from upslope.recipes.preference import PreferenceLearner, read_rows, right_of, show_preference
+from upslope.recipes.preference import PreferenceLearner, read_rows, right_of
 from upslope.training.optim import Group
 from upslope.training.step import Forward, Loss, Outputs
 from upslope.training.units import Unit, after_tokens
 from upslope.types import Batch, Example
 
-__all__ = ["RewardLearner", "reward", "show"]
+__all__ = ["RewardLearner", "make_learner", "reward"]
+
+
+def make_learner(options: RewardOptions, policy: Policy | None = None) -> RewardLearner:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return RewardLearner(options, policy or load_policy(options, trunk=True))
 
 
 def reward(options: RewardOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place, and becomes a reward model."""
-    with begin(options) as begun:
-        learner = RewardLearner(options, policy or load_policy(options, trunk=True))
+    with begin(options) as begun, make_learner(options, policy) as learner:
         return train("reward", learner.options, learner, begun)
 
 
@@ -191,10 +195,3 @@ def _solution(row: Solution) -> Unit:
 def _pad_token(policy: Policy) -> int | None:
     pad = policy.tokenizer.pad_token_id
     return None if pad is None or pad in policy.eos_token_ids else int(pad)
-
-
-def show(options: RewardOptions) -> int:
-    policy = load_policy(options, trunk=True)
-    check_can_be_saved(policy.model)
-    units, held_out, account = load_units(within_context(options, policy), policy.tokenizer)
-    return show_preference(options, policy, units, len(held_out), account, head=start_head(policy, options.seed))

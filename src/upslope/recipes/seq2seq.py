@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,29 @@ from upslope.build import Policy
 from upslope.loop.learner import likelihood
 from upslope.loop.session import StepResult, begin, train
 from upslope.options.seq2seq import Seq2SeqOptions
-from upslope.preview.seq2seq import show_seq2seq as show
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 from upslope.training.step import Forward, Outputs
 from upslope.types import Batch
 
-__all__ = ["MaximumLikelihood", "seq2seq", "show"]
+__all__ = ["MaximumLikelihood", "make_learner", "seq2seq"]
 
 
-def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, tempfile.TemporaryDirectory(prefix="upslope-seq2seq-") as folder:
+@contextmanager
+def make_learner(options: Seq2SeqOptions, policy: Policy | None = None) -> Iterator[PairLearner]:
+    """What a run trains; a `policy` already loaded is trained in place."""
+    with tempfile.TemporaryDirectory(prefix="upslope-seq2seq-") as folder:
         data = PairData.of(options)
         policy = policy or start_policy(options, data, Path(folder))
         kind = MinimumRisk if options.objective == "minimum_risk" else MaximumLikelihood
         with closing(kind(options, policy, data)) as learner:
-            return train("seq2seq", learner.options, learner, begun)
+            yield learner
+
+
+def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:
+    """Train and return the summary; a `policy` already loaded is trained in place."""
+    with begin(options) as begun, make_learner(options, policy) as learner:
+        return train("seq2seq", learner.options, learner, begun)
 
 
 class MaximumLikelihood(PairLearner):

@@ -28,7 +28,6 @@ from upslope.loop.learner import PolicyLearner, likelihood, weighted
 from upslope.loop.prompts import held_out_of
 from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
-from upslope.preview.dry_run import show_sft as show
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.progress import counted, told
@@ -37,13 +36,17 @@ from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.step import Forward, Outputs, score
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
 
-__all__ = ["SFT", "sft", "show"]
+__all__ = ["SFT", "make_learner", "sft"]
+
+
+def make_learner(options: SFTOptions, policy: Policy | None = None) -> SFT:
+    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
+    return SFT(options, policy or load_policy(options))
 
 
 def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun:
-        learner = SFT(options, policy or load_policy(options))
+    with begin(options) as begun, make_learner(options, policy) as learner:
         return train("sft", learner.options, learner, begun)
 
 

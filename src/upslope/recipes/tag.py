@@ -32,14 +32,13 @@ from upslope.loop.session import Evaluation, begin, train
 from upslope.models.encoder.labellers import Sentences, Start, check_length, cut_words, load_start, pieces_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import TagOptions
-from upslope.preview.encoder import show as show_encoder
 
-__all__ = ["Tag", "show", "tag"]
+__all__ = ["Tag", "make_learner", "tag"]
 
 
-def show(options: TagOptions) -> int:
-    """Print what the run would do."""
-    return show_encoder(options, _prepare(options, None)[0])
+def make_learner(options: TagOptions, start: Start | None = None) -> Tag:
+    """What a run trains, in a `with`; a `start` already loaded is trained in place."""
+    return _prepare(options, start)[0]
 
 
 def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:

@@ -8,7 +8,6 @@ confidence in its own replies is calibrated. What a recipe makes of its budget o
 from __future__ import annotations
 
 import gc
-import importlib
 import json
 import math
 import statistics
@@ -29,8 +28,9 @@ from upslope.evaluation.behaviour import calibration
 from upslope.evaluation.diversity import distinct_n, self_bleu
 from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap
 from upslope.loop.held_out import tell_task
-from upslope.loop.plan import CLASSES, plan_of
 from upslope.options import CompareOptions, RunOptions
+from upslope.preview.plan import plan_of
+from upslope.recipes.verbs import CLASSES, recipe_of
 from upslope.rollout.collect import collect
 from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
@@ -172,8 +172,7 @@ def _run_one(
     begun = (place / "config.toml").is_file()
     options = replace(entry.options, seed=seed, output_dir=str(place), resume=begun, json=False, dry_run=False)
     policy = load_policy(options)
-    train = getattr(importlib.import_module(f"upslope.recipes.{entry.verb}"), entry.verb)
-    summary = train(options, policy=policy)
+    summary = getattr(recipe_of(entry.verb), entry.verb)(options, policy=policy)
     if summary["stopped"] == "interrupted":
         return None
     measured = measure(policy, options, task, prompts, longest, shown=o.samples_shown)

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from upslope import options as kinds
+from upslope.loop.steps import in_steps
 from upslope.options import RLOptions, RunOptions
 
-__all__ = ["CLASSES", "Plan", "in_steps", "plan_of"]
-
-_NAMES = ("Pretrain", "SFT", "Reinforce", "PPO", "GRPO", "Seq2Seq")
-_NAMES += ("Expert", "Distill", "Reward", "DPO", "Classify", "Tag")
-CLASSES: dict[str, type[RunOptions]] = {name.lower(): getattr(kinds, f"{name}Options") for name in _NAMES}
-"""The options class of every training verb; configs/VERB_*.toml and `upslope explain VERB` go by it."""
+__all__ = ["Plan", "plan_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +28,6 @@ class Plan:
 def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
     """The plan of a training configuration; `examples` is the size of the supervised data where known."""
     return next(plan for kind, plan in _PLANS.items() if isinstance(options, kind))(options, examples)
-
-
-def in_steps(options: Any, items: int | None = None) -> Any:
-    """The options with max_steps in place of num_epochs (passes over `items`) or of an expert's num_rounds."""
-    if isinstance(options, kinds.ExpertOptions) and options.num_rounds is not None:
-        return replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
-    if items is None or isinstance(options, RLOptions) or getattr(options, "num_epochs", None) is None:
-        return options
-    steps = max(1, round(options.num_epochs * items / options.batch_size))
-    return replace(options, max_steps=steps, num_epochs=None)
 
 
 def _steps(o: Any, examples: int | None, words: list[str], items: str, whole: str = "the data") -> int:
