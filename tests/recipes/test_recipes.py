@@ -95,7 +95,7 @@ def test_ppo_runs_on_policy(variant: str, tiny: Path, task: str, tmp_path: Path)
     with Run.open(tmp_path / "run", read_only=True) as run:
         row = run.store.rollouts(split="train", limit=1)[0]
         stored = run.store.rollout(row.id)
-        assert {"values", "advantages", "returns", "trainer_logprobs"} <= set(stored.arrays)
+        assert {"values", "advantages", "returns", "old_logprobs"} <= set(stored.arrays)
         assert len(stored.arrays["values"]) == len(stored.arrays["tokens"])
 
 
