@@ -1,14 +1,15 @@
 """One frozen dataclass of options from TOML files and a command line, with errors that name file, line and key.
 
 A file is flat: `key = value`, keys in snake_case or kebab-case. Later sources win. In a file, as on the command
-line, the string "none" means no value for an option that may have none. Free of torch.
+line, the string "none" means no value for an option that may have none, and an option may have a second spelling.
+Free of torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import re
 import tomllib
@@ -17,7 +18,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from upslope.atomic import check_plain
 from upslope.errors import ConfigError
@@ -32,6 +33,9 @@ __all__ = [
     "from_text",
     "hints_of",
     "load",
+    "metadata_of",
+    "names_of",
+    "option",
     "read_toml",
     "suggestion",
 ]
@@ -51,6 +55,23 @@ class Options(Protocol):
 
 
 T = TypeVar("T", bound=Options)
+V = TypeVar("V")
+
+
+def option(default: V, low: float | None = None, high: float = math.inf, *, also: str = "") -> V:
+    """A field's default, the bounds that a number is checked against, and the option's other spelling.
+
+    Without `low` it has no bounds; from -inf to inf, whatever is finite. A subclass that gives the field another
+    default and says no more keeps both.
+    """
+    bounds = {} if low is None else {"bounds": (low, high)}
+    return cast(V, dataclasses.field(default=default, metadata=bounds | ({"also": also} if also else {})))
+
+
+def metadata_of(options: type[Options], name: str) -> Mapping[str, Any]:
+    """What `option` was told of the field: by the class itself, else by the nearest one that it is made from."""
+    fields = [vars(base).get("__dataclass_fields__", {}).get(name) for base in options.__mro__]
+    return next((field.metadata for field in fields if field is not None and field.metadata), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,13 +91,16 @@ def load(options: type[T], *paths: str | Path, overrides: Mapping[str, Any] | No
     settings: dict[str, Setting] = {}
     for path in paths:
         settings.update(read_toml(options, path))
-    hints = hints_of(options)
+    hints, names = hints_of(options), names_of(options)
+    given: dict[str, Setting] = {}
     for key, value in (overrides or {}).items():
-        name, where = key.replace("-", "_"), f"--{key.replace('_', '-')}"
-        if name not in hints:
-            raise ConfigError(f"unknown option {key!r}{suggestion(name, hints)}")
-        settings[name] = Setting(coerce(name, value, hints[name], where), where)
-    return build(options, settings)
+        name, where = names.get(key.replace("-", "_"), ""), f"--{key.replace('_', '-')}"
+        if not name:
+            raise ConfigError(f"unknown option {key!r}{suggestion(key.replace('-', '_'), names)}")
+        if name in given:
+            raise ConfigError(f"{where} and {given[name].where} are one option: give one of the two")
+        given[name] = Setting(coerce(name, value, hints[name], where), where)
+    return build(options, settings | given)
 
 
 def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
@@ -88,18 +112,15 @@ def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
         raise ConfigError(f"{path}: not valid TOML: values are nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number too long to convert
         raise ConfigError(_toml_message(path, text, str(error))) from None
-    hints = hints_of(options)
+    hints, names = hints_of(options), names_of(options)
     settings: dict[str, Setting] = {}
     for key, value in table.items():
         where = f"{path}:{_line_of(text, key)}"
-        name = key.replace("-", "_")
-        if name not in hints:
-            what = (
-                f"unknown section [{key}]: options are written flat"
-                if isinstance(value, dict)
-                else (f"unknown key {key!r}")
-            )
-            raise ConfigError(f"{where}: {what}{suggestion(meant(name, hints), hints)}")
+        name = names.get(key.replace("-", "_"), "")
+        if not name:
+            section = f"unknown section [{key}]: options are written flat"
+            what = section if isinstance(value, dict) else f"unknown key {key!r}"
+            raise ConfigError(f"{where}: {what}{suggestion(meant(key.replace('-', '_'), names), names)}")
         if name in LAUNCH and (Path(path).parent / "env.json").is_file():
             continue
         if name in settings:
@@ -122,9 +143,8 @@ def build(options: type[T], settings: Mapping[str, Setting]) -> T:
         raise ConfigError(f"missing: {flags}; give it on the command line or in the file of --config")
     try:
         made = options(**{name: setting.value for name, setting in settings.items()})
-        check = getattr(made, "validate", None)
-        if check is not None:
-            check()
+        if hasattr(made, "validate"):
+            made.validate()
     except ConfigError as error:
         raise ConfigError(_located(str(error), settings)) from None
     return made
@@ -175,6 +195,13 @@ def hints_of(options: type[Options]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(options)}
 
 
+def names_of(options: type[Options]) -> dict[str, str]:
+    """Every name that a file and the command line may call an option by, and the field that it means."""
+    fields = [field.name for field in dataclasses.fields(options)]
+    also = {metadata_of(options, name).get("also", name): name for name in fields}
+    return {name: name for name in fields} | also
+
+
 ELSEWHERE = {
     **{"lr": "learning_rate", "steps": "max_steps", "model_name": "model", "model_name_or_path": "model"},
     **dict.fromkeys(("bs", "train_batch_size", "per_device_train_batch_size"), "batch_size num_prompts"),
@@ -197,37 +224,20 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def coerce(name: str, value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint` asks for, or ConfigError. An integer serves as a float; nothing else is converted."""
+def coerce(name: str, value: Any, hint: Any, where: str, *, word: bool = False) -> Any:
+    """`value` as the type `hint` asks for, or ConfigError. An integer serves as a float; nothing else is converted.
+
+    With `word` the value is a word of the command line: text of a number, of true or false, of one element of a list.
+    """
     try:
-        return _coerce(value, hint)
+        return _coerce(value, hint, word)
     except _MismatchError as error:
         raise ConfigError(f"{where}: {name} must be {describe(hint)}, got {error.got}{error.hint}") from None
 
 
 def from_text(name: str, text: str, hint: Any, where: str) -> Any:
     """A word of the command line as the type `hint` asks for (one element of it, for a list), or ConfigError."""
-    try:
-        return _from_text(text, hint)
-    except _MismatchError as error:
-        raise ConfigError(f"{where}: {name} must be {describe(hint)}, got {error.got}{error.hint}") from None
-
-
-def _from_text(text: str, hint: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union) and not (type(None) in arguments and text.lower() == NONE):
-        for argument in arguments:
-            with contextlib.suppress(_MismatchError):
-                return _from_text(text, argument)
-        raise _MismatchError(text)
-    if origin in (tuple, list, Sequence):
-        return _from_text(text, arguments[0])
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            raise _MismatchError(text) from None
-    return _coerce(text, hint)
+    return coerce(name, text, hint, where, word=True)
 
 
 class _MismatchError(Exception):
@@ -237,24 +247,31 @@ class _MismatchError(Exception):
         self.hint = hint
 
 
-def _coerce(value: Any, hint: Any) -> Any:
+def _coerce(value: Any, hint: Any, word: bool) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _coerce_union(value, arguments)
+        return _coerce_union(value, arguments, word)
     if origin is Literal:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
         raise _MismatchError(value, suggestion(value, map(str, arguments)) if isinstance(value, str) else "")
     if origin in (tuple, list, Sequence):
+        if word:
+            return _coerce(value, arguments[0], word)
         if not isinstance(value, (list, tuple)):
             raise _MismatchError(value, "; also a single one in brackets, as in [f]" if isinstance(value, str) else "")
-        return tuple(_coerce(item, arguments[0]) for item in value)
+        return tuple(_coerce(item, arguments[0], word) for item in value)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise _MismatchError(value)
-        return {key: _coerce(item, arguments[1]) for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return _float_of(value)
+        return {key: _coerce(item, arguments[1], word) for key, item in value.items()}
+    if hint in (int, float) and (word or (hint is float and type(value) is int)):
+        try:
+            return hint(value)
+        except (ValueError, OverflowError):
+            raise _MismatchError(value) from None
+    if hint is bool and word:
+        value = {"true": True, "false": False}.get(value.lower(), value)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
@@ -262,25 +279,17 @@ def _coerce(value: Any, hint: Any) -> Any:
     raise _MismatchError(value)
 
 
-def _coerce_union(value: Any, arguments: tuple[Any, ...]) -> Any:
+def _coerce_union(value: Any, arguments: tuple[Any, ...], word: bool) -> Any:
     if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() == NONE)):
         return None
     hints = ""
     for argument in arguments:
-        if argument is type(None):
-            continue
         try:
-            return _coerce(value, argument)
+            if argument is not type(None):
+                return _coerce(value, argument, word)
         except _MismatchError as error:
             hints = hints or error.hint
     raise _MismatchError(value, hints)
-
-
-def _float_of(value: int) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise _MismatchError(value) from None
 
 
 NAMES = {
@@ -375,10 +384,7 @@ def _toml_value(name: str, value: Any) -> str:
     raise ConfigError(f"{name}: a {type(value).__name__} cannot be written to TOML")
 
 
-ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-
-
 def _toml_string(name: str, text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError(f"{name}: {text!r} is not text (a lone surrogate)")
-    return '"' + "".join(ESCAPES.get(c, f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c) for c in text) + '"'
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # what JSON escapes TOML escapes alike

@@ -5,38 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from upslope.config import option
 from upslope.errors import ConfigError
-from upslope.options.common import ColumnOptions, Dtype, check, column_names
+from upslope.options.common import ColumnOptions, DtypeOptions, JsonOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalOptions(ColumnOptions):
-    """Measure one or several models; every figure comes with a 95% interval and its n.
-
-    Name what to measure: --perplexity, --data with --metrics or --judge, --task, --rescore, --benchmark, --preferences,
-    --harness; several at once if you like. Several models give one table, with each one's paired difference to the
-    first.
-    """
-
-    models: tuple[str, ...] = ()
-    """What to measure, as in `upslope eval runs/a runs/b`: folders, runs, hub ids, .gguf files, the alias."""
-    hypotheses: tuple[str, ...] = ()
-    """Finished answers to --data in place of models: .txt with one a line, or rows with the key completion."""
+class PerplexityOptions(DtypeOptions):
+    """Perplexity."""
 
     perplexity: tuple[str, ...] = ()
     """Rows with the key text, or text files; file:, line: or wikitext: before a path says what a document is."""
-    context: int | None = None
-    """Tokens a window reads; left out: as many as the model has positions, at most 2048."""
-    stride: int | None = None
-    """New tokens each window predicts; left out: all of it (disjoint windows, as lm-evaluation-harness)."""
+    context: int | None = option(None, 1, also="context_length")
+    """Tokens a window reads; default: as many as the model has positions, at most 2048."""
+    stride: int | None = option(None, 1, also="eval_stride")
+    """New tokens each window predicts; default: all of it (disjoint windows, as lm-evaluation-harness)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(ColumnOptions):
+    """Answers to rows."""
 
     data: str | None = None
     """Rows to answer: prompt or messages, and completion, reference or references; a .txt of references to compare."""
     metrics: tuple[str, ...] = ()
-    """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer.
-
-    Left out: accuracy and macro_f1 of a classifier, the correlations of one of numbers, entity_f1 of a tagger.
-    """
+    """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer;
+    default: accuracy and macro_f1 of a classifier, the correlations of one of numbers, entity_f1 of a tagger."""
     language: str = "en"
     """Language of the references (zh, ja, ko, de, ...): chooses the tokenizer of BLEU, TER, ROUGE and error rates."""
     judge: str | None = None
@@ -44,39 +38,54 @@ class EvalOptions(ColumnOptions):
     samples: str | None = None
     """Write the answers to --data to this JSONL file, which --hypotheses reads; of several models to this folder."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions(DtypeOptions):
+    """Tasks."""
+
     task: tuple[str, ...] = ()
     """Held-out problems of tasks: gsm8k:eval_path=test.jsonl, chain_sum:min_terms=2,max_terms=2, my_task.py:MyTask."""
-    num_generations: int = 1
+    num_generations: int = option(1, 1)
     """Completions per problem of a task; above 1 gives pass@k for k = 1, 2, 4, ... up to it."""
-    max_completion_length: int = 256
+    max_completion_length: int = option(256, 1)
     """Longest answer in tokens."""
-    temperature: float | None = None
-    """Sampling temperature; left out: 0 (greedy) for one completion, 1 for several."""
+    temperature: float | None = option(None, 0, 100)
+    """Sampling temperature; default: 0 (greedy) for one completion, 1 for several."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
+    """Measure one or several models; every figure comes with a 95% interval and its n.
+
+    Name what to measure: --perplexity, --data with --metrics or --judge, --task, --rescore, --benchmark, --preferences,
+    --harness; several at once if you like. Several models give one table, with each one's paired difference to the
+    first.
+    """
+
+    FIRST = "models perplexity data metrics task benchmark limit output json"
+
+    models: tuple[str, ...] = option((), also="model")
+    """What to measure, as in `upslope eval runs/a runs/b`: folders, runs, hub ids, .gguf files, the alias."""
+    hypotheses: tuple[str, ...] = ()
+    """Finished answers to --data in place of models: .txt with one a line, or rows with the key completion."""
     rescore: str | None = None
     """N-best lists to put into the model's order: rows {reference, hypotheses: [{text, score}], source}."""
     length_normalized: bool = False
     """Rescoring divides a log-prob by its number of tokens."""
-    score_weight: float | Literal["tuned"] = 0.0
+    score_weight: float | Literal["tuned"] = option(0.0, 0)
     """Weight of the lists' own scores beside the log-prob; tuned: chosen on one half, measured on the other."""
-
     benchmark: tuple[str, ...] = ()
     """Tasks in GLUE or SuperGLUE form from files or a hub, each with its official metric."""
     preferences: tuple[str, ...] = ()
     """Rows {prompt, chosen, rejected}: how often a reward model puts chosen first."""
     harness: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, by name or as a file.yaml."""
-
-    limit: int | None = None
-    """At most so many documents, rows or problems of each; left out: all, but 200 of a task that generates problems."""
-    dtype: Dtype = "auto"
-    """Compute dtype; auto is bfloat16 where this processor is faster in it."""
+    limit: int | None = option(None, 1, also="eval_samples")
+    """At most so many documents, rows or problems of each; default: all, but 200 of a task that generates problems."""
     seed: int = 0
     """Of sampling, of drawn problems and of the bootstrap."""
     output: str | None = None
     """Write all figures as JSON to this file."""
-    json: bool = False
-    """Print all figures as one JSON object on standard output."""
 
     @property
     def sampling_temperature(self) -> float:
@@ -99,17 +108,7 @@ class EvalOptions(ColumnOptions):
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range, or options that do not go together."""
-        check(
-            self,
-            context=(1, None),
-            stride=(1, None),
-            num_generations=(1, None),
-            max_completion_length=(1, None),
-            temperature=(0, 100),
-            limit=(1, None),
-        )
-        if self.score_weight != "tuned":
-            check(self, score_weight=(0, None))
+        super().validate()
         if self.models and self.hypotheses:
             raise ConfigError("models and hypotheses are both given: measure models, or the answers in the files")
         if not self.models and not self.hypotheses:
@@ -118,7 +117,7 @@ class EvalOptions(ColumnOptions):
             raise ConfigError(
                 "say what to measure: --perplexity, --data, --task, --rescore, --benchmark, --preferences or --harness"
             )
-        if column_names(self.columns) and self.data is None and not self.preferences:
+        if self.columns and self.data is None and not self.preferences:
             raise ConfigError("columns is about the rows of data or preferences, which are not given")
         self._check_pairs()
 

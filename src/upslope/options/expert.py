@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import Literal
 
+from upslope.config import option
 from upslope.errors import ConfigError
-from upslope.options.common import RLOptions, check, column_names
+from upslope.options.common import ColumnOptions, RLOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExpertOptions(RLOptions):
+class ExpertOptions(RLOptions, ColumnOptions):
     """Expert iteration: sample, keep the good samples, imitate them, again (RAFT, ReST-EM, RFT)."""
 
-    num_rounds: int | None = None
+    FIRST = f"{RLOptions.FIRST} train_steps keep"
+
+    num_rounds: int | None = option(None, 1)
     """Rounds of sampling and imitation; when given it sets max_steps to num_rounds times train_steps."""
-    train_steps: int = 20
+    train_steps: int = option(20, 1)
     """Optimizer steps per round; a new round begins after them."""
     max_steps: int = 60
     """Stop after this many optimizer steps, of all rounds together."""
@@ -23,15 +27,15 @@ class ExpertOptions(RLOptions):
     """Prompts per round (P)."""
     num_generations: int = 8
     """Samples per prompt (K)."""
-    batch_size: int = 16
+    batch_size: int = option(16, 1)
     """Training sequences per optimizer step."""
     keep: Literal["threshold", "best", "top"] = "threshold"
     """threshold: samples that are good enough; best: the best sample of each prompt; top: the best of the round."""
-    threshold: float | None = None
-    """Least reward of a kept sample; left out with keep = threshold: the samples the task calls correct."""
-    keep_share: float = 0.25
+    threshold: float | None = option(None, -math.inf)
+    """Least reward of a kept sample; default with keep = threshold: the samples the task calls correct."""
+    keep_share: float = option(0.25, 1e-6, 1)
     """With keep = top: the share of the round's samples that is kept."""
-    max_per_prompt: int = 10
+    max_per_prompt: int = option(10, 1)
     """At most this many kept samples of one prompt, the best first."""
     dedupe: bool = True
     """Count equal replies to a prompt once, white space aside."""
@@ -44,45 +48,29 @@ class ExpertOptions(RLOptions):
     mix_data: str | None = None
     """Rows to train on besides the samples: a .jsonl/.csv/.parquet/.txt file or a hub id."""
     columns: tuple[str, ...] = ()
-    """What the columns of mix_data are, as in prompt=question completion=answer; left out: those names themselves."""
-    mix_ratio: float = 0.0
+    """What the columns of mix_data are, as in prompt=question completion=answer; default: those names themselves."""
+    mix_ratio: float = option(0.0, 0, 0.99)
     """Share of each batch taken from mix_data."""
-    max_length: int = 1024
+    max_length: int = option(1024, 2)
     """Longest row of mix_data in tokens; longer rows, and those beyond the context, are dropped and counted."""
     truncated: Literal["terminate", "bootstrap", "mask"] = "mask"
     """A completion cut by its budget: may be kept like any other (terminate), or never is (mask)."""
 
     @property
     def on_policy(self) -> bool:
-        """No: what is kept is imitated, whoever drew it."""
+        """No: what is kept is imitated, whoever drew it; so filtered sampling needs no importance weights."""
         return False
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range, or for options that imitation has no use for."""
-        # Filtered sampling needs no importance weights here: what is kept is imitated, whoever drew it.
-        RLOptions.validate(replace(self, top_k=0, top_p=1.0, min_p=0.0))
-        check(
-            self,
-            num_rounds=(1, None),
-            train_steps=(1, None),
-            batch_size=(1, None),
-            keep_share=(1e-6, 1),
-            max_per_prompt=(1, None),
-            mix_ratio=(0, 0.99),
-            max_length=(2, None),
-            top_k=(0, None),
-            top_p=(1e-6, 1),
-            min_p=(0, 1),
-        )
-        if self.threshold is not None:
-            check(self, threshold=(None, None))
+        super().validate()
         if (self.mix_data is None) != (self.mix_ratio == 0):
             raise ConfigError("mix_data and mix_ratio go together: name the rows and their share of a batch")
-        if column_names(self.columns) and self.mix_data is None:
+        if self.columns and self.mix_data is None:
             raise ConfigError("columns is about the rows of mix_data, which are not given")
         if self.truncated == "bootstrap":
             raise ConfigError("truncated = bootstrap needs a critic: use terminate or mask")
         if self.rollout_lag:
             raise ConfigError("rollout_lag: expert samples once per round and has no other lag; leave it at 0")
-        if self.rollout_correction != "auto" or self.rollout_correction_cap != 2.0:
+        if self.changed("rollout_correction") or self.changed("rollout_correction_cap"):
             raise ConfigError("expert imitates what it keeps: rollout_correction has no place in it, leave it out")

@@ -6,16 +6,18 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from upslope.config import option
 from upslope.errors import ConfigError
+from upslope.options.common import JsonOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportOptions:
+class ExportOptions(JsonOptions):
     """Write a model for use elsewhere: adapters merged, cast, in shards, with a model card; or as GGUF."""
 
     model: str = ""
     """What to export: a run folder, a checkpoint, a model folder, adapters, a hub id or a .gguf file."""
-    output: str | None = None
+    output: str | None = option(None, also="output_dir")
     """The new folder, or the new .gguf file."""
     format: Literal["hf", "gguf"] = "hf"
     """hf: a folder that transformers and vLLM load; gguf: one file for llama.cpp."""
@@ -28,18 +30,17 @@ class ExportOptions:
     pre_tokenizer: str | None = None
     """gguf: llama.cpp's name of the way the tokenizer cuts text, where it is not recognised."""
     name: str | None = None
-    """The model's name in its card; left out: that of the output."""
+    """The model's name in its card; default: that of the output."""
     license: str | None = None
-    """The model's licence in its card, such as apache-2.0; left out: the base model's, where its folder says it."""
+    """The model's licence in its card, such as apache-2.0; default: the base model's, where its folder says it."""
     verify: bool = False
     """Load what was written with the program it is for and compare; beyond the bound nothing is written."""
     overwrite: bool = False
     """Replace an output that exists."""
-    json: bool = False
-    """Print what was written and compared as one JSON object on standard output."""
 
     def validate(self) -> None:
         """Raise ConfigError for a combination that cannot be written."""
+        super().validate()
         if not self.model:
             raise ConfigError("model is missing: name what to export, as in upslope export runs/a --output DIR")
         if self.output is None:

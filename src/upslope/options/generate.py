@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from upslope.config import option
 from upslope.errors import ConfigError
-from upslope.options.common import Dtype, check, column_names
+from upslope.options.common import ColumnOptions, DtypeOptions, FilterOptions, JsonOptions
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodingOptions:
-    """How tokens are drawn, shared by the verbs that print what a model says."""
+class EngineOptions(DtypeOptions):
+    """Model."""
 
     model: str = "smollm2-135m"
     """A model folder, a run folder, adapters, a hub id, a .gguf file, or the alias smollm2-135m."""
-    dtype: Dtype = "auto"
-    """Compute dtype; auto is bfloat16 where this processor is faster in it."""
-    kv_cache_gb: float = 1.0
+    kv_cache_gb: float = option(1.0, 1e-3)
     """GiB that keys and values may take; what does not fit waits its turn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingOptions(EngineOptions, FilterOptions):
+    """Sampling."""
+
+    FIRST = "model system max_tokens temperature top_p seed"
+
     system: str | None = None
     """A system turn before the conversation."""
-    max_tokens: int = 256
+    max_tokens: int = option(256, 1, also="max_completion_length")
     """Tokens a reply may have."""
-    temperature: float = 0.7
+    temperature: float = option(0.7, 0)
     """0 is greedy."""
-    top_k: int = 0
-    """Draw from the k most probable tokens; 0 from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities add up to this."""
-    min_p: float = 0.0
-    """Draw from tokens at least this times as probable as the most probable one."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = option(1.0, 1e-3)
     """Above 1: tokens that occurred become less likely."""
     stop: tuple[str, ...] = ()
     """Texts at which a reply ends."""
@@ -39,32 +41,25 @@ class DecodingOptions:
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range."""
-        check(
-            self,
-            kv_cache_gb=(1e-3, None),
-            max_tokens=(1, None),
-            temperature=(0, None),
-            top_k=(0, None),
-            top_p=(1e-6, 1),
-            min_p=(0, 1),
-            repetition_penalty=(1e-3, None),
-        )
+        super().validate()
         if "" in self.stop:
             raise ConfigError("stop holds an empty text, which every reply contains: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions(DecodingOptions):
+class GenerateOptions(DecodingOptions, ColumnOptions, JsonOptions):
     """Complete one prompt, or a file of prompts to JSONL that `upslope sft` reads; standard output is replies alone."""
 
+    FIRST = "model prompt prompts output max_tokens temperature num_return_sequences system json"
+
     prompt: str | None = None
-    """The prompt, a user turn where the model has a chat template; left out: --prompts, else standard input."""
+    """The prompt, a user turn where the model has a chat template; default: --prompts, else standard input."""
     prompts: str | None = None
     """A file of prompts: rows with prompt, messages or text in .jsonl, .json, .csv, .parquet, or lines of a .txt."""
     columns: tuple[str, ...] = ()
-    """What the columns of --prompts are, as in prompt=question; left out: those names themselves."""
+    """What the columns of --prompts are, as in prompt=question; default: those names themselves."""
     output: str | None = None
-    """Where the replies go as JSONL, one row per prompt in the order of the input; left out: standard output."""
+    """Where the replies go as JSONL, one row per prompt in the order of the input; default: standard output."""
     resume: bool = False
     """Go on with --output where a run was stopped or killed; rows that are in it are not made again."""
     raw: bool = False
@@ -72,16 +67,16 @@ class GenerateOptions(DecodingOptions):
     stream: bool = False
     """Print the reply while it comes, also where standard output is no terminal."""
     temperature: float | None = None
-    """0 is greedy; left out: 0.7, in beam search 1."""
-    num_return_sequences: int = 1
+    """0 is greedy; default: 0.7, in beam search 1."""
+    num_return_sequences: int = option(1, 1, also="num_generations")
     """Replies per prompt; in beam search the best ones."""
-    num_beams: int = 1
+    num_beams: int = option(1, 1, also="beam_width")
     """Above 1: beam search of this width instead of drawing."""
-    length_penalty: float = 1.0
+    length_penalty: float = option(1.0, -math.inf)
     """Beams are ranked by their log-prob divided by length ** this: above 0 helps long replies."""
-    logprobs: int | None = None
+    logprobs: int | None = option(None, 0)
     """JSON: the tokens of each reply with their log-probs at this temperature, and so many alternatives per token."""
-    max_batch: int = 64
+    max_batch: int = option(64, 1)
     """Sequences decoded together; changes speed, not the replies."""
     json: bool = False
     """Print one JSON object instead of the text of a single prompt's reply."""
@@ -95,18 +90,10 @@ class GenerateOptions(DecodingOptions):
 
     def validate(self) -> None:
         """Raise ConfigError for a value out of range, or options that exclude each other."""
-        DecodingOptions.validate(self)
-        check(
-            self,
-            num_return_sequences=(1, None),
-            num_beams=(1, None),
-            length_penalty=(None, None),
-            logprobs=(0, None),
-            max_batch=(1, None),
-        )
+        super().validate()
         if self.prompt is not None and self.prompts is not None:
             raise ConfigError("prompt and prompts are both given: one text, or a file of them")
-        if column_names(self.columns) and self.prompts is None:
+        if self.columns and self.prompts is None:
             raise ConfigError("columns is about the rows of prompts, which are not given")
         if self.resume and (self.prompts is None or self.output is None):
             raise ConfigError("resume goes on with a file of prompts: give prompts and output, too")
