@@ -204,10 +204,10 @@ def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[di
         if at_value():
             raise ConfigError(f"Unrecognized options: {queue[0]}; see upslope {name} --help")
         flag, equals, value = queue.pop(0).partition("=")
-        if flag in {"-h", "--help"}:
+        key = {"-c": "config", "-h": "help"}.get(flag, flag[2:].replace("-", "_"))
+        if key == "help":
             helping = True
             continue
-        key = flag.lstrip("-").replace("-", "_")
         if flag == "-c" or (key == "config" and "config" not in names):
             if not equals and not queue:
                 raise ConfigError(f"{flag} wants the path of a TOML file")
@@ -223,7 +223,7 @@ def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[di
         field, where = names[key], f"--{_kebab(key)}"
         hint, before = hints[field], given.get(field)
         if before is not None and before.where != where:
-            raise ConfigError(f"{where} and {before.where} are one option: give one of the two")
+            raise ConfigError(f"{where}: {flag!r} is given twice, also at {before.where}")
         parts = ["false"] if off else [value] if equals else []
         several = get_origin(hint) is tuple
         while at_value() and (several or not parts):

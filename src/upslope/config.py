@@ -15,7 +15,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
@@ -58,20 +58,24 @@ T = TypeVar("T", bound=Options)
 V = TypeVar("V")
 
 
-def option(default: V, low: float | None = None, high: float = math.inf, *, also: str = "") -> V:
-    """A field's default, the bounds that a number is checked against, and the option's other spelling.
+def option(default: V, low: float | None = None, high: float = math.inf, *, also: str = "", needs: str = "") -> V:
+    """A field's default, and what is said of it where it stands; a subclass that gives another default keeps the rest.
 
-    Without `low` it has no bounds; from -inf to inf, whatever is finite. A subclass that gives the field another
-    default and says no more keeps both.
+    low, high: the bounds of a number; without `low` none, from -inf to inf whatever is finite. also: another spelling.
+    needs: the option without which it would do nothing ("data"), or the values of one ("loss=dpo,ipo"): there it must
+    be left at its default.
     """
-    bounds = {} if low is None else {"bounds": (low, high)}
-    return cast(V, dataclasses.field(default=default, metadata=bounds | ({"also": also} if also else {})))
+    said = {"bounds": None if low is None else (low, high), "also": also, "needs": needs}
+    return cast(V, dataclasses.field(default=default, metadata={key: value for key, value in said.items() if value}))
 
 
-def metadata_of(options: type[Options], name: str) -> Mapping[str, Any]:
-    """What `option` was told of the field: by the class itself, else by the nearest one that it is made from."""
-    fields = [vars(base).get("__dataclass_fields__", {}).get(name) for base in options.__mro__]
-    return next((field.metadata for field in fields if field is not None and field.metadata), {})
+def metadata_of(options: type[Options], name: str) -> dict[str, Any]:
+    """What `option` was told of a field in the class and in those that it is made from; the nearest wins."""
+    said: dict[str, Any] = {}
+    for base in reversed(options.__mro__):
+        if name in vars(base).get("__dataclass_fields__", {}):
+            said |= vars(base)["__dataclass_fields__"][name].metadata
+    return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +94,9 @@ def load(options: type[T], *paths: str | Path, overrides: Mapping[str, Any] | No
     """
     settings: dict[str, Setting] = {}
     for path in paths:
-        settings.update(read_toml(options, path))
-    hints, names = hints_of(options), names_of(options)
-    given: dict[str, Setting] = {}
-    for key, value in (overrides or {}).items():
-        name, where = names.get(key.replace("-", "_"), ""), f"--{key.replace('_', '-')}"
-        if not name:
-            raise ConfigError(f"unknown option {key!r}{suggestion(key.replace('-', '_'), names)}")
-        if name in given:
-            raise ConfigError(f"{where} and {given[name].where} are one option: give one of the two")
-        given[name] = Setting(coerce(name, value, hints[name], where), where)
-    return build(options, settings | given)
+        settings |= read_toml(options, path)
+    settings |= _settings(options, "option", overrides or {}, lambda key: f"--{key.replace('_', '-')}")
+    return build(options, settings)
 
 
 def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
@@ -112,17 +108,23 @@ def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
         raise ConfigError(f"{path}: not valid TOML: values are nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number too long to convert
         raise ConfigError(_toml_message(path, text, str(error))) from None
+    settings = _settings(options, "key", table, lambda key: f"{path}:{_line_of(text, key)}")
+    of_a_launch = LAUNCH if (Path(path).parent / "env.json").is_file() else {}
+    return {name: setting for name, setting in settings.items() if name not in of_a_launch}
+
+
+def _settings(
+    options: type[Options], noun: str, table: Mapping[str, Any], where_of: Callable[[str], str]
+) -> dict[str, Setting]:
     hints, names = hints_of(options), names_of(options)
     settings: dict[str, Setting] = {}
     for key, value in table.items():
-        where = f"{path}:{_line_of(text, key)}"
-        name = names.get(key.replace("-", "_"), "")
+        where, spelled = where_of(key), key.replace("-", "_")
+        name = names.get(spelled, "")
         if not name:
             section = f"unknown section [{key}]: options are written flat"
-            what = section if isinstance(value, dict) else f"unknown key {key!r}"
-            raise ConfigError(f"{where}: {what}{suggestion(meant(key.replace('-', '_'), names), names)}")
-        if name in LAUNCH and (Path(path).parent / "env.json").is_file():
-            continue
+            what = section if isinstance(value, dict) else f"unknown {noun} {key!r}"
+            raise ConfigError(f"{where}: {what}{suggestion(meant(spelled, names), names)}")
         if name in settings:
             raise ConfigError(f"{where}: {key!r} is given twice, also at {settings[name].where}")
         settings[name] = Setting(coerce(name, value, hints[name], where), where)
@@ -143,8 +145,7 @@ def build(options: type[T], settings: Mapping[str, Setting]) -> T:
         raise ConfigError(f"missing: {flags}; give it on the command line or in the file of --config")
     try:
         made = options(**{name: setting.value for name, setting in settings.items()})
-        if hasattr(made, "validate"):
-            made.validate()
+        getattr(made, "validate", lambda: None)()
     except ConfigError as error:
         raise ConfigError(_located(str(error), settings)) from None
     return made
@@ -154,8 +155,7 @@ def check(options: Options) -> None:
     """What `load` checks of a file, of options made in Python. Errors: ConfigError."""
     for name, hint in hints_of(type(options)).items():
         coerce(name, _in_text(name, getattr(options, name)), hint, type(options).__name__)
-    if hasattr(options, "validate"):
-        options.validate()
+    getattr(options, "validate", lambda: None)()
 
 
 def _in_text(name: str, value: Any) -> Any:
@@ -368,12 +368,8 @@ def _located(message: str, settings: Mapping[str, Setting]) -> str:
 
 
 def _toml_value(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
     if isinstance(value, (str, Path)):
         return _toml_string(name, str(value))
     if isinstance(value, (list, tuple)):

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, dataclass_transform
 
-from upslope.config import OBJECT, metadata_of, option
+from upslope.config import OBJECT, hints_of, metadata_of, option
 from upslope.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -22,12 +22,16 @@ else:
     Named = str  # a name; in Python also the task or reward itself
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the options of every verb can do."""
+    """What the options of every verb can do; every class made from it is a frozen dataclass with keywords only."""
 
     FIRST = ""
     """The options that `--help` shows first."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, kw_only=True)(cls)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -35,23 +39,37 @@ class Options:
                 object.__setattr__(self, name, str(value))
 
     def validate(self) -> None:
-        """Raise ConfigError for a folder that no line can name, and the first option outside its bounds."""
+        """Raise ConfigError for a folder that no line can name, for what `option` says of the fields, and for what a
+        class that this one is made of refuses in its `_check`, the nearest first."""
         if re.search("[\x00-\x1f\x7f\ud800-\udfff]", folder := str(getattr(self, "output_dir", None) or "")):
             raise ConfigError(f"output_dir is {folder!r}: a control character, or not UTF-8; choose another name")
-        for field in fields(self):
-            if bounds := metadata_of(type(self), field.name).get("bounds"):
-                self.within(field.name, *bounds)
+        said = {name: metadata_of(type(self), name) for name in hints_of(type(self))}
+        for name in said:
+            self.within(name, *said[name].get("bounds", ()))
+        for name in filter(self.changed, said):
+            other, _, values = said[name].get("needs", "").partition("=")
+            now = getattr(self, other, None)
+            if values and now not in values.split(","):
+                wanted = values.replace(",", " or ")
+                raise ConfigError(f"{name} belongs to {other} = {wanted}, not {now}: leave it out")
+            if other and not values and not now:
+                raise ConfigError(f"{name} goes with {other}, which is not given")
+        for kind in type(self).__mro__:
+            vars(kind).get("_check", lambda _: None)(self)
 
-    def within(self, name: str, low: float, high: float) -> None:
-        """Raise ConfigError for a number outside its bounds (-inf, inf: none), or one that is not finite."""
+    def within(self, name: str, low: float | None = None, high: float = math.inf) -> None:
+        """Raise ConfigError for a number outside its bounds (None: there are none), or one that is not finite."""
         value = getattr(self, name)
-        if isinstance(value, int | float) and not (low <= value <= high and abs(value) != math.inf):
+        if low is None or not isinstance(value, int | float):
+            return
+        if not low <= value <= high or abs(value) == math.inf:
             wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
             raise ConfigError(f"{name} is {value}; it must be {'finite' if low == -math.inf else wanted}")
 
     def changed(self, name: str) -> bool:
         """Whether an option is not its default."""
-        return getattr(self, name) != type(self).__dataclass_fields__[name].default
+        value = getattr(self, name)
+        return (tuple(value) if isinstance(value, list) else value) != type(self).__dataclass_fields__[name].default
 
 
 COLUMNS = ("prompt", "completion", "chosen", "rejected", "label", "text", "messages", "tools")
@@ -70,23 +88,20 @@ def column_names(columns: Sequence[str]) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
 class ColumnOptions(Options):
     """Data."""
 
     columns: tuple[str, ...] = ()
     """What the rows' own columns are, as in prompt=question completion=answer; default: those names themselves."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range or words that name no column."""
-        super().validate()
+    def _check(self) -> None:
         column_names(self.columns)
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowOptions(ColumnOptions):
     """Data."""
 
+    columns: tuple[str, ...] = option((), needs="data")
     data: str | None = None
     """Training rows: a .jsonl/.csv/.parquet/.txt file or a hub id. Give this or --task."""
     eval_data: str | None = None
@@ -95,33 +110,26 @@ class RowOptions(ColumnOptions):
     """Longest sequence in tokens; longer rows, and those beyond the context, are dropped and counted."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RowOrTaskOptions(RowOptions):
     """Data."""
 
     task: Named | None = None
     """Train on the demonstrations of a task, and measure its accuracy on held-out problems."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range, or rows and a task that are both given."""
-        super().validate()
+    def _check(self) -> None:
         if (self.data is None) == (self.task is None):
             raise ConfigError("give exactly one of --data and --task")
-        if self.columns and self.data is None:
-            raise ConfigError("columns is about the rows of data: leave it out with task")
 
 
-@dataclass(frozen=True, kw_only=True)
 class BatchOptions(Options):
     """Optimizer."""
 
     batch_size: int = option(16, 1)
-    """Rows per optimizer step."""
+    """Rows (pretrain: windows; seq2seq by minimum risk: sources) per optimizer step."""
     num_epochs: float | None = option(None, 0)
     """Passes over the data; when given it sets max_steps."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class DtypeOptions(Options):
     """Model."""
 
@@ -129,7 +137,6 @@ class DtypeOptions(Options):
     """Compute dtype; auto is bfloat16 where this processor is faster in it."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class JsonOptions(Options):
     """Launch."""
 
@@ -137,26 +144,24 @@ class JsonOptions(Options):
     """Print what comes out as one JSON object on standard output."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class LaunchOptions(JsonOptions):
+class FolderOptions(JsonOptions):
     """Launch."""
 
     output_dir: str | None = None
-    """The run folder; default: a new folder under runs/."""
-    resume: bool = False
-    """Continue the run in --output-dir from its last checkpoint, bit for bit."""
-    allow_changed_data: bool = False
+    """The folder of what is run; default: a new folder under runs/."""
+    resume: bool = option(False, needs="output_dir")
+    """Continue what is in --output-dir: a run from its last checkpoint, bit for bit; a comparison with what is left."""
+
+
+class LaunchOptions(FolderOptions):
+    """Launch."""
+
+    allow_changed_data: bool = option(False, needs="resume")
     """With --resume, this once: go on although rows, template, tokenizer, task, rewards or models have changed."""
     dry_run: bool = False
     """Check data, tokenizer, shapes and rewards, show one example, predict memory and time, then stop."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a run that is to be taken up and is not named, and for the name of an object."""
-        super().validate()
-        if self.resume and self.output_dir is None:
-            raise ConfigError("resume needs output_dir: name the run folder to continue")
-        if self.allow_changed_data and not self.resume:
-            raise ConfigError("allow_changed_data goes with resume: a new run takes the data as they are")
+    def _check(self) -> None:
         for name in ("task", "reward"):
             value = getattr(self, name, None)
             for item in value if isinstance(value, list | tuple) else (value,):
@@ -167,12 +172,11 @@ class LaunchOptions(JsonOptions):
                     )
 
 
-@dataclass(frozen=True, kw_only=True)
 class OptimizerOptions(Options):
     """Optimizer."""
 
     learning_rate: float = option(1e-5, 0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; whatever the compute dtype, the weights it moves are float32."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "linear"
     """Shape of the learning rate after the warm-up, over max_steps."""
     warmup_steps: int = option(0, 0)
@@ -185,7 +189,6 @@ class OptimizerOptions(Options):
     """Packed tokens per forward and backward pass; changes memory and speed, not the gradient."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class StopOptions(Options):
     """Stopping, measuring and saving."""
 
@@ -209,7 +212,6 @@ class StopOptions(Options):
     """Checkpoints kept besides the best one."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RunOptions(OptimizerOptions, StopOptions, DtypeOptions, LaunchOptions):
     """Model."""
 
@@ -217,25 +219,16 @@ class RunOptions(OptimizerOptions, StopOptions, DtypeOptions, LaunchOptions):
     """Where training starts: a folder, a hub id, a .gguf file, or the alias smollm2-135m."""
     seed: int = 0
     """Of data order, sampling and initial values; the same seed repeats the run bit for bit."""
-    dtype: Dtype = "auto"
-    """Compute dtype; auto is bfloat16 where this processor is faster in it. Master weights are float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     lora_rank: int = option(0, 0)
     """Train adapters of this rank instead of all weights; 0 trains all."""
-    lora_alpha: float | None = None
+    lora_alpha: float | None = option(None, needs="lora_rank")
     """Scale of the adapters; default: twice the rank."""
-    lora_dropout: float = option(0.0, 0, 0.99)
+    lora_dropout: float = option(0.0, 0, 0.99, needs="lora_rank")
     """Share of what the adapters read that is dropped in training, by seed, step, layer and text."""
-    lora_target_modules: tuple[str, ...] = ()
+    lora_target_modules: tuple[str, ...] = option((), needs="lora_rank")
     """Names of the linear layers that get adapters, as in q_proj v_proj, or all-linear; default: the usual ones."""
-
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range, or for options of adapters without adapters."""
-        super().validate()
-        for name in ("lora_alpha", "lora_dropout", "lora_target_modules"):
-            if not self.lora_rank and self.changed(name):
-                raise ConfigError(f"{name} is about adapters: give lora_rank, too, or leave it out")
 
     def refuse_dropout(self, remedy: str) -> None:
         """Raise ConfigError for dropout in a network that must be the one that sampled."""
@@ -254,7 +247,6 @@ class RunOptions(OptimizerOptions, StopOptions, DtypeOptions, LaunchOptions):
         return {"rank": self.lora_rank, "alpha": alpha, **more}
 
 
-@dataclass(frozen=True, kw_only=True)
 class RewardedOptions(Options):
     """Task and reward."""
 
@@ -272,7 +264,6 @@ class RewardedOptions(Options):
     """Last tokens of the budget over which a penalty grows from 0 to 1 (DAPO); 0 is off."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class FilterOptions(Options):
     """Sampling."""
 
@@ -284,7 +275,6 @@ class FilterOptions(Options):
     """Drop tokens below this share of the likeliest one; 0 is off."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class SampledOptions(RunOptions):
     """Sampling."""
 
@@ -300,11 +290,12 @@ class SampledOptions(RunOptions):
     """Sampling temperature, in the rollout and in the loss."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class RLOptions(RewardedOptions, SampledOptions, FilterOptions):
     """Sampling."""
 
     FIRST = "task model reward learning_rate num_prompts num_generations max_completion_length max_steps output_dir"
+    on_policy = True
+    """Whether the gradient is that of the policy that sampled."""
 
     rollout_correction: Literal["auto", "none", "token", "sequence", "geometric"] = "auto"
     """Importance weights between trainer and sampler, capped; auto: token where the two differ in a bit, else none.
@@ -321,18 +312,11 @@ class RLOptions(RewardedOptions, SampledOptions, FilterOptions):
     """Temperature of held-out evaluation; 0 is greedy."""
 
     @property
-    def on_policy(self) -> bool:
-        """Whether the gradient is that of the policy that sampled."""
-        return True
-
-    @property
     def filtered(self) -> bool:
         """Whether what is sampled from is not the policy's own distribution."""
         return bool(self.top_k or self.top_p < 1 or self.min_p > 0)
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range or a sampling filter without its correction."""
-        super().validate()
+    def _check(self) -> None:
         self.within("overlong_buffer", 0, self.max_completion_length)
         if self.on_policy:
             self.refuse_dropout("use sft, dpo or expert for it, or leave it out")

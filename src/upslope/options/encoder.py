@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from upslope.config import option
@@ -10,7 +9,6 @@ from upslope.errors import ConfigError
 from upslope.options.common import BatchOptions, RunOptions
 
 
-@dataclass(frozen=True, kw_only=True)
 class EncoderOptions(RunOptions, BatchOptions):
     """Data and objective."""
 
@@ -30,13 +28,13 @@ class EncoderOptions(RunOptions, BatchOptions):
     """Dev rows per evaluation, a choice by seed where there are more."""
     objective: Literal["cross_entropy", "policy_gradient", "policy_gradient_sampled"] = "cross_entropy"
     """Likelihood of the right label; expected reward in closed form; the same from sampled labels (REINFORCE)."""
-    rewards: str | None = None
+    rewards: str | None = option(None, needs="objective=cross_entropy,policy_gradient,policy_gradient_sampled")
     """JSON file {right label: {said label: reward}}; default, and where it is silent: 1 for right, 0 for wrong."""
     num_samples: int = option(4, 1)
     """Labels sampled per item (K) by policy_gradient_sampled."""
     baseline: Literal["none", "mean", "leave_one_out"] = "leave_one_out"
     """Subtracted from sampled rewards: nothing, the mean of the item's samples, or that of its other samples."""
-    label_smoothing: float = option(0.0, 0, 0.999)
+    label_smoothing: float = option(0.0, 0, 0.999, needs="objective=cross_entropy")
     """Share of cross_entropy's target spread over all labels."""
     batch_size: int = 32
     head_lr_factor: float = option(1.0, 0)
@@ -46,19 +44,14 @@ class EncoderOptions(RunOptions, BatchOptions):
     max_length: int = option(256, 4)
     """Longest input in tokens; longer rows are cut to it in every split, counted and reported."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range or an option that could do nothing."""
-        super().validate()
+    def _check(self) -> None:
         if not self.data:
             raise ConfigError("data is missing: name the file with the training rows (--data train.csv)")
-        if self.label_smoothing and self.objective != "cross_entropy":
-            raise ConfigError(f"label_smoothing belongs to cross_entropy, the objective is {self.objective}")
         sampled = self.objective == "policy_gradient_sampled"
         if sampled and self.num_samples < 2 and self.baseline != "none":
             raise ConfigError(f"baseline {self.baseline} needs num_samples of at least 2, it is {self.num_samples}")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ClassifyOptions(EncoderOptions):
     """Text classification: one label per text or pair of texts."""
 
@@ -74,14 +67,7 @@ class ClassifyOptions(EncoderOptions):
     pair_column: str | None = None
     """The column of a second text (a hypothesis after its premise)."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range."""
-        super().validate()
-        if self.rewards is not None and self.objective == "squared_error":
-            raise ConfigError("rewards are of labels with names; squared_error learns numbers: leave rewards out")
 
-
-@dataclass(frozen=True, kw_only=True)
 class TagOptions(EncoderOptions):
     """Tagging: one tag per word, entities in IOB2 or any other tags."""
 

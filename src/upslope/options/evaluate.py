@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from upslope.config import option
@@ -10,42 +9,39 @@ from upslope.errors import ConfigError
 from upslope.options.common import ColumnOptions, DtypeOptions, JsonOptions
 
 
-@dataclass(frozen=True, kw_only=True)
 class PerplexityOptions(DtypeOptions):
     """Perplexity."""
 
     perplexity: tuple[str, ...] = ()
     """Rows with the key text, or text files; file:, line: or wikitext: before a path says what a document is."""
-    context: int | None = option(None, 1, also="context_length")
+    context: int | None = option(None, 1, also="context_length", needs="perplexity")
     """Tokens a window reads; default: as many as the model has positions, at most 2048."""
-    stride: int | None = option(None, 1, also="eval_stride")
+    stride: int | None = option(None, 1, also="eval_stride", needs="perplexity")
     """New tokens each window predicts; default: all of it (disjoint windows, as lm-evaluation-harness)."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class AnswerOptions(ColumnOptions):
     """Answers to rows."""
 
     data: str | None = None
     """Rows to answer: prompt or messages, and completion, reference or references; a .txt of references to compare."""
-    metrics: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = option((), needs="data")
     """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer;
     default: accuracy and macro_f1 of a classifier, the correlations of one of numbers, entity_f1 of a tagger."""
     language: str = "en"
     """Language of the references (zh, ja, ko, de, ...): chooses the tokenizer of BLEU, TER, ROUGE and error rates."""
-    judge: str | None = None
+    judge: str | None = option(None, needs="data")
     """MODEL@URL of an OpenAI-compatible server: does an answer to --data beat its reference? (UPSLOPE_JUDGE_API_KEY)"""
-    samples: str | None = None
+    samples: str | None = option(None, needs="data")
     """Write the answers to --data to this JSONL file, which --hypotheses reads; of several models to this folder."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class TaskOptions(DtypeOptions):
     """Tasks."""
 
     task: tuple[str, ...] = ()
     """Held-out problems of tasks: gsm8k:eval_path=test.jsonl, chain_sum:min_terms=2,max_terms=2, my_task.py:MyTask."""
-    num_generations: int = option(1, 1)
+    num_generations: int = option(1, 1, needs="task")
     """Completions per problem of a task; above 1 gives pass@k for k = 1, 2, 4, ... up to it."""
     max_completion_length: int = option(256, 1)
     """Longest answer in tokens."""
@@ -53,7 +49,6 @@ class TaskOptions(DtypeOptions):
     """Sampling temperature; default: 0 (greedy) for one completion, 1 for several."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
     """Measure one or several models; every figure comes with a 95% interval and its n.
 
@@ -66,13 +61,13 @@ class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
 
     models: tuple[str, ...] = option((), also="model")
     """What to measure, as in `upslope eval runs/a runs/b`: folders, runs, hub ids, .gguf files, the alias."""
-    hypotheses: tuple[str, ...] = ()
+    hypotheses: tuple[str, ...] = option((), needs="data")
     """Finished answers to --data in place of models: .txt with one a line, or rows with the key completion."""
     rescore: str | None = None
     """N-best lists to put into the model's order: rows {reference, hypotheses: [{text, score}], source}."""
-    length_normalized: bool = False
+    length_normalized: bool = option(False, needs="rescore")
     """Rescoring divides a log-prob by its number of tokens."""
-    score_weight: float | Literal["tuned"] = option(0.0, 0)
+    score_weight: float | Literal["tuned"] = option(0.0, 0, needs="rescore")
     """Weight of the lists' own scores beside the log-prob; tuned: chosen on one half, measured on the other."""
     benchmark: tuple[str, ...] = ()
     """Tasks in GLUE or SuperGLUE form from files or a hub, each with its official metric."""
@@ -90,9 +85,8 @@ class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
     @property
     def sampling_temperature(self) -> float:
         """The temperature in force."""
-        if self.temperature is not None:
-            return self.temperature
-        return 0.0 if self.num_generations == 1 else 1.0
+        default = 0.0 if self.num_generations == 1 else 1.0
+        return default if self.temperature is None else self.temperature
 
     @property
     def judge_at(self) -> tuple[str, str]:
@@ -106,9 +100,7 @@ class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
         names = ("perplexity", "task", "rescore", "benchmark", "preferences", "harness")
         return tuple(name for name in names if getattr(self, name))
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range, or options that do not go together."""
-        super().validate()
+    def _check(self) -> None:
         if self.models and self.hypotheses:
             raise ConfigError("models and hypotheses are both given: measure models, or the answers in the files")
         if not self.models and not self.hypotheses:
@@ -126,20 +118,11 @@ class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
             raise ConfigError(f"{self.needs_model[0]} needs a model, and hypotheses are finished answers: name models")
         if self.hypotheses and self.data is not None and not self.metrics and self.judge is None:
             raise ConfigError("data needs to be judged: name metrics (as in --metrics bleu chrf) or a judge")
-        for name in ("metrics", "judge", "samples", "hypotheses"):
-            if getattr(self, name) and self.data is None:
-                raise ConfigError(f"{name} is about the rows of --data, which is not given")
         if self.judge is not None and not all(self.judge_at):
             raise ConfigError(f"judge is {self.judge!r}; it must be MODEL@URL, as in judge-7b@http://127.0.0.1:8000/v1")
         if self.samples is not None and self.hypotheses:
             raise ConfigError("samples writes what a model answers, and hypotheses are finished answers: leave one out")
-        if self.num_generations > 1 and not self.task:
-            raise ConfigError("num_generations above 1 is for pass@k of a task: name one with --task")
         if self.num_generations > 1 and self.temperature == 0:
             raise ConfigError("num_generations above 1 at temperature 0 would repeat one answer: raise the temperature")
-        if self.rescore is None and (self.length_normalized or self.score_weight != 0.0):
-            raise ConfigError("length_normalized and score_weight are about --rescore, which is not given")
-        if not self.perplexity and (self.context or self.stride):
-            raise ConfigError("context and stride are about --perplexity, which is not given")
         if self.context is not None and self.stride is not None and self.stride > self.context:
             raise ConfigError(f"stride is {self.stride} but a window reads only {self.context} tokens (context)")

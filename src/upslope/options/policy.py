@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from upslope.config import option
@@ -14,7 +13,6 @@ GRPOAdvantage = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
 GRPOLoss = Literal["clipped", "gspo", "cispo", "sapo"]
 
 
-@dataclass(frozen=True, kw_only=True)
 class PolicyOptions(RLOptions):
     """Update."""
 
@@ -22,7 +20,6 @@ class PolicyOptions(RLOptions):
     """Weight of an entropy bonus."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class ClipOptions(PolicyOptions):
     """Update."""
 
@@ -34,14 +31,14 @@ class ClipOptions(PolicyOptions):
     """Optimizer steps per pass."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class CriticOptions(PolicyOptions):
     """Returns and critic."""
 
     gamma: float = option(1.0, 0, 1)
     """Discount per token."""
     lam: float = option(1.0, 0, 1)
-    """Lambda of generalized advantage estimation; 1 is the Monte Carlo return minus V."""
+    """Lambda of generalized advantage estimation, in ppo of V-trace's value targets, too; 1 is the Monte Carlo return
+    minus V."""
     critic: str = "shared"
     """shared: a value head on the policy's trunk; separate: a copy of the model; or a reward model's folder."""
     critic_learning_rate: float | None = option(None, 0)
@@ -50,81 +47,62 @@ class CriticOptions(PolicyOptions):
     """Weight of the value loss where it reaches the shared trunk."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class KLOptions(PolicyOptions):
     """KL to the reference model."""
 
     FIRST = f"{RLOptions.FIRST} kl_coef"
 
     kl_coef: float = option(0.0, 0)
-    """Weight of the KL divergence to the reference model; at 0 no reference is loaded."""
-    kl_target: float | None = option(None, 0)
+    """Weight of the KL divergence to the reference model, in the reward (k1) unless ppo's kl_placement is loss; at 0 no
+    reference is loaded."""
+    kl_target: float | None = option(None, 0, needs="kl_coef")
     """Adapt kl_coef so that the KL per completion stays here (arXiv 1909.08593)."""
     kl_horizon: int = option(10000, 1)
     """Samples over which kl_coef adapts."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range, or a target that kl_coef cannot be adapted to."""
-        super().validate()
-        if self.kl_target is None:
-            return
-        if self.kl_coef == 0:
-            raise ConfigError("kl_target adapts kl_coef: give kl_coef a start value above 0")
+    def _check(self) -> None:
         samples = self.num_prompts * self.num_generations
-        if samples >= 5 * self.kl_horizon:  # the coefficient moves by up to 0.2 samples / horizon a step
+        # The coefficient moves by up to 0.2 samples / horizon a step.
+        if self.kl_target is not None and samples >= 5 * self.kl_horizon:
             raise ConfigError(
                 f"kl_horizon = {self.kl_horizon} is too short for {samples} completions a step: kl_coef would not stay "
                 f"positive; give at least {samples // 5 + 1}"
             )
 
 
-@dataclass(frozen=True, kw_only=True)
 class ReinforceOptions(CriticOptions, KLOptions):
     """REINFORCE (Williams 1992): one gradient step per batch, return to go minus a baseline, no ratio and no clip."""
 
     baseline: Literal["none", "moving", "learned", "greedy", "reinforce++"] = "moving"
     """none; moving: mean of past rewards; learned: a value head (actor-critic); greedy: the reward of the greedy reply
     (SCST, ReMax); reinforce++: no baseline, advantages whitened over the batch's tokens."""
-    baseline_decay: float = option(0.9, 0, 0.999999)
+    baseline_decay: float = option(0.9, 0, 0.999999, needs="baseline=moving")
     """How much of the moving mean is kept at each step."""
-    lam: float = 1.0
-    """Lambda of generalized advantage estimation with the learned baseline; 1 is the Monte Carlo return minus V."""
+    lam: float = option(1.0, needs="baseline=learned")
     normalizer: Literal["token", "constant"] = "token"
     """Divide by all trained tokens, or by completions times max_completion_length: the unbiased gradient, scaled."""
+    critic: str = option("shared", needs="baseline=learned")
+    critic_learning_rate: float | None = option(None, needs="baseline=learned")
+    vf_coef: float = option(0.1, needs="baseline=learned")
     whiten_advantages: bool | None = None
     """Give the advantages of a step mean 0 and variance 1 over its tokens; default: only with reinforce++."""
-    kl_coef: float = 0.0
-    """Weight of the KL divergence to the reference model, in the reward (k1); at 0 no reference is loaded."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range, or one that this baseline does not use."""
-        super().validate()
-        for name, needed in _NEEDED_BASELINE.items():
-            if self.changed(name) and self.baseline != needed:
-                raise ConfigError(f"{name} belongs to baseline = {needed}; baseline is {self.baseline}")
+    def _check(self) -> None:
         if self.truncated == "bootstrap" and self.baseline != "learned":
             raise ConfigError("truncated = bootstrap needs a critic: use baseline = learned, or terminate or mask")
         if self.baseline == "reinforce++" and self.whiten_advantages is False:
             raise ConfigError("reinforce++ is whitening: without it use baseline = none")
 
 
-_NEEDED_BASELINE = {
-    "baseline_decay": "moving",
-    **dict.fromkeys(("lam", "critic", "critic_learning_rate", "vf_coef"), "learned"),
-}
-
-
-@dataclass(frozen=True, kw_only=True)
 class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     """Proximal policy optimization with a critic (Schulman et al. 2017, arXiv 1707.06347), token by token."""
 
     lam: float = 0.95
-    """Lambda of generalized advantage estimation; of V-trace's value targets."""
     advantage: PPOAdvantage = "gae"
     """gae; vtrace: corrects for rollouts of older weights inside the estimator (arXiv 1802.01561)."""
-    rho_clip: float = option(1.0, 1e-6)
+    rho_clip: float = option(1.0, 1e-6, needs="advantage=vtrace")
     """V-trace: largest importance weight of a temporal difference and of the policy gradient."""
-    c_clip: float = option(1.0, 1e-6)
+    c_clip: float = option(1.0, 1e-6, needs="advantage=vtrace")
     """V-trace: largest importance weight in the trace."""
     dual_clip: float | None = option(None, 1)
     """Bound on the loss of bad actions whose ratio has grown (arXiv 1912.09729); default: off."""
@@ -143,8 +121,7 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     whiten_advantages: bool = True
     """Give the advantages of a step mean 0 and variance 1."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range."""
+    def _check(self) -> None:
         if self.advantage == "vtrace":
             if self.filtered:
                 raise ConfigError("advantage = vtrace samples from the whole policy: switch top_k, top_p and min_p off")
@@ -153,12 +130,8 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
                     f"advantage = vtrace has its own importance weights (rho_clip): rollout_correction = "
                     f"{self.rollout_correction} would apply them twice; leave it at auto"
                 )
-        elif self.rho_clip != 1.0 or self.c_clip != 1.0:
-            raise ConfigError("rho_clip and c_clip belong to advantage = vtrace; advantage is gae")
-        super().validate()
 
 
-@dataclass(frozen=True, kw_only=True)
 class GRPOOptions(ClipOptions):
     """Policy gradient with the group as baseline: GRPO, Dr. GRPO, RLOO, REINFORCE++; DAPO, GSPO, CISPO, SAPO."""
 
@@ -175,9 +148,9 @@ class GRPOOptions(ClipOptions):
     normalizer: Literal["auto", "token", "sequence", "constant"] = "auto"
     """Divide by all trained tokens (DAPO), average each sequence first (GRPO paper), or by a constant (Dr. GRPO);
     auto: sequence with gspo and sapo, else token."""
-    tau_positive: float = option(1.0, 1e-6)
+    tau_positive: float = option(1.0, 1e-6, needs="loss=sapo")
     """SAPO: how fast the gate closes for good completions."""
-    tau_negative: float = option(1.05, 1e-6)
+    tau_negative: float = option(1.05, 1e-6, needs="loss=sapo")
     """SAPO: how fast the gate closes for bad completions."""
     num_iterations: int = option(1, 1, also="num_epochs")
     """Passes over each batch of rollouts."""
@@ -188,12 +161,8 @@ class GRPOOptions(ClipOptions):
     dynamic_sampling_rounds: int = option(8, 1)
     """Give up with an error after this many rounds."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range."""
-        super().validate()
+    def _check(self) -> None:
         if self.loss == "gspo" and self.normalizer not in ("auto", "sequence"):
             raise ConfigError(f"normalizer = {self.normalizer}: gspo has one loss per sequence; use auto or sequence")
-        if self.loss != "sapo" and (self.changed("tau_positive") or self.changed("tau_negative")):
-            raise ConfigError(f"tau_positive and tau_negative belong to loss = sapo; loss is {self.loss}")
         if self.truncated == "bootstrap":
             raise ConfigError("truncated = bootstrap needs a critic: use terminate or mask, or the ppo verb")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from upslope.config import option
@@ -14,7 +13,6 @@ BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.5}
 SIMPO_MARGIN = 1.375
 
 
-@dataclass(frozen=True, kw_only=True)
 class PreferenceData(RunOptions, RowOptions, BatchOptions):
     """Data."""
 
@@ -22,21 +20,12 @@ class PreferenceData(RunOptions, RowOptions, BatchOptions):
 
     data: str | None = None
     """Rows (prompt, chosen, rejected), or sides that repeat the prompt: a .jsonl/.csv/.parquet file or a hub id."""
-    eval_data: str | None = None
-    """Held-out rows in the same form; default: the last tenth of the data."""
-    batch_size: int = 16
-    """Rows (pairs) per optimizer step."""
-    max_length: int = 1024
-    """Longest sequence in tokens; a row with a longer one, or beyond the context, is dropped and counted."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range."""
-        super().validate()
+    def _check(self) -> None:
         if not self.data:
             raise ConfigError("data is not given: name a file of rows, as in --data pairs.jsonl")
 
 
-@dataclass(frozen=True, kw_only=True)
 class DPOOptions(PreferenceData):
     """Learning a policy from preferences without a reward model: DPO (arXiv 2305.18290), IPO, KTO, ORPO, SimPO."""
 
@@ -48,32 +37,20 @@ class DPOOptions(PreferenceData):
     beta: float | None = option(None, 1e-6)
     """Strength of the pull to the reference (dpo, ipo, kto), weight of the odds ratio (orpo), scale of the mean
     log-prob (simpo); default: 0.1, simpo 2.5."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = option(0.0, needs="loss=dpo")
     """Probability that a pair is labelled the wrong way round (conservative DPO); loss = dpo only."""
-    margin: float | None = option(None, 0)
+    margin: float | None = option(None, 0, needs="loss=simpo")
     """SimPO's gamma, in units of beta times the log-prob; default: 1.375."""
-    desirable_weight: float = option(1.0, 0)
+    desirable_weight: float = option(1.0, 0, needs="loss=kto")
     """KTO: weight of good answers; keep weight times number of good over bad between 1 and 4/3."""
-    undesirable_weight: float = option(1.0, 0)
+    undesirable_weight: float = option(1.0, 0, needs="loss=kto")
     """KTO: weight of bad answers."""
-    sft_coef: float = option(0.0, 0)
+    sft_coef: float = option(0.0, 0, needs="loss=dpo,ipo,simpo")
     """Weight of the likelihood of the chosen answer, per token (arXiv 2404.19733); dpo, ipo and simpo."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range or an option that the loss does not have."""
-        super().validate()
+    def _check(self) -> None:
         if not 0 <= self.label_smoothing < 0.5:
             raise ConfigError(f"label_smoothing is {self.label_smoothing}; it must be at least 0 and below 0.5")
-        owners = {
-            "label_smoothing": ("dpo",),
-            "margin": ("simpo",),
-            "desirable_weight": ("kto",),
-            "undesirable_weight": ("kto",),
-            "sft_coef": ("dpo", "ipo", "simpo"),
-        }
-        for name, losses in owners.items():
-            if self.loss not in losses and self.changed(name):
-                raise ConfigError(f"{name} belongs to loss = {' or '.join(losses)}, not {self.loss}: leave it out")
 
     @property
     def strength(self) -> float:
@@ -81,7 +58,6 @@ class DPOOptions(PreferenceData):
         return BETA[self.loss] if self.beta is None else self.beta
 
 
-@dataclass(frozen=True, kw_only=True)
 class RewardOptions(PreferenceData):
     """A reward model: a network with a scalar head that says how good an answer, or each step of it, is."""
 
@@ -89,19 +65,9 @@ class RewardOptions(PreferenceData):
 
     kind: Literal["outcome", "process"] = "outcome"
     """outcome: Bradley-Terry on pairs, read at the end of the answer; process: one label per step, read at its end."""
-    margin: float = option(0.0, 0)
+    margin: float = option(0.0, 0, needs="kind=outcome")
     """Outcome: by how much the better answer should win; a column margin in the rows takes its place."""
-    centering: float = option(0.0, 0)
+    centering: float = option(0.0, 0, needs="kind=outcome")
     """Outcome: weight of (chosen + rejected)^2, which fixes the free constant (arXiv 2312.09244: 0.01)."""
-    aggregate: Literal["min", "prod", "last", "mean"] = "min"
+    aggregate: Literal["min", "prod", "last", "mean"] = option("min", needs="kind=process")
     """Process: how the probabilities of the steps become one reward when the model judges."""
-
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range or an option of the other kind."""
-        super().validate()
-        if self.kind == "process" and (self.margin or self.centering):
-            raise ConfigError("margin and centering compare two answers (kind = outcome): leave them out with process")
-        if self.kind == "outcome" and self.aggregate != "min":
-            raise ConfigError(
-                "aggregate is about the steps of a process reward model: leave it out with kind = outcome"
-            )

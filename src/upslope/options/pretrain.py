@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from upslope.config import option
 from upslope.errors import ConfigError
 from upslope.options.common import BatchOptions, RunOptions
 
-_OF_NEW = ("vocab_size", "architecture", "hidden_size", "intermediate_size", "num_layers", "num_heads")
 
-
-@dataclass(frozen=True, kw_only=True)
 class NetworkOptions(RunOptions):
     """A new network (--model scratch)."""
 
-    tokenizer: str | None = None
+    tokenizer: str | None = option(None, needs="model=scratch")
     """bpe, word or char, trained on the data; or a folder whose tokenizer is taken; default: bpe."""
-    vocab_size: int | None = option(None, 2)
+    vocab_size: int | None = option(None, 2, needs="model=scratch")
     """Largest number of tokens of a new tokenizer; default: 4096."""
-    architecture: Literal["decoder", "lstm", "encoder"] | None = None
+    architecture: Literal["decoder", "lstm", "encoder"] | None = option(None, needs="model=scratch")
     """Transformer decoder (Llama's), LSTM, or encoder (BERT's); default: decoder."""
-    hidden_size: int | None = option(None, 1)
+    hidden_size: int | None = option(None, 1, needs="model=scratch")
     """Width; default: 256."""
-    intermediate_size: int | None = option(None, 1)
+    intermediate_size: int | None = option(None, 1, needs="model=scratch")
     """Width of the feed-forward layers; default: 8/3 of the width (decoder), 4 times it (encoder)."""
-    num_layers: int | None = option(None, 1)
+    num_layers: int | None = option(None, 1, needs="model=scratch")
     """Layers; default: 4, of an LSTM 2."""
-    num_heads: int | None = option(None, 1)
+    num_heads: int | None = option(None, 1, needs="model=scratch")
     """Attention heads; default: one per 64 of the width, but at least 2."""
-    tie_word_embeddings: bool = True
+    tie_word_embeddings: bool = option(True, needs="model=scratch")
     """Use the input embedding as the head of a new causal model; an encoder's is always tied."""
 
 
-@dataclass(frozen=True, kw_only=True)
 class PretrainOptions(NetworkOptions, BatchOptions):
     """Pretraining: a tokenizer and a network from random weights, by maximum likelihood of text files."""
 
@@ -52,13 +47,11 @@ class PretrainOptions(NetworkOptions, BatchOptions):
     """causal predicts the next token, masked those that were hidden; auto: masked for an encoder, else causal."""
     context_length: int = option(256, 4)
     """Tokens per window, and the longest text a new decoder or encoder reads."""
-    batch_size: int = 16
-    """Windows per optimizer step."""
     label_smoothing: float = option(0.0, 0, 0.999)
     """Share of every target spread evenly over the vocabulary."""
-    mask_probability: float | None = option(None, 1e-3, 0.9)
+    mask_probability: float | None = option(None, 1e-3, 0.9, needs="objective=auto,masked")
     """Share of the tokens that the masked objective predicts; default: 0.15."""
-    eval_stride: int | None = option(None, 1, also="stride")
+    eval_stride: int | None = option(None, 1, also="stride", needs="objective=auto,causal")
     """Tokens that each held-out window scores, those before them are context; default: half the context."""
     cache_dir: str | None = None
     """Where the encoded text is kept; default: upslope's cache."""
@@ -73,20 +66,12 @@ class PretrainOptions(NetworkOptions, BatchOptions):
         """Whether the weights are new."""
         return self.model == "scratch"
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range, or an option that could do nothing."""
-        super().validate()
+    def _check(self) -> None:
         self.within("eval_stride", 1, self.context_length - 1)
         if not self.data:
             raise ConfigError("data is missing: name text files to train on (--data texts/*.txt)")
         if self.new:
             self._validate_new()
-        else:
-            self._validate_old()
-        if self.objective == "causal" and self.mask_probability is not None:
-            raise ConfigError("mask_probability belongs to the masked objective; leave it out")
-        if self.objective == "masked" and self.eval_stride is not None:
-            raise ConfigError("eval_stride belongs to the causal objective; leave it out")
 
     def _validate_new(self) -> None:
         kind = self.architecture or "decoder"
@@ -107,9 +92,3 @@ class PretrainOptions(NetworkOptions, BatchOptions):
             raise ConfigError("tie_word_embeddings = false: an encoder's head is always tied to its embedding")
         if self.vocab_size is not None and self.tokenizer not in (None, "bpe", "word", "char"):
             raise ConfigError(f"vocab_size is {self.vocab_size}, but the tokenizer in {self.tokenizer} has its size")
-
-    def _validate_old(self) -> None:
-        given = [name for name in (*_OF_NEW, "tokenizer") if getattr(self, name) is not None]
-        if given or not self.tie_word_embeddings:
-            name = given[0] if given else "tie_word_embeddings"
-            raise ConfigError(f"{name} describes a new model, and {self.model} has its own; leave one of the two out")
