@@ -6,21 +6,25 @@ stderr and the exit code of its error class; 2 for a wrong command line, 130 for
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import difflib
 import importlib
-import io
+import inspect
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_origin
+import textwrap
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
 
-from upslope.config import Setting, build, from_text, hints_of, meant, read_toml
+from upslope.config import Setting, build, from_text, hints_of, meant, names_of, read_toml
 from upslope.errors import ConfigError, RunError, UpslopeError, one_line
 from upslope.loop.look import look
 from upslope.version import __version__
@@ -143,26 +147,23 @@ def overview() -> str:
 
 def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
     """The options of verb `name` from its arguments, or None when help was asked for (and printed)."""
-    words, files, flags, lists = _scan(name, options_class, arguments)
+    given, files, helping = _read(name, options_class, arguments)
     settings: dict[str, Setting] = {}
-    for file in [*_file_of_resumed_run(name, words), *files]:
+    for file in [*_file_of_resumed_run(name, given), *files]:
         settings.update(read_toml(options_class, file))
-    if {"-h", "--help"} & set(words):
-        _tyro(name, options_class, ["--help"], _defaults(options_class, settings))
+    settings |= given
+    if helping:
+        print(help_of(name, options_class, settings))
         return None
-    given = _tyro(name, options_class, words, _defaults(options_class, settings))
-    values = {key: tuple(lists[key]) if key in lists else getattr(given, key) for key in flags}
-    settings |= {key: Setting(value, f"--{_kebab(key)}") for key, value in values.items()}
     return build(options_class, settings)
 
 
-def _file_of_resumed_run(name: str, words: Sequence[str]) -> list[str]:
+def _file_of_resumed_run(name: str, given: Mapping[str, Setting]) -> list[str]:
     """With --resume --output-dir X, the configuration of the run in X: what is not said again stays as it was."""
-    folders = [word.partition("=")[2] for word in words if word.startswith("--output-dir=")]
-    folders += [after for word, after in itertools.pairwise(words) if word == "--output-dir"]
-    if "--resume" not in words or not folders:
+    resume, said = given.get("resume"), given.get("output_dir")
+    if resume is None or said is None or not resume.value or said.value is None:
         return []
-    folder = folders[-1]
+    folder = said.value
     path = os.path.join(folder, "config.toml")
     if not os.path.isfile(path):
         raise ConfigError(
@@ -184,123 +185,123 @@ def _verb_of_run(folder: str) -> str:
     return ""
 
 
-def _scan(
-    name: str, options_class: type[Any], arguments: Sequence[str]
-) -> tuple[list[str], list[str], list[str], dict[str, list[Any]]]:
-    """Split off --config, check every flag's name, and spell values as tyro wants them.
+def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[dict[str, Setting], list[str], bool]:
+    """What the words set, by field; the files of --config; whether help is asked for.
 
-    Returns the words for tyro, the files of --config, the names of the options that were set, and the values of lists.
-    These tyro does not see: of a list given in parts (--reward a --reward b) it would take the last part.
+    A list may be given in parts (--reward a --reward=b c), and what follows an option is its value unless it begins
+    with two dashes or is -c or -h: a negative number, say.
     """
-    hints = hints_of(options_class)
-    words: list[str] = []
+    hints, names = hints_of(options_class), names_of(options_class)
+    given: dict[str, Setting] = {}
     files: list[str] = []
-    flags: list[str] = []
-    lists: dict[str, list[Any]] = {}
-    queue = list(arguments)
+    helping = False
+    queue = list(words)
+
+    def at_value() -> bool:
+        return bool(queue) and not (queue[0].startswith("--") or queue[0] in {"-c", "-h"})
+
     while queue:
-        word = queue.pop(0)
-        if word in {"-h", "--help"}:
-            words.append("--help")
+        if at_value():
+            raise ConfigError(f"Unrecognized options: {queue[0]}; see upslope {name} --help")
+        flag, equals, value = queue.pop(0).partition("=")
+        key = {"-c": "config", "-h": "help"}.get(flag, flag[2:].replace("-", "_"))
+        if key == "help":
+            helping = True
             continue
-        if not word.startswith("--") and word != "-c":
-            if flags and flags[-1] in lists:
-                lists[flags[-1]].append(from_text(flags[-1], word, hints[flags[-1]], f"--{_kebab(flags[-1])}"))
-            else:
-                words.append(_checked(flags[-1], word, hints) if flags else word)
-            continue
-        flag, equals, value = word.partition("=")
-        key = flag.lstrip("-").replace("-", "_")
-        if flag == "-c" or (key == "config" and "config" not in hints):
+        if flag == "-c" or (key == "config" and "config" not in names):
             if not equals and not queue:
                 raise ConfigError(f"{flag} wants the path of a TOML file")
             files.append(value if equals else queue.pop(0))
             continue
-        negated = key.removeprefix("no_")
-        if key not in hints and hints.get(negated) is bool:
-            flags.append(negated)
-            words.append(f"--no-{_kebab(negated)}")
-            continue
-        if key not in hints:
-            known = [f"--{_kebab(other)}" for other in [*hints, "config", "help"]]
-            nearest = f"--{_kebab(meant(key, hints))}"
+        positive = key.removeprefix("no_")
+        off = key not in names and positive in names and _is_switch(hints[names[positive]])
+        key = positive if off else key
+        if key not in names:
+            known = [f"--{_kebab(other)}" for other in [*names, "config", "help"]]
+            nearest = f"--{_kebab(meant(key, names))}"
             raise ConfigError(f"unknown option {flag!r} for upslope {name}{_or_all(nearest, known, all_of='')}")
-        flags.append(key)
-        if get_origin(hints[key]) is tuple:
-            own = lists.setdefault(key, [])
-            if equals:
-                own.append(from_text(key, value, hints[key], f"--{_kebab(key)}"))
+        field, where = names[key], f"--{_kebab(key)}"
+        hint, before = hints[field], given.get(field)
+        if before is not None and before.where != where:
+            raise ConfigError(f"{where}: {flag!r} is given twice, also at {before.where}")
+        parts = ["false"] if off else [value] if equals else []
+        several = get_origin(hint) is tuple
+        while at_value() and (several or not parts):
+            parts.append(queue.pop(0))
+        if several:
+            made = tuple(from_text(field, part, hint, where) for part in parts)
+            given[field] = Setting(before.value + made if before else made, where)
             continue
-        if hints[key] is bool and (equals or (queue and queue[0].lower() in {"true", "false"})):
-            words.append(_boolean(key, value if equals else queue.pop(0)))
-            continue
-        words.append(f"--{_kebab(key)}" + (f"={_checked(key, value, hints)}" if equals else ""))
-    return words, files, flags, lists
+        if _is_switch(hint):
+            parts = parts or ["true"]
+            if parts[0].lower() not in {"true", "false", *(["none"] if hint is not bool else [])}:
+                wrong = ": expected true or false, got" if equals else " is a switch: it takes no value"
+                raise ConfigError(f"{where}{wrong} {parts[0]!r}")
+        if not parts:
+            raise ConfigError(f"Missing value for argument {flag!r}; see upslope {name} --help")
+        given[field] = Setting(from_text(field, parts[0], hint, where), where)
+    return given, files, helping
 
 
-def _checked(key: str, word: str, hints: dict[str, Any]) -> str:
-    """The word as tyro wants it, once it is known to fit the option's type."""
-    if hints[key] is bool:
-        raise ConfigError(f"--{_kebab(key)} is a switch: it takes no value {word!r}")
-    return "None" if from_text(key, word, hints[key], f"--{_kebab(key)}") is None else word
+def _is_switch(hint: Any) -> bool:
+    return bool in (hint, *get_args(hint))
 
 
-def _boolean(key: str, value: str) -> str:
-    if value.lower() not in {"true", "false"}:
-        raise ConfigError(f"--{_kebab(key)}: expected true or false, got {value!r}")
-    return f"--{'' if value.lower() == 'true' else 'no-'}{_kebab(key)}"
+def help_of(name: str, options_class: type[Any], settings: Mapping[str, Setting]) -> str:
+    """The text of `upslope VERB --help`: what one sets first, then the rest, each under the heading of its class.
+
+    An option's class is the first that has it, and that class's docstring the heading; its text is that of the last
+    class that says something of it. `settings` are shown as the defaults.
+    """
+    texts: dict[str, str] = {}
+    heading_of: dict[str, str] = {}
+    for base in reversed(options_class.__mro__[:-1]):
+        heading = f"Options of {name}" if base is options_class else str(base.__doc__).split("\n")[0].rstrip(".")
+        body: Any = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
+        for node, after in itertools.pairwise([*body.body, None]):
+            if isinstance(node, ast.AnnAssign):
+                heading_of.setdefault(ast.unparse(node.target), heading)
+                if isinstance(after, ast.Expr):
+                    texts[ast.unparse(node.target)] = " ".join(ast.literal_eval(after.value).split())
+    first = options_class.FIRST.split()
+    headings = dict.fromkeys(["What one sets first", *reversed(heading_of.values())])
+    heading_of |= dict.fromkeys(first, "What one sets first")
+    parts = [USAGE.replace("VERB", name), inspect.cleandoc(options_class.__doc__ or "")]
+    if "config" not in texts:
+        parts.append("Options come from --config FILE.toml (may be repeated) and from these flags, which win.")
+    for heading in headings:
+        fields = [field for field in dict.fromkeys([*first, *texts]) if heading_of[field] == heading]
+        entries = [_help_of_option(options_class, field, texts[field], settings) for field in fields]
+        parts += ["\n".join([f"{heading}:", *entries])] if entries else []
+    return "\n\n".join(parts)
 
 
-def _defaults(options_class: type[Any], settings: dict[str, Setting]) -> dict[str, Any]:
-    """What tyro shows and returns for options that the command line leaves alone."""
-    import tyro
-
-    values: dict[str, Any] = {}
-    for field in fields(options_class):
-        if field.name in settings:
-            values[field.name] = settings[field.name].value
-        elif field.default is not MISSING:
-            values[field.name] = field.default
-        elif field.default_factory is not MISSING:
-            values[field.name] = field.default_factory()
-        else:
-            values[field.name] = tyro.MISSING
-    return values
-
-
-def _tyro(name: str, options_class: type[Any], words: list[str], defaults: dict[str, Any]) -> Any:
-    import tyro
-
-    instance = object.__new__(options_class)  # not __init__: a class may check itself there, before the flags are in
-    for key, value in defaults.items():
-        object.__setattr__(instance, key, value)
-    about = [options_class.__doc__ or ""]
-    if "config" not in defaults:
-        about.append("Options come from --config FILE.toml (may be repeated) and from these flags, which win.")
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(
-                options_class, prog=f"upslope {name}", args=words, default=instance, description="\n\n".join(about)
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        raise ConfigError(_one_line(name, box.getvalue())) from None
+def _help_of_option(options_class: type[Any], field: str, text: str, settings: Mapping[str, Setting]) -> str:
+    """`  --flag, --other-spelling TYPE  what it is (default: value)`, wrapped."""
+    hint, known = hints_of(options_class)[field], names_of(options_class)
+    flags = [f"--{_kebab(spelling)}" for spelling in known if known[spelling] == field]
+    flags += [f"--no-{_kebab(field)}"] if _is_switch(hint) else []
+    value = settings[field].value if field in settings else options_class.__dataclass_fields__[field].default
+    if value not in (None, (), "") or "default: " not in text:
+        shown = " ".join(value) if isinstance(value, tuple) else value if isinstance(value, str) else str(value).lower()
+        text += f" (default: {shown or 'none'})"
+    left = f"  {', '.join(flags)}" + ("" if _is_switch(hint) else f" {_kind(hint)}")
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    indent = " " * 28
+    right = textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return f"{left:<28}{right.lstrip()}" if len(left) < 28 else f"{left}\n{right}"
 
 
-def _one_line(name: str, box: str) -> str:
-    """The first section of tyro's error box as one line, with the way to the help."""
-    text: list[str] = []
-    for line in box.splitlines()[1:]:
-        inner = line.strip().strip("│╭╰╮╯").strip()
-        if re.fullmatch("[─ ]*", inner):
-            if text:
-                break
-            continue
-        text.append(inner)
-    message = " ".join(text).rstrip(".")
-    return f"{message}; see upslope {name} --help"
+def _kind(hint: Any) -> str:
+    """What an option takes, in a word: INT, {a,b}, FLOAT|none, TEXT ..."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (types.UnionType, Union):
+        return "|".join(_kind(argument) for argument in arguments)
+    if origin is Literal:
+        return "{" + ",".join(arguments) + "}"
+    if origin is tuple:
+        return f"{_kind(arguments[0])} ..."
+    return {int: "INT", float: "FLOAT", type(None): "none"}.get(hint, "TEXT")
 
 
 def _or_all(word: str, known: Iterable[str], *, all_of: str = "verbs") -> str:

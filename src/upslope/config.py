@@ -1,23 +1,24 @@
 """One frozen dataclass of options from TOML files and a command line, with errors that name file, line and key.
 
 A file is flat: `key = value`, keys in snake_case or kebab-case. Later sources win. In a file, as on the command
-line, the string "none" means no value for an option that may have none. Free of torch.
+line, the string "none" means no value for an option that may have none, and an option may have a second spelling.
+Free of torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import re
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from upslope.atomic import check_plain
 from upslope.errors import ConfigError
@@ -32,6 +33,9 @@ __all__ = [
     "from_text",
     "hints_of",
     "load",
+    "metadata_of",
+    "names_of",
+    "option",
     "read_toml",
     "suggestion",
 ]
@@ -51,6 +55,27 @@ class Options(Protocol):
 
 
 T = TypeVar("T", bound=Options)
+V = TypeVar("V")
+
+
+def option(default: V, low: float | None = None, high: float = math.inf, *, also: str = "", needs: str = "") -> V:
+    """A field's default, and what is said of it where it stands; a subclass that gives another default keeps the rest.
+
+    low, high: the bounds of a number; without `low` none, from -inf to inf whatever is finite. also: another spelling.
+    needs: the option without which it would do nothing ("data"), or the values of one ("loss=dpo,ipo"): there it must
+    be left at its default.
+    """
+    said = {"bounds": None if low is None else (low, high), "also": also, "needs": needs}
+    return cast(V, dataclasses.field(default=default, metadata={key: value for key, value in said.items() if value}))
+
+
+def metadata_of(options: type[Options], name: str) -> dict[str, Any]:
+    """What `option` was told of a field in the class and in those that it is made from; the nearest wins."""
+    said: dict[str, Any] = {}
+    for base in reversed(options.__mro__):
+        if name in vars(base).get("__dataclass_fields__", {}):
+            said |= vars(base)["__dataclass_fields__"][name].metadata
+    return said
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +94,8 @@ def load(options: type[T], *paths: str | Path, overrides: Mapping[str, Any] | No
     """
     settings: dict[str, Setting] = {}
     for path in paths:
-        settings.update(read_toml(options, path))
-    hints = hints_of(options)
-    for key, value in (overrides or {}).items():
-        name, where = key.replace("-", "_"), f"--{key.replace('_', '-')}"
-        if name not in hints:
-            raise ConfigError(f"unknown option {key!r}{suggestion(name, hints)}")
-        settings[name] = Setting(coerce(name, value, hints[name], where), where)
+        settings |= read_toml(options, path)
+    settings |= _settings(options, "option", overrides or {}, lambda key: f"--{key.replace('_', '-')}")
     return build(options, settings)
 
 
@@ -88,20 +108,23 @@ def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
         raise ConfigError(f"{path}: not valid TOML: values are nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number too long to convert
         raise ConfigError(_toml_message(path, text, str(error))) from None
-    hints = hints_of(options)
+    settings = _settings(options, "key", table, lambda key: f"{path}:{_line_of(text, key)}")
+    of_a_launch = LAUNCH if (Path(path).parent / "env.json").is_file() else {}
+    return {name: setting for name, setting in settings.items() if name not in of_a_launch}
+
+
+def _settings(
+    options: type[Options], noun: str, table: Mapping[str, Any], where_of: Callable[[str], str]
+) -> dict[str, Setting]:
+    hints, names = hints_of(options), names_of(options)
     settings: dict[str, Setting] = {}
     for key, value in table.items():
-        where = f"{path}:{_line_of(text, key)}"
-        name = key.replace("-", "_")
-        if name not in hints:
-            what = (
-                f"unknown section [{key}]: options are written flat"
-                if isinstance(value, dict)
-                else (f"unknown key {key!r}")
-            )
-            raise ConfigError(f"{where}: {what}{suggestion(meant(name, hints), hints)}")
-        if name in LAUNCH and (Path(path).parent / "env.json").is_file():
-            continue
+        where, spelled = where_of(key), key.replace("-", "_")
+        name = names.get(spelled, "")
+        if not name:
+            section = f"unknown section [{key}]: options are written flat"
+            what = section if isinstance(value, dict) else f"unknown {noun} {key!r}"
+            raise ConfigError(f"{where}: {what}{suggestion(meant(spelled, names), names)}")
         if name in settings:
             raise ConfigError(f"{where}: {key!r} is given twice, also at {settings[name].where}")
         settings[name] = Setting(coerce(name, value, hints[name], where), where)
@@ -122,9 +145,7 @@ def build(options: type[T], settings: Mapping[str, Setting]) -> T:
         raise ConfigError(f"missing: {flags}; give it on the command line or in the file of --config")
     try:
         made = options(**{name: setting.value for name, setting in settings.items()})
-        check = getattr(made, "validate", None)
-        if check is not None:
-            check()
+        getattr(made, "validate", lambda: None)()
     except ConfigError as error:
         raise ConfigError(_located(str(error), settings)) from None
     return made
@@ -134,8 +155,7 @@ def check(options: Options) -> None:
     """What `load` checks of a file, of options made in Python. Errors: ConfigError."""
     for name, hint in hints_of(type(options)).items():
         coerce(name, _in_text(name, getattr(options, name)), hint, type(options).__name__)
-    if hasattr(options, "validate"):
-        options.validate()
+    getattr(options, "validate", lambda: None)()
 
 
 def _in_text(name: str, value: Any) -> Any:
@@ -175,6 +195,13 @@ def hints_of(options: type[Options]) -> dict[str, Any]:
     return {field.name: hints[field.name] for field in dataclasses.fields(options)}
 
 
+def names_of(options: type[Options]) -> dict[str, str]:
+    """Every name that a file and the command line may call an option by, and the field that it means."""
+    fields = [field.name for field in dataclasses.fields(options)]
+    also = {metadata_of(options, name).get("also", name): name for name in fields}
+    return {name: name for name in fields} | also
+
+
 ELSEWHERE = {
     **{"lr": "learning_rate", "steps": "max_steps", "model_name": "model", "model_name_or_path": "model"},
     **dict.fromkeys(("bs", "train_batch_size", "per_device_train_batch_size"), "batch_size num_prompts"),
@@ -197,37 +224,20 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def coerce(name: str, value: Any, hint: Any, where: str) -> Any:
-    """`value` as the type `hint` asks for, or ConfigError. An integer serves as a float; nothing else is converted."""
+def coerce(name: str, value: Any, hint: Any, where: str, *, word: bool = False) -> Any:
+    """`value` as the type `hint` asks for, or ConfigError. An integer serves as a float; nothing else is converted.
+
+    With `word` the value is a word of the command line: text of a number, of true or false, of one element of a list.
+    """
     try:
-        return _coerce(value, hint)
+        return _coerce(value, hint, word)
     except _MismatchError as error:
         raise ConfigError(f"{where}: {name} must be {describe(hint)}, got {error.got}{error.hint}") from None
 
 
 def from_text(name: str, text: str, hint: Any, where: str) -> Any:
     """A word of the command line as the type `hint` asks for (one element of it, for a list), or ConfigError."""
-    try:
-        return _from_text(text, hint)
-    except _MismatchError as error:
-        raise ConfigError(f"{where}: {name} must be {describe(hint)}, got {error.got}{error.hint}") from None
-
-
-def _from_text(text: str, hint: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union) and not (type(None) in arguments and text.lower() == NONE):
-        for argument in arguments:
-            with contextlib.suppress(_MismatchError):
-                return _from_text(text, argument)
-        raise _MismatchError(text)
-    if origin in (tuple, list, Sequence):
-        return _from_text(text, arguments[0])
-    if hint in (int, float):
-        try:
-            return hint(text)
-        except ValueError:
-            raise _MismatchError(text) from None
-    return _coerce(text, hint)
+    return coerce(name, text, hint, where, word=True)
 
 
 class _MismatchError(Exception):
@@ -237,24 +247,31 @@ class _MismatchError(Exception):
         self.hint = hint
 
 
-def _coerce(value: Any, hint: Any) -> Any:
+def _coerce(value: Any, hint: Any, word: bool) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _coerce_union(value, arguments)
+        return _coerce_union(value, arguments, word)
     if origin is Literal:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
         raise _MismatchError(value, suggestion(value, map(str, arguments)) if isinstance(value, str) else "")
     if origin in (tuple, list, Sequence):
+        if word:
+            return _coerce(value, arguments[0], word)
         if not isinstance(value, (list, tuple)):
             raise _MismatchError(value, "; also a single one in brackets, as in [f]" if isinstance(value, str) else "")
-        return tuple(_coerce(item, arguments[0]) for item in value)
+        return tuple(_coerce(item, arguments[0], word) for item in value)
     if origin in (dict, Mapping):
         if not isinstance(value, Mapping):
             raise _MismatchError(value)
-        return {key: _coerce(item, arguments[1]) for key, item in value.items()}
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return _float_of(value)
+        return {key: _coerce(item, arguments[1], word) for key, item in value.items()}
+    if hint in (int, float) and (word or (hint is float and type(value) is int)):
+        try:
+            return hint(value)
+        except (ValueError, OverflowError):
+            raise _MismatchError(value) from None
+    if hint is bool and word:
+        value = {"true": True, "false": False}.get(value.lower(), value)
     if hint is Path and isinstance(value, str):
         return Path(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
@@ -262,25 +279,17 @@ def _coerce(value: Any, hint: Any) -> Any:
     raise _MismatchError(value)
 
 
-def _coerce_union(value: Any, arguments: tuple[Any, ...]) -> Any:
+def _coerce_union(value: Any, arguments: tuple[Any, ...], word: bool) -> Any:
     if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() == NONE)):
         return None
     hints = ""
     for argument in arguments:
-        if argument is type(None):
-            continue
         try:
-            return _coerce(value, argument)
+            if argument is not type(None):
+                return _coerce(value, argument, word)
         except _MismatchError as error:
             hints = hints or error.hint
     raise _MismatchError(value, hints)
-
-
-def _float_of(value: int) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        raise _MismatchError(value) from None
 
 
 NAMES = {
@@ -359,12 +368,8 @@ def _located(message: str, settings: Mapping[str, Setting]) -> str:
 
 
 def _toml_value(name: str, value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, float):
-        return repr(value) if math.isfinite(value) else str(value)
+    if isinstance(value, bool | int | float):
+        return str(value).lower()
     if isinstance(value, (str, Path)):
         return _toml_string(name, str(value))
     if isinstance(value, (list, tuple)):
@@ -375,10 +380,7 @@ def _toml_value(name: str, value: Any) -> str:
     raise ConfigError(f"{name}: a {type(value).__name__} cannot be written to TOML")
 
 
-ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-
-
 def _toml_string(name: str, text: str) -> str:
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError(f"{name}: {text!r} is not text (a lone surrogate)")
-    return '"' + "".join(ESCAPES.get(c, f"\\u{ord(c):04x}" if c < " " or c == "\x7f" else c) for c in text) + '"'
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # what JSON escapes TOML escapes alike

@@ -8,20 +8,23 @@ file and options on the command line are these names (on the command line with d
 from __future__ import annotations
 
 from upslope.options.common import Dtype, RLOptions, RunOptions
-from upslope.options.compare import CompareOptions
-from upslope.options.distill import DistillOptions
 from upslope.options.encoder import ClassifyOptions, EncoderOptions, TagOptions
 from upslope.options.evaluate import EvalOptions
-from upslope.options.expert import ExpertOptions
-from upslope.options.export import ExportOptions
-from upslope.options.generate import ChatOptions, GenerateOptions
+from upslope.options.generate import ChatOptions, GenerateOptions, ServeOptions
+from upslope.options.imitation import DistillOptions, ExpertOptions, SFTOptions
 from upslope.options.policy import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.options.preference import DPOOptions, RewardOptions
 from upslope.options.pretrain import PretrainOptions
 from upslope.options.seq2seq import Seq2SeqOptions
-from upslope.options.serve import ServeOptions
-from upslope.options.supervised import SFTOptions
-from upslope.options.tools import DemoOptions, DoctorOptions, ExplainOptions, FetchOptions, RunsOptions
+from upslope.options.tools import (
+    CompareOptions,
+    DemoOptions,
+    DoctorOptions,
+    ExplainOptions,
+    ExportOptions,
+    FetchOptions,
+    RunsOptions,
+)
 
 __all__ = [
     "ChatOptions",

@@ -2,98 +2,72 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from upslope.config import option
 from upslope.errors import ConfigError
-from upslope.options.common import RunOptions, check
+from upslope.options.common import BatchOptions, RunOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderOptions(RunOptions):
-    """What classify and tag share: data, splits, objective."""
+class EncoderOptions(RunOptions, BatchOptions):
+    """Data and objective."""
+
+    FIRST = "data model eval_data test_data learning_rate batch_size num_epochs max_steps max_length output_dir"
 
     model: str = "minilm"
     """Where training starts: an encoder's folder, a hub id, or the alias minilm."""
     data: str = ""
     """Training rows."""
     eval_data: str | None = None
-    """Dev rows, which choose the best checkpoint; left out: --eval-share of the data."""
+    """Dev rows, which choose the best checkpoint; default: --eval-share of the data."""
     test_data: str | None = None
     """Test rows: checked for errors first, scored once at the end with the best checkpoint, used for nothing else."""
-    eval_share: float = 0.1
-    """Share of the data held out, by seed and content, when --eval-data is left out."""
-    eval_samples: int = 5000
+    eval_share: float = option(0.1, 1e-6, 0.9)
+    """Share of the data held out, by seed and content, without --eval-data."""
+    eval_samples: int = option(5000, 1)
     """Dev rows per evaluation, a choice by seed where there are more."""
     objective: Literal["cross_entropy", "policy_gradient", "policy_gradient_sampled"] = "cross_entropy"
     """Likelihood of the right label; expected reward in closed form; the same from sampled labels (REINFORCE)."""
-    rewards: str | None = None
-    """JSON file {right label: {said label: reward}}; left out, and where it is silent: 1 for right, 0 for wrong."""
-    num_samples: int = 4
+    rewards: str | None = option(None, needs="objective=cross_entropy,policy_gradient,policy_gradient_sampled")
+    """JSON file {right label: {said label: reward}}; default, and where it is silent: 1 for right, 0 for wrong."""
+    num_samples: int = option(4, 1)
     """Labels sampled per item (K) by policy_gradient_sampled."""
     baseline: Literal["none", "mean", "leave_one_out"] = "leave_one_out"
     """Subtracted from sampled rewards: nothing, the mean of the item's samples, or that of its other samples."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = option(0.0, 0, 0.999, needs="objective=cross_entropy")
     """Share of cross_entropy's target spread over all labels."""
     batch_size: int = 32
-    """Rows per optimizer step."""
-    num_epochs: float | None = None
-    """Passes over the data; when given it sets max_steps."""
-    head_lr_factor: float = 1.0
+    head_lr_factor: float = option(1.0, 0)
     """The head's learning rate as a multiple of --learning-rate."""
     learning_rate: float = 1e-4
-    """Peak learning rate of AdamW."""
     weight_decay: float = 0.01
-    """AdamW's decoupled weight decay; norms and biases are exempt."""
+    max_length: int = option(256, 4)
+    """Longest input in tokens; longer rows are cut to it in every split, counted and reported."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range or an option that could do nothing."""
-        RunOptions.validate(self)
-        check(
-            self,
-            eval_share=(1e-6, 0.9),
-            eval_samples=(1, None),
-            num_samples=(1, None),
-            label_smoothing=(0, 0.999),
-            batch_size=(1, None),
-            num_epochs=(0, None),
-            head_lr_factor=(0, None),
-        )
+    def _check(self) -> None:
         if not self.data:
             raise ConfigError("data is missing: name the file with the training rows (--data train.csv)")
-        if self.label_smoothing and self.objective != "cross_entropy":
-            raise ConfigError(f"label_smoothing belongs to cross_entropy, the objective is {self.objective}")
         sampled = self.objective == "policy_gradient_sampled"
         if sampled and self.num_samples < 2 and self.baseline != "none":
             raise ConfigError(f"baseline {self.baseline} needs num_samples of at least 2, it is {self.num_samples}")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ClassifyOptions(EncoderOptions):
     """Text classification: one label per text or pair of texts."""
 
     data: str = ""
     """Training rows: a .csv/.jsonl/.parquet file or hub id with text and label; or a GLUE task, cola:CoLA/train.tsv."""
     objective: Literal["cross_entropy", "policy_gradient", "policy_gradient_sampled", "squared_error"] = "cross_entropy"
-    """As for tags; squared_error: the labels are numbers, and the head is to give the number (regression)."""
+    """Likelihood of the right label; expected reward in closed form; the same from sampled labels (REINFORCE);
+    squared_error: the labels are numbers, and the head is to give the number (regression)."""
     text_column: str = "text"
     """The column of the text."""
     label_column: str = "label"
     """The column of the label."""
     pair_column: str | None = None
     """The column of a second text (a hypothesis after its premise)."""
-    max_length: int = 256
-    """Longest input in tokens; longer rows are cut to it in every split, counted and reported."""
-
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range."""
-        EncoderOptions.validate(self)
-        check(self, max_length=(4, None))
-        if self.rewards is not None and self.objective == "squared_error":
-            raise ConfigError("rewards are of labels with names; squared_error learns numbers: leave rewards out")
 
 
-@dataclass(frozen=True, kw_only=True)
 class TagOptions(EncoderOptions):
     """Tagging: one tag per word, entities in IOB2 or any other tags."""
 
@@ -107,8 +81,3 @@ class TagOptions(EncoderOptions):
     """iob2: checked; iob1: checked and turned into iob2; none: any tags, measured per token only."""
     max_length: int = 256
     """Longest input in tokens; longer sentences are split between words, counted and reported."""
-
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range."""
-        EncoderOptions.validate(self)
-        check(self, max_length=(4, None))

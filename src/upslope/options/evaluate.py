@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
+from upslope.config import option
 from upslope.errors import ConfigError
-from upslope.options.common import ColumnOptions, Dtype, check, column_names
+from upslope.options.common import ColumnOptions, DtypeOptions, JsonOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalOptions(ColumnOptions):
+class PerplexityOptions(DtypeOptions):
+    """Perplexity."""
+
+    perplexity: tuple[str, ...] = ()
+    """Rows with the key text, or text files; file:, line: or wikitext: before a path says what a document is."""
+    context: int | None = option(None, 1, also="context_length", needs="perplexity")
+    """Tokens a window reads; default: as many as the model has positions, at most 2048."""
+    stride: int | None = option(None, 1, also="eval_stride", needs="perplexity")
+    """New tokens each window predicts; default: all of it (disjoint windows, as lm-evaluation-harness)."""
+
+
+class AnswerOptions(ColumnOptions):
+    """Answers to rows."""
+
+    data: str | None = None
+    """Rows to answer: prompt or messages, and completion, reference or references; a .txt of references to compare."""
+    metrics: tuple[str, ...] = option((), needs="data")
+    """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer;
+    default: accuracy and macro_f1 of a classifier, the correlations of one of numbers, entity_f1 of a tagger."""
+    language: str = "en"
+    """Language of the references (zh, ja, ko, de, ...): chooses the tokenizer of BLEU, TER, ROUGE and error rates."""
+    judge: str | None = option(None, needs="data")
+    """MODEL@URL of an OpenAI-compatible server: does an answer to --data beat its reference? (UPSLOPE_JUDGE_API_KEY)"""
+    samples: str | None = option(None, needs="data")
+    """Write the answers to --data to this JSONL file, which --hypotheses reads; of several models to this folder."""
+
+
+class TaskOptions(DtypeOptions):
+    """Tasks."""
+
+    task: tuple[str, ...] = ()
+    """Held-out problems of tasks: gsm8k:eval_path=test.jsonl, chain_sum:min_terms=2,max_terms=2, my_task.py:MyTask."""
+    num_generations: int = option(1, 1, needs="task")
+    """Completions per problem of a task; above 1 gives pass@k for k = 1, 2, 4, ... up to it."""
+    max_completion_length: int = option(256, 1)
+    """Longest answer in tokens."""
+    temperature: float | None = option(None, 0, 100)
+    """Sampling temperature; default: 0 (greedy) for one completion, 1 for several."""
+
+
+class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
     """Measure one or several models; every figure comes with a 95% interval and its n.
 
     Name what to measure: --perplexity, --data with --metrics or --judge, --task, --rescore, --benchmark, --preferences,
@@ -18,72 +57,36 @@ class EvalOptions(ColumnOptions):
     first.
     """
 
-    models: tuple[str, ...] = ()
+    FIRST = "models perplexity data metrics task benchmark limit output json"
+
+    models: tuple[str, ...] = option((), also="model")
     """What to measure, as in `upslope eval runs/a runs/b`: folders, runs, hub ids, .gguf files, the alias."""
-    hypotheses: tuple[str, ...] = ()
+    hypotheses: tuple[str, ...] = option((), needs="data")
     """Finished answers to --data in place of models: .txt with one a line, or rows with the key completion."""
-
-    perplexity: tuple[str, ...] = ()
-    """Rows with the key text, or text files; file:, line: or wikitext: before a path says what a document is."""
-    context: int | None = None
-    """Tokens a window reads; left out: as many as the model has positions, at most 2048."""
-    stride: int | None = None
-    """New tokens each window predicts; left out: all of it (disjoint windows, as lm-evaluation-harness)."""
-
-    data: str | None = None
-    """Rows to answer: prompt or messages, and completion, reference or references; a .txt of references to compare."""
-    metrics: tuple[str, ...] = ()
-    """Of bleu chrf chrf++ ter rouge1 rouge2 rougeL exact_match token_f1 accuracy macro_f1 entity_f1 wer cer.
-
-    Left out: accuracy and macro_f1 of a classifier, the correlations of one of numbers, entity_f1 of a tagger.
-    """
-    language: str = "en"
-    """Language of the references (zh, ja, ko, de, ...): chooses the tokenizer of BLEU, TER, ROUGE and error rates."""
-    judge: str | None = None
-    """MODEL@URL of an OpenAI-compatible server: does an answer to --data beat its reference? (UPSLOPE_JUDGE_API_KEY)"""
-    samples: str | None = None
-    """Write the answers to --data to this JSONL file, which --hypotheses reads; of several models to this folder."""
-
-    task: tuple[str, ...] = ()
-    """Held-out problems of tasks: gsm8k:eval_path=test.jsonl, chain_sum:min_terms=2,max_terms=2, my_task.py:MyTask."""
-    num_generations: int = 1
-    """Completions per problem of a task; above 1 gives pass@k for k = 1, 2, 4, ... up to it."""
-    max_completion_length: int = 256
-    """Longest answer in tokens."""
-    temperature: float | None = None
-    """Sampling temperature; left out: 0 (greedy) for one completion, 1 for several."""
-
     rescore: str | None = None
     """N-best lists to put into the model's order: rows {reference, hypotheses: [{text, score}], source}."""
-    length_normalized: bool = False
+    length_normalized: bool = option(False, needs="rescore")
     """Rescoring divides a log-prob by its number of tokens."""
-    score_weight: float | Literal["tuned"] = 0.0
+    score_weight: float | Literal["tuned"] = option(0.0, 0, needs="rescore")
     """Weight of the lists' own scores beside the log-prob; tuned: chosen on one half, measured on the other."""
-
     benchmark: tuple[str, ...] = ()
     """Tasks in GLUE or SuperGLUE form from files or a hub, each with its official metric."""
     preferences: tuple[str, ...] = ()
     """Rows {prompt, chosen, rejected}: how often a reward model puts chosen first."""
     harness: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness, by name or as a file.yaml."""
-
-    limit: int | None = None
-    """At most so many documents, rows or problems of each; left out: all, but 200 of a task that generates problems."""
-    dtype: Dtype = "auto"
-    """Compute dtype; auto is bfloat16 where this processor is faster in it."""
+    limit: int | None = option(None, 1, also="eval_samples")
+    """At most so many documents, rows or problems of each; default: all, but 200 of a task that generates problems."""
     seed: int = 0
     """Of sampling, of drawn problems and of the bootstrap."""
     output: str | None = None
     """Write all figures as JSON to this file."""
-    json: bool = False
-    """Print all figures as one JSON object on standard output."""
 
     @property
     def sampling_temperature(self) -> float:
         """The temperature in force."""
-        if self.temperature is not None:
-            return self.temperature
-        return 0.0 if self.num_generations == 1 else 1.0
+        default = 0.0 if self.num_generations == 1 else 1.0
+        return default if self.temperature is None else self.temperature
 
     @property
     def judge_at(self) -> tuple[str, str]:
@@ -97,19 +100,7 @@ class EvalOptions(ColumnOptions):
         names = ("perplexity", "task", "rescore", "benchmark", "preferences", "harness")
         return tuple(name for name in names if getattr(self, name))
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range, or options that do not go together."""
-        check(
-            self,
-            context=(1, None),
-            stride=(1, None),
-            num_generations=(1, None),
-            max_completion_length=(1, None),
-            temperature=(0, 100),
-            limit=(1, None),
-        )
-        if self.score_weight != "tuned":
-            check(self, score_weight=(0, None))
+    def _check(self) -> None:
         if self.models and self.hypotheses:
             raise ConfigError("models and hypotheses are both given: measure models, or the answers in the files")
         if not self.models and not self.hypotheses:
@@ -118,7 +109,7 @@ class EvalOptions(ColumnOptions):
             raise ConfigError(
                 "say what to measure: --perplexity, --data, --task, --rescore, --benchmark, --preferences or --harness"
             )
-        if column_names(self.columns) and self.data is None and not self.preferences:
+        if self.columns and self.data is None and not self.preferences:
             raise ConfigError("columns is about the rows of data or preferences, which are not given")
         self._check_pairs()
 
@@ -127,20 +118,11 @@ class EvalOptions(ColumnOptions):
             raise ConfigError(f"{self.needs_model[0]} needs a model, and hypotheses are finished answers: name models")
         if self.hypotheses and self.data is not None and not self.metrics and self.judge is None:
             raise ConfigError("data needs to be judged: name metrics (as in --metrics bleu chrf) or a judge")
-        for name in ("metrics", "judge", "samples", "hypotheses"):
-            if getattr(self, name) and self.data is None:
-                raise ConfigError(f"{name} is about the rows of --data, which is not given")
         if self.judge is not None and not all(self.judge_at):
             raise ConfigError(f"judge is {self.judge!r}; it must be MODEL@URL, as in judge-7b@http://127.0.0.1:8000/v1")
         if self.samples is not None and self.hypotheses:
             raise ConfigError("samples writes what a model answers, and hypotheses are finished answers: leave one out")
-        if self.num_generations > 1 and not self.task:
-            raise ConfigError("num_generations above 1 is for pass@k of a task: name one with --task")
         if self.num_generations > 1 and self.temperature == 0:
             raise ConfigError("num_generations above 1 at temperature 0 would repeat one answer: raise the temperature")
-        if self.rescore is None and (self.length_normalized or self.score_weight != 0.0):
-            raise ConfigError("length_normalized and score_weight are about --rescore, which is not given")
-        if not self.perplexity and (self.context or self.stride):
-            raise ConfigError("context and stride are about --perplexity, which is not given")
         if self.context is not None and self.stride is not None and self.stride > self.context:
             raise ConfigError(f"stride is {self.stride} but a window reads only {self.context} tokens (context)")

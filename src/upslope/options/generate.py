@@ -1,70 +1,60 @@
-"""Options of `upslope generate` and `upslope chat`."""
+"""Options of `upslope generate`, `chat` and `serve`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ipaddress
+import math
+import os
 
+from upslope.config import option
 from upslope.errors import ConfigError
-from upslope.options.common import Dtype, check, column_names
+from upslope.options.common import ColumnOptions, DtypeOptions, FilterOptions, JsonOptions
 
 
-@dataclass(frozen=True, kw_only=True)
-class DecodingOptions:
-    """How tokens are drawn, shared by the verbs that print what a model says."""
+class EngineOptions(DtypeOptions):
+    """Model."""
 
     model: str = "smollm2-135m"
     """A model folder, a run folder, adapters, a hub id, a .gguf file, or the alias smollm2-135m."""
-    dtype: Dtype = "auto"
-    """Compute dtype; auto is bfloat16 where this processor is faster in it."""
-    kv_cache_gb: float = 1.0
+    kv_cache_gb: float = option(1.0, 1e-3)
     """GiB that keys and values may take; what does not fit waits its turn."""
+
+
+class DecodingOptions(EngineOptions, FilterOptions):
+    """Sampling."""
+
+    FIRST = "model system max_tokens temperature top_p seed"
+
     system: str | None = None
     """A system turn before the conversation."""
-    max_tokens: int = 256
+    max_tokens: int = option(256, 1, also="max_completion_length")
     """Tokens a reply may have."""
-    temperature: float = 0.7
+    temperature: float = option(0.7, 0)
     """0 is greedy."""
-    top_k: int = 0
-    """Draw from the k most probable tokens; 0 from all."""
-    top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities add up to this."""
-    min_p: float = 0.0
-    """Draw from tokens at least this times as probable as the most probable one."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = option(1.0, 1e-3)
     """Above 1: tokens that occurred become less likely."""
     stop: tuple[str, ...] = ()
     """Texts at which a reply ends."""
     seed: int = 0
     """The same seed gives the same replies."""
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range."""
-        check(
-            self,
-            kv_cache_gb=(1e-3, None),
-            max_tokens=(1, None),
-            temperature=(0, None),
-            top_k=(0, None),
-            top_p=(1e-6, 1),
-            min_p=(0, 1),
-            repetition_penalty=(1e-3, None),
-        )
+    def _check(self) -> None:
         if "" in self.stop:
             raise ConfigError("stop holds an empty text, which every reply contains: leave it out")
 
 
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions(DecodingOptions):
+class GenerateOptions(DecodingOptions, ColumnOptions, JsonOptions):
     """Complete one prompt, or a file of prompts to JSONL that `upslope sft` reads; standard output is replies alone."""
 
+    FIRST = "model prompt prompts output max_tokens temperature num_return_sequences system json"
+
     prompt: str | None = None
-    """The prompt, a user turn where the model has a chat template; left out: --prompts, else standard input."""
+    """The prompt, a user turn where the model has a chat template; default: --prompts, else standard input."""
     prompts: str | None = None
     """A file of prompts: rows with prompt, messages or text in .jsonl, .json, .csv, .parquet, or lines of a .txt."""
-    columns: tuple[str, ...] = ()
-    """What the columns of --prompts are, as in prompt=question; left out: those names themselves."""
+    columns: tuple[str, ...] = option((), needs="prompts")
     output: str | None = None
-    """Where the replies go as JSONL, one row per prompt in the order of the input; left out: standard output."""
+    """Where the replies go as JSONL, one row per prompt in the order of the input; default: standard output."""
     resume: bool = False
     """Go on with --output where a run was stopped or killed; rows that are in it are not made again."""
     raw: bool = False
@@ -72,16 +62,16 @@ class GenerateOptions(DecodingOptions):
     stream: bool = False
     """Print the reply while it comes, also where standard output is no terminal."""
     temperature: float | None = None
-    """0 is greedy; left out: 0.7, in beam search 1."""
-    num_return_sequences: int = 1
+    """0 is greedy; default: 0.7, in beam search 1."""
+    num_return_sequences: int = option(1, 1, also="num_generations")
     """Replies per prompt; in beam search the best ones."""
-    num_beams: int = 1
+    num_beams: int = option(1, 1, also="beam_width")
     """Above 1: beam search of this width instead of drawing."""
-    length_penalty: float = 1.0
+    length_penalty: float = option(1.0, -math.inf)
     """Beams are ranked by their log-prob divided by length ** this: above 0 helps long replies."""
-    logprobs: int | None = None
+    logprobs: int | None = option(None, 0)
     """JSON: the tokens of each reply with their log-probs at this temperature, and so many alternatives per token."""
-    max_batch: int = 64
+    max_batch: int = option(64, 1)
     """Sequences decoded together; changes speed, not the replies."""
     json: bool = False
     """Print one JSON object instead of the text of a single prompt's reply."""
@@ -89,25 +79,12 @@ class GenerateOptions(DecodingOptions):
     @property
     def policy_temperature(self) -> float:
         """The temperature in force."""
-        if self.temperature is not None:
-            return self.temperature
-        return 0.7 if self.num_beams == 1 else 1.0
+        default = 0.7 if self.num_beams == 1 else 1.0
+        return default if self.temperature is None else self.temperature
 
-    def validate(self) -> None:
-        """Raise ConfigError for a value out of range, or options that exclude each other."""
-        DecodingOptions.validate(self)
-        check(
-            self,
-            num_return_sequences=(1, None),
-            num_beams=(1, None),
-            length_penalty=(None, None),
-            logprobs=(0, None),
-            max_batch=(1, None),
-        )
+    def _check(self) -> None:
         if self.prompt is not None and self.prompts is not None:
             raise ConfigError("prompt and prompts are both given: one text, or a file of them")
-        if column_names(self.columns) and self.prompts is None:
-            raise ConfigError("columns is about the rows of prompts, which are not given")
         if self.resume and (self.prompts is None or self.output is None):
             raise ConfigError("resume goes on with a file of prompts: give prompts and output, too")
         if self.raw and self.system is not None:
@@ -135,6 +112,56 @@ class GenerateOptions(DecodingOptions):
                 raise ConfigError(f"{name} has no meaning in beam search (num_beams above 1): leave it out{hint}")
 
 
-@dataclass(frozen=True, kw_only=True)
 class ChatOptions(DecodingOptions):
     """Talk to a model in the terminal, or line by line through a pipe; /help lists the commands."""
+
+
+KEY_VARIABLE = "UPSLOPE_API_KEY"
+
+
+class ServeOptions(EngineOptions):
+    """An OpenAI-compatible server and a chat page on loopback, over the engine that training samples with."""
+
+    served_model_name: str | None = None
+    """The model's name in requests and in /v1/models; default: the last part of --model."""
+    compare: str | None = None
+    """A second model, served beside the first under its own name; the chat page then offers blind A/B."""
+    host: str = "127.0.0.1"
+    """Address to listen on; another than loopback needs an API key."""
+    port: int = option(8000, 0, 65535)
+    """Port to listen on; 0 takes a free one and prints it."""
+    api_key: str | None = None
+    """Key that every route but /health asks for; default: the environment variable UPSLOPE_API_KEY, else none."""
+    max_batch: int = option(64, 1)
+    """Sequences decoded together."""
+    kv_cache_gb: float = option(1.0, 0)
+    max_queue: int = option(256, 0)
+    """Requests that may wait; one more is answered 429 with Retry-After."""
+    max_body_mb: float = option(4.0, 0.001)
+    """MiB that a request's body may have; a larger one is answered 413."""
+    drain_seconds: float = option(30.0, 0)
+    """How long running requests may take to finish after SIGTERM."""
+    feedback: str = "feedback"
+    """Folder to which the chat page saves thumbs, edits and A/B votes, as rows that sft and dpo read."""
+
+    @property
+    def key(self) -> str | None:
+        """The API key: the option's, else the environment's."""
+        return self.api_key if self.api_key is not None else os.environ.get(KEY_VARIABLE)
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether nobody but this machine can connect."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    def _check(self) -> None:
+        if self.key is not None and not self.key.strip():
+            raise ConfigError(f"the API key is empty: set --api-key (or {KEY_VARIABLE}) to a secret, or leave it out")
+        if not self.on_loopback and self.key is None:
+            raise ConfigError(
+                f"host = {self.host} can be reached from other machines: set --api-key (or {KEY_VARIABLE}), "
+                "or listen on 127.0.0.1"
+            )

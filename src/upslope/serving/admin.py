@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from upslope.errors import UpslopeError
-from upslope.options.serve import KEY_VARIABLE
+from upslope.options.generate import KEY_VARIABLE
 from upslope.serving.access import reply, service_of
 from upslope.serving.bodies import WeightsBody
 from upslope.serving.errors import ApiError
