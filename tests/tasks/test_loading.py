@@ -152,7 +152,7 @@ def test_wrong_reward_names(text: str, needle: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "needle"),
-    [("NOT_CALLABLE", "is not a function"), ("one_argument", "two arguments"), ("Mine", "not a function")],
+    [("NOT_CALLABLE", "is not a function"), ("one_argument", "2 arguments"), ("Mine", "not a function")],
 )
 def test_wrong_names_in_a_reward_file(user_file: Path, name: str, needle: str) -> None:
     with pytest.raises(ConfigError, match=needle):

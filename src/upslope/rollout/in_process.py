@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 from upslope.errors import ConfigError, DataError
+from upslope.plugins import check_params, parse_spec
 from upslope.rollout.judge import RewardSpecs, Scorer, finish
 from upslope.tasks.loading import MODEL_REWARDS, parse_rewards
 from upslope.tasks.scoring import settled
-from upslope.tasks.specs import check_params, parse_spec
 from upslope.types import Reward, RolloutGroup
 
 __all__ = [

@@ -28,12 +28,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 from upslope.errors import ConfigError, DataError, RunError, UpslopeError
+from upslope.plugins import first_line
 from upslope.rollout.channel import TOKEN_BYTES, Channel, Garbled, wait
 from upslope.rollout.in_process import CombinedScorer, Surroundings, load_model_rewards, split_rewards
 from upslope.rollout.judge import InlineScorer, RewardSpecs, Scorer, finish, sample_of
 from upslope.rollout.keeper import END_LIMIT_S, children, descendants, end_descendants
 from upslope.tasks.base import Task
-from upslope.tasks.loading import first_line, parse_rewards
+from upslope.tasks.loading import parse_rewards
 from upslope.tasks.scoring import TIMED_OUT, Sample, build_scoring
 from upslope.types import Prompt, Reward, RolloutGroup
 

@@ -2,45 +2,55 @@
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import itertools
 import math
 import re
-import symtable
 import sys
-import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.plugins import (
+    Spec,
+    check_file,
+    check_params,
+    ending_forks,
+    find,
+    first_line,
+    format_spec,
+    line_in,
+    load,
+    parse_spec,
+    suggest,
+)
 from upslope.tasks.base import Split, Task
-from upslope.tasks.forks import ending_forks
-from upslope.tasks.specs import Spec, check_params, format_spec, parse_spec, suggest
 from upslope.types import Prompt
 
-TASKS: dict[str, tuple[str, str]] = {
-    "reasoning": ("upslope.tasks.reasoning", "ReasoningTask"),
-    "gsm8k": ("upslope.tasks.gsm8k", "GSM8K"),
-    "sentiment": ("upslope.tasks.sentiment", "Sentiment"),
-    "strict_json": ("upslope.tasks.strict_json", "StrictJson"),
-    "random_walks": ("upslope.tasks.random_walks", "RandomWalks"),
-    "key_door": ("upslope.tasks.key_door", "KeyDoor"),
-    "pairs": ("upslope.tasks.pairs", "Pairs"),
-    "phonemes": ("upslope.tasks.phonemes", "Phonemes"),
+TASKS: dict[str, str] = {
+    "reasoning": "upslope.tasks.reasoning:ReasoningTask",
+    "gsm8k": "upslope.tasks.gsm8k:GSM8K",
+    "sentiment": "upslope.tasks.sentiment:Sentiment",
+    "strict_json": "upslope.tasks.strict_json:StrictJson",
+    "random_walks": "upslope.tasks.random_walks:RandomWalks",
+    "key_door": "upslope.tasks.key_door:KeyDoor",
+    "pairs": "upslope.tasks.pairs:Pairs",
+    "phonemes": "upslope.tasks.phonemes:Phonemes",
 }
 REWARDS: dict[str, str] = {
-    **dict.fromkeys(("length", "format", "json_object", "repetition", "exact_match"), "upslope.tasks.rewards"),
-    **dict.fromkeys(("edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"), "upslope.tasks.overlap"),
+    **{
+        name: f"upslope.tasks.rewards:{name}"
+        for name in ["length", "format", "json_object", "repetition", "exact_match"]
+    },
+    **{
+        name: f"upslope.tasks.overlap:{name}"
+        for name in ["edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"]
+    },
 }
-"""The module of every built-in reward function."""
+"""Where every built-in reward function is."""
 TASK_REWARD = "task"
 MODEL_REWARDS: dict[str, str] = {
     "reward_model": "upslope.rollout.reward_model:load_reward_model",
@@ -64,7 +74,6 @@ class RewardFunction:
 
     name: str
     function: Callable[..., Any]
-    spec: str
     inline_safe: bool = False
     whole_group: bool = False
 
@@ -85,14 +94,11 @@ def load_task(spec: str | Task, **params: Any) -> Task:
         return _MADE.pop(spec)
     parsed = parse_spec(spec)
     parsed = replace(parsed, params={**parsed.params, **params})
-    if parsed.path is not None:
-        task = _construct(_task_class(parsed), parsed)
-    elif parsed.name in TASKS:
-        module, attribute = TASKS[parsed.name]
-        task = _construct(getattr(importlib.import_module(module), attribute), parsed)
-    else:
+    if parsed.path is None and parsed.name not in TASKS:
         task = _reasoning_alias(parsed)
-    task.spec = format_spec(_absolute(parsed))
+    else:
+        task = _construct(_task_class(parsed), parsed)
+    task.spec = format_spec(parsed.absolute)
     return task
 
 
@@ -124,7 +130,7 @@ def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
     except UpslopeError:
         raise
     except Exception as error:
-        line = _line_in(error, Path(file))
+        line = line_in(error, Path(file))
         raise DataError(f"{where}, line {line}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(found, list | tuple):
         raise DataError(f"{where} must give a list of upslope.Prompt objects; it gave a {type(found).__name__}")
@@ -145,36 +151,19 @@ def load_reward(spec: str | Callable[..., Any]) -> RewardFunction:
     Raises ConfigError: unknown name or parameter, a file that does not load, or something that cannot be called with
     (prompts, completions).
     """
-    if not isinstance(spec, str) and callable(spec):
-        name = getattr(spec, "__name__", type(spec).__name__)
-        _check_two_arguments(spec, name)
-        return RewardFunction(name, spec, name, inline_safe=True, whole_group=bool(getattr(spec, "whole_group", False)))
-    parsed = parse_spec(spec)
-    if parsed.path is not None:
-        function = _find(load_file(parsed.path), parsed)
-        if not callable(function) or inspect.isclass(function):
-            raise ConfigError(f"'{parsed.label}' is not a function of (prompts, completions)")
-        _check_two_arguments(function, parsed.label)
-    elif parsed.name in REWARDS:
-        function = getattr(importlib.import_module(REWARDS[parsed.name]), parsed.name)
-    elif parsed.name in MODEL_REWARDS:
+    if isinstance(spec, str) and (parsed := parse_spec(spec)).path is None and parsed.name in MODEL_REWARDS:
         raise ConfigError(
             f"reward '{parsed.name}' is a network: it runs beside the policy in a recipe that samples (--reward), "
             "not in a reward worker and not without a policy"
         )
-    else:
-        known = (*REWARDS, *MODEL_REWARDS, TASK_REWARD)
-        raise ConfigError(
-            f"no reward is called '{parsed.name}'{suggest(parsed.name, known)} "
-            f"(built in: {', '.join(known)}; your own: my_rewards.py:function)"
-        )
-    check_params(function, parsed.params, parsed.label, skip=2, filled=FILLED)
+    known = (*MODEL_REWARDS, TASK_REWARD)
+    loaded = load(spec, REWARDS, kind="reward", takes=("prompts", "completions"), filled=FILLED, known=known)
+    quick = bool(getattr(loaded.plain, "inline_safe", False)) and not loaded.own
     return RewardFunction(
-        name=parsed.name,
-        function=functools.partial(function, **parsed.params) if parsed.params else function,
-        spec=format_spec(_absolute(parsed)),
-        inline_safe=bool(getattr(function, "inline_safe", False)) and parsed.path is None,
-        whole_group=bool(getattr(function, "whole_group", False)),
+        loaded.name,
+        loaded.function,
+        inline_safe=quick or not isinstance(spec, str),
+        whole_group=bool(getattr(loaded.plain, "whole_group", False)),
     )
 
 
@@ -195,70 +184,14 @@ def parse_rewards(specs: Iterable[Any]) -> list[tuple[Any, float]]:
 
 def check_reward(parsed: Spec) -> None:
     """ConfigError where a reward cannot be loaded. A file is read and not run: that is for a reward worker."""
-    if parsed.path is None:
-        if parsed.name not in (TASK_REWARD, *MODEL_REWARDS):
-            load_reward(format_spec(parsed))
-        return
-    try:
-        source = Path(parsed.path).expanduser().read_bytes()
-        names = symtable.symtable(source, parsed.path, "exec").get_identifiers()
-    except (OSError, SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None) or 1
-        raise ConfigError(f"{parsed.path}:{line}: {type(error).__name__}: {first_line(error)}") from error
-    if parsed.name not in names and b"import *" not in source and "__getattr__" not in names:
-        raise ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggest(parsed.name, names)}")
-
-
-def load_file(path: str) -> ModuleType:
-    """Run a user's Python file as a module (once per process) and let it import its neighbours.
-
-    Raises ConfigError that names the file and the line where it failed.
-    """
-    file = Path(path).expanduser().resolve()
-    name = f"upslope_user_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if not file.is_file():
-        raise ConfigError(f"{path}: no such file")
-    module_spec = importlib.util.spec_from_file_location(name, file)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    try:
-        with ending_forks():
-            module_spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise ConfigError(f"{path}:{_line_in(error, file)}: {type(error).__name__}: {first_line(error)}") from error
-    return module
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters."""
-    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]
-
-
-def _line_in(error: BaseException, file: Path) -> int:
-    if isinstance(error, SyntaxError) and error.filename == str(file):
-        return error.lineno or 1
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    return (lines[-1] if lines else None) or 1
-
-
-def _find(module: ModuleType, parsed: Spec) -> Any:
-    if hasattr(module, parsed.name):
-        return getattr(module, parsed.name)
-    public = [name for name in vars(module) if not name.startswith("_")]
-    raise ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggest(parsed.name, public)}")
+    if parsed.path is not None:
+        check_file(parsed)
+    elif parsed.name not in (TASK_REWARD, *MODEL_REWARDS):
+        load_reward(format_spec(parsed))
 
 
 def _task_class(parsed: Spec) -> type[Task]:
-    found = _find(load_file(str(parsed.path)), parsed)
+    found = find(parsed, TASKS, kind="task")
     if not (inspect.isclass(found) and issubclass(found, Task)):
         raise ConfigError(f"'{parsed.label}' must be a class that extends upslope.tasks.Task, got {found!r:.80}")
     return found
@@ -300,10 +233,6 @@ def _reasoning_alias(parsed: Spec) -> Task:
     return _construct(reasoning.ReasoningTask, replace(parsed, params={"name": parsed.name, **parsed.params}))
 
 
-def _absolute(parsed: Spec) -> Spec:
-    return replace(parsed, path=str(Path(parsed.path).expanduser().resolve())) if parsed.path else parsed
-
-
 def _split_weight(text: str) -> tuple[str, float]:
     match = _WEIGHT.fullmatch(text) if isinstance(text, str) else None
     if match is None:
@@ -312,10 +241,3 @@ def _split_weight(text: str) -> tuple[str, float]:
         return match["spec"], float(match["weight"])
     except ValueError:
         raise ConfigError(f"reward '{text}': '{match['weight']}' after @ is not a number") from None
-
-
-def _check_two_arguments(function: Callable[..., Any], label: str) -> None:
-    parameters = list(inspect.signature(function).parameters.values())
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(places) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise ConfigError(f"'{label}' must take (prompts, completions) as its first two arguments")

@@ -13,9 +13,9 @@ from typing import Any
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
+from upslope.plugins import parse_value, suggest
 from upslope.tasks import graders
 from upslope.tasks.base import Split, Task, chat_prompt, check_split, derive_seed, select_prompts
-from upslope.tasks.specs import parse_value, suggest
 from upslope.types import Message, Prompt, Reward
 
 CHUNK = 64

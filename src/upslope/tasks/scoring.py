@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from upslope.errors import ConfigError, DataError, one_line
+from upslope.plugins import ending_forks, first_line
 from upslope.tasks.base import Task
-from upslope.tasks.forks import ending_forks
-from upslope.tasks.loading import FILLED, TASK_REWARD, first_line, load_reward, load_task, parse_rewards
+from upslope.tasks.loading import FILLED, TASK_REWARD, load_reward, load_task, parse_rewards
 from upslope.types import Prompt, Reward, storable
 
 TIMED_OUT = "timed out"
