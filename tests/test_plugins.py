@@ -101,7 +101,7 @@ def test_whole_numbers_serve_as_decimal_ones() -> None:
     check_params(takes, {"target": 1, "share": 1}, "takes", skip=2)
 
 
-TABLE = {"fast": "upslope.tasks.rewards:length", "dump": "json:dumps"}
+TABLE = {"fast": "upslope.rewards.functions:length", "dump": "json:dumps"}
 OWN = """
 def loss(logp, advantage, *, scale: float = 1.0, seen=None):
     return logp * advantage * scale

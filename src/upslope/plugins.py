@@ -30,6 +30,8 @@ from typing import Any
 from upslope.errors import ConfigError
 
 Value = int | float | bool | str
+TIMED_OUT = "timed out"
+"""What an error says of a user's code that was ended by the clock."""
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<attribute>[^:]*)(?::(?P<params>.*))?", re.DOTALL)
 _KEY = re.compile(r"\s*(?P<key>[A-Za-z_][A-Za-z0-9_]*)\s*=\s*")

@@ -28,7 +28,7 @@ from upslope.evaluation.rescore import read_nbest
 from upslope.evaluation.samples import read_hypotheses, read_samples
 from upslope.options import GRPOOptions, PPOOptions, SFTOptions
 from upslope.plugins import parse_spec
-from upslope.tasks.loading import parse_rewards
+from upslope.rewards.summands import parse_rewards
 from upslope.tasks.pairs import read_pairs
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}

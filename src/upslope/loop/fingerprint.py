@@ -28,7 +28,7 @@ from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.files.run_folders import lies_in_run, model_of_run
 from upslope.plugins import parse_spec
-from upslope.tasks.loading import parse_rewards
+from upslope.rewards.summands import parse_rewards
 from upslope.types import Prompt
 
 __all__ = ["FILES", "MODELS", "ROWS", "SPECS", "accepted", "changed", "of_files", "of_learner", "prompt_row", "refuse"]

@@ -31,7 +31,7 @@ from upslope.models.heads import ScalarHead
 from upslope.options import DistillOptions, GRPOOptions, PPOOptions, ReinforceOptions, RLOptions, RunOptions, SFTOptions
 from upslope.preview.rows import mask_view, statistics
 from upslope.preview.task import Judged, check_held_out, judge_one
-from upslope.recipes.policy_gradient import room_for_activations, samples_on_policy, scorer_of
+from upslope.recipes.policy_gradient import judge_of, room_for_activations, samples_on_policy
 from upslope.training.step import forward
 from upslope.types import Completion, Example, SamplingParams
 
@@ -261,7 +261,7 @@ def show_policy_gradient(options: RLOptions) -> int:
 
     policy = load_policy(options)
     task = load_task(options.task)
-    with scorer_of(options, policy, task) as judge:
+    with judge_of(options, policy, task) as judge:
         asked = ask(options, policy, task)
         tokens = [encode_prompt(policy.tokenizer, prompt) for prompt in asked.train[: options.num_prompts]]
         prediction, sampled = predict_policy_gradient(options, policy, tokens)

@@ -14,7 +14,7 @@ from upslope.preview import dry_run
 from upslope.preview.dry_run import Prediction, probe
 from upslope.preview.task import check_held_out, judge_one
 from upslope.recipes.expert_data import groups_of_run, load_mix
-from upslope.recipes.policy_gradient import scorer_of
+from upslope.recipes.policy_gradient import judge_of
 from upslope.tasks.loading import load_task
 from upslope.types import Completion, Example
 
@@ -36,7 +36,7 @@ def show_imitation(options: ExpertOptions | DistillOptions) -> int:
 
 def _show_expert(options: ExpertOptions, policy: Policy) -> int:
     task = load_task(options.task)
-    with scorer_of(options, policy, task) as judge:
+    with judge_of(options, policy, task) as judge:
         asked = ask(options, policy, task)
         _, mixed = load_mix(within_context(options, policy), policy.tokenizer)
         if options.from_run is not None:

@@ -11,7 +11,7 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.loop.kept import Kept
 from upslope.loop.prompts import held_out_of
 from upslope.options import DistillOptions, SFTOptions
-from upslope.rollout.judge import Scorer
+from upslope.rewards.judge import Judge
 from upslope.tasks.base import Task
 from upslope.types import Completion, Prompt, Reward, Rollout, RolloutGroup
 
@@ -44,7 +44,7 @@ class Judged:
         return {**asdict(self), "reward": self.reward.value, "parts": dict(self.reward.parts)}
 
 
-def judge_one(judge: Scorer, prompt: Prompt, tokens: Sequence[int], completions: Sequence[Completion]) -> Judged:
+def judge_one(judge: Judge, prompt: Prompt, tokens: Sequence[int], completions: Sequence[Completion]) -> Judged:
     """Have one prompt's completions judged as the run will. DataError: not one of them could be."""
     rollouts = [Rollout.from_completion(tokens, completion, i) for i, completion in enumerate(completions)]
     said = judge.judge([RolloutGroup(prompt, rollouts)])

@@ -39,7 +39,7 @@ from upslope.options import ExpertOptions
 from upslope.preview.imitation import show_imitation as show
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.recipes.policy_gradient import PolicyGradient
-from upslope.rollout.judge import reward_metrics
+from upslope.rewards.judge import reward_metrics
 from upslope.training.experience import Experience
 from upslope.training.schedule import rate_at
 from upslope.training.step import Outputs

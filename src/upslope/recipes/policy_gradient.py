@@ -26,25 +26,25 @@ from upslope.loop.session import Evaluation, StepResult
 from upslope.models.decoder.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.options import GRPOOptions, RLOptions
-from upslope.rollout.collect import collect
-from upslope.rollout.in_process import Surroundings
-from upslope.rollout.judge import Scorer, length_metrics, reward_metrics
-from upslope.rollout.workers import make_scorer
+from upslope.rewards.judge import Judge, reward_metrics
+from upslope.rewards.summands import Surroundings
+from upslope.rollout.collect import collect, length_metrics
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.optim import Group
 from upslope.training.step import gap_metrics, score
 from upslope.types import Batch, RolloutGroup, SamplingParams
+from upslope.workers.rewards import make_scorer
 
 __all__ = [
     "PolicyGradient",
+    "judge_of",
     "means_of",
     "ratio_metrics",
     "rollout_metrics",
     "room_for_activations",
     "samples_on_policy",
-    "scorer_of",
 ]
 
 _STORED = {
@@ -68,7 +68,7 @@ class PolicyGradient(PolicyLearner):
 
     def __init__(self, options: RLOptions, policy: Policy, *, extra: Sequence[Group] = ()) -> None:
         self.task = load_task(options.task)
-        self.judge = scorer_of(options, policy, self.task)
+        self.judge = judge_of(options, policy, self.task)
         asked = ask(options, policy, self.task)
         self.train_prompts, self.eval_prompts, self.account = asked.train, asked.held_out, asked.account
         super().__init__(options, policy, len(self.train_prompts), extra=extra)
@@ -290,10 +290,10 @@ class PolicyGradient(PolicyLearner):
 
     def close(self) -> None:
         """End the reward workers."""
-        self.judge.__exit__(None, None, None)
+        self.judge.close()
 
 
-def scorer_of(options: RLOptions, policy: Policy, task: Task) -> Scorer:
+def judge_of(options: RLOptions, policy: Policy, task: Task) -> Judge:
     """What judges the run's completions."""
     return make_scorer(
         task,

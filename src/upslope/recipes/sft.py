@@ -30,12 +30,12 @@ from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
 from upslope.preview.dry_run import show_sft as show
 from upslope.rollout.collect import collect
-from upslope.rollout.workers import make_scorer
 from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.step import Outputs, score
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
+from upslope.workers.rewards import make_scorer
 
 __all__ = ["SFT", "sft", "show"]
 

@@ -1,29 +1,25 @@
-"""From the text on the command line to a task or a reward function, with an error that says what to change."""
+"""From the text on the command line to a task, with an error that says what to change."""
 
 from __future__ import annotations
 
 import inspect
 import itertools
-import math
-import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.plugins import (
     Spec,
-    check_file,
     check_params,
     ending_forks,
     find,
     first_line,
     format_spec,
     line_in,
-    load,
     parse_spec,
     suggest,
 )
@@ -40,42 +36,7 @@ TASKS: dict[str, str] = {
     "pairs": "upslope.tasks.pairs:Pairs",
     "phonemes": "upslope.tasks.phonemes:Phonemes",
 }
-REWARDS: dict[str, str] = {
-    **{
-        name: f"upslope.tasks.rewards:{name}"
-        for name in ["length", "format", "json_object", "repetition", "exact_match"]
-    },
-    **{
-        name: f"upslope.tasks.overlap:{name}"
-        for name in ["edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"]
-    },
-}
-"""Where every built-in reward function is."""
-TASK_REWARD = "task"
-MODEL_REWARDS: dict[str, str] = {
-    "reward_model": "upslope.rollout.reward_model:load_reward_model",
-    "likelihood": "upslope.rollout.model_rewards:load_likelihood",
-    "fluency": "upslope.rollout.model_rewards:load_fluency",
-    "coherence": "upslope.rollout.model_rewards:load_coherence",
-    "similarity": "upslope.rollout.model_rewards:load_similarity",
-    "relevance": "upslope.rollout.model_rewards:load_relevance",
-}
-"""Rewards that are networks, computed in the trainer's process (rollout/in_process.py): name -> "module:factory"."""
-# What the judge fills in, one value per completion, where a reward asks for it by name.
-FILLED = ("num_tokens", "finish_reasons")
-
 _MADE: dict[str, Task] = {}
-_WEIGHT = re.compile(r"""(?P<spec>.*)@(?P<weight>[^@:,='"]*)""", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class RewardFunction:
-    """A reward ready to call: `function(prompts, completions)`, with its parameters bound."""
-
-    name: str
-    function: Callable[..., Any]
-    inline_safe: bool = False
-    whole_group: bool = False
 
 
 def load_task(spec: str | Task, **params: Any) -> Task:
@@ -143,53 +104,6 @@ def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
     return list(found)
 
 
-def load_reward(spec: str | Callable[..., Any]) -> RewardFunction:
-    """The reward function that `spec` names: a built-in ("length:target=20") or one of a file ("my_rewards.py:fn").
-
-    A function itself is judged with in this process.
-
-    Raises ConfigError: unknown name or parameter, a file that does not load, or something that cannot be called with
-    (prompts, completions).
-    """
-    if isinstance(spec, str) and (parsed := parse_spec(spec)).path is None and parsed.name in MODEL_REWARDS:
-        raise ConfigError(
-            f"reward '{parsed.name}' is a network: it runs beside the policy in a recipe that samples (--reward), "
-            "not in a reward worker and not without a policy"
-        )
-    known = (*MODEL_REWARDS, TASK_REWARD)
-    loaded = load(spec, REWARDS, kind="reward", takes=("prompts", "completions"), filled=FILLED, known=known)
-    quick = bool(getattr(loaded.plain, "inline_safe", False)) and not loaded.own
-    return RewardFunction(
-        loaded.name,
-        loaded.function,
-        inline_safe=quick or not isinstance(spec, str),
-        whole_group=bool(getattr(loaded.plain, "whole_group", False)),
-    )
-
-
-def parse_rewards(specs: Iterable[Any]) -> list[tuple[Any, float]]:
-    """(spec, weight) pairs from texts such as "length:target=20@0.5", functions and such pairs; the weight is 1 unless
-    given.
-
-    "task" stands for the task's own reward. Raises ConfigError for a weight that is not a finite number.
-    """
-    pairs = []
-    for item in specs:
-        spec, weight = item if isinstance(item, tuple) else _split_weight(item)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ConfigError(f"reward '{spec}': the weight must be a finite number, got {weight!r}")
-        pairs.append((spec, float(weight)))
-    return pairs
-
-
-def check_reward(parsed: Spec) -> None:
-    """ConfigError where a reward cannot be loaded. A file is read and not run: that is for a reward worker."""
-    if parsed.path is not None:
-        check_file(parsed)
-    elif parsed.name not in (TASK_REWARD, *MODEL_REWARDS):
-        load_reward(format_spec(parsed))
-
-
 def _task_class(parsed: Spec) -> type[Task]:
     found = find(parsed, TASKS, kind="task")
     if not (inspect.isclass(found) and issubclass(found, Task)):
@@ -231,13 +145,3 @@ def _reasoning_alias(parsed: Spec) -> Task:
     if "name" in parsed.params:
         raise ConfigError(f"'{parsed.name}' is the data set's name already; leave name=... out")
     return _construct(reasoning.ReasoningTask, replace(parsed, params={"name": parsed.name, **parsed.params}))
-
-
-def _split_weight(text: str) -> tuple[str, float]:
-    match = _WEIGHT.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        return text, 1.0
-    try:
-        return match["spec"], float(match["weight"])
-    except ValueError:
-        raise ConfigError(f"reward '{text}': '{match['weight']}' after @ is not a number") from None

@@ -15,8 +15,8 @@ from upslope.data.kinds import record_of
 from upslope.data.readers import header_of, rows_of
 from upslope.errors import ConfigError, DataError
 from upslope.options.common import column_names
+from upslope.rewards.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
 from upslope.tasks.base import FEWER, Split, Task, check_split, content_key, derive_seed, repeats_line, split_of
-from upslope.tasks.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
 from upslope.types import Message, Prompt, Reward
 
 __all__ = ["Pairs"]

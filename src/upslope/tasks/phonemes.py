@@ -13,8 +13,8 @@ from collections.abc import Mapping
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
+from upslope.rewards.overlap import nearest, references_of, similarity
 from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, select_prompts, split_of
-from upslope.tasks.overlap import nearest, references_of, similarity
 from upslope.types import Message, Prompt, Reward
 
 __all__ = ["Phonemes", "pronunciations"]

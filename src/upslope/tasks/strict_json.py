@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from upslope.errors import ConfigError
+from upslope.rewards.functions import json_object
 from upslope.tasks.base import Split, Task, chat_prompt, check_split, derive_seed, select_prompts
-from upslope.tasks.rewards import json_object
 from upslope.types import Message, Prompt, Reward
 
 _NAMES = (

@@ -17,7 +17,7 @@ from typing import Any
 
 from upslope.errors import ConfigError
 from upslope.extras import require
-from upslope.tasks.rewards import quick
+from upslope.rewards.functions import quick
 from upslope.types import Prompt
 
 __all__ = [

@@ -1,66 +1,71 @@
 """Judged rollouts: every rollout gets its Reward in place, in (prompt, sample) order whatever finished first.
 
-`InlineScorer` judges in this process, `RewardPool` (workers.py) in processes that can be killed. Both are context
-managers with the same `judge`. Free of torch.
+`InlineJudge` asks functions in this process, `RewardPool` (workers/rewards.py) in processes that can be killed.
+Networks have no place in a worker, a fresh interpreter without torch: both ask them here, on the policy's device, over
+whole packed steps. Free of torch.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
-from typing import Protocol, Self
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from upslope.errors import DataError
-from upslope.tasks.base import Task
-from upslope.tasks.scoring import TIMED_OUT, Sample, build_scoring
-from upslope.types import Reward, Rollout, RolloutGroup
-
-RewardSpecs = Iterable[str | tuple[str, float]]
-
-
-class Scorer(Protocol):
-    """What fills in rewards."""
-
-    def judge(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Set `rollout.reward` of every rollout; returns counts of errors and timeouts, and seconds."""
-        ...
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(self, *_: object) -> None: ...
+from upslope.plugins import TIMED_OUT
+from upslope.rewards.summands import Sample, Summand
+from upslope.rewards.weighted_sum import WeightedSum, add_networks
+from upslope.types import Reward, RolloutGroup
 
 
-class InlineScorer:
-    """Judges in this process: for tasks that are cheap and sure to end. There is no time limit on sync functions.
+class Judge(AbstractContextManager[Any]):
+    """What fills in rewards: a subclass those of functions; `networks` are added to them."""
 
-    task: a task or its spec; rewards: what replaces its own reward, as for `RewardPool`.
-    """
-
-    def __init__(self, task: Task | str | None, rewards: RewardSpecs = ()) -> None:
-        self._scoring = build_scoring(task, rewards)
+    networks: Sequence[Summand] = ()
 
     def judge(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
-        """Set every rollout's reward. DataError: a function broke its contract, or no rollout could be judged."""
+        """Set every rollout's reward, in place; returns `reward/errors`, `reward/timeouts`, `reward/seconds`.
+
+        DataError: a reward gave the wrong number of judgements or no list, or no rollout at all could be judged.
+        """
         start = time.perf_counter()
-        for group in groups:
-            rewards = self._scoring.judge(group.prompt, [sample_of(rollout) for rollout in group.rollouts])
-            for rollout, reward in zip(group.rollouts, rewards, strict=True):
-                rollout.reward = reward
-        return finish(groups, time.perf_counter() - start)
+        self.fill(groups)
+        if self.networks:
+            add_networks(self.networks, groups)
+        return _counted(groups, time.perf_counter() - start)
 
-    def __enter__(self) -> Self:
-        return self
+    def fill(self, groups: Sequence[RolloutGroup]) -> None:
+        """Set every rollout's reward by the functions, or to 0 where there are none."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """End what judges."""
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to close."""
+        self.close()
 
 
-def sample_of(rollout: Rollout) -> Sample:
-    """What a reward may see of a rollout."""
-    return Sample(rollout.text, sum(rollout.mask), rollout.finish_reason)
+class InlineJudge(Judge):
+    """Judges in this process: for tasks that are cheap and sure to end. There is no time limit on sync functions.
+
+    total: None where networks alone judge.
+    """
+
+    def __init__(self, total: WeightedSum | None, networks: Sequence[Summand] = ()) -> None:
+        self._total, self.networks = total, networks
+
+    def fill(self, groups: Sequence[RolloutGroup]) -> None:
+        """Set every rollout's reward by the functions, or to 0 where there are none."""
+        for group in groups:
+            rewards = [Reward(value=0.0) for _ in group.rollouts]
+            if self._total is not None:
+                rewards = self._total.judge(group.prompt, [Sample.of(rollout) for rollout in group.rollouts])
+            for rollout, reward in zip(group.rollouts, rewards, strict=True):
+                rollout.reward = reward
 
 
-def finish(groups: Sequence[RolloutGroup], seconds: float) -> dict[str, float]:
+def _counted(groups: Sequence[RolloutGroup], seconds: float) -> dict[str, float]:
     """Count errors and timeouts. DataError when not one rollout was judged: then there is nothing to learn from."""
     rewards = [rollout.reward for group in groups for rollout in group.rollouts]
     errors = [reward.error or "not judged" for reward in rewards if reward.value is None]
@@ -102,11 +107,3 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
 def _value(reward: Reward) -> float:
     assert reward.value is not None
     return reward.value
-
-
-def length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """How long the completions are, and the share that was cut."""
-    return {
-        "completions/mean_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
-        "completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
-    }
