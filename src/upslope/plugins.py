@@ -34,12 +34,13 @@ TIMED_OUT = "timed out"
 """What an error says of a user's code that was ended by the clock."""
 
 _FILE = re.compile(r"(?P<path>.+\.py):(?P<attribute>[^:]*)(?::(?P<params>.*))?", re.DOTALL)
-_KEY = re.compile(r"\s*(?P<key>[A-Za-z_][A-Za-z0-9_]*)\s*=\s*")
+_PARAM = re.compile(
+    r"""\s*(?P<key>[A-Za-z_][A-Za-z0-9_]*)\s*=\s*
+    (?:(?P<double>"(?:[^"\\]|\\.)*")|'(?P<single>[^']*)'|(?P<open>["'])|(?P<bare>[^,]*))\s*(?P<rest>.*)""",
+    re.DOTALL | re.VERBOSE,
+)
 _INT = re.compile(r"[+-]?[0-9]+")
 _FLOAT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_DOUBLE = re.compile(r'"(?:[^"\\]|\\.)*"')
-_SINGLE = re.compile(r"'[^']*'")
-_BARE = re.compile(r"[^,]*")
 _PLAIN = re.compile(r"[A-Za-z0-9_./+*~@%|:-]+(?: [A-Za-z0-9_./+*~@%|:-]+)*")
 
 
@@ -102,39 +103,27 @@ def parse_value(text: str) -> Value:
 
 def _parse_params(text: str, whole: str) -> dict[str, Value]:
     params: dict[str, Value] = {}
-    position = 0
-    while position < len(text):
-        key = _KEY.match(text, position)
-        if key is None:
-            raise ConfigError(f"'{whole}': cannot read '{text[position:]}'; parameters are key=value, split by commas")
-        if key["key"] in params:
-            raise ConfigError(f"'{whole}': parameter '{key['key']}' is given twice")
-        value, position = _read_value(text, key.end(), whole)
-        params[key["key"]] = value
-        rest = text[position:].lstrip()
+    while text:
+        found = _PARAM.fullmatch(text)
+        if found is None:
+            raise ConfigError(f"'{whole}': cannot read '{text}'; parameters are key=value, split by commas")
+        key, double, single, rest = found.group("key", "double", "single", "rest")
+        if key in params:
+            raise ConfigError(f"'{whole}': parameter '{key}' is given twice")
+        if found["open"]:
+            raise ConfigError(f"'{whole}': the quote before '{rest}' is never closed")
         if rest and not rest.startswith(","):
-            raise ConfigError(f"'{whole}': unexpected '{rest}' after the value of '{key['key']}'")
-        position = len(text) - len(rest) + 1
-    return params
-
-
-def _read_value(text: str, start: int, whole: str) -> tuple[Value, int]:
-    if text[start : start + 1] in ('"', "'"):
-        pattern = _DOUBLE if text[start] == '"' else _SINGLE
-        match = pattern.match(text, start)
-        if match is None:
-            raise ConfigError(f"'{whole}': the quote before '{text[start + 1 :]}' is never closed")
-        if pattern is _SINGLE:
-            return match[0][1:-1], match.end()
+            raise ConfigError(f"'{whole}': unexpected '{rest}' after the value of '{key}'")
         try:
-            return json.loads(match[0], strict=False), match.end()
+            params[key] = json.loads(double, strict=False) if double else single
         except ValueError as error:
             raise ConfigError(
-                f"'{whole}': bad escape in {match[0]} ({error}); use single quotes for text as is"
+                f"'{whole}': bad escape in {double} ({error}); use single quotes for text as is"
             ) from None
-    match = _BARE.match(text, start)
-    assert match is not None
-    return parse_value(match[0]), match.end()
+        if params[key] is None:
+            params[key] = parse_value(found["bare"])
+        text = rest[1:]
+    return params
 
 
 def _format_value(value: Value, key: str) -> str:

@@ -14,8 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError, DataError
-from upslope.rewards.judge import InlineJudge, reward_metrics
-from upslope.rewards.weighted_sum import WeightedSum
+from upslope.rewards.judge import InlineJudge, WeightedSum, reward_metrics
 from upslope.runs.store import Store
 from upslope.tasks import Task
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup

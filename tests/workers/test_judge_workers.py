@@ -14,8 +14,7 @@ import pytest
 from reward_kit import alive, errors, gone, group, values
 
 from upslope.errors import ConfigError, DataError, RunError
-from upslope.rewards.judge import InlineJudge
-from upslope.rewards.weighted_sum import WeightedSum
+from upslope.rewards.judge import InlineJudge, WeightedSum
 from upslope.tasks import load_task
 from upslope.workers.rewards import RewardPool, make_scorer
 

@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from upslope.data.batching import collate, split_by_tokens
 from upslope.data.chat import encode_completion, load_tokenizer, token_count
@@ -40,12 +42,14 @@ from upslope.models.files.reward_folder import RewardSettings, load_reward_folde
 from upslope.models.files.sources import resolve
 from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel
+from upslope.rewards.functions import distinct_share
 from upslope.rewards.summands import Surroundings
 from upslope.training.step import score
 from upslope.training.units import after_tokens
 from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
 
 Kind = Literal["likelihood", "fluency", "coherence"]
+Likeness = Literal["similarity", "relevance"]
 AGGREGATES: dict[str, Callable[[Sequence[float]], float]] = {
     "min": min,
     "prod": math.prod,
@@ -120,6 +124,7 @@ def _too_long(model: CausalModel, example: Example, room: int = 0) -> str:
     return "" if tokens + room <= longest else f"{tokens} tokens are more than the judging model's context of {longest}"
 
 
+@dataclass(eq=False)
 class LikelihoodReward:
     """Judges rollouts by a frozen language model.
 
@@ -127,26 +132,24 @@ class LikelihoodReward:
     tokens that end the policy's turns, where its tokens are read as they are.
     """
 
-    def __init__(
-        self,
-        kind: Kind,
-        model: CausalModel,
-        tokenizer: Any,
-        *,
-        same_tokenizer: bool,
-        ends: Sequence[int] = (),
-        scale: str = "log",
-        per: str = "token",
-        floor: float = -20.0,
-        ngram: int = 0,
-        batch_tokens: int = 8192,
-    ) -> None:
-        self.kind, self.model, self.tokenizer, self.same_tokenizer = kind, model, tokenizer, same_tokenizer
-        self.ends = frozenset(ends)
-        self.scale, self.per, self.floor, self.ngram, self.batch_tokens = scale, per, floor, ngram, batch_tokens
-        self.start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if self.start is None and kind != "likelihood":
-            raise ModelError(f"{kind}: the model's tokenizer has neither a first nor a last token to begin a text with")
+    kind: Kind
+    model: CausalModel
+    tokenizer: Any
+    same_tokenizer: bool
+    ends: Sequence[int] = ()
+    scale: str = "log"
+    per: str = "token"
+    floor: float = -20.0
+    ngram: int = 0
+    batch_tokens: int = 8192
+
+    def __post_init__(self) -> None:
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self.start = bos if bos is not None else eos
+        if self.start is None and self.kind != "likelihood":
+            raise ModelError(
+                f"{self.kind}: the model's tokenizer has neither a first nor a last token to begin a text with"
+            )
 
     def rewards(self, groups: Sequence[RolloutGroup]) -> list[Reward]:
         """One Reward per rollout; a text longer than the model's context is an error of its own."""
@@ -171,18 +174,13 @@ class LikelihoodReward:
                 example = encode_completion(self.tokenizer, _asked(prompt), rollout.text)
             except DataError as error:
                 return str(error)
-        if self._ends(rollout, example) and (self.kind != "likelihood" or rollout.finish_reason != "stop"):
-            example = _without_last(example)
+        stopped = rollout.finish_reason == "stop"
+        if any(example.mask) and (self.kind != "likelihood" or not stopped):
+            last = max(t for t, real in enumerate(example.mask) if real)
+            # whether the last trained token is the end token and not the text's own
+            if not self.same_tokenizer or (stopped and example.tokens[last] in self.ends):
+                example = Example(example.tokens[:last], example.mask[:last])
         return _too_long(self.model, example, 1) or example
-
-    def _ends(self, rollout: Rollout, example: Example) -> bool:
-        """Whether the last trained token is the end token and not the text's own."""
-        if not any(example.mask):
-            return False
-        if not self.same_tokenizer:
-            return True
-        last = max(t for t, real in enumerate(example.mask) if real)
-        return rollout.finish_reason == "stop" and example.tokens[last] in self.ends
 
     def _to_score(self, example: Example) -> list[Example]:
         """What has to be scored: with the prompt, without it, or both; nothing where nothing is left."""
@@ -212,27 +210,15 @@ class LikelihoodReward:
             return (totals[0] - totals[1]) / units
         value = max(self.floor, totals[0] / units)
         if self.ngram:
-            value = max(self.floor, value + math.log(_distinct_share(rollout.text, self.ngram)))
+            value = max(self.floor, value + math.log(distinct_share(rollout.text, self.ngram)))
         return self._scaled(value)
 
     def _scaled(self, value: float) -> float:
         return math.exp(value) if self.scale == "prob" else value
 
 
-def _without_last(example: Example) -> Example:
-    """The sequence up to its last trained token, that one left out."""
-    last = max(t for t, real in enumerate(example.mask) if real)
-    return Example(example.tokens[:last], example.mask[:last])
-
-
-def _distinct_share(text: str, n: int) -> float:
-    words = text.casefold().split()
-    grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
-
-
 def _load_encoder(
-    kind: Literal["similarity", "relevance"], path: str = "minilm", dtype: str = "float32", *, around: Surroundings
+    kind: Likeness, path: str = "minilm", dtype: str = "float32", *, around: Surroundings
 ) -> EmbeddingReward:
     """`similarity`: completion beside the prompt's answer; `relevance`: beside the prompt (a chat's last user turn)."""
     folder = resolve(path)
@@ -247,14 +233,16 @@ def _load_encoder(
 load_similarity, load_relevance = partial(_load_encoder, "similarity"), partial(_load_encoder, "relevance")
 
 
+@dataclass(eq=False)
 class EmbeddingReward:
     """Cosine in [-1, 1] of mean-pooled embeddings; an empty text is like nothing (0).
 
     Texts beyond the encoder's context are cut to it.
     """
 
-    def __init__(self, kind: Literal["similarity", "relevance"], encoder: Encoder, tokenizer: Any) -> None:
-        self.kind, self.encoder, self.tokenizer = kind, encoder, tokenizer
+    kind: Likeness
+    encoder: Encoder
+    tokenizer: Any
 
     def rewards(self, groups: Sequence[RolloutGroup]) -> list[Reward]:
         """One Reward per rollout; for similarity, a prompt without an answer has no verdict."""
@@ -294,12 +282,9 @@ def embeddings(encoder: Encoder, tokenizer: Any, texts: Sequence[str], *, batch_
     ids = [tokenizer(text, truncation=encoder.max_positions is not None, max_length=encoder.max_positions)["input_ids"]
            for text in texts]  # fmt: skip
     for part in split_by_tokens([len(one) for one in ids], batch_tokens):
-        longest = max(len(ids[i]) for i in part)
-        tokens = torch.full((len(part), longest), tokenizer.pad_token_id or 0)
-        mask = torch.zeros(len(part), longest, dtype=torch.long)
-        for row, i in enumerate(part):
-            tokens[row, : len(ids[i])] = torch.tensor(ids[i])
-            mask[row, : len(ids[i])] = 1
+        rows = [torch.tensor(ids[i]) for i in part]
+        tokens = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id or 0)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         network = encoder.network.base_model
         hidden = network(input_ids=tokens.to(encoder.device), attention_mask=mask.to(encoder.device)).last_hidden_state
         weights = mask.to(hidden.device)[..., None].float()
@@ -348,21 +333,16 @@ def load_reward_model(
     )
 
 
+@dataclass(eq=False)
 class RewardModel:
     """Judges rollouts by a network with a scalar head."""
 
-    def __init__(
-        self,
-        model: CausalModel,
-        head: ScalarHead,
-        settings: RewardSettings,
-        *,
-        tokenizer: Any,
-        retokenize: bool = False,
-        batch_tokens: int = 8192,
-    ) -> None:
-        self.model, self.head, self.settings = model, head, settings
-        self.tokenizer, self.retokenize, self.batch_tokens = tokenizer, retokenize, batch_tokens
+    model: CausalModel
+    head: ScalarHead
+    settings: RewardSettings
+    tokenizer: Any
+    retokenize: bool = False
+    batch_tokens: int = 8192
 
     def rewards(self, groups: Sequence[RolloutGroup]) -> list[Reward]:
         """The score of every rollout; one longer than the network's context, or without a step, is an error."""

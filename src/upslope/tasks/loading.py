@@ -129,18 +129,15 @@ def _reasoning_alias(parsed: Spec) -> Task:
     """A bare reasoning-gym name. Only an installed reasoning-gym knows all names, so that the error says so."""
     from upslope.tasks import reasoning
 
-    hint = f"no task is called '{parsed.name}'"
     try:
         names = reasoning.dataset_names()
     except ConfigError as error:
-        near = suggest(parsed.name, TASKS)
-        raise ConfigError(
-            f"task '{parsed.name}' is not built in{near}; if it is one of reasoning-gym's: {error}"
-        ) from None
+        hint = f"task '{parsed.name}' is not built in{suggest(parsed.name, TASKS)}"
+        raise ConfigError(f"{hint}; if it is one of reasoning-gym's: {error}") from None
     if parsed.name not in names:
-        near = suggest(parsed.name, (*TASKS, *names))
+        hint = f"no task is called '{parsed.name}'{suggest(parsed.name, (*TASKS, *names))}"
         raise ConfigError(
-            f"{hint}{near} (built in: {', '.join(TASKS)}; any reasoning-gym data set; your own: my_task.py:MyTask)"
+            f"{hint} (built in: {', '.join(TASKS)}; any reasoning-gym data set; your own: my_task.py:MyTask)"
         )
     if "name" in parsed.params:
         raise ConfigError(f"'{parsed.name}' is the data set's name already; leave name=... out")

@@ -13,7 +13,7 @@ from typing import Any
 
 from upslope.errors import ConfigError, DataError
 from upslope.plugins import TIMED_OUT, first_line
-from upslope.rewards.judge import InlineJudge, Judge
+from upslope.rewards.judge import InlineJudge, Judge, WeightedSum
 from upslope.rewards.summands import (
     RewardSpecs,
     Sample,
@@ -23,7 +23,6 @@ from upslope.rewards.summands import (
     parse_rewards,
     split_rewards,
 )
-from upslope.rewards.weighted_sum import WeightedSum
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
