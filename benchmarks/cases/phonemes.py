@@ -24,9 +24,9 @@ from upslope.options import ReinforceOptions, RunOptions, Seq2SeqOptions
 from upslope.recipes.reinforce import reinforce
 from upslope.recipes.seq2seq import seq2seq
 from upslope.rollout.collect import collect
-from upslope.rollout.workers import make_scorer
 from upslope.tasks.loading import load_task
 from upslope.types import SamplingParams
+from upslope.workers.rewards import make_scorer
 
 NAME = "phonemes"
 LEARNERS = ("mle", "mle_longer", "minimum_risk", "scst")

@@ -37,12 +37,12 @@ from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.ppo import ppo
 from upslope.recipes.pretrain import Pretrain, causal_texts, pretrain
 from upslope.recipes.reinforce import reinforce
+from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect
-from upslope.rollout.in_process import Surroundings
-from upslope.rollout.workers import make_scorer
 from upslope.tasks.base import Task, select_prompts
 from upslope.tasks.loading import load_task
 from upslope.types import Prompt, SamplingParams
+from upslope.workers.rewards import make_scorer
 
 NAME = "wikitext"
 LEARNERS = tuple(

@@ -20,7 +20,8 @@ from upslope.models.files.loading import load_model
 from upslope.models.files.sources import resolve
 from upslope.options import ServeOptions, SFTOptions
 from upslope.recipes.distill import load_teacher
-from upslope.rollout.model_rewards import load_likelihood
+from upslope.rewards.networks import load_likelihood
+from upslope.rewards.summands import Surroundings
 
 NAMES = ("folder", "run", "run/checkpoints/best", "run/checkpoints/step-00000002", "adapters", "copy", "nested")
 VERBS = {
@@ -67,7 +68,7 @@ def test_a_name_is_one_model_wherever_it_is_given(name: str) -> None:
     expected = dict(used.model.named_parameters())
     start = load_policy(SFTOptions(model=name, data="x", dtype="float32"))
     serves = _service("m", name, ServeOptions(model=name, dtype="float32", max_batch=2, kv_cache_gb=0.01))
-    judge = load_likelihood(name, tokenizer=start.tokenizer, device="cpu", policy_folder=start.folder, dtype="float32")
+    judge = load_likelihood(name, dtype="float32", around=Surroundings(start.tokenizer, "cpu", start.folder))
     for model in (
         start.model,
         load_model(resolve(name)),

@@ -14,8 +14,8 @@ from upslope.build import Policy, load_inference, make_engine
 from upslope.cli import main
 from upslope.data.chat import encode_prompt
 from upslope.evaluation.scorer import Scorer
+from upslope.rewards.overlap import edit_distance
 from upslope.tasks import load_task
-from upslope.tasks.overlap import edit_distance
 from upslope.types import SamplingParams
 
 TASK = '''

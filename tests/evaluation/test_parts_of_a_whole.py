@@ -13,7 +13,7 @@ from tiny_model import tiny_folder
 
 from upslope.cli import main
 from upslope.evaluation.figures import Figure
-from upslope.evaluation.judge import Comparison, Judge, win_rate
+from upslope.evaluation.judge import Comparison, PairJudge, win_rate
 from upslope.evaluation.table import Results, as_json, write
 
 TASK_FILE = """
@@ -168,7 +168,7 @@ def test_what_a_judge_did_not_say_is_in_the_table_and_in_json() -> None:
         return reply("[[A]]" if text.index("candidate") < text.index("reference") else "[[B]]")
 
     asked = [Comparison(f"q{i}", "candidate", "reference") for i in range(10)]
-    with served(answer) as (url, _), Judge(url, "gpt", retries=0, sleep=lambda _: None) as judge:
+    with served(answer) as (url, _), PairJudge(url, "gpt", retries=0, sleep=lambda _: None) as judge:
         found = win_rate(judge, asked, dataset="d")
     stream = io.StringIO()
     write([Results("m", [found])], stream)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from upslope.errors import ConfigError, DataError, RunError
-from upslope.evaluation.judge import Comparison, Judge, win_rate
+from upslope.evaluation.judge import Comparison, PairJudge, win_rate
 
 pytest.importorskip("httpx")
 
@@ -84,7 +84,7 @@ ROWS = [
 def test_a_fair_judge_is_asked_in_both_orders_and_counted() -> None:
     with (
         served(lambda body, _: reply(f"A or B? [[A]] is tempting.\n {better(body)} \n")) as (url, asked),
-        Judge(url + "/", "gpt", api_key="secret") as judge,
+        PairJudge(url + "/", "gpt", api_key="secret") as judge,
     ):
         figure = win_rate(judge, ROWS, dataset="d")
     assert figure.value == pytest.approx((1 + 0 + 0.5 + 1) / 4)
@@ -101,7 +101,7 @@ def test_a_fair_judge_is_asked_in_both_orders_and_counted() -> None:
 
 
 def test_a_judge_that_always_says_the_first_is_shown_to() -> None:
-    with served(lambda body, _: reply("[[A]]")) as (url, _), Judge(url, "gpt") as judge:
+    with served(lambda body, _: reply("[[A]]")) as (url, _), PairJudge(url, "gpt") as judge:
         figure = win_rate(judge, ROWS)
     assert figure.value == 0.5
     assert figure.detail["inconsistent"] == 4
@@ -126,7 +126,7 @@ def test_what_is_no_verdict_is_counted_and_not_guessed(content: Any) -> None:
     def answer(body: dict[str, Any], number: int) -> Answer:
         return reply(content) if "q2" in body["messages"][1]["content"] else reply(better(body))
 
-    with served(answer) as (url, _), Judge(url, "gpt") as judge:
+    with served(answer) as (url, _), PairJudge(url, "gpt") as judge:
         figure = win_rate(judge, ROWS)
     assert figure.n == 3
     assert figure.value == pytest.approx(2.5 / 3)
@@ -140,7 +140,7 @@ def test_what_is_no_verdict_is_counted_and_not_guessed(content: Any) -> None:
 def test_rubbish_for_an_answer_is_one_line(text: str) -> None:
     with (
         served(lambda body, _: (200, text, {})) as (url, _),
-        Judge(url, "gpt") as judge,
+        PairJudge(url, "gpt") as judge,
         pytest.raises(DataError, match="no usable pair of verdicts for 4 rows; the first: no chat completion") as e,
     ):
         win_rate(judge, ROWS)
@@ -158,7 +158,7 @@ def test_passing_troubles_are_tried_again_and_waits_obey_the_server() -> None:
     ]
     with (
         served(lambda body, n: troubles[n - 1] if n <= 4 else reply("[[A]]")) as (url, asked),
-        Judge(url, "gpt", sleep=waits.append) as judge,
+        PairJudge(url, "gpt", sleep=waits.append) as judge,
     ):
         assert judge.verdict("q", "a", "b").score == 1.0
     assert waits == [3.0, 60.0, 4.0, 8.0]
@@ -169,7 +169,7 @@ def test_a_request_that_never_succeeds_is_counted_and_too_many_stop_the_run() ->
     def answer(body: dict[str, Any], number: int) -> Answer:
         return (500, "broken", {}) if "q2" in body["messages"][1]["content"] else reply(better(body))
 
-    with served(answer) as (url, asked), Judge(url, "gpt", retries=1, sleep=lambda _: None) as judge:
+    with served(answer) as (url, asked), PairJudge(url, "gpt", retries=1, sleep=lambda _: None) as judge:
         figure = win_rate(judge, ROWS)
         assert (figure.n, figure.detail["failed"], figure.detail["not_judged"]) == (3, 2, 1)
         assert "no answer after 2 tries, status 500: broken" in figure.detail["first_failed"]
@@ -185,7 +185,7 @@ def test_a_refusal_stops_at_once(status: int) -> None:
     body = '{"error": {"message": "no such\\nmodel"}}'
     with (
         served(lambda *_: (status, body, {})) as (url, _),
-        Judge(url, "gpt") as judge,
+        PairJudge(url, "gpt") as judge,
         pytest.raises(RunError, match=rf"answers {status}: .*no such.*check the URL") as e,
     ):
         win_rate(judge, ROWS)
@@ -196,7 +196,7 @@ def test_a_server_that_is_not_there() -> None:
     with served(lambda body, _: reply("")) as (url, _):
         pass
     with (
-        Judge(url, "gpt", retries=1, max_failures=0, sleep=lambda _: None) as judge,
+        PairJudge(url, "gpt", retries=1, max_failures=0, sleep=lambda _: None) as judge,
         pytest.raises(RunError, match="were lost; first: no answer after 2 tries, ConnectError"),
     ):
         win_rate(judge, ROWS)
@@ -218,7 +218,10 @@ def test_an_answer_that_trickles_is_waited_for_no_longer_than_said() -> None:
     thread = threading.Thread(target=trickle, daemon=True)
     thread.start()
     started = time.monotonic()
-    with listening, Judge(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "gpt", retries=0, timeout=0.5) as judge:
+    with (
+        listening,
+        PairJudge(f"http://127.0.0.1:{listening.getsockname()[1]}/v1", "gpt", retries=0, timeout=0.5) as judge,
+    ):
         verdict = judge.verdict("q", "a", "b")
     assert (verdict.score, verdict.kind) == (None, "failed")
     assert "not complete after 0.5 s" in verdict.error
@@ -229,8 +232,8 @@ def test_an_answer_that_trickles_is_waited_for_no_longer_than_said() -> None:
 def test_options_and_rows_that_make_no_sense() -> None:
     for url in ("localhost:8000", "http://", "http://a:b", "ftp://a", ""):
         with pytest.raises(ConfigError, match="judge URL"):
-            Judge(url, "gpt")
+            PairJudge(url, "gpt")
     with pytest.raises(ConfigError, match="concurrency is 0; it must be at least 1"):
-        Judge("http://localhost", "gpt", concurrency=0)
-    with Judge("http://127.0.0.1:9", "gpt") as judge, pytest.raises(DataError, match="nothing to compare"):
+        PairJudge("http://localhost", "gpt", concurrency=0)
+    with PairJudge("http://127.0.0.1:9", "gpt") as judge, pytest.raises(DataError, match="nothing to compare"):
         win_rate(judge, [])

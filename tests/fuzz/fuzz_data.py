@@ -27,9 +27,9 @@ from upslope.evaluation.perplexity import read_documents
 from upslope.evaluation.rescore import read_nbest
 from upslope.evaluation.samples import read_hypotheses, read_samples
 from upslope.options import GRPOOptions, PPOOptions, SFTOptions
-from upslope.tasks.loading import parse_rewards
+from upslope.plugins import parse_spec
+from upslope.rewards.summands import parse_rewards
 from upslope.tasks.pairs import read_pairs
-from upslope.tasks.specs import parse_spec
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}

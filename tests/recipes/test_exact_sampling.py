@@ -16,7 +16,7 @@ from upslope.options import PPOOptions
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import PPO
 from upslope.rollout.collect import collect
-from upslope.rollout.workers import make_scorer
+from upslope.workers.rewards import make_scorer
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 REWARDS = rewards_of()

@@ -24,8 +24,8 @@ from upslope.options import GRPOOptions, PPOOptions, SFTOptions
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import sft
 from upslope.recipes.verbs import CLASSES
-from upslope.rollout.workers import make_scorer
 from upslope.tasks.loading import load_task
+from upslope.workers.rewards import make_scorer
 
 PROGRAM = """
 from upslope.tasks.base import Task, chat_prompt, select_prompts
@@ -134,7 +134,7 @@ def test_a_task_and_a_function_are_what_their_names_are(tiny: Path, program: Mod
 
 def test_objects_are_judged_with_in_this_process(program: ModuleType) -> None:
     with make_scorer(program.Letter(), [program.short]) as scorer:
-        assert type(scorer).__name__ == "InlineScorer"
+        assert type(scorer).__name__ == "InlineJudge"
     with pytest.raises(ConfigError, match=r"short .* is an object of this process, where a reward worker has none"):
         make_scorer("chain_sum", [program.short], processes=2)
     with pytest.raises(ConfigError, match="must take \\(prompts, completions\\)"):

@@ -25,7 +25,8 @@ from upslope.models.files.weights import read_config
 from upslope.options import PPOOptions, RewardOptions
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.reward import RewardLearner, pair_calibration, reward, start_head
-from upslope.rollout.reward_model import RewardModel, load_reward_model
+from upslope.rewards.networks import RewardModel, load_reward_model
+from upslope.rewards.summands import Surroundings
 from upslope.training.step import Forward, accumulate
 from upslope.training.units import unit_batches
 from upslope.types import Example
@@ -291,7 +292,7 @@ def test_the_reward_alone_needs_no_task_verdict_and_judges_evaluation(
 def test_another_tokenizer_is_one_clear_line(trained: dict[str, Any], tmp_path: Path) -> None:
     other = tiny_tokenizer()
     other.add_tokens(["xyz"])
-    given: dict[str, Any] = {"tokenizer": other, "device": "cpu", "policy_folder": tmp_path / "policy"}
+    given = {"around": Surroundings(other, "cpu", tmp_path / "policy")}
     with pytest.raises(ModelError, match=r"different tokenizers; add retokenize=true") as caught:
         load_reward_model(trained["model"], **given)
     assert trained["model"] in str(caught.value)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tiny_model import tiny_tokenizer
 
+from upslope.rewards.judge import InlineJudge, WeightedSum
 from upslope.rollout.collect import collect, sampling_keys
-from upslope.rollout.judge import InlineScorer
 from upslope.types import Completion, Prompt, Reward, SamplingParams
 
 
@@ -43,7 +43,7 @@ class Scripted:
 def test_a_rollout_has_all_that_its_completion_said_beside_its_own_prompt() -> None:
     prompts = [Prompt(key=7, text="a"), Prompt(key=9, text="bc")]
     tokenizer = tiny_tokenizer()
-    scorer = InlineScorer(None, [("length:target=2", 1.0)])
+    scorer = InlineJudge(WeightedSum(None, [("length:target=2", 1.0)]))
     groups, judged = collect(Scripted(), tokenizer, scorer, prompts, SamplingParams(n=2))
     assert judged["reward/errors"] == 0
     for p, (asked, group) in enumerate(zip(prompts, groups, strict=True)):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from upslope.rollout.workers import RewardPool, make_scorer
 from upslope.tasks import load_task
 from upslope.types import Rollout, RolloutGroup
+from upslope.workers.rewards import RewardPool, make_scorer
 
 
 def group(prompt, texts: list[str], finish: str = "stop") -> RolloutGroup:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from upslope.errors import ConfigError
-from upslope.tasks import load_reward, load_task, parse_rewards
+from upslope.rewards.summands import load_reward, parse_rewards
+from upslope.tasks import load_task
 from upslope.tasks.reasoning import ReasoningTask
 from upslope.types import Prompt
 
@@ -152,7 +153,7 @@ def test_wrong_reward_names(text: str, needle: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "needle"),
-    [("NOT_CALLABLE", "is not a function"), ("one_argument", "two arguments"), ("Mine", "not a function")],
+    [("NOT_CALLABLE", "is not a function"), ("one_argument", "2 arguments"), ("Mine", "not a function")],
 )
 def test_wrong_names_in_a_reward_file(user_file: Path, name: str, needle: str) -> None:
     with pytest.raises(ConfigError, match=needle):
@@ -178,7 +179,7 @@ def test_wrong_weights(text: str) -> None:
 def test_importing_tasks_brings_no_torch(root: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); "
-        "import upslope.tasks, upslope.tasks.scoring, upslope.rollout.workers;"
+        "import upslope.tasks, upslope.rewards.judge, upslope.rollout.collect, upslope.workers.rewards;"
         "heavy = {'torch', 'transformers', 'numpy', 'sympy'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program, str(root / "src")], check=True)

@@ -87,7 +87,7 @@ def test_sources_that_differ_in_case_are_two_but_on_one_side(tmp_path: Path) -> 
     [("exact", 0.0), ("edit", 2 / 3), ("bleu", None), ("chrf", None), ("edit,unit=characters", 0.5)],
 )
 def test_measures(metric: str, value: float | None, tmp_path: Path) -> None:
-    from upslope.tasks.overlap import sentence_bleu, sentence_chrf
+    from upslope.rewards.overlap import sentence_bleu, sentence_chrf
 
     file = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "a cat sits"}])
     task = load_task(f"pairs:path={file},eval_path={file},metric={metric}")

@@ -17,7 +17,7 @@ from upslope.devices.hardware import device_of_machine
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure
-from upslope.evaluation.judge import Comparison, Judge, win_rate
+from upslope.evaluation.judge import Comparison, PairJudge, win_rate
 from upslope.evaluation.measurement import Measurement, out_of
 from upslope.evaluation.metrics import measure
 from upslope.evaluation.perplexity import perplexity
@@ -26,11 +26,12 @@ from upslope.evaluation.rescore import rescore
 from upslope.evaluation.samples import Sample, encode_samples, generate, sample_rows
 from upslope.evaluation.scorer import Scorer
 from upslope.evaluation.verdicts import verdicts
+from upslope.rewards.networks import load_reward_model
+from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect
-from upslope.rollout.reward_model import load_reward_model
-from upslope.rollout.workers import make_scorer
 from upslope.tasks.base import SPLITS, Task
 from upslope.types import Message, SamplingParams
+from upslope.workers.rewards import make_scorer
 
 __all__ = ["KEY_VARIABLE", "Measured", "judge_answers", "measure_language_model", "measure_reward_model"]
 
@@ -52,9 +53,8 @@ def measure_language_model(folder: Path, inputs: Inputs, samples: Path | None) -
 def measure_reward_model(folder: Path, inputs: Inputs) -> Measured:
     """Its accuracy on each file of --preferences."""
     tokenizer = load_tokenizer(folder)
-    model = load_reward_model(
-        str(folder), dtype=inputs.options.dtype, tokenizer=tokenizer, device=device_of_machine(), policy_folder=folder
-    )
+    around = Surroundings(tokenizer, device_of_machine(), folder)
+    model = load_reward_model(str(folder), dtype=inputs.options.dtype, around=around)
     seed = inputs.options.seed
     return [
         figure
@@ -70,7 +70,7 @@ def judge_answers(texts: Sequence[str], inputs: Inputs) -> Measured:
     if o.judge is not None:
         rows = [_comparison(sample, text) for sample, text in zip(inputs.samples, texts, strict=True)]
         name, url = o.judge_at
-        with Judge(url, name, api_key=os.environ.get(KEY_VARIABLE)) as judge:
+        with PairJudge(url, name, api_key=os.environ.get(KEY_VARIABLE)) as judge:
             found.append(win_rate(judge, rows, dataset=str(o.data), seed=o.seed))
     return out_of(found, inputs.available[str(o.data)])
 

@@ -16,7 +16,7 @@ from upslope.errors import DataError
 from upslope.evaluation.intervals import Interval, bootstrap_mean, wilson
 from upslope.evaluation.resampling import bootstrap
 from upslope.extras import require
-from upslope.tasks.overlap import squad_words
+from upslope.rewards.overlap import squad_words
 
 __all__ = [
     "accuracy",

@@ -20,7 +20,7 @@ from upslope.evaluation.figures import Figure
 from upslope.evaluation.preferences import share
 from upslope.extras import require
 
-__all__ = ["INSTRUCTIONS", "Comparison", "Judge", "Verdict", "win_rate"]
+__all__ = ["INSTRUCTIONS", "Comparison", "PairJudge", "Verdict", "win_rate"]
 
 INSTRUCTIONS = (
     "You compare two answers to the same request. Judge helpfulness, correctness and clarity; neither the order of the "
@@ -51,7 +51,7 @@ class Verdict:
     kind: Literal["", "unparsable", "failed"] = ""
 
 
-class Judge:
+class PairJudge:
     """A chat model behind an OpenAI-compatible URL. A context manager that closes its connections.
 
     base_url: up to and with /v1. api_key: sent as a bearer token. max_tokens: of a reply. timeout: seconds within which
@@ -96,7 +96,7 @@ class Judge:
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = self._httpx.Client(headers=headers, timeout=timeout)
 
-    def __enter__(self) -> Judge:
+    def __enter__(self) -> PairJudge:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -148,7 +148,7 @@ class Judge:
         return response, data.decode(errors="replace")
 
 
-def win_rate(judge: Judge, rows: Sequence[Comparison], *, dataset: str = "", seed: int = 0) -> Figure:
+def win_rate(judge: PairJudge, rows: Sequence[Comparison], *, dataset: str = "", seed: int = 0) -> Figure:
     """How often the candidates win, ties half, each pair judged in both orders.
 
     n counts rows with two verdicts. detail: `of` rows in all; wins, ties, losses (of rows, by their mean),

@@ -18,8 +18,8 @@ from upslope.errors import ConfigError, DataError
 from upslope.evaluation.classification import classification_report, entities_of
 from upslope.evaluation.measurement import Measurement, mean_of, ratio
 from upslope.extras import require
-from upslope.tasks.overlap import nearest, squad_words, token_f1
-from upslope.tasks.specs import suggest
+from upslope.plugins import suggest
+from upslope.rewards.overlap import nearest, squad_words, token_f1
 from upslope.types import Prompt
 
 __all__ = ["METRICS", "SPACELESS", "Texts", "bleu_metric", "check_metrics", "measure", "squad_words"]

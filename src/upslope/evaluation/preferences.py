@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from upslope.data.kinds import Record
 from upslope.data.preferences import pairs_of
 from upslope.errors import DataError
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.intervals import Interval, bootstrap_mean, wilson
-from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
+from upslope.rewards.summands import NetworkReward
+from upslope.types import Example, Prompt, Rollout, RolloutGroup
 
-__all__ = ["RewardJudge", "reward_accuracy", "share"]
-
-
-class RewardJudge(Protocol):
-    """What scores answers: `rollout.reward_model.RewardModel` is one."""
-
-    tokenizer: Any
-
-    def rewards(self, groups: Sequence[RolloutGroup]) -> list[Reward]:
-        """One Reward per rollout, in order; `value` None and `error` set where one cannot be scored."""
-        ...
+__all__ = ["reward_accuracy", "share"]
 
 
 def reward_accuracy(
-    reward_model: RewardJudge, records: Sequence[Record], *, dataset: str = "", seed: int = 0, batch: int = 64
+    reward_model: NetworkReward, records: Sequence[Record], *, dataset: str = "", seed: int = 0, batch: int = 64
 ) -> Figure:
     """Share of the pairs {prompt, chosen, rejected} whose chosen answer scores higher; equal scores count half.
 

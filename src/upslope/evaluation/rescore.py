@@ -21,7 +21,7 @@ from upslope.evaluation.figures import Figure
 from upslope.evaluation.measurement import Measurement
 from upslope.evaluation.metrics import SPACELESS, Texts, bleu_metric, measure
 from upslope.evaluation.scorer import Request, Scorer
-from upslope.tasks.overlap import nearest
+from upslope.rewards.overlap import nearest
 
 __all__ = ["GRID", "Hypothesis", "NBest", "read_nbest", "rescore"]
 

@@ -13,9 +13,9 @@ from upslope.data.kinds import record_of
 from upslope.data.readers import rows_of
 from upslope.errors import UpslopeError
 from upslope.options import EvalOptions, RunOptions
+from upslope.plugins import Spec, format_spec
 from upslope.runs.folder import Run
 from upslope.runs.lines import in_words
-from upslope.tasks.specs import Spec, format_spec
 from upslope.training import checkpoint
 from upslope.training.stopping import StopWhen
 

@@ -27,8 +27,8 @@ from upslope.data.glue import form_of
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.files.run_folders import lies_in_run, model_of_run
-from upslope.tasks.loading import parse_rewards
-from upslope.tasks.specs import parse_spec
+from upslope.plugins import parse_spec
+from upslope.rewards.summands import parse_rewards
 from upslope.types import Prompt
 
 __all__ = ["FILES", "MODELS", "ROWS", "SPECS", "accepted", "changed", "of_files", "of_learner", "prompt_row", "refuse"]

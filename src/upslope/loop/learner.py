@@ -21,7 +21,8 @@ from upslope.loop.sampler import Sampler
 from upslope.loop.steps import in_steps
 from upslope.loop.updater import Updater
 from upslope.options import RLOptions
-from upslope.rollout.judge import length_metrics, reward_metrics
+from upslope.rewards.judge import reward_metrics
+from upslope.rollout.collect import length_metrics
 from upslope.runs.folder import Run
 from upslope.training.experience import Experience
 from upslope.training.optim import Group, MasterAdamW
@@ -199,7 +200,7 @@ class RolloutLearner(PolicyLearner):
 
     def close(self) -> None:
         """End the reward workers."""
-        self.sampler.judge.__exit__(None, None, None)
+        self.sampler.judge.close()
 
 
 STORED = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")

@@ -17,8 +17,8 @@ from upslope.data.readers import near_file, rows_of
 from upslope.errors import ConfigError, DataError, ModelError, RunError
 from upslope.models.files.unknown_names import is_path, near_names
 from upslope.options import DistillOptions, DPOOptions, RewardOptions, RunOptions, SFTOptions
-from upslope.tasks.loading import check_reward, parse_rewards
-from upslope.tasks.specs import parse_spec
+from upslope.plugins import parse_spec
+from upslope.rewards.summands import check_reward, parse_rewards
 
 __all__ = ["look"]
 

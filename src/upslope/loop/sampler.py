@@ -22,17 +22,17 @@ from upslope.loop.results import Evaluation
 from upslope.loop.rollout_queue import RolloutQueue, Sampled
 from upslope.models.decoder.activations import Activations
 from upslope.options import GRPOOptions, RLOptions
+from upslope.rewards.judge import Judge
+from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect
-from upslope.rollout.in_process import Surroundings
-from upslope.rollout.judge import Scorer
-from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.training.experience import Experience, shaped_rewards, trainable
 from upslope.types import Prompt, Reward, RolloutGroup, SamplingParams
+from upslope.workers.rewards import make_scorer
 
-__all__ = ["Sampler", "room_for_activations", "samples_exactly", "scorer_of"]
+__all__ = ["Sampler", "judge_of", "room_for_activations", "samples_exactly"]
 
 
 class Sampler:
@@ -47,7 +47,7 @@ class Sampler:
     def __init__(self, options: RLOptions, policy: Policy, *, greedy: bool = False) -> None:
         self.options, self.policy, self.greedy = options, policy, greedy
         self.task = load_task(options.task)
-        self.judge = scorer_of(options, policy, self.task)
+        self.judge = judge_of(options, policy, self.task)
         asked = ask(options, policy, self.task)
         self.prompts, self.eval_prompts, self.account = asked.train, asked.held_out, asked.account
         self.longest_prompt = asked.longest
@@ -185,7 +185,7 @@ class Sampler:
             self.queue.load(tensors["queue"], state["queue"])
 
 
-def scorer_of(options: RLOptions, policy: Policy, task: Task) -> Scorer:
+def judge_of(options: RLOptions, policy: Policy, task: Task) -> Judge:
     """What judges the run's completions."""
     return make_scorer(
         task,

@@ -44,8 +44,7 @@ from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
 from upslope.recipes.distill_data import Item, load_items, with_room
 from upslope.recipes.sft import held_out_groups
-from upslope.rollout.collect import sampling_keys
-from upslope.rollout.judge import length_metrics
+from upslope.rollout.collect import length_metrics, sampling_keys
 from upslope.runs.progress import told
 from upslope.tasks.loading import load_task
 from upslope.training.step import Forward, Outputs

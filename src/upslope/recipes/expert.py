@@ -36,7 +36,7 @@ from upslope.loop.learner import RolloutLearner, likelihood
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import ExpertOptions
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
-from upslope.rollout.judge import reward_metrics
+from upslope.rewards.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.schedule import rate_at
 from upslope.training.step import Outputs

@@ -26,13 +26,13 @@ from upslope.functional.supervised_losses import minimum_risk
 from upslope.loop.session import StepResult
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.pair_learner import PairData, PairLearner
-from upslope.rollout.collect import collect
-from upslope.rollout.in_process import Surroundings
-from upslope.rollout.judge import length_metrics, reward_metrics
-from upslope.rollout.workers import make_scorer
+from upslope.rewards.judge import reward_metrics
+from upslope.rewards.summands import Surroundings
+from upslope.rollout.collect import collect, length_metrics
 from upslope.training.experience import Experience, group_rewards
 from upslope.training.step import Outputs, score, update
 from upslope.types import Batch, Prompt, Rollout, RolloutGroup, SamplingParams
+from upslope.workers.rewards import make_scorer
 
 __all__ = ["MinimumRisk", "distinct", "risk_weights"]
 
@@ -150,5 +150,5 @@ class MinimumRisk(PairLearner):
 
     def close(self) -> None:
         """End the reward workers."""
-        self.judge.__exit__(None, None, None)
+        self.judge.close()
         super().close()

@@ -27,16 +27,17 @@ from upslope.models.files.loading import save_model
 from upslope.models.seq2seq.config import Seq2SeqConfig
 from upslope.models.seq2seq.network import Seq2Seq
 from upslope.options.seq2seq import SCRATCH, Seq2SeqOptions
+from upslope.rewards.judge import Judge
+from upslope.rewards.overlap import nearest, references_of, similarity
 from upslope.rollout.collect import collect
-from upslope.rollout.workers import make_scorer
 from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
-from upslope.tasks.overlap import nearest, references_of, similarity
 from upslope.tasks.pairs import Pairs, count_pairs
 from upslope.training import checkpoint
 from upslope.training.step import score
 from upslope.types import Batch, Example, Prompt, Reward, RolloutGroup, SamplingParams
+from upslope.workers.rewards import make_scorer
 
 __all__ = ["PairData", "PairLearner", "start_policy"]
 
@@ -180,7 +181,7 @@ class PairLearner(PolicyLearner):
             sequences=max(sequences, len(self.held_out) * options.beam_width, 1),
             longest=max(len(e.tokens) for e in [*self.examples, *self.eval_examples]) + options.max_completion_length,
         )
-        self.scorer = make_scorer(data.task) if data.task.has_reward else None
+        self.task_judge = make_scorer(data.task) if data.task.has_reward else _Unjudged()
 
     def _fitting(self, o: Seq2SeqOptions) -> tuple[list[Example], list[tuple[Prompt, list[int]]], Split]:
         """Encoded training pairs, and each different source with its first target's tokens; too long ones left out."""
@@ -246,7 +247,7 @@ class PairLearner(PolicyLearner):
         """Judged replies; every judgement has a verdict, "edits" and "reference_length"."""
         self.policy.model.eval()
         with torch.no_grad():
-            groups, _ = collect(self.engine, self.policy.tokenizer, self.scorer or _Unjudged(), prompts, params)
+            groups, _ = collect(self.engine, self.policy.tokenizer, self.task_judge, prompts, params)
         for group in groups:
             references = references_of(group.prompt) or (_target(self.data.task, group.prompt),)
             for rollout in group.rollouts:
@@ -262,8 +263,7 @@ class PairLearner(PolicyLearner):
     def close(self) -> None:
         """End the reward workers; dropout is for this recipe alone."""
         network_of(self.policy).use_dropout = False
-        if self.scorer is not None:
-            self.scorer.__exit__(None, None, None)
+        self.task_judge.close()
 
 
 def _edit_rate(sums_2: np.ndarray) -> float:
@@ -271,16 +271,11 @@ def _edit_rate(sums_2: np.ndarray) -> float:
     return float(sums_2[0] / max(1.0, sums_2[1]))
 
 
-class _Unjudged:
+class _Unjudged(Judge):
     """For a task without a reward: the comparison with its demonstration is the whole judgement."""
 
     def judge(self, groups: Any) -> dict[str, float]:
         return {}
-
-    def __enter__(self) -> _Unjudged:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
 
 
 def _with_edits(reward: Reward, text: str, references: tuple[str, ...]) -> Reward:

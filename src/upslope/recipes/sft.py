@@ -29,12 +29,12 @@ from upslope.loop.prompts import held_out_of
 from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
 from upslope.rollout.collect import collect
-from upslope.rollout.workers import make_scorer
 from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.step import Forward, Outputs, score
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
+from upslope.workers.rewards import make_scorer
 
 __all__ = ["SFT", "make_learner", "sft"]
 

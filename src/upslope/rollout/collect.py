@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from upslope.data.chat import encode_prompt
-from upslope.rollout.judge import Scorer
+from upslope.rewards.judge import Judge
 from upslope.tasks.base import KEY_BITS
 from upslope.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
 
-__all__ = ["Generator", "collect", "sampling_keys"]
+__all__ = ["Generator", "collect", "length_metrics", "sampling_keys"]
 
 
 class Generator(Protocol):
@@ -25,7 +25,7 @@ class Generator(Protocol):
 
 
 def collect(
-    engine: Generator, tokenizer: Any, judge: Scorer, prompts: Sequence[Prompt], params: SamplingParams
+    engine: Generator, tokenizer: Any, judge: Judge, prompts: Sequence[Prompt], params: SamplingParams
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
     """Sample `params.n` completions of each prompt and judge them."""
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -48,3 +48,11 @@ def sampling_keys(prompts: Sequence[Prompt]) -> list[int]:
         keys.append(prompt.key + (seen[prompt.key] << KEY_BITS))
         seen[prompt.key] += 1
     return keys
+
+
+def length_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """How long the completions are, and the share that was cut."""
+    return {
+        "completions/mean_length": sum(len(r.tokens) for r in rollouts) / len(rollouts),
+        "completions/clipped_ratio": sum(r.finish_reason == "length" for r in rollouts) / len(rollouts),
+    }

@@ -32,7 +32,6 @@ from upslope.options import CompareOptions, RunOptions
 from upslope.preview.plan import plan_of
 from upslope.recipes.verbs import CLASSES, recipe_of
 from upslope.rollout.collect import collect
-from upslope.rollout.workers import make_scorer
 from upslope.runs.folder import Run
 from upslope.studies.comparison import write_report
 from upslope.tasks.base import Task
@@ -40,6 +39,7 @@ from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.experience import Experience
 from upslope.training.step import score
 from upslope.types import Prompt, RolloutGroup, SamplingParams
+from upslope.workers.rewards import make_scorer
 
 __all__ = ["Entry", "compare", "run"]
 

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from upslope.tasks.base import Task, chat_prompt, select_prompts
-from upslope.tasks.loading import load_reward, load_task, parse_rewards
+from upslope.tasks.loading import load_task
 
-__all__ = ["Task", "chat_prompt", "load_reward", "load_task", "parse_rewards", "select_prompts"]
+__all__ = ["Task", "chat_prompt", "load_task", "select_prompts"]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from upslope.errors import ConfigError, DataError
 from upslope.types import Message, Prompt, Reward
 
+T = TypeVar("T")
 Split = Literal["train", "eval"]
 RewardLike = float | Mapping[str, float] | Reward | None
 RewardResult = Sequence[RewardLike]
@@ -31,8 +33,9 @@ class Task:
     `name` is what logs and error messages call it. `spec` is the text that rebuilds it in another process (set by
     `load_task`). `inline_safe` says that grading any text is quick and runs none of it, so no worker process is
     needed. `whole_group` says that a reward compares the completions of one group, so that they are never judged
-    one by one. `divided` says that one named file is divided by content, so that its eval split is a part of it;
-    `open_ended` that replies have no end of their own, so that a reply cut at its longest length is a whole one.
+    one by one. `divided` says that one named file is divided by content, so that its eval split is a part of it
+    (`eval_fraction` of its content); `open_ended` that replies have no end of their own, so that a reply cut at its
+    longest length is a whole one.
     """
 
     name: str = "task"
@@ -41,6 +44,7 @@ class Task:
     whole_group: ClassVar[bool] = False
     divided: bool = False
     open_ended: bool = False
+    eval_fraction: float = 0.2
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` distinct prompts; a pure function of (task parameters, split, n, seed).
@@ -61,7 +65,12 @@ class Task:
         """One judgement per completion: a number, a dict of named summands, a Reward, or None (no verdict).
 
         May be `async def`. It must give the same judgement in any batch and order, and must never run model text.
+        Unless written, it asks `judge` about each.
         """
+        return [self.judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+
+    def judge(self, prompt: Prompt, text: str) -> RewardLike:
+        """The judgement of one completion: as in `rewards`, which a task may write instead."""
         raise DataError(f"task '{self.name}' has no reward of its own; name one with --reward")
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
@@ -71,7 +80,11 @@ class Task:
     @property
     def has_reward(self) -> bool:
         """Whether the task judges replies itself."""
-        return type(self).rewards is not Task.rewards
+        return type(self).rewards is not Task.rewards or type(self).judge is not Task.judge
+
+    def select(self, candidates: Iterable[Prompt], split: Split, n: int, **how: Any) -> list[Prompt]:
+        """`select_prompts` under the task's name, with its eval_fraction."""
+        return select_prompts(candidates, split, n, name=self.name, eval_fraction=self.eval_fraction, **how)
 
 
 def prompt_text(prompt: Prompt) -> str:
@@ -99,20 +112,32 @@ def repeats_line(path: str, repeats: int, rows: int, what: str) -> list[str]:
     return [f"{path}: {repeats:,} of {rows:,} rows {verbs.format(what)} left out"] if repeats else []
 
 
-def check_split(split: str, n: int, eval_fraction: float = 0.5) -> None:
-    """Refuse an unknown split, a negative count and a fraction outside (0, 1)."""
+def check_split(split: str, n: int) -> None:
+    """Refuse an unknown split and a negative count."""
     if split not in SPLITS:
         raise ConfigError(f"split must be 'train' or 'eval', not {split!r}")
     if n < 0:
         raise ConfigError(f"the number of prompts must not be negative, got {n}")
+
+
+def checked_fraction(eval_fraction: float) -> float:
+    """The share of the content that is held out, refused outside (0, 1)."""
     if not 1 / _BUCKETS <= eval_fraction <= 1 - 1 / _BUCKETS:
         raise ConfigError(f"eval_fraction must lie between 0 and 1, got {eval_fraction}")
+    return eval_fraction
 
 
 def derive_seed(*parts: object) -> int:
     """A 31-bit seed from any values; different values give unrelated seeds (adjacent integers too)."""
     text = "\x1f".join(repr(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 33
+
+
+def shuffled(items: Iterable[T], *parts: object) -> list[T]:
+    """The items in an order that `parts` decide, as in `derive_seed`."""
+    order = list(items)
+    random.Random(derive_seed(*parts)).shuffle(order)
+    return order
 
 
 def select_prompts(
@@ -133,7 +158,8 @@ def select_prompts(
 
     Raises DataError when fewer than `n` distinct prompts are found.
     """
-    check_split(split, n, eval_fraction)
+    check_split(split, n)
+    checked_fraction(eval_fraction)
     chosen: dict[int, Prompt] = {}
     if n == 0:
         return []
@@ -153,6 +179,12 @@ def select_prompts(
         f"task '{name}': only {len(chosen)} distinct {split} prompts exist where {n} were asked for; {FEWER}, "
         f"widen the task's parameters, or change eval_fraction (now {eval_fraction})"
     )
+
+
+def answered(prompt: Prompt, reply: str) -> tuple[Message, ...]:
+    """The conversation that ends with `reply`; a plain text is the user's turn."""
+    asked = prompt.messages if prompt.text is None else (Message("user", prompt.text),)
+    return (*asked, Message("assistant", reply))
 
 
 def chat_prompt(question: str, *, system: str = "", instruction: str = "", **fields: Any) -> Prompt:

@@ -10,6 +10,7 @@ game_of_life_halting any text, coin_flip any prefix of the number ("0"), complex
 from __future__ import annotations
 
 import ast
+import operator
 import re
 from fractions import Fraction
 from typing import Any
@@ -26,6 +27,7 @@ _LITERAL = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_inse
 _NUMERIC = frozenset({"coin_flip", "complex_arithmetic"})
 _PLAIN_NUMBER = re.compile(r"[-+0-9.,/*ij() ]{1,80}")
 _ALGEBRA = frozenset({"intermediate_integration", "polynomial_multiplication", "simple_integration"})
+_OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 # What reasoning-gym itself gives to a wrong expression and to any other text.
 _MAKE_NUMBER = {"countdown": (0.05, 0.01), "puzzle24": (0.01, 0.01)}
 
@@ -143,13 +145,6 @@ def _evaluate(node: ast.AST | None) -> tuple[Fraction, list[int]]:
         raise ValueError("not arithmetic")
     left, left_used = _evaluate(node.left)
     right, right_used = _evaluate(node.right)
-    used = left_used + right_used
-    if isinstance(node.op, ast.Add):
-        return left + right, used
-    if isinstance(node.op, ast.Sub):
-        return left - right, used
-    if isinstance(node.op, ast.Mult):
-        return left * right, used
-    if isinstance(node.op, ast.Div):
-        return left / right, used
-    raise ValueError("not arithmetic")
+    if type(node.op) not in _OPERATORS:
+        raise ValueError("not arithmetic")
+    return _OPERATORS[type(node.op)](left, right), left_used + right_used

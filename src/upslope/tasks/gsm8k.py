@@ -5,7 +5,6 @@ The data are given by path, one JSON object per line with `question` and `answer
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import replace
 from fractions import Fraction
@@ -18,11 +17,13 @@ from upslope.tasks.base import (
     FEWER,
     Split,
     Task,
+    answered,
     chat_prompt,
     check_split,
+    checked_fraction,
     content_key,
-    derive_seed,
     repeats_line,
+    shuffled,
     split_of,
 )
 from upslope.types import Message, Prompt, Reward
@@ -65,14 +66,13 @@ class GSM8K(Task):
         system: str = "",
         eval_fraction: float = 0.2,
     ) -> None:
-        check_split("train", 0, eval_fraction)
+        self.eval_fraction = checked_fraction(eval_fraction)
         if not path and not eval_path:
             raise ConfigError("'gsm8k' needs its data: gsm8k:path=train.jsonl, and eval_path=test.jsonl if you have it")
         require("tasks", "math_verify")
         self.path, self.eval_path = path, eval_path
         self.strict = strict
         self.instruction, self.system = instruction, system
-        self.eval_fraction = eval_fraction
         self.divided = not eval_path
         self._rows: dict[str, list[tuple[int, dict[str, str]]]] = {}
 
@@ -96,10 +96,8 @@ class GSM8K(Task):
             raise DataError(
                 f"gsm8k: eval_path={self.eval_path} is held out and there is no path to train on; add path=train.jsonl"
             )
-        rows = self._candidates(split)
-        random.Random(derive_seed("gsm8k", split, seed)).shuffle(rows)
         chosen: dict[int, Prompt] = {}
-        for key, row in rows:
+        for key, row in shuffled(self._candidates(split), "gsm8k", split, seed):
             if len(chosen) == n:
                 break
             if key not in chosen and self._belongs(key, split):
@@ -109,22 +107,16 @@ class GSM8K(Task):
             raise DataError(f"gsm8k: {len(chosen)} distinct {split} rows exist where {n} were asked for; {FEWER}{hint}")
         return list(chosen.values())
 
-    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
-        """1 and correct if the final number is right, else 0; `answered` says whether one was found."""
-        return [self._judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
-
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """The worked solution without the calculator marks (<<48/2=24>>)."""
-        return (*prompt.messages, Message("assistant", prompt.metadata["solution"]))
+        return answered(prompt, prompt.metadata["solution"])
 
-    def _judge(self, prompt: Prompt, text: str) -> Reward:
+    def judge(self, prompt: Prompt, text: str) -> Reward:
+        """1 and correct if the final number is right, else 0; `answered` says whether one was found."""
         found = extract_answer(text, strict=self.strict)
         correct = found is not None and same_number(found, prompt.answer or "")
-        return Reward(
-            value=float(correct),
-            parts={"correct": float(correct), "answered": float(found is not None)},
-            correct=correct,
-        )
+        parts = {"correct": float(correct), "answered": float(found is not None)}
+        return Reward(float(correct), parts, correct)
 
     def _prompt(self, key: int, row: dict[str, str]) -> Prompt:
         made = chat_prompt(
@@ -139,7 +131,7 @@ class GSM8K(Task):
     def _candidates(self, split: Split) -> list[tuple[int, dict[str, str]]]:
         """The rows that a split is taken from, by what they ask, in the order of their file."""
         if self.eval_path and split == "eval":
-            return list(self._read(self.eval_path))
+            return self._read(self.eval_path)
         held_out = {key for key, _ in self._read(self.eval_path)} if self.eval_path else set()
         return [(key, row) for key, row in self._read(self.path) if key not in held_out] if self.path else []
 

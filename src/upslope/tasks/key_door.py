@@ -26,7 +26,7 @@ import random
 from collections.abc import Sequence
 
 from upslope.errors import ConfigError
-from upslope.tasks.base import Split, Task, check_split, derive_seed, select_prompts
+from upslope.tasks.base import Split, Task, answered, checked_fraction, derive_seed
 from upslope.types import Message, Prompt, Reward
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -64,9 +64,8 @@ class KeyDoor(Task):
             )
         if not (door > 0 and noise >= 0):
             raise ConfigError(f"'key_door': door must be positive and noise not negative, got {door} and {noise}")
-        check_split("train", 0, eval_fraction)
         self.steps, self.corridor, self.door, self.noise = steps, corridor, door, noise
-        self.room, self.eval_fraction = room, eval_fraction
+        self.room, self.eval_fraction = room, checked_fraction(eval_fraction)
 
     @property
     def length(self) -> int:
@@ -77,20 +76,13 @@ class KeyDoor(Task):
         """`n` different rooms, each a few digits. DataError: there are fewer."""
         draw = random.Random(derive_seed("key_door", split, seed))
         rooms = (Prompt(key=0, text="".join(draw.choices(DIGITS, k=self.room))) for _ in iter(int, 1))
-        return select_prompts(rooms, split, n, name=self.name, eval_fraction=self.eval_fraction)
-
-    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
-        """The apples of the way and the door's pay, at the letters that earned them."""
-        return [self._judge(prompt, "".join(text.split())) for prompt, text in zip(prompts, completions, strict=True)]
+        return self.select(rooms, split, n)
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """A way with letters drawn at random, the key taken half the time: the form, not the solution."""
         assert prompt.text is not None
         draw = random.Random(derive_seed("key_door walk", prompt.text))
-        return (
-            Message("user", prompt.text),
-            Message("assistant", self.way([draw.random() < 0.5 for _ in range(self.length)])),
-        )
+        return answered(prompt, self.way([draw.random() < 0.5 for _ in range(self.length)]))
 
     def way(self, choices: Sequence[bool]) -> str:
         """The letters of a choice at each step: False is a step's first letter, True its second."""
@@ -101,9 +93,10 @@ class KeyDoor(Task):
         digest = hashlib.blake2b(f"{room}\x1f{step}\x1f{letter}".encode(), digest_size=1).digest()
         return self.noise if digest[0] & 1 else -self.noise
 
-    def _judge(self, prompt: Prompt, walk: str) -> Reward:
+    def judge(self, prompt: Prompt, text: str) -> Reward:
+        """The apples of the way and the door's pay, at the letters that earned them."""
         assert prompt.text is not None
-        way = walk[: self.length]
+        way = "".join(text.split())[: self.length]
         sound = next((i for i, x in enumerate(way) if x not in ALPHABET[2 * i : 2 * i + 2]), len(way))
         apples = [(i, self.worth(prompt.text, i, way[i])) for i in range(min(sound, self.steps))]
         opened = sound == self.length and way[self.steps] == ALPHABET[2 * self.steps + 1]

@@ -1,72 +1,42 @@
-"""From the text on the command line to a task or a reward function, with an error that says what to change."""
+"""From the text on the command line to a task, with an error that says what to change."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import itertools
-import math
-import re
-import symtable
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.plugins import (
+    Spec,
+    check_params,
+    ending_forks,
+    find,
+    first_line,
+    format_spec,
+    line_in,
+    parse_spec,
+    suggest,
+)
 from upslope.tasks.base import Split, Task
-from upslope.tasks.forks import ending_forks
-from upslope.tasks.specs import Spec, check_params, format_spec, parse_spec, suggest
 from upslope.types import Prompt
 
-TASKS: dict[str, tuple[str, str]] = {
-    "reasoning": ("upslope.tasks.reasoning", "ReasoningTask"),
-    "gsm8k": ("upslope.tasks.gsm8k", "GSM8K"),
-    "sentiment": ("upslope.tasks.sentiment", "Sentiment"),
-    "strict_json": ("upslope.tasks.strict_json", "StrictJson"),
-    "random_walks": ("upslope.tasks.random_walks", "RandomWalks"),
-    "key_door": ("upslope.tasks.key_door", "KeyDoor"),
-    "pairs": ("upslope.tasks.pairs", "Pairs"),
-    "phonemes": ("upslope.tasks.phonemes", "Phonemes"),
+TASKS: dict[str, str] = {
+    "reasoning": "upslope.tasks.reasoning:ReasoningTask",
+    "gsm8k": "upslope.tasks.gsm8k:GSM8K",
+    "sentiment": "upslope.tasks.sentiment:Sentiment",
+    "strict_json": "upslope.tasks.strict_json:StrictJson",
+    "random_walks": "upslope.tasks.random_walks:RandomWalks",
+    "key_door": "upslope.tasks.key_door:KeyDoor",
+    "pairs": "upslope.tasks.pairs:Pairs",
+    "phonemes": "upslope.tasks.phonemes:Phonemes",
 }
-REWARDS: dict[str, str] = {
-    **dict.fromkeys(("length", "format", "json_object", "repetition", "exact_match"), "upslope.tasks.rewards"),
-    **dict.fromkeys(("edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"), "upslope.tasks.overlap"),
-}
-"""The module of every built-in reward function."""
-TASK_REWARD = "task"
-MODEL_REWARDS: dict[str, str] = {
-    "reward_model": "upslope.rollout.reward_model:load_reward_model",
-    "likelihood": "upslope.rollout.model_rewards:load_likelihood",
-    "fluency": "upslope.rollout.model_rewards:load_fluency",
-    "coherence": "upslope.rollout.model_rewards:load_coherence",
-    "similarity": "upslope.rollout.model_rewards:load_similarity",
-    "relevance": "upslope.rollout.model_rewards:load_relevance",
-}
-"""Rewards that are networks, computed in the trainer's process (rollout/in_process.py): name -> "module:factory"."""
-# What the judge fills in, one value per completion, where a reward asks for it by name.
-FILLED = ("num_tokens", "finish_reasons")
-
 _MADE: dict[str, Task] = {}
-_WEIGHT = re.compile(r"""(?P<spec>.*)@(?P<weight>[^@:,='"]*)""", re.DOTALL)
-
-
-@dataclass(frozen=True, slots=True)
-class RewardFunction:
-    """A reward ready to call: `function(prompts, completions)`, with its parameters bound."""
-
-    name: str
-    function: Callable[..., Any]
-    spec: str
-    inline_safe: bool = False
-    whole_group: bool = False
 
 
 def load_task(spec: str | Task, **params: Any) -> Task:
@@ -85,14 +55,11 @@ def load_task(spec: str | Task, **params: Any) -> Task:
         return _MADE.pop(spec)
     parsed = parse_spec(spec)
     parsed = replace(parsed, params={**parsed.params, **params})
-    if parsed.path is not None:
-        task = _construct(_task_class(parsed), parsed)
-    elif parsed.name in TASKS:
-        module, attribute = TASKS[parsed.name]
-        task = _construct(getattr(importlib.import_module(module), attribute), parsed)
-    else:
+    if parsed.path is None and parsed.name not in TASKS:
         task = _reasoning_alias(parsed)
-    task.spec = format_spec(_absolute(parsed))
+    else:
+        task = _construct(_task_class(parsed), parsed)
+    task.spec = format_spec(parsed.absolute)
     return task
 
 
@@ -124,7 +91,7 @@ def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
     except UpslopeError:
         raise
     except Exception as error:
-        line = _line_in(error, Path(file))
+        line = line_in(error, Path(file))
         raise DataError(f"{where}, line {line}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(found, list | tuple):
         raise DataError(f"{where} must give a list of upslope.Prompt objects; it gave a {type(found).__name__}")
@@ -137,128 +104,8 @@ def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
     return list(found)
 
 
-def load_reward(spec: str | Callable[..., Any]) -> RewardFunction:
-    """The reward function that `spec` names: a built-in ("length:target=20") or one of a file ("my_rewards.py:fn").
-
-    A function itself is judged with in this process.
-
-    Raises ConfigError: unknown name or parameter, a file that does not load, or something that cannot be called with
-    (prompts, completions).
-    """
-    if not isinstance(spec, str) and callable(spec):
-        name = getattr(spec, "__name__", type(spec).__name__)
-        _check_two_arguments(spec, name)
-        return RewardFunction(name, spec, name, inline_safe=True, whole_group=bool(getattr(spec, "whole_group", False)))
-    parsed = parse_spec(spec)
-    if parsed.path is not None:
-        function = _find(load_file(parsed.path), parsed)
-        if not callable(function) or inspect.isclass(function):
-            raise ConfigError(f"'{parsed.label}' is not a function of (prompts, completions)")
-        _check_two_arguments(function, parsed.label)
-    elif parsed.name in REWARDS:
-        function = getattr(importlib.import_module(REWARDS[parsed.name]), parsed.name)
-    elif parsed.name in MODEL_REWARDS:
-        raise ConfigError(
-            f"reward '{parsed.name}' is a network: it runs beside the policy in a recipe that samples (--reward), "
-            "not in a reward worker and not without a policy"
-        )
-    else:
-        known = (*REWARDS, *MODEL_REWARDS, TASK_REWARD)
-        raise ConfigError(
-            f"no reward is called '{parsed.name}'{suggest(parsed.name, known)} "
-            f"(built in: {', '.join(known)}; your own: my_rewards.py:function)"
-        )
-    check_params(function, parsed.params, parsed.label, skip=2, filled=FILLED)
-    return RewardFunction(
-        name=parsed.name,
-        function=functools.partial(function, **parsed.params) if parsed.params else function,
-        spec=format_spec(_absolute(parsed)),
-        inline_safe=bool(getattr(function, "inline_safe", False)) and parsed.path is None,
-        whole_group=bool(getattr(function, "whole_group", False)),
-    )
-
-
-def parse_rewards(specs: Iterable[Any]) -> list[tuple[Any, float]]:
-    """(spec, weight) pairs from texts such as "length:target=20@0.5", functions and such pairs; the weight is 1 unless
-    given.
-
-    "task" stands for the task's own reward. Raises ConfigError for a weight that is not a finite number.
-    """
-    pairs = []
-    for item in specs:
-        spec, weight = item if isinstance(item, tuple) else _split_weight(item)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
-            raise ConfigError(f"reward '{spec}': the weight must be a finite number, got {weight!r}")
-        pairs.append((spec, float(weight)))
-    return pairs
-
-
-def check_reward(parsed: Spec) -> None:
-    """ConfigError where a reward cannot be loaded. A file is read and not run: that is for a reward worker."""
-    if parsed.path is None:
-        if parsed.name not in (TASK_REWARD, *MODEL_REWARDS):
-            load_reward(format_spec(parsed))
-        return
-    try:
-        source = Path(parsed.path).expanduser().read_bytes()
-        names = symtable.symtable(source, parsed.path, "exec").get_identifiers()
-    except (OSError, SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None) or 1
-        raise ConfigError(f"{parsed.path}:{line}: {type(error).__name__}: {first_line(error)}") from error
-    if parsed.name not in names and b"import *" not in source and "__getattr__" not in names:
-        raise ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggest(parsed.name, names)}")
-
-
-def load_file(path: str) -> ModuleType:
-    """Run a user's Python file as a module (once per process) and let it import its neighbours.
-
-    Raises ConfigError that names the file and the line where it failed.
-    """
-    file = Path(path).expanduser().resolve()
-    name = f"upslope_user_{file.stem}_{hashlib.blake2b(str(file).encode(), digest_size=6).hexdigest()}"
-    if name in sys.modules:
-        return sys.modules[name]
-    if not file.is_file():
-        raise ConfigError(f"{path}: no such file")
-    module_spec = importlib.util.spec_from_file_location(name, file)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(f"{path}: not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
-    try:
-        with ending_forks():
-            module_spec.loader.exec_module(module)
-    except BaseException as error:
-        del sys.modules[name]
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        raise ConfigError(f"{path}:{_line_in(error, file)}: {type(error).__name__}: {first_line(error)}") from error
-    return module
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, at most 300 characters."""
-    return (str(error).strip().splitlines() or ["(no message)"])[0][:300]
-
-
-def _line_in(error: BaseException, file: Path) -> int:
-    if isinstance(error, SyntaxError) and error.filename == str(file):
-        return error.lineno or 1
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
-    return (lines[-1] if lines else None) or 1
-
-
-def _find(module: ModuleType, parsed: Spec) -> Any:
-    if hasattr(module, parsed.name):
-        return getattr(module, parsed.name)
-    public = [name for name in vars(module) if not name.startswith("_")]
-    raise ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggest(parsed.name, public)}")
-
-
 def _task_class(parsed: Spec) -> type[Task]:
-    found = _find(load_file(str(parsed.path)), parsed)
+    found = find(parsed, TASKS, kind="task")
     if not (inspect.isclass(found) and issubclass(found, Task)):
         raise ConfigError(f"'{parsed.label}' must be a class that extends upslope.tasks.Task, got {found!r:.80}")
     return found
@@ -282,40 +129,16 @@ def _reasoning_alias(parsed: Spec) -> Task:
     """A bare reasoning-gym name. Only an installed reasoning-gym knows all names, so that the error says so."""
     from upslope.tasks import reasoning
 
-    hint = f"no task is called '{parsed.name}'"
     try:
         names = reasoning.dataset_names()
     except ConfigError as error:
-        near = suggest(parsed.name, TASKS)
-        raise ConfigError(
-            f"task '{parsed.name}' is not built in{near}; if it is one of reasoning-gym's: {error}"
-        ) from None
+        hint = f"task '{parsed.name}' is not built in{suggest(parsed.name, TASKS)}"
+        raise ConfigError(f"{hint}; if it is one of reasoning-gym's: {error}") from None
     if parsed.name not in names:
-        near = suggest(parsed.name, (*TASKS, *names))
+        hint = f"no task is called '{parsed.name}'{suggest(parsed.name, (*TASKS, *names))}"
         raise ConfigError(
-            f"{hint}{near} (built in: {', '.join(TASKS)}; any reasoning-gym data set; your own: my_task.py:MyTask)"
+            f"{hint} (built in: {', '.join(TASKS)}; any reasoning-gym data set; your own: my_task.py:MyTask)"
         )
     if "name" in parsed.params:
         raise ConfigError(f"'{parsed.name}' is the data set's name already; leave name=... out")
     return _construct(reasoning.ReasoningTask, replace(parsed, params={"name": parsed.name, **parsed.params}))
-
-
-def _absolute(parsed: Spec) -> Spec:
-    return replace(parsed, path=str(Path(parsed.path).expanduser().resolve())) if parsed.path else parsed
-
-
-def _split_weight(text: str) -> tuple[str, float]:
-    match = _WEIGHT.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        return text, 1.0
-    try:
-        return match["spec"], float(match["weight"])
-    except ValueError:
-        raise ConfigError(f"reward '{text}': '{match['weight']}' after @ is not a number") from None
-
-
-def _check_two_arguments(function: Callable[..., Any], label: str) -> None:
-    parameters = list(inspect.signature(function).parameters.values())
-    places = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    if len(places) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        raise ConfigError(f"'{label}' must take (prompts, completions) as its first two arguments")

@@ -7,7 +7,6 @@ same source are one problem with several references: each is trained on, and the
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,11 +14,20 @@ from upslope.data.kinds import record_of
 from upslope.data.readers import header_of, rows_of
 from upslope.errors import ConfigError, DataError
 from upslope.options.common import column_names
-from upslope.tasks.base import FEWER, Split, Task, check_split, content_key, derive_seed, repeats_line, split_of
-from upslope.tasks.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
+from upslope.rewards.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
+from upslope.tasks.base import (
+    FEWER,
+    Split,
+    Task,
+    answered,
+    check_split,
+    checked_fraction,
+    content_key,
+    repeats_line,
+    shuffled,
+    split_of,
+)
 from upslope.types import Message, Prompt, Reward
-
-__all__ = ["Pairs"]
 
 METRICS: dict[str, Callable[[str, Sequence[str]], float] | None] = {
     "exact": None,
@@ -57,14 +65,13 @@ class Pairs(Task):
             raise ConfigError("'pairs' needs its rows: pairs:path=train.jsonl, and eval_path=test.jsonl if you have it")
         if metric not in METRICS:
             raise ConfigError(f"'pairs': metric must be one of {', '.join(METRICS)}, not '{metric}'")
-        check_split("train", 0, eval_fraction)
         units_of("", unit)
         measure = METRICS[metric]
         if measure is not None:  # a missing package is said now and not after the first rollout
             measure("a", ["a"])
         self.path, self.eval_path = path, eval_path
         self.metric, self.unit = metric, unit
-        self.eval_fraction = eval_fraction
+        self.eval_fraction = checked_fraction(eval_fraction)
         self.columns = columns.split(";") if columns else []
         column_names(self.columns)
         self.divided = not eval_path
@@ -106,19 +113,14 @@ class Pairs(Task):
                 f"task 'pairs': {self._file(split)} has {len(prompts)} different {split} sources where {n} were asked "
                 f"for; {FEWER}"
             )
-        order = list(range(len(prompts)))
-        random.Random(derive_seed("pairs", split, seed)).shuffle(order)
-        return [prompts[i] for i in order[:n]]
-
-    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
-        """The chosen measure against the references."""
-        return [self._judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        return shuffled(prompts, "pairs", split, seed)[:n]
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """The source and its first reference."""
-        return (Message("user", prompt.text or ""), Message("assistant", references_of(prompt)[0]))
+        return answered(prompt, references_of(prompt)[0])
 
-    def _judge(self, prompt: Prompt, text: str) -> Reward:
+    def judge(self, prompt: Prompt, text: str) -> Reward:
+        """The chosen measure against the references."""
         references = references_of(prompt)
         edits, length = nearest(text, references, unit=self.unit)
         measure = METRICS[self.metric]

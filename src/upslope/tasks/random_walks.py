@@ -16,7 +16,7 @@ import random
 from collections import deque
 
 from upslope.errors import ConfigError, DataError
-from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed
+from upslope.tasks.base import Split, Task, answered, check_split, content_key, derive_seed, shuffled
 from upslope.types import Message, Prompt, Reward
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -66,19 +66,13 @@ class RandomWalks(Task):
                 f"task 'random_walks': only {len(self.starts)} start nodes reach the goal where {n} prompts were "
                 f"asked for; ask for at most {len(self.starts)}"
             )
-        order = list(self.starts)
-        random.Random(derive_seed("random_walks", split, seed)).shuffle(order)
-        return [self._prompt(node) for node in order[:n]]
-
-    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
-        """Optimality of each walk; correct means a shortest path."""
-        return [self._judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        return [self._prompt(node) for node in shuffled(self.starts, "random_walks", split, seed)[:n]]
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """One random walk from the prompt's node: legal, hardly ever shortest."""
         assert prompt.text is not None
         walk = self.walk(LETTERS.index(prompt.text), random.Random(derive_seed("walk", prompt.text)))
-        return (Message("user", prompt.text), Message("assistant", walk[1:]))
+        return answered(prompt, walk[1:])
 
     def walks(self, n: int, *, seed: int) -> list[str]:
         """`n` random walks from random start nodes: what the model is to imitate before it is rewarded."""
@@ -103,7 +97,8 @@ class RandomWalks(Task):
         letter = LETTERS[node]
         return Prompt(key=content_key(letter), text=letter, answer=self.shortest_walk(node)[1:])
 
-    def _judge(self, prompt: Prompt, text: str) -> Reward:
+    def judge(self, prompt: Prompt, text: str) -> Reward:
+        """Optimality of the walk; correct means a shortest path."""
         assert prompt.text is not None
         length = self.length_of(prompt.text + "".join(text.split()))
         shortest = self.shortest[LETTERS.index(prompt.text)]

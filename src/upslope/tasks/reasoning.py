@@ -13,9 +13,9 @@ from typing import Any
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
+from upslope.plugins import parse_value, suggest
 from upslope.tasks import graders
-from upslope.tasks.base import Split, Task, chat_prompt, check_split, derive_seed, select_prompts
-from upslope.tasks.specs import parse_value, suggest
+from upslope.tasks.base import Split, Task, chat_prompt, checked_fraction, derive_seed
 from upslope.types import Message, Prompt, Reward
 
 CHUNK = 64
@@ -70,7 +70,7 @@ class ReasoningTask(Task):
         names = dataset_names()
         if name not in names:
             raise ConfigError(f"reasoning-gym has no data set '{name}'{suggest(str(name), names)}")
-        check_split("train", 0, eval_fraction)
+        checked_fraction(eval_fraction)
         self.name = name
         self.ask = ask
         self.chat = chat
@@ -86,18 +86,14 @@ class ReasoningTask(Task):
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` distinct problems. DataError: the parameters allow fewer (two one-digit terms give 200 sums in all)."""
-        return select_prompts(
-            self._candidates(split, seed),
-            split,
-            n,
-            name=self.name,
-            eval_fraction=self.eval_fraction,
-            identity=lambda prompt: prompt.metadata["question"],
-        )
+        made = self._candidates(split, seed)
+        return self.select(made, split, n, identity=lambda prompt: prompt.metadata["question"])
 
-    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+    def judge(self, prompt: Prompt, text: str) -> Reward:
         """1 and correct for a full score; below that 0 if strict, else the verifier's score."""
-        return [self._judge(prompt, text) for prompt, text in zip(prompts, completions, strict=True)]
+        score = graders.score(self._verifier, self.name, _entry(prompt), text.strip())
+        correct = score >= 1.0
+        return Reward(value=float(correct) if self.strict else score, correct=correct)
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """The question and the gold answer. DataError: the data set gives none (boxnet, graph_color, ...)."""
@@ -105,11 +101,6 @@ class ReasoningTask(Task):
             raise DataError(f"reasoning-gym's '{self.name}' gives no gold answers, so there is nothing to imitate")
         gap = "" if prompt.text is None or prompt.text[-1:].isspace() else " "
         return (*prompt.messages, Message("assistant", gap + prompt.answer))
-
-    def _judge(self, prompt: Prompt, text: str) -> Reward:
-        score = graders.score(self._verifier, self.name, _entry(prompt), text.strip())
-        correct = score >= 1.0
-        return Reward(value=float(correct) if self.strict else score, correct=correct)
 
     def _candidates(self, split: Split, seed: int) -> Iterator[Prompt]:
         chunk = 0

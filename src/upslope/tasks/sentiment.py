@@ -6,14 +6,13 @@ reward on language models (1909.08593, section 3.1), with a lexicon in the place
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any, Literal
 
 from upslope.data.readers import lines_of
 from upslope.errors import ConfigError
 from upslope.extras import require
-from upslope.tasks.base import Split, Task, check_split, content_key, derive_seed, select_prompts, split_of
+from upslope.tasks.base import Split, Task, checked_fraction, content_key, shuffled, split_of
 from upslope.types import Message, Prompt, Reward
 
 THRESHOLD = 0.05
@@ -47,11 +46,10 @@ class Sentiment(Task):
     ) -> None:
         if target not in ("positive", "negative"):
             raise ConfigError(f"'sentiment': target must be 'positive' or 'negative', not '{target}'")
-        check_split("train", 0, eval_fraction)
         self.target: Literal["positive", "negative"] = target  # pyright: ignore[reportAttributeAccessIssue]
         self.openings, self.divided = openings, bool(openings)
         self.chat, self.open_ended = chat, not chat
-        self.eval_fraction = eval_fraction
+        self.eval_fraction = checked_fraction(eval_fraction)
         self._analyzer: Any = None
         require("tasks", "vaderSentiment")
 
@@ -62,23 +60,14 @@ class Sentiment(Task):
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different openings, in an order given by `seed`. DataError: there are fewer."""
-        openings = self._all()
-        random.Random(derive_seed("sentiment", split, seed)).shuffle(openings)
-        return select_prompts(
-            (self._prompt(opening) for opening in openings),
-            split,
-            n,
-            name=self.name,
-            eval_fraction=self.eval_fraction,
-            identity=lambda prompt: prompt.metadata["opening"],
-            patience=len(openings) + 1,
-        )
+        made = [self._prompt(opening) for opening in shuffled(self._all(), "sentiment", split, seed)]
+        identity = lambda prompt: prompt.metadata["opening"]  # noqa: E731
+        return self.select(made, split, n, identity=identity, patience=len(made) + 1)
 
-    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+    def judge(self, prompt: Prompt, text: str) -> Reward:
         """The compound score, its sign turned for the target 'negative'."""
-        sign = 1.0 if self.target == "positive" else -1.0
-        scores = [sign * self._compound(text) for text in completions]
-        return [Reward(value=score, correct=score >= THRESHOLD) for score in scores]
+        score = (1.0 if self.target == "positive" else -1.0) * self._compound(text)
+        return Reward(value=score, correct=score >= THRESHOLD)
 
     def _all(self) -> list[str]:
         return _read_openings(self.openings) if self.openings else built_in_openings()

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from upslope.errors import ConfigError
-from upslope.tasks.base import Split, Task, chat_prompt, check_split, derive_seed, select_prompts
-from upslope.tasks.rewards import json_object
+from upslope.rewards.functions import json_object
+from upslope.tasks.base import Split, Task, answered, chat_prompt, checked_fraction, derive_seed
 from upslope.types import Message, Prompt, Reward
 
 _NAMES = (
@@ -38,36 +38,33 @@ class StrictJson(Task):
     inline_safe = True
 
     def __init__(self, *, ask: str = DEFAULT_ASK, system: str = "", eval_fraction: float = 0.25) -> None:
-        check_split("train", 0, eval_fraction)
         if "{sentence}" not in ask:
             raise ConfigError(f"'strict_json': ask must hold {{sentence}}, got {ask!r}")
         self.ask = ask
         self.system = system
-        self.eval_fraction = eval_fraction
+        self.eval_fraction = checked_fraction(eval_fraction)
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different sentences of the 15,840 there are. DataError: more than the split has."""
-        return select_prompts(
-            self._candidates(random.Random(derive_seed("strict_json", split, seed))),
-            split,
-            n,
-            name=self.name,
-            eval_fraction=self.eval_fraction,
-            identity=lambda prompt: prompt.metadata["sentence"],
-            patience=20_000,
-        )
+        made = self._candidates(random.Random(derive_seed("strict_json", split, seed)))
+        return self.select(made, split, n, identity=lambda prompt: prompt.metadata["sentence"], patience=20_000)
 
-    def rewards(self, prompts: list[Prompt], completions: list[str]) -> list[Reward]:
+    def judge(self, prompt: Prompt, text: str) -> Reward:
         """The mean of the parts; nothing is ever run, any text gets a judgement."""
-        whole = json_object(prompts, completions, keys="name|age", exact=True)
-        return [
-            _judged(prompt, text, bool(strict))
-            for prompt, text, strict in zip(prompts, completions, whole, strict=True)
-        ]
+        (strict,) = json_object([prompt], [text], keys="name|age", exact=True)
+        found: dict[str, Any] = json.loads(text) if strict else {}
+        age = found.get("age")
+        parts = {
+            "json": float(strict),
+            "name": float(found.get("name") == prompt.metadata["name"]),
+            # True == 1 and 31.0 == 31 in Python; the right type is part of the answer.
+            "age": float(type(age) is int and age == prompt.metadata["age"]),
+        }
+        return Reward(sum(parts.values()) / 3, parts, correct=all(parts.values()))
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """The conversation with the right object as its reply."""
-        return (*prompt.messages, Message("assistant", str(prompt.answer)))
+        return answered(prompt, str(prompt.answer))
 
     def _candidates(self, source: random.Random) -> Iterator[Prompt]:
         while True:
@@ -79,15 +76,3 @@ class StrictJson(Task):
                 answer=json.dumps({"name": name, "age": age}),
                 metadata={"sentence": sentence, "name": name, "age": age},
             )
-
-
-def _judged(prompt: Prompt, text: str, strict: bool) -> Reward:
-    found: dict[str, Any] = json.loads(text) if strict else {}
-    age = found.get("age")
-    parts = {
-        "json": float(strict),
-        "name": float(found.get("name") == prompt.metadata["name"]),
-        # True == 1 and 31.0 == 31 in Python; the right type is part of the answer.
-        "age": float(type(age) is int and age == prompt.metadata["age"]),
-    }
-    return Reward(sum(parts.values()) / 3, parts, correct=all(parts.values()))

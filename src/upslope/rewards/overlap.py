@@ -8,6 +8,7 @@ penalty). `inline_safe` marks those that are quick on any text.
 
 from __future__ import annotations
 
+import importlib
 import re
 import string
 from collections import Counter
@@ -17,24 +18,8 @@ from typing import Any
 
 from upslope.errors import ConfigError
 from upslope.extras import require
-from upslope.tasks.rewards import quick
+from upslope.rewards.functions import ngrams, quick
 from upslope.types import Prompt
-
-__all__ = [
-    "bleu",
-    "chrf",
-    "edit_distance",
-    "edit_similarity",
-    "nearest",
-    "ngram_overlap",
-    "references_of",
-    "rouge",
-    "sentence_bleu",
-    "sentence_chrf",
-    "squad_words",
-    "token_f1",
-    "units_of",
-]
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -135,10 +120,9 @@ def _asked(prompt: Prompt) -> str:
 
 
 def _ngram_f1(text: str, other: str, n: int) -> float:
-    a, b = text.casefold().split(), other.casefold().split()
-    left, right = (Counter(tuple(words[i : i + n]) for i in range(len(words) - n + 1)) for words in (a, b))
+    left, right = Counter(ngrams(text, n)), Counter(ngrams(other, n))
     if not left and not right:
-        return float(a == b)
+        return float(text.casefold().split() == other.casefold().split())
     return _f1(left, right)
 
 
@@ -187,33 +171,16 @@ def chrf(prompts: Sequence[Prompt], completions: Sequence[str], *, word_order: i
 
 def sentence_bleu(text: str, references: Sequence[str], *, tokenize: str = "13a") -> float:
     """BLEU of one sentence, in [0, 1]."""
-    return _sacrebleu_bleu(tokenize).sentence_score(text, list(references)).score / 100
+    _check("bleu", "tokenize", tokenize, ("13a", "char", "intl", "none"))
+    metric = _metric("sacrebleu.metrics", "BLEU", effective_order=True, tokenize=tokenize)
+    return metric.sentence_score(text, list(references)).score / 100
 
 
 def sentence_chrf(text: str, references: Sequence[str], *, word_order: int = 0) -> float:
     """chrF of one sentence, in [0, 1]."""
-    return _sacrebleu_chrf(word_order).sentence_score(text, list(references)).score / 100
-
-
-@lru_cache(maxsize=8)
-def _sacrebleu_bleu(tokenize: str) -> Any:
-    known = ("13a", "char", "intl", "none")
-    if tokenize not in known:
-        raise ConfigError(f"reward 'bleu': tokenize must be one of {', '.join(known)}, not '{tokenize}'")
-    require("tasks", "sacrebleu")
-    from sacrebleu.metrics import BLEU
-
-    return BLEU(effective_order=True, tokenize=tokenize)
-
-
-@lru_cache(maxsize=8)
-def _sacrebleu_chrf(word_order: int) -> Any:
-    if word_order not in (0, 1, 2):
-        raise ConfigError(f"reward 'chrf': word_order must be 0, 1 or 2, got {word_order}")
-    require("tasks", "sacrebleu")
-    from sacrebleu.metrics import CHRF
-
-    return CHRF(word_order=word_order)
+    _check("chrf", "word_order", word_order, (0, 1, 2))
+    metric = _metric("sacrebleu.metrics", "CHRF", word_order=word_order)
+    return metric.sentence_score(text, list(references)).score / 100
 
 
 def rouge(prompts: Sequence[Prompt], completions: Sequence[str], *, kind: str = "rougeL") -> list[float | None]:
@@ -222,18 +189,20 @@ def rouge(prompts: Sequence[Prompt], completions: Sequence[str], *, kind: str = 
     kind: rouge1, rouge2, rougeL or rougeLsum. Its words are runs of [a-z0-9], so it says nothing about other
     alphabets. Not inline_safe: its longest common subsequence takes the product of the two lengths. Source: Lin 2004.
     """
-    scorer = _rouge_scorer(kind)
+    _check("rouge", "kind", kind, ("rouge1", "rouge2", "rougeL", "rougeLsum"))
+    score = _metric("rouge_score.rouge_scorer", "RougeScorer", (kind,), use_stemmer=False).score
     return _against(
-        prompts, completions, lambda text, refs: max(float(scorer.score(ref, text)[kind].fmeasure) for ref in refs)
+        prompts, completions, lambda text, refs: max(float(score(ref, text)[kind].fmeasure) for ref in refs)
     )
 
 
-@lru_cache(maxsize=4)
-def _rouge_scorer(kind: str) -> Any:
-    known = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-    if kind not in known:
-        raise ConfigError(f"reward 'rouge': kind must be one of {', '.join(known)}, not '{kind}'")
-    require("tasks", "rouge_score")
-    from rouge_score.rouge_scorer import RougeScorer
+def _check(reward: str, option: str, given: Any, known: Sequence[Any]) -> None:
+    if given not in known:
+        raise ConfigError(f"reward '{reward}': {option} must be one of {', '.join(map(str, known))}, not '{given}'")
 
-    return RougeScorer([kind], use_stemmer=False)
+
+@lru_cache(maxsize=16)
+def _metric(module: str, name: str, *args: Any, **how: Any) -> Any:
+    """A metric of a package, made once. ConfigError: it is not installed."""
+    require("tasks", module.partition(".")[0])
+    return getattr(importlib.import_module(module), name)(*args, **how)

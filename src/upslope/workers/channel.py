@@ -1,4 +1,4 @@
-"""Numbered messages between the trainer and a reward worker: each arrives whole and unharmed, or as an error.
+"""Numbered messages between the trainer and a worker: each arrives whole and unharmed, or as an error.
 
 A user's code shares the worker's process and may write into any open file. So a message begins with a word that only
 the two ends know and ends where its header says, with a checksum: rubbish on the way is found, never taken for an

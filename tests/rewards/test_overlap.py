@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError
-from upslope.tasks.loading import REWARDS, load_reward
-from upslope.tasks.overlap import edit_distance, nearest, references_of
+from upslope.rewards.overlap import edit_distance, nearest, references_of
+from upslope.rewards.summands import FUNCTIONS, load_reward
 from upslope.types import Prompt
 
-OVERLAP = sorted(name for name, module in REWARDS.items() if module == "upslope.tasks.overlap")
+OVERLAP = sorted(name for name, place in FUNCTIONS.items() if place.startswith("upslope.rewards.overlap:"))
 
 
 def table_distance(a: Any, b: Any) -> int:
@@ -125,7 +125,7 @@ def test_references_of() -> None:
         ("ngram_overlap:n=0", "at least 1"),
         ("ngram_overlap:against=me", "answer or prompt"),
         ("bleu:tokenize=zh", "13a, char"),
-        ("chrf:word_order=9", "0, 1 or 2"),
+        ("chrf:word_order=9", "0, 1, 2"),
         ("rouge:kind=rouge9", "rouge1, rouge2"),
     ],
 )
@@ -135,11 +135,10 @@ def test_wrong_parameters(spec: str, needle: str) -> None:
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    from upslope.tasks import overlap
+    from upslope.rewards import overlap
 
     for module, spec in (("sacrebleu", "bleu:tokenize=intl"), ("rouge_score", "rouge:kind=rougeLsum")):
         monkeypatch.setitem(sys.modules, module, None)
-        overlap._sacrebleu_bleu.cache_clear()
-        overlap._rouge_scorer.cache_clear()
+        overlap._metric.cache_clear()
         with pytest.raises(ConfigError, match=rf"{module} is not installed; run: pip install 'upslope\[tasks\]'"):
             judge(spec, "a", "a")

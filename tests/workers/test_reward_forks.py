@@ -13,7 +13,7 @@ import pytest
 from reward_kit import errors, group, values
 
 from upslope.errors import RunError
-from upslope.rollout.workers import RewardPool
+from upslope.workers.rewards import RewardPool
 
 SOURCE = """
 import ctypes, gc, json, multiprocessing, os, stat, struct, sys, threading, time
@@ -158,7 +158,7 @@ def test_a_file_that_forks_while_it_loads_makes_one_worker(file: str, tmp_path: 
 INLINE = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from upslope.rollout.workers import make_scorer
+from upslope.workers.rewards import make_scorer
 from upslope.types import Prompt, Rollout, RolloutGroup
 groups = [RolloutGroup(Prompt(0, text="q"), [Rollout([1], [2], [True], [0.0], [0.0], "stop", "7", 0)])]
 with make_scorer(sys.argv[2] + ":Mine") as scorer:
@@ -193,7 +193,7 @@ def test_a_fork_in_the_trainers_own_process_is_no_second_trainer(
     (tmp_path / "mine.py").write_text(MINE.format(**places))
     command = [sys.executable, "-c", INLINE, str(root / "src"), str(tmp_path / "mine.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    assert done.stdout == "InlineScorer 7.0\n"
+    assert done.stdout == "InlineJudge 7.0\n"
 
 
 @pytest.mark.parametrize("what", ["byte", "length", "message", "much"])

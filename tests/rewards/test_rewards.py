@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError, DataError
-from upslope.tasks import rewards
-from upslope.tasks.loading import load_reward
+from upslope.rewards import functions
+from upslope.rewards.summands import load_reward
 from upslope.types import Prompt, Reward
 
 PROMPT = Prompt(0, text="q", answer="Yes")
@@ -64,13 +64,13 @@ def test_a_reward_does_not_depend_on_its_neighbours(spec: str, texts: list[str],
 def test_length_by_hand() -> None:
     assert values("length:target=4", ["a b c d", "a b", "a b c d e f", "", "x " * 9]) == [1.0, 0.5, 0.5, 0.0, 0.0]
     assert values("length:target=4,unit=characters", ["abcd", "ab"]) == [1.0, 0.5]
-    assert rewards.length([PROMPT], ["ignored"], target=4, unit="tokens", num_tokens=[3]) == [0.75]
+    assert functions.length([PROMPT], ["ignored"], target=4, unit="tokens", num_tokens=[3]) == [0.75]
     with pytest.raises(DataError, match="token counts"):
-        rewards.length([PROMPT], ["x"], target=4, unit="tokens")
+        functions.length([PROMPT], ["x"], target=4, unit="tokens")
     with pytest.raises(ConfigError, match="unit must be"):
-        rewards.length([PROMPT], ["x"], target=4, unit="lines")
+        functions.length([PROMPT], ["x"], target=4, unit="lines")
     with pytest.raises(ConfigError, match="at least 1"):
-        rewards.length([PROMPT], ["x"], target=0)
+        functions.length([PROMPT], ["x"], target=0)
 
 
 def test_format_matches_the_whole_reply() -> None:
@@ -109,4 +109,4 @@ def test_repetition_by_hand() -> None:
 def test_exact_match_gives_verdicts_and_none_without_an_answer() -> None:
     assert values("exact_match", [" Yes\n", "yes", "Yes."]) == [1, 0, 0]
     assert values("exact_match:ignore_case=true", ["yes"]) == [1]
-    assert rewards.exact_match([Prompt(0, text="q")], ["x"]) == [None]
+    assert functions.exact_match([Prompt(0, text="q")], ["x"]) == [None]

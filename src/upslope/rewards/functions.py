@@ -112,12 +112,19 @@ def repetition(prompts: Sequence[Prompt], completions: Sequence[str], *, ngram: 
     """
     if ngram < 1:
         raise ConfigError(f"reward 'repetition': ngram must be at least 1, got {ngram}")
-    return [_repeated_share(text.casefold().split(), ngram) for text in completions]
+    return [distinct_share(text, ngram) - 1.0 for text in completions]
 
 
-def _repeated_share(words: list[str], ngram: int) -> float:
-    grams = [tuple(words[i : i + ngram]) for i in range(len(words) - ngram + 1)]
-    return len(set(grams)) / len(grams) - 1.0 if grams else 0.0
+def distinct_share(text: str, n: int) -> float:
+    """Different word n-grams over all of them, letter case aside; 1 where there is none."""
+    grams = ngrams(text, n)
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+    """The n-grams of a text's words in lower case."""
+    words = text.casefold().split()
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 @quick

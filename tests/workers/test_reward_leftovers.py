@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from reward_kit import alive, gone, group, values
 
-from upslope.rollout.keeper import children, end_descendants
-from upslope.rollout.workers import RewardPool
+from upslope.workers.keeper import children, end_descendants
+from upslope.workers.rewards import RewardPool
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only a process group is found")
 
@@ -133,7 +133,7 @@ def test_a_server_started_while_loading_serves_until_the_end(file: str, tmp_path
 PROGRAM = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-from upslope.rollout.workers import RewardPool
+from upslope.workers.rewards import RewardPool
 from upslope.types import Prompt, Rollout, RolloutGroup
 pool = RewardPool(None, [sys.argv[2] + ":fn"], timeout_s=60)
 if sys.argv[4] == "forked" and os.fork() == 0:

@@ -14,9 +14,9 @@ import pytest
 from reward_kit import alive, errors, gone, group, values
 
 from upslope.errors import ConfigError, DataError, RunError
-from upslope.rollout.judge import InlineScorer
-from upslope.rollout.workers import RewardPool, make_scorer
+from upslope.rewards.judge import InlineJudge, WeightedSum
 from upslope.tasks import load_task
+from upslope.workers.rewards import RewardPool, make_scorer
 
 SOURCE = """
 import asyncio, os, signal, subprocess, sys, time
@@ -97,7 +97,7 @@ def test_order_and_inline_agree_whatever_arrives_first(file: str) -> None:
     inline = [group([str(i) for i in range(4)], key=key) for key in range(12)]
     with RewardPool(None, [f"{file}:keyed"], processes=3) as pool:
         pool.judge(groups)
-    InlineScorer(None, [f"{file}:keyed"]).judge(inline)
+    InlineJudge(WeightedSum(None, [f"{file}:keyed"])).judge(inline)
     assert [values(one) for one in groups] == [values(one) for one in inline]
     assert values(groups[7]) == [700.0, 701.0, 702.0, 703.0]
 
@@ -215,7 +215,7 @@ def test_make_scorer_stays_inline_only_where_that_is_safe(file: str) -> None:
         (sums, ("format:pattern='a'",), 0, False),
     ]:
         with make_scorer(task, rewards, processes=processes) as scorer:
-            assert isinstance(scorer, InlineScorer) is inline
+            assert isinstance(scorer, InlineJudge) is inline
 
 
 def test_a_task_with_its_own_verifier_through_the_pool() -> None:
@@ -232,7 +232,7 @@ def test_a_task_with_its_own_verifier_through_the_pool() -> None:
 PROGRAM = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from upslope.rollout.workers import RewardPool
+from upslope.workers.rewards import RewardPool
 from upslope.types import Prompt, Rollout, RolloutGroup
 pool = RewardPool(None, [sys.argv[2] + ":fn"], processes=2, timeout_s=60)
 def ask(*texts):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError, DataError
-from upslope.rollout.judge import InlineScorer, reward_metrics
+from upslope.rewards.judge import InlineJudge, WeightedSum, reward_metrics
 from upslope.runs.store import Store
 from upslope.tasks import Task
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
@@ -42,7 +42,7 @@ class Custom(Task):
 
 def judged(answer, texts: list[str], rewards=()) -> tuple[list[Reward], dict[str, float]]:
     one = group(texts)
-    with InlineScorer(Custom(answer), rewards) as scorer:
+    with InlineJudge(WeightedSum(Custom(answer), rewards)) as scorer:
         counts = scorer.judge([one])
     return [rollout.reward for rollout in one.rollouts], counts
 
@@ -118,7 +118,7 @@ def test_what_a_reward_says_can_be_stored(tmp_path: Path) -> None:
 
     half = group(["bad", "ok", "text \udc00"])
     half.prompt = replace(half.prompt, answer="\ud800")
-    with InlineScorer(Custom(answer)) as scorer:
+    with InlineJudge(WeightedSum(Custom(answer))) as scorer:
         scorer.judge([half])
     bad, good, _ = (rollout.reward for rollout in half.rollouts)
     assert bad.error is not None
@@ -208,13 +208,13 @@ def test_tokens_and_finish_reasons_are_given_to_who_asks(tmp_path: Path) -> None
         "    return [n if r == 'length' else -n for n, r in zip(num_tokens, finish_reasons)]\n"
     )
     one = group(["a", "b"], finish="length")
-    InlineScorer(None, [f"{tmp_path / 'asks.py'}:asks", "length:target=2,unit=tokens"]).judge([one])
+    InlineJudge(WeightedSum(None, [f"{tmp_path / 'asks.py'}:asks", "length:target=2,unit=tokens"])).judge([one])
     assert [r.reward.parts for r in one.rollouts] == [{"asks": 2.0, "length": 1.0}] * 2
 
 
 def test_a_wrong_parameter_value_stops_with_its_message() -> None:
     with pytest.raises(ConfigError, match="unit must be words"):
-        InlineScorer(None, ["length:target=2,unit=lines"]).judge([group(["a"])])
+        InlineJudge(WeightedSum(None, ["length:target=2,unit=lines"])).judge([group(["a"])])
 
 
 class Slow(Task):
@@ -233,7 +233,7 @@ class Slow(Task):
 def test_async_samples_are_awaited_together_and_keep_their_places() -> None:
     one = group(["0.3", "0.2", "0.1 raise", "0.25", "0"])
     start = time.perf_counter()
-    InlineScorer(Slow()).judge([one])
+    InlineJudge(WeightedSum(Slow())).judge([one])
     assert time.perf_counter() - start < 0.8
     assert [r.reward.value for r in one.rollouts] == [0.3, 0.2, None, 0.25, 0.0]
 
@@ -242,7 +242,7 @@ def test_async_works_inside_a_running_loop() -> None:
     one = group(["0"])
 
     async def inside() -> None:
-        InlineScorer(Slow()).judge([one])
+        InlineJudge(WeightedSum(Slow())).judge([one])
 
     asyncio.run(inside())
     assert one.rollouts[0].reward.value == 0.0
@@ -252,11 +252,11 @@ def test_async_works_inside_a_running_loop() -> None:
 def test_rewards_do_not_depend_on_order(texts: list[str], order: random.Random) -> None:
     specs = ["length:target=3,unit=characters", "repetition:ngram=1", "json_object", "exact_match"]
     straight = group(texts)
-    InlineScorer(None, specs).judge([straight])
+    InlineJudge(WeightedSum(None, specs)).judge([straight])
     places = list(range(len(texts)))
     order.shuffle(places)
     mixed = group([texts[place] for place in places])
-    InlineScorer(None, specs).judge([mixed])
+    InlineJudge(WeightedSum(None, specs)).judge([mixed])
     for rollout, place in zip(mixed.rollouts, places, strict=True):
         assert rollout.reward.value == straight.rollouts[place].reward.value
         assert rollout.reward.parts == straight.rollouts[place].reward.parts
@@ -267,11 +267,11 @@ def test_nothing_that_judges_is_an_error() -> None:
         name = "silent"
 
     with pytest.raises(ConfigError, match="task 'silent' has no reward of its own"):
-        InlineScorer(Silent())
+        InlineJudge(WeightedSum(Silent()))
     with pytest.raises(ConfigError, match="no task is given"):
-        InlineScorer(None)
+        InlineJudge(WeightedSum(None))
     with pytest.raises(ConfigError, match="there is none"):
-        InlineScorer(Silent(), ["task"])
+        InlineJudge(WeightedSum(Silent(), ["task"]))
 
 
 def test_metrics_by_hand() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError
-from upslope.tasks.specs import Spec, check_params, format_spec, parse_spec, parse_value
+from upslope.plugins import Spec, check_file, check_params, format_spec, load, parse_spec, parse_value
 
 NAMES = st.from_regex(r"[a-z][a-z0-9_]{0,8}", fullmatch=True)
 VALUES = st.one_of(
@@ -98,3 +99,44 @@ def test_parameters_are_checked(params: dict, needle: str) -> None:
 
 def test_whole_numbers_serve_as_decimal_ones() -> None:
     check_params(takes, {"target": 1, "share": 1}, "takes", skip=2)
+
+
+TABLE = {"fast": "upslope.rewards.functions:length", "dump": "json:dumps"}
+OWN = """
+def loss(logp, advantage, *, scale: float = 1.0, seen=None):
+    return logp * advantage * scale
+def narrow(logp):
+    return logp
+class Kind:
+    pass
+"""
+
+
+def test_a_function_comes_from_a_table_a_file_or_itself(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(OWN)
+    how = {"kind": "loss", "takes": ("logp", "advantage"), "filled": ("seen",)}
+    own = load(f"{tmp_path}/mine.py:loss:scale=3", TABLE, **how)
+    assert (own.name, own.own, own.function(2, 5), own.plain(2, 5)) == ("loss", True, 30, 10)
+    built_in = load("dump", TABLE, kind="text", takes=("obj",))
+    assert (built_in.name, built_in.own, built_in.function([1])) == ("dump", False, "[1]")
+    given = load(takes, TABLE, kind="loss", takes=("prompts",))
+    assert (given.name, given.own, given.function) == ("takes", False, takes)
+    for text, needle in (
+        ("fats", r"no loss is called 'fats'; did you mean 'fast'\? \(built in: fast, dump; your own: my_loss.py:func"),
+        (f"{tmp_path}/mine.py:los", "has nothing called 'los'; did you mean 'loss'"),
+        (f"{tmp_path}/mine.py:narrow", r"must take \(logp, advantage\) as its first 2 arguments"),
+        (f"{tmp_path}/mine.py:Kind", r"is not a function of \(logp, advantage\)"),
+        (f"{tmp_path}/mine.py:loss:seen=1", r"no parameter 'seen' \(it takes: scale\)"),
+    ):
+        with pytest.raises(ConfigError, match=needle):
+            load(text, TABLE, **how)
+
+
+def test_a_file_is_checked_without_being_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def loss(): ...\nraise SystemExit\n")
+    check_file(Spec("loss", path=f"{tmp_path}/mine.py"))
+    with pytest.raises(ConfigError, match="nothing called 'los'; did you mean 'loss'"):
+        check_file(Spec("los", path=f"{tmp_path}/mine.py"))
+    (tmp_path / "mine.py").write_text("def loss(:\n")
+    with pytest.raises(ConfigError, match=r"mine\.py:1: SyntaxError"):
+        check_file(Spec("loss", path=f"{tmp_path}/mine.py"))

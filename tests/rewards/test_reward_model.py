@@ -20,14 +20,12 @@ from upslope.errors import ConfigError, DataError
 from upslope.models.decoder.network import Decoder
 from upslope.models.files.loading import load_model
 from upslope.models.files.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
-from upslope.rollout import in_process
-from upslope.rollout.in_process import CombinedScorer, Surroundings, WeightedReward, split_rewards
-from upslope.rollout.judge import InlineScorer, reward_metrics
-from upslope.rollout.reward_model import AGGREGATES, RewardModel, load_reward_model
-from upslope.rollout.workers import RewardPool, make_scorer
+from upslope.rewards.judge import InlineJudge, reward_metrics
+from upslope.rewards.networks import AGGREGATES, RewardModel, load_reward_model
+from upslope.rewards.summands import NETWORKS, Summand, Surroundings, load_reward, split_rewards
 from upslope.tasks import Task
-from upslope.tasks.loading import load_reward
 from upslope.types import Message, Prompt, Reward, Rollout, RolloutGroup
+from upslope.workers.rewards import RewardPool, make_scorer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -69,8 +67,8 @@ class Fixed(Task):
         return [Reward(0.5, correct="b" in text, steps=[(1, 2.0)]) for text in completions]
 
 
-def counting(*, tokenizer: Any, device: Any, policy_folder: Path, times: int = 1) -> Counting:
-    assert tokenizer is TOKENIZER
+def counting(*, around: Surroundings, times: int = 1) -> Counting:
+    assert around.tokenizer is TOKENIZER
     return Counting()
 
 
@@ -79,14 +77,13 @@ AROUND = Surroundings(TOKENIZER, "cpu", Path("policy"))
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(in_process.MODEL_REWARDS, "counting", f"{__name__}:counting")
+    monkeypatch.setitem(NETWORKS, "counting", f"{__name__}:counting")
 
 
 def test_weights_parts_steps_and_verdicts_are_added(registered: None) -> None:
     groups = groups_of(["aab", "a"], ["ab"])
     with make_scorer(Fixed(), ("task@2", "counting:times=3@0.1", "counting"), surroundings=AROUND) as scorer:
-        assert isinstance(scorer, CombinedScorer)
-        assert isinstance(scorer.base, InlineScorer)
+        assert isinstance(scorer, InlineJudge)
         counts = scorer.judge(groups)
     rewards = [r.reward for g in groups for r in g.rollouts]
     assert [r.value for r in rewards] == pytest.approx([1 + 2.2, 1 + 1.1, 1 + 1.1])
@@ -112,25 +109,23 @@ def test_one_failing_part_is_one_error_and_alone_it_needs_no_task(registered: No
 def test_a_network_stands_beside_a_pool_of_workers(registered: None) -> None:
     groups = groups_of(["aa", "a"])
     with make_scorer(None, ("length:target=2", "counting"), processes=1, surroundings=AROUND) as scorer:
-        assert isinstance(scorer, CombinedScorer)
-        assert isinstance(scorer.base, RewardPool)
+        assert isinstance(scorer, RewardPool)
         scorer.judge(groups)
     assert set(groups[0].rollouts[0].reward.parts) == {"length", "counting/as"}
 
 
 def test_a_wrong_count_and_a_missing_policy_are_said(registered: None) -> None:
-    class Short:
-        def rewards(self, groups: Sequence[RolloutGroup]) -> list[Reward]:
-            return [Reward(1.0)]
+    def short(groups: Sequence[RolloutGroup]) -> list[Reward]:
+        return [Reward(1.0)]
 
     with pytest.raises(DataError, match="1 judgements for 2"):
-        CombinedScorer(None, [WeightedReward("short", 1.0, Short())]).judge(groups_of(["a", "b"]))
+        InlineJudge(None, [Summand("short", short)]).judge(groups_of(["a", "b"]))
     with pytest.raises(ConfigError, match="needs a policy"):
         make_scorer(None, ("counting",))
     with pytest.raises(ConfigError, match="network"):
         load_reward("reward_model:path=x")
-    with pytest.raises(ConfigError, match="no parameter 'tokenizer'"):
-        make_scorer(None, ("counting:tokenizer=x",), surroundings=AROUND)
+    with pytest.raises(ConfigError, match="no parameter 'around'"):
+        make_scorer(None, ("counting:around=x",), surroundings=AROUND)
 
 
 def test_a_function_of_a_file_may_have_a_network_s_name() -> None:
@@ -156,9 +151,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def judge_of(folder: Path, **params: Any) -> RewardModel:
-    return load_reward_model(
-        str(folder), dtype="float32", **params, tokenizer=TOKENIZER, device="cpu", policy_folder=Path("policy")
-    )
+    return load_reward_model(str(folder), dtype="float32", **params, around=AROUND)
 
 
 def alone(folder: Path, tokens: list[int]) -> torch.Tensor:

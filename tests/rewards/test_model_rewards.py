@@ -22,8 +22,8 @@ from upslope.models.encoder.network import Encoder, new_encoder
 from upslope.models.files.loading import load_model
 from upslope.options import GRPOOptions
 from upslope.recipes.grpo import grpo
-from upslope.rollout.in_process import Surroundings, load_model_rewards, split_rewards
-from upslope.rollout.model_rewards import EmbeddingReward, LikelihoodReward, embeddings
+from upslope.rewards.networks import EmbeddingReward, LikelihoodReward, embeddings
+from upslope.rewards.summands import Surroundings, load_networks, split_rewards
 from upslope.types import Message, Prompt, Rollout, RolloutGroup
 
 
@@ -67,9 +67,9 @@ def group(prompt: Prompt, *texts: str, cut: bool = False) -> RolloutGroup:
 def reward(spec: str) -> Any:
     plain, networks = split_rewards([spec])
     assert not plain
-    (loaded,) = load_model_rewards(networks, Surroundings(TOKENIZER, torch.device("cpu"), Path("policy")))
+    (loaded,) = load_networks(networks, Surroundings(TOKENIZER, torch.device("cpu"), Path("policy")))
     assert loaded.name == spec.partition(":")[0]
-    return loaded.model
+    return loaded.function.__self__
 
 
 def logp(folder: Path, tokens: list[int], trained: int) -> float:

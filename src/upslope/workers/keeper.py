@@ -1,6 +1,6 @@
-"""The keeper of a reward worker: a small process that starts it and ends everything it started.
+"""The keeper of a worker: a small process that starts it and ends everything it started.
 
-What a reward daemonises leaves its session and its parent, so neither a process group nor the worker can find it
+What a job daemonises leaves its session and its parent, so neither a process group nor the worker can find it
 again. On Linux an orphan goes to its nearest subreaper; the keeper is that, and outlives the worker. Not the worker
 itself, which is what gets killed, and not the trainer, whose other libraries have children of their own.
 
@@ -33,7 +33,7 @@ _SEES_PROCESSES = sys.platform == "linux" and Path("/proc/self/stat").exists()
 
 
 def keep(setup: dict[str, Any]) -> None:
-    """The keeper's whole life; in its child, the worker's (`upslope.rollout.workers.serve`).
+    """The keeper's whole life; in its child, the worker's (`upslope.workers.pool.serve`).
 
     setup: lifeline and connection (file descriptors), trainer (a pid), and what the worker needs. The keeper ends as
     its worker has ended: with its exit code or by its signal.
@@ -47,7 +47,7 @@ def keep(setup: dict[str, Any]) -> None:
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == keeper:
-            from upslope.rollout.workers import serve
+            from upslope.workers.pool import serve
 
             serve(setup)
         return
