@@ -37,6 +37,8 @@ _HOME = {
     "upslope.functional.returns": ("discounted_returns", "gae", "lambda_returns", "vtrace"),
     "upslope.functional.shaping": ("at_last_token",),
     "upslope.functional.supervised_losses": ("bradley_terry", "dpo", "nll", "value_loss"),
+    "upslope.loop.advantages": ("AdvantageInput",),
+    "upslope.loop.policy_losses": ("LossInput",),
     "upslope.models.decoder.activations": ("Activations",),
     "upslope.models.attention.context": ("KVCache", "PackedContext", "PagedContext"),
     "upslope.models.decoder.network": ("Decoder", "DecoderConfig"),

@@ -25,6 +25,7 @@ from upslope.errors import ConfigError
 
 __all__ = [
     "OBJECT",
+    "PLUGINS",
     "Setting",
     "build",
     "check",
@@ -45,7 +46,9 @@ LAUNCH = {"output_dir": None, "resume": False, "allow_changed_data": False, "dry
 """What one launch is told, with its defaults: a run's config.toml does not hold it, and where an old one does it is
 not read."""
 OBJECT = "python:"
-"""How the name of a task or reward begins that is an object of a Python program: MODULE:NAME follows."""
+"""How the name of a plug-in begins that is an object of a Python program: MODULE:NAME follows."""
+PLUGINS = ("task", "reward", "loss", "advantage")
+"""Options that name a user's own code, and in Python may be it."""
 
 
 class Options(Protocol):
@@ -159,11 +162,11 @@ def check(options: Options) -> None:
 
 
 def _in_text(name: str, value: Any) -> Any:
-    """The value of an option as a file has it: python:MODULE:NAME for a task or reward that is an object."""
-    if name in ("task", "reward") and isinstance(value, list | tuple):
+    """The value of an option as a file has it: python:MODULE:NAME for a plug-in that is an object."""
+    if name in PLUGINS and isinstance(value, list | tuple):
         pairs = [item if isinstance(item, tuple) else (item, None) for item in value]
         return tuple(_in_text("task", x) if w is None else f"{_in_text('task', x)}@{w:g}" for x, w in pairs)
-    if name not in ("task", "reward") or value is None or isinstance(value, str):
+    if name not in PLUGINS or value is None or isinstance(value, str):
         return value
     named = value if hasattr(value, "__qualname__") else type(value)
     return f"{OBJECT}{named.__module__}:{named.__qualname__}"

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from upslope.config import OBJECT
 from upslope.errors import ConfigError
 
 Value = int | float | bool | str
@@ -235,7 +236,18 @@ def find(parsed: Spec, table: Mapping[str, str], *, kind: str, known: Iterable[s
     if parsed.name in table:
         module_name, _, attribute = table[parsed.name].partition(":")
         return getattr(importlib.import_module(module_name), attribute)
-    known = (*table, *known)
+    check_name(parsed, (*table, *known), kind=kind)
+    raise ConfigError(f"'{parsed.name}' is no {kind} here")
+
+
+def check_name(spec: str | Spec | Callable[..., Any], known: Iterable[str], *, kind: str) -> None:
+    """ConfigError for a name that is none of those `known`; a user's file and an object are left to `load`."""
+    if isinstance(spec, str) and spec.startswith(OBJECT):
+        return
+    parsed = parse_spec(spec, kind) if isinstance(spec, str) else spec
+    known = tuple(known)
+    if not isinstance(parsed, Spec) or parsed.path is not None or parsed.name in known:
+        return
     raise ConfigError(
         f"no {kind} is called '{parsed.name}'{suggest(parsed.name, known)} "
         f"(built in: {', '.join(known)}; your own: my_{kind}.py:function)"

@@ -58,9 +58,23 @@ class First:
             if kl:
                 r = r - kl * (self.old - exact(learner.reference.model).logp_ST.detach())
             after_S = torch.where(x.cut_S, final_S.detach(), 0.0) if after else 0.0
-            self.a = x.gae(r, self.v, gamma=o.gamma, lam=o.lam, after_S=after_S)
+            if o.advantage == "n_step":
+                self.a = n_step(x, r, self.v, o.gamma, o.n_step)
+            else:
+                self.a = x.gae(r, self.v, gamma=o.gamma, lam=o.lam, after_S=after_S)
             self.target = self.a + self.v
             self.a = x.whitened(self.a) if o.whiten_advantages else self.a
+
+
+def n_step(x: Exact, r_ST: Tensor, v_ST: Tensor, gamma: float, n: int) -> Tensor:
+    """r_t + ... + gamma^(n - 1) r_{t + n - 1} + gamma^n V_{t + n} - V_t, by its definition; V is 0 after the end."""
+    out = torch.zeros_like(r_ST)
+    for s, length in enumerate(x.lengths_S.tolist()):
+        for t in range(length):
+            last = min(t + n, length)
+            rewards = sum(gamma ** (k - t) * r_ST[s, k] for k in range(t, last))
+            out[s, t] = rewards + (gamma**n * v_ST[s, t + n] if t + n < length else 0.0) - v_ST[s, t]
+    return out
 
 
 def value_loss(x: Exact, learner: Any, first: First, clip: float | None = None) -> Tensor:
@@ -79,6 +93,7 @@ PASSES: dict[str, dict[str, Any]] = {
     "dual clip": {"epsilon": 0.03, "dual_clip": 1.1},
     "value clip": {"value_clip": 0.01, "vf_coef": 0.4},
     "whitened": {"whiten_advantages": True, "vf_coef": 0.4},
+    "n steps": {"advantage": "n_step", "n_step": 2, "gamma": 0.9, "vf_coef": 0.4},
     "gamma and lambda": {"gamma": 0.9, "lam": 0.6, "vf_coef": 0.4},
 }
 

@@ -27,7 +27,7 @@ from tiny_model import CHATML, tiny_folder
 
 import upslope.options as all_options
 from upslope.cli import main
-from upslope.config import hints_of
+from upslope.config import PLUGINS, hints_of
 from upslope.errors import ConfigError, RunError
 from upslope.loop import fingerprint, launch
 from upslope.manifest import read_manifest, write_manifest
@@ -392,7 +392,7 @@ NO_INPUT = {
 
 def test_every_option_that_may_name_a_file_is_covered() -> None:
     """A new option of text is listed in fingerprint.py, or here with its reason."""
-    known = {*fingerprint.FILES, *fingerprint.MODELS, *fingerprint.SPECS, *NO_INPUT}
+    known = {*fingerprint.FILES, *fingerprint.MODELS, *PLUGINS, *NO_INPUT}
     kinds = [c for c in vars(all_options).values() if isinstance(c, type) and issubclass(c, RunOptions)]
     assert len(kinds) > 10
     for kind in kinds:

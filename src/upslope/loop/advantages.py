@@ -1,7 +1,8 @@
-"""Advantages: how much better each token (or sequence) was than expected. One function and one row of a table each.
+"""Advantages: how much better each token (or sequence) was than expected.
 
-A function takes an AdvantageInput and returns advantages [B, T] or, one for all tokens of a sequence, [B]; with a
-critic it may return (advantages, returns) instead: what the critic is to say, else advantages + values.
+Each is a function here and a name in options/policy.py, or a function in a user's file. It takes an AdvantageInput and
+returns advantages [B, T] or, one for all tokens of a sequence, [B]; with a critic it may return (advantages, returns)
+instead: what the critic is to say, else advantages + values.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from torch import Tensor
 from upslope.errors import DataError
 from upslope.functional.advantages import group_centered, group_normalized, leave_one_out
 from upslope.functional.masking import whiten
-from upslope.functional.returns import gae, n_step_advantages, vtrace
+from upslope.functional.returns import gae as generalized
+from upslope.functional.returns import n_step_advantages
+from upslope.functional.returns import vtrace as v_trace
 from upslope.training.experience import Experience, group_rewards
 
-__all__ = ["CRITIC_ADVANTAGES", "GROUP_ADVANTAGES", "Advantage", "AdvantageInput", "estimate"]
+__all__ = ["Advantage", "AdvantageInput", "estimate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +72,10 @@ class AdvantageInput:
 Advantage = Callable[[AdvantageInput], Tensor | tuple[Tensor, Tensor]]
 
 
-def generalized(a: AdvantageInput) -> Tensor:
+def gae(a: AdvantageInput) -> Tensor:
     """GAE (1506.02438)."""
     o = a.options
-    return gae(a.rewards_BT, a.values_BT, a.mask_BT, gamma=o.gamma, lam=o.lam, bootstrap_B=a.bootstrap_B)
+    return generalized(a.rewards_BT, a.values_BT, a.mask_BT, gamma=o.gamma, lam=o.lam, bootstrap_B=a.bootstrap_B)
 
 
 def n_step(a: AdvantageInput) -> Tensor:
@@ -81,10 +84,10 @@ def n_step(a: AdvantageInput) -> Tensor:
     return n_step_advantages(a.rewards_BT, a.values_BT, a.mask_BT, gamma=o.gamma, n=o.n_step, bootstrap_B=a.bootstrap_B)
 
 
-def v_trace(a: AdvantageInput) -> tuple[Tensor, Tensor]:
+def vtrace(a: AdvantageInput) -> tuple[Tensor, Tensor]:
     """V-trace (1802.01561): corrected, inside the estimator, for rollouts of older weights."""
     o = a.options
-    return vtrace(
+    return v_trace(
         a.log_ratio_BT,
         a.rewards_BT,
         a.values_BT,
@@ -97,16 +100,24 @@ def v_trace(a: AdvantageInput) -> tuple[Tensor, Tensor]:
     )
 
 
-CRITIC_ADVANTAGES: dict[str, Advantage] = {"gae": generalized, "vtrace": v_trace, "n_step": n_step}
-"""Those of `upslope ppo --advantage`."""
+def grpo(a: AdvantageInput) -> Tensor:
+    """The group's rewards, centred and divided by their deviation (2402.03300)."""
+    return a.by_group(group_normalized)
 
-GROUP_ADVANTAGES: dict[str, Advantage] = {
-    "grpo": lambda a: a.by_group(group_normalized),  # 2402.03300
-    "dr_grpo": lambda a: a.by_group(group_centered),  # 2503.20783
-    "rloo": lambda a: a.by_group(leave_one_out),  # 2402.14740
-    "reinforce++": lambda a: a.by_group(lambda r_PG, mask_PG: whiten(group_centered(r_PG, mask_PG), mask_PG)),
-}
-"""Those of `upslope grpo --advantage`; the last one is 2501.03262."""
+
+def dr_grpo(a: AdvantageInput) -> Tensor:
+    """The group's rewards, centred (2503.20783)."""
+    return a.by_group(group_centered)
+
+
+def rloo(a: AdvantageInput) -> Tensor:
+    """The reward minus the mean of the group's others (2402.14740)."""
+    return a.by_group(leave_one_out)
+
+
+def reinforce_plus_plus(a: AdvantageInput) -> Tensor:
+    """Centred in the group, then whitened over the batch (2501.03262, with a baseline)."""
+    return a.by_group(lambda rewards_PG, mask_PG: whiten(group_centered(rewards_PG, mask_PG), mask_PG))
 
 
 def estimate(advantage: Advantage, a: AdvantageInput) -> Tensor:

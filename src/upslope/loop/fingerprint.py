@@ -1,10 +1,10 @@
 """What a run is made of, as digests: its files, tokenizer, chat template and training rows. A checkpoint holds them.
 
-Files: what the options of FILES and MODELS name, and in a task's or reward's text its Python file, the modules beside
-it that this file imports, and every parameter that is a path. Up to 256 MiB a file is hashed whole; of a larger one
-its size and 64 blocks of a mebibyte, first and last among them, so that gigabytes cost no more. The rows as they are
-trained on are hashed in full, whatever gave them: what no file shows (a template's clock, another split, a task that
-draws other problems, a change between the blocks) shows there.
+Files: what the options of FILES and MODELS name, and of a plug-in (a task, a reward, a loss, an advantage) its Python
+file, the modules beside it that this file imports, and every parameter that is a path. Up to 256 MiB a file is hashed
+whole; of a larger one its size and 64 blocks of a mebibyte, first and last among them, so that gigabytes cost no more.
+The rows as they are trained on are hashed in full, whatever gave them: what no file shows (a template's clock, another
+split, a task that draws other problems, a change between the blocks) shows there.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from upslope.atomic import saving
+from upslope.config import PLUGINS
 from upslope.data.corpus import corpus_files
 from upslope.data.glue import form_of
 from upslope.data.pairs import PairTokenizer
@@ -31,14 +32,12 @@ from upslope.plugins import parse_spec
 from upslope.rewards.summands import parse_rewards
 from upslope.types import Prompt
 
-__all__ = ["FILES", "MODELS", "ROWS", "SPECS", "accepted", "changed", "of_files", "of_learner", "prompt_row", "refuse"]
+__all__ = ["FILES", "MODELS", "ROWS", "accepted", "changed", "of_files", "of_learner", "prompt_row", "refuse"]
 
 FILES = ("data", "eval_data", "test_data", "mix_data", "rewards")
 """Options that name a file of rows, or some (a hub data set shows in the rows)."""
 MODELS = {"model": ("scratch",), "teacher": (), "critic": ("shared", "separate")}
 """Options that name a model, and their words that name none. An alias or a hub id is not looked up again."""
-SPECS = ("task", "reward")
-"""Options that name tasks and rewards."""
 ROWS = "the training rows"
 
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
@@ -116,15 +115,15 @@ def file_digest(path: Path) -> str:
 
 
 def _named(options: Any) -> Iterator[tuple[str, Iterable[Path]]]:
-    for option in (*FILES, *MODELS, *SPECS):
+    for option in (*FILES, *MODELS, *PLUGINS):
         value = getattr(options, option, None)
         if not value or value in MODELS.get(option, ()):
             continue
-        if option == "task":
-            yield option, _of_spec(value)
-        elif option == "reward":
+        if option == "reward":
             for spec, _ in parse_rewards(value):
                 yield option, _of_spec(spec)
+        elif option in PLUGINS:
+            yield option, _of_spec(value)
         elif isinstance(value, tuple):
             yield option, corpus_files(value)
         else:

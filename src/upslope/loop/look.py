@@ -12,12 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from upslope.config import PLUGINS
 from upslope.data.kinds import record_of
 from upslope.data.readers import near_file, rows_of
 from upslope.errors import ConfigError, DataError, ModelError, RunError
 from upslope.models.files.unknown_names import is_path, near_names
 from upslope.options import DistillOptions, DPOOptions, RewardOptions, RunOptions, SFTOptions
-from upslope.plugins import parse_spec
+from upslope.plugins import check_file, parse_spec
 from upslope.rewards.summands import check_reward, parse_rewards
 
 __all__ = ["look"]
@@ -40,7 +41,7 @@ def look(options: Any, *, skip: tuple[str, ...] = ()) -> None:
             if written and not path.exists() and not (inside and _there(run)):
                 hint = near_names(path) or "give a model folder, a .gguf file, a hub id or an alias"
                 raise ModelError(f"{text}: no such folder; {hint}")
-    for option in ("task", "reward"):
+    for option in PLUGINS:
         for text, _ in parse_rewards(_texts(options, option)):
             spec = parse_spec(text)
             if spec.path is not None and not _there(spec.path):
@@ -50,6 +51,8 @@ def look(options: Any, *, skip: tuple[str, ...] = ()) -> None:
                     _file(value, ModelError if spec.name == "reward_model" else DataError)
             if option == "reward":
                 check_reward(spec)
+            elif option != "task" and spec.path is not None:
+                check_file(spec)
     for text in _texts(options, "from_run"):
         _run(text)
     if not isinstance(options, RunOptions):

@@ -1,7 +1,8 @@
-"""Policy losses: what each token's likelihood costs. One function and one row of a table each.
+"""Policy losses: what each token's likelihood costs.
 
-A function takes a LossInput and returns the loss per trained token [N]; KL, value and entropy terms, the correction for
-the sampler and the mean over the step are the recipe's.
+Each is a function here and a name in options/policy.py, or a function in a user's file. It takes a LossInput and
+returns the loss per trained token [N]; KL, value and entropy terms, the correction for the sampler and the mean over
+the step are the recipe's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from upslope.data.batching import padded_from_flat
+from upslope.errors import DataError
 from upslope.functional.policy_losses import (
     clipped_is_reinforce,
     clipped_surrogate,
@@ -22,7 +24,7 @@ from upslope.functional.policy_losses import (
 from upslope.training.step import Outputs
 from upslope.types import Batch
 
-__all__ = ["LOSSES", "LossInput", "PolicyLoss", "policy_loss"]
+__all__ = ["LossInput", "PolicyLoss", "policy_loss"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +95,13 @@ def sapo(x: LossInput) -> Tensor:
     )
 
 
-LOSSES: dict[str, PolicyLoss] = {"clipped": clipped, "gspo": gspo, "cispo": cispo, "sapo": sapo}
-"""Those of `upslope grpo --loss`; ppo has the first."""
-
-
 def policy_loss(loss: PolicyLoss, options: Any, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, corrected where the sampler's policy was another, and what it says of the ratio, per token [N]."""
     x = LossInput.of(options, batch, out)
     loss_N = loss(x)
+    if loss_N.shape != x.logprobs.shape:
+        wanted, found = list(x.logprobs.shape), list(loss_N.shape)
+        raise DataError(f"loss = {options.loss}: its shape is {found}; it must be {wanted}, one for each trained token")
     if "importance" in batch.fields:
         loss_N = loss_N * batch.fields["importance"]
     return loss_N, {"loss/policy": loss_N, **_ratio_metrics(x)}

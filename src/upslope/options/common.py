@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, dataclass_transform
 
-from upslope.config import OBJECT, hints_of, metadata_of, option
+from upslope.config import OBJECT, PLUGINS, hints_of, metadata_of, option
 from upslope.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 if TYPE_CHECKING:
     Named = Any
 else:
-    Named = str  # a name; in Python also the task or reward itself
+    Named = str  # a name; in Python also the task, the reward or the function itself
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -162,7 +162,7 @@ class LaunchOptions(FolderOptions):
     """Check data, tokenizer, shapes and rewards, show one example, predict memory and time, then stop."""
 
     def _check(self) -> None:
-        for name in ("task", "reward"):
+        for name in PLUGINS:
             value = getattr(self, name, None)
             for item in value if isinstance(value, list | tuple) else (value,):
                 if isinstance(item, str) and item.startswith(OBJECT):

@@ -6,11 +6,17 @@ from typing import Literal
 
 from upslope.config import option
 from upslope.errors import ConfigError
-from upslope.options.common import RLOptions
+from upslope.options.common import Named, RLOptions
+from upslope.plugins import check_name
 
-PPOAdvantage = Literal["gae", "vtrace"]
-GRPOAdvantage = Literal["grpo", "dr_grpo", "rloo", "reinforce++"]
-GRPOLoss = Literal["clipped", "gspo", "cispo", "sapo"]
+_LOSSES, _ADVANTAGES = "upslope.loop.policy_losses:", "upslope.loop.advantages:"
+LOSSES = {name: f"{_LOSSES}{name}" for name in ("clipped", "gspo", "cispo", "sapo")}
+"""Where each loss of grpo is; ppo has the first. A new one is a function there and its name here."""
+CRITIC_ADVANTAGES = {name: f"{_ADVANTAGES}{name}" for name in ("gae", "vtrace", "n_step")}
+"""Where each advantage of ppo is, made with a critic."""
+GROUP_ADVANTAGES = {name: f"{_ADVANTAGES}{name}" for name in ("grpo", "dr_grpo", "rloo")}
+GROUP_ADVANTAGES |= {"reinforce++": f"{_ADVANTAGES}reinforce_plus_plus"}
+"""Where each advantage of grpo is, made within a group."""
 
 
 class PolicyOptions(RLOptions):
@@ -98,8 +104,13 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     """Proximal policy optimization with a critic (Schulman et al. 2017, arXiv 1707.06347), token by token."""
 
     lam: float = 0.95
-    advantage: PPOAdvantage = "gae"
-    """gae; vtrace: corrects for rollouts of older weights inside the estimator (arXiv 1802.01561)."""
+    advantage: Named = "gae"
+    """gae; n_step: the rewards of n tokens, then the value; vtrace: corrects for rollouts of older weights inside the
+    estimator (arXiv 1802.01561); or your own, my_advantages.py:fn (docs/learners.md)."""
+    n_step: int = option(5, 1, needs="advantage=n_step")
+    """Tokens whose rewards an n_step advantage adds up before it takes the critic's word."""
+    loss: Named = "clipped"
+    """clipped: the surrogate of PPO; or your own, my_losses.py:fn (docs/learners.md)."""
     rho_clip: float = option(1.0, 1e-6, needs="advantage=vtrace")
     """V-trace: largest importance weight of a temporal difference and of the policy gradient."""
     c_clip: float = option(1.0, 1e-6, needs="advantage=vtrace")
@@ -122,6 +133,8 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     """Give the advantages of a step mean 0 and variance 1."""
 
     def _check(self) -> None:
+        check_name(self.advantage, CRITIC_ADVANTAGES, kind="advantage")
+        check_name(self.loss, ("clipped",), kind="loss")
         if self.advantage == "vtrace":
             if self.filtered:
                 raise ConfigError("advantage = vtrace samples from the whole policy: switch top_k, top_p and min_p off")
@@ -139,12 +152,12 @@ class GRPOOptions(ClipOptions):
 
     num_prompts: int = 16
     num_generations: int = option(8, 2)
-    advantage: GRPOAdvantage = "grpo"
+    advantage: Named = "grpo"
     """grpo: centred, divided by the group's deviation; dr_grpo: centred; rloo: leave-one-out; reinforce++: centred,
-    then whitened over the batch."""
-    loss: GRPOLoss = "clipped"
+    then whitened over the batch; or your own, my_advantages.py:fn (docs/learners.md)."""
+    loss: Named = "clipped"
     """clipped: PPO's per token; gspo: per sequence; cispo: clipped weights, every token keeps its gradient; sapo: a
-    smooth gate instead of a clip."""
+    smooth gate instead of a clip; or your own, my_losses.py:fn (docs/learners.md)."""
     normalizer: Literal["auto", "token", "sequence", "constant"] = "auto"
     """Divide by all trained tokens (DAPO), average each sequence first (GRPO paper), or by a constant (Dr. GRPO);
     auto: sequence with gspo and sapo, else token."""
@@ -162,6 +175,8 @@ class GRPOOptions(ClipOptions):
     """Give up with an error after this many rounds."""
 
     def _check(self) -> None:
+        check_name(self.advantage, GROUP_ADVANTAGES, kind="advantage")
+        check_name(self.loss, LOSSES, kind="loss")
         if self.loss == "gspo" and self.normalizer not in ("auto", "sequence"):
             raise ConfigError(f"normalizer = {self.normalizer}: gspo has one loss per sequence; use auto or sequence")
         if self.truncated == "bootstrap":

@@ -26,15 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upslope import plugins
 from upslope.build import Policy, load_policy
 from upslope.functional.kl import importance_k1
-from upslope.loop.advantages import GROUP_ADVANTAGES, AdvantageInput, estimate
+from upslope.loop.advantages import AdvantageInput, estimate
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
-from upslope.loop.policy_losses import LOSSES, policy_loss
+from upslope.loop.policy_losses import policy_loss
 from upslope.loop.reference import Reference
 from upslope.loop.scoring import score_before_update
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import GRPOOptions
+from upslope.options.policy import GROUP_ADVANTAGES, LOSSES
 from upslope.training.experience import Experience, Normalizer, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
 from upslope.types import Batch
@@ -59,6 +61,8 @@ class GRPO(RolloutLearner):
     options: GRPOOptions
 
     def __init__(self, options: GRPOOptions, policy: Policy) -> None:
+        self.advantage = plugins.load(options.advantage, GROUP_ADVANTAGES, kind="advantage", takes=("a",)).function
+        self.policy_loss = plugins.load(options.loss, LOSSES, kind="loss", takes=("x",)).function
         self.reference = Reference(options, policy, options.beta)
         super().__init__(options, policy)
 
@@ -75,7 +79,7 @@ class GRPO(RolloutLearner):
                 metrics |= self.reference.score(x, o.temperature)
             scores_B, penalties = shaped_rewards(x, o)
             judged = AdvantageInput(o, x, scores_B, token_rewards(x, scores_B), len(sampled.groups))
-            x.advantages = x.unpadded(estimate(GROUP_ADVANTAGES[o.advantage], judged))
+            x.advantages = x.unpadded(estimate(self.advantage, judged))
 
         normalizer = _normalizer(o)
         forward = Forward(o.temperature, entropy=o.entropy_coef > 0)
@@ -93,7 +97,7 @@ class GRPO(RolloutLearner):
     def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The policy loss of the options, KL to the reference, entropy."""
         o, f = self.options, batch.fields
-        loss_N, metrics = policy_loss(LOSSES[o.loss], o, batch, out)
+        loss_N, metrics = policy_loss(self.policy_loss, o, batch, out)
         if o.beta:
             loss_N = loss_N + o.beta * importance_k1(out.logp_N, f["ref_logprobs"], f["old_logprobs"])
         if o.entropy_coef:

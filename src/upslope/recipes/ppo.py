@@ -25,18 +25,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from upslope import plugins
 from upslope.build import Policy, load_policy
 from upslope.functional.kl import importance_k1, k1, rollout_kl
 from upslope.functional.masking import whiten
 from upslope.functional.supervised_losses import value_loss
-from upslope.loop.advantages import CRITIC_ADVANTAGES, AdvantageInput, estimate
+from upslope.loop.advantages import AdvantageInput, estimate
 from upslope.loop.critic import Critic
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
-from upslope.loop.policy_losses import LOSSES, policy_loss
+from upslope.loop.policy_losses import policy_loss
 from upslope.loop.reference import Reference
 from upslope.loop.scoring import score_before_update
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import PPOOptions
+from upslope.options.policy import CRITIC_ADVANTAGES, LOSSES
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
 from upslope.types import Batch
@@ -62,6 +64,8 @@ class PPO(RolloutLearner):
 
     def __init__(self, options: PPOOptions, policy: Policy) -> None:
         o = options
+        self.advantage = plugins.load(o.advantage, CRITIC_ADVANTAGES, kind="advantage", takes=("a",)).function
+        self.policy_loss = plugins.load(o.loss, LOSSES, kind="loss", takes=("x",)).function
         self.critic = Critic(o, policy, o.critic)
         self.reference = Reference(o, policy, o.kl_coef, o.kl_target, o.kl_horizon)
         super().__init__(o, policy, extra=self.critic.extra, parts=[self.critic, self.reference])
@@ -84,7 +88,7 @@ class PPO(RolloutLearner):
                     rewards_BT = rewards_BT - reference.coef * x.padded(k1(x.old_logprobs, x.ref_logprobs))
             metrics |= penalties | critic.explained(x, rewards_BT)
             judged = AdvantageInput(o, x, scores_B, rewards_BT, len(sampled.groups))
-            advantages_BT = estimate(CRITIC_ADVANTAGES[o.advantage], judged)
+            advantages_BT = estimate(self.advantage, judged)
             if o.whiten_advantages:
                 advantages_BT = whiten(advantages_BT, x.mask_BT)
             x.advantages = x.unpadded(advantages_BT)
@@ -109,9 +113,9 @@ class PPO(RolloutLearner):
         return metrics | self.updater.update_on(x, members, step, loss, forward, sampler=self.sampler, first=first)
 
     def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        """The clipped surrogate, and what shares its backward pass: penalties, value and entropy."""
+        """The policy loss of the options, and what shares its backward pass: penalties, value and entropy."""
         o, f = self.options, batch.fields
-        loss_N, metrics = policy_loss(LOSSES["clipped"], o, batch, out)
+        loss_N, metrics = policy_loss(self.policy_loss, o, batch, out)
         if o.kl_coef and o.kl_placement == "loss":
             loss_N = loss_N + self.reference.coef * importance_k1(out.logp_N, f["ref_logprobs"], f["old_logprobs"])
         if o.rollout_kl_coef:

@@ -1,0 +1,149 @@
+"""A user's own `--loss` and `--advantage`: the numbers of the built-in ones, and one clear line for mistakes."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from exact_kit import learner_of, rewards_of, sampled, stepped, table_folder
+
+from upslope.cli import main
+from upslope.errors import ConfigError, DataError, RunError
+from upslope.functional.policy_losses import clipped_surrogate
+from upslope.loop.policy_losses import LossInput
+from upslope.options import GRPOOptions, PPOOptions
+from upslope.recipes.grpo import GRPO, grpo
+from upslope.recipes.ppo import PPO
+
+OWN = """
+import torch
+from upslope.functional.policy_losses import clipped_surrogate
+from upslope.functional.returns import gae
+
+
+def surrogate(x, low=0.2):
+    assert x.ref_logprobs is None
+    assert int(x.lengths_B.sum()) == len(x.logprobs) == len(x.sequence_N)
+    return clipped_surrogate(x.logprobs, x.old_logprobs, x.advantages, clip_low=low, clip_high=x.options.epsilon)
+
+
+def centred(a):
+    return a.by_group(lambda r_PG, mask_PG: r_PG - r_PG.mean(1, keepdim=True))
+
+
+def estimated(a):
+    assert a.lengths_B.sum() == a.mask_BT.sum()
+    advantages = gae(a.rewards_BT, a.values_BT, a.mask_BT, gamma=a.options.gamma, lam=0.5)
+    return advantages, advantages + a.values_BT
+
+
+def one_for_all(x):
+    return x.logprobs.mean()
+
+
+def too_short(a):
+    return a.rewards_BT[:, :1]
+"""
+REWARDS = rewards_of()
+
+
+@pytest.fixture(scope="module")
+def table_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return table_folder(tmp_path_factory.mktemp("own") / "table")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(OWN)
+    return path
+
+
+def gradients(make: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    learner = learner_of(make, folder, **options)
+    taken, _ = stepped(learner, sampled(REWARDS))
+    return taken[-1].gradients
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    ("make", "builtin", "loss", "advantage"),
+    [
+        (PPO, {"epsilon": 0.03, "num_epochs": 2, "lam": 0.5}, "surrogate:low=0.03", "estimated"),
+        (GRPO, {"epsilon": 0.03, "num_iterations": 2, "advantage": "dr_grpo"}, "surrogate:low=0.03", "centred"),
+    ],
+)
+def test_the_same_formula_in_a_file_gives_the_same_gradient(
+    make: Any, builtin: dict[str, Any], loss: str, advantage: str, table_model: Path, own: Path
+) -> None:
+    expected = gradients(make, table_model, **builtin)
+    mine = {"loss": f"{own}:{loss}", "advantage": f"{own}:{advantage}"}
+    found = gradients(make, table_model, **builtin | mine)
+    other = gradients(make, table_model, **builtin | mine | {"loss": f"{own}:surrogate:low=0.5"})
+    assert found.keys() == expected.keys()
+    for name, g in expected.items():
+        assert (found[name] - g).abs().max() < 1e-12, name
+    assert any((other[name] - g).abs().max() > 1e-6 for name, g in expected.items())
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_a_function_of_the_program_is_a_loss(table_model: Path) -> None:
+    def mine(x: LossInput) -> Any:
+        return clipped_surrogate(x.logprobs, x.old_logprobs, x.advantages, clip_low=0.2, clip_high=0.2)
+
+    found, expected = gradients(GRPO, table_model, loss=mine), gradients(GRPO, table_model)
+    assert all((found[name] - g).abs().max() < 1e-12 for name, g in expected.items())
+
+
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize(
+    ("option", "name", "said"),
+    [
+        ("loss", "one_for_all", r"loss = .*own.py:one_for_all: its shape is \[\]; it must be \[\d+\], one for each"),
+        ("advantage", "too_short", r"advantage = .*too_short: advantages of shape \[128, 1\]; they must be \[128, 3\]"),
+    ],
+)
+def test_a_shape_that_does_not_fit_is_one_line(option: str, name: str, said: str, table_model: Path, own: Path) -> None:
+    with pytest.raises(DataError, match=said):
+        gradients(GRPO, table_model, **{option: f"{own}:{name}"})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["grpo", "--loss", "cliped"], "no loss is called 'cliped'; did you mean 'clipped'?"),
+        (["ppo", "--loss", "sapo"], "no loss is called 'sapo'"),
+        (["ppo", "--advantage", "rloo"], "no advantage is called 'rloo'"),
+        (["ppo", "--loss", "nowhere.py:fn"], "nowhere.py: no such file"),
+        (["grpo", "--advantage", "OWN:centered"], "has nothing called 'centered'; did you mean 'centred'?"),
+        (["ppo", "--n-step", "3"], "n_step belongs to advantage = n_step"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_loaded(
+    words: list[str], said: str, own: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([word.replace("OWN", str(own)) for word in words] + ["--model", "no-such-model"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_changed_loss_is_another_run(table_model: Path, own: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "model": str(table_model),
+        "loss": f"{own}:surrogate",
+        "output_dir": str(tmp_path / "run"),
+    }
+    options |= {"task": "chain_sum", "num_prompts": 2, "num_generations": 2, "max_completion_length": 2}
+    options |= {"num_train_prompts": 4, "eval_samples": 0, "max_steps": 1}
+    grpo(GRPOOptions(**options))
+    assert f'loss = "{own}:surrogate"' in (tmp_path / "run/config.toml").read_text()
+    own.write_text(OWN + "\n# another one\n")
+    with pytest.raises(RunError, match=r"own.py \(--loss\) has changed since"):
+        grpo(GRPOOptions(**options | {"resume": True, "max_steps": 2}))
+    shutil.rmtree(tmp_path / "run")
+
+
+def test_an_object_cannot_come_from_a_file() -> None:
+    with pytest.raises(ConfigError, match="loss = python:m:f is an object of the Python program"):
+        PPOOptions(loss="python:m:f").validate()
