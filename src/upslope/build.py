@@ -16,7 +16,7 @@ from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import turn_ends, write_ends
 from upslope.devices.hardware import choose_dtype
 from upslope.engine.engine import Engine
-from upslope.errors import ConfigError, ModelError
+from upslope.errors import ConfigError, ModelError, RunError
 from upslope.models.attention.context import BLOCK, KVCache
 from upslope.models.files.adapters import base_folder, merge_adapters
 from upslope.models.files.loading import load_model, save_model
@@ -42,13 +42,14 @@ def device_of_machine() -> torch.device:
 class Policy:
     """The network being trained, its tokenizer, and where it came from.
 
-    `masters` are the float32 weights behind parameters that compute in a narrower dtype; the optimizer takes them over.
+    `masters` are the float32 weights behind parameters that compute in a narrower dtype; `take_masters` gives them to
+    the one optimizer that trains them.
     """
 
     model: CausalModel
     tokenizer: Any
     folder: Path
-    masters: dict[str, Tensor]
+    masters: dict[str, Tensor] | None
     lora: Any = None
 
     @property
@@ -157,13 +158,28 @@ def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> d
     return masters
 
 
+def take_masters(part: Policy | Critic) -> dict[str, Tensor]:
+    """The float32 weights of a policy or critic, for its optimizer: once, where there are any.
+
+    RunError after that: the optimizer that took them changes them, and what is left is rounded.
+    """
+    if part.masters is None:
+        raise RunError(
+            f"the float32 weights of this {type(part).__name__.lower()} are another optimizer's, and those it computes "
+            "with are rounded; load it again for a second optimizer"
+        )
+    masters, part.masters = part.masters, None if part.masters else {}
+    return masters
+
+
 def make_optimizer(policy: Policy, options: RunOptions, extra: list[Group] | None = None) -> MasterAdamW:
-    """AdamW over what is trained in the policy, and further groups (a value head). ConfigError as `config.check`."""
+    """AdamW over what is trained in the policy, and further groups (a value head).
+
+    ConfigError as `config.check`, RunError as `take_masters`.
+    """
     check(options)
     groups = decay_groups(policy.model.named_parameters(), weight_decay=options.weight_decay)
-    optimizer = MasterAdamW([*groups, *(extra or [])], masters=policy.masters)
-    policy.masters = {}
-    return optimizer
+    return MasterAdamW([*groups, *(extra or [])], masters=take_masters(policy))
 
 
 def load_reference(policy: Policy, options: RunOptions) -> CausalModel | None:
@@ -178,11 +194,14 @@ def load_reference(policy: Policy, options: RunOptions) -> CausalModel | None:
 
 @dataclass(slots=True)
 class Critic:
-    """Where values come from: a head on the policy's trunk (`model` is None), or on a trunk of its own."""
+    """Where values come from: a head on the policy's trunk (`model` is None), or on a trunk of its own.
+
+    `masters` as those of a policy.
+    """
 
     head: ScalarHead
     model: CausalModel | None
-    masters: dict[str, Tensor]
+    masters: dict[str, Tensor] | None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Head and own trunk, by names that cannot clash with the policy's."""

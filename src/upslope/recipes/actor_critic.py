@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upslope.build import Critic, Policy, load_critic, load_reference
+from upslope.build import Critic, Policy, load_critic, load_reference, take_masters
 from upslope.errors import ConfigError
 from upslope.functional.kl import AdaptiveKL, k1
 from upslope.functional.metrics import explained_variance
@@ -205,6 +205,4 @@ def _critic_factor(options: PPOOptions | ReinforceOptions) -> float:
 
 def _critic_optimizer(critic: Critic, options: PPOOptions | ReinforceOptions, factor: float) -> MasterAdamW:
     groups = decay_groups(critic.named_parameters().items(), weight_decay=options.weight_decay, lr_factor=factor)
-    optimizer = MasterAdamW(groups, masters=critic.masters)
-    critic.masters = {}
-    return optimizer
+    return MasterAdamW(groups, masters=take_masters(critic))
