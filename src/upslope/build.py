@@ -18,10 +18,11 @@ from upslope.devices.hardware import choose_dtype
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError, RunError
 from upslope.models.attention.context import BLOCK, KVCache
-from upslope.models.files.adapters import base_folder, merge_adapters
+from upslope.models.files.adapters import merge_adapters
+from upslope.models.files.folders import is_adapter
 from upslope.models.files.loading import load_model, save_model
 from upslope.models.files.reward_folder import stored_score
-from upslope.models.files.sources import is_adapter, resolve, say
+from upslope.models.files.sources import base_folder, resolve, say
 from upslope.models.files.weights import load as load_weights
 from upslope.models.heads import ScalarHead
 from upslope.models.lora import add_adapters, save_adapters

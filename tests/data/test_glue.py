@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upslope.data.glue import FORMS, form_of, labelled, read_items
-from upslope.data.glue_rows import label_of
+from upslope.data.glue import FORMS, form_of, label_of, labelled, read_items
 from upslope.errors import ConfigError, DataError, UpslopeError
 
 

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upslope.data.chat import load_tokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.decoder.network import DecoderConfig
+from upslope.models.files.folders import new_file
 from upslope.models.files.gguf import convert, read_ends, undo_rope_order
 from upslope.models.files.gguf_vocab import pinned_template, read_vocab
-from upslope.models.files.gguf_writer import as_stored, new_file, rope_order, write_gguf
+from upslope.models.files.gguf_writer import as_stored, rope_order, write_gguf
 from upslope.models.files.loading import decoder_config
 from upslope.models.files.weights import load
 
@@ -307,7 +308,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
     code = (
         "import os, signal, sys\n"
-        "from upslope.models.files.gguf_writer import new_file\n"
+        "from upslope.models.files.folders import new_file\n"
         "with new_file(sys.argv[1], overwrite=True) as temp:\n"
         "    temp.write_bytes(b'new')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -14,8 +14,8 @@ from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.measurement import Measurement, out_of
 from upslope.evaluation.metrics import Texts, measure
-from upslope.models.files.kinds import ModelKind
-from upslope.models.files.weights import read_config
+from upslope.models.files.config_json import ModelKind
+from upslope.models.files.folders import read_config
 from upslope.options import TagOptions
 from upslope.recipes.classify import load_classifier
 from upslope.recipes.encoder import load_start, pads_of, predict

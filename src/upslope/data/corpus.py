@@ -29,16 +29,14 @@ import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from upslope.atomic import check_plain, fsync_folder, fsync_tree
-from upslope.data.readers import LARGEST_ROW, json_of
+from upslope.atomic import fsync_folder, fsync_tree
+from upslope.data.readers import LARGEST_ROW, json_of, not_utf8, object_of, reading
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.json_file import read_object
 from upslope.manifest import damaged_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Corpus", "TokenStream", "corpus_files", "open_corpus", "texts_of"]
 
 KINDS = (".txt", ".jsonl")
 FILES = ("tokens.bin", "marks.bin")
@@ -81,7 +79,7 @@ def texts_of(files: Iterable[Path]) -> Iterator[str]:
 def _documents(path: Path) -> Iterator[Iterator[str]]:
     """Documents of a file as lines with their line breaks; each has to be read before the next."""
     if path.suffix.lower() == ".txt":
-        yield _text_lines(path)
+        yield (line.replace("\r\n", "\n") for line in _lines(path, _LONGEST))
         return
     for number, line in enumerate(_lines(path, _LARGEST_ROW + 1), 1):
         if len(line) > _LARGEST_ROW:
@@ -102,17 +100,11 @@ def _split(text: str, where: str) -> Iterator[str]:
         start = end
 
 
-def _text_lines(path: Path) -> Iterator[str]:
-    for line in _lines(path, _LONGEST):
-        yield line.replace("\r\n", "\n")
-
-
 def _lines(path: Path, limit: int) -> Iterator[str]:
     """Decoded lines (or parts of at most `limit` bytes). DataError when empty, unreadable or not UTF-8."""
     decoder, number, empty = codecs.getincrementaldecoder("utf-8")(), 1, True
     try:
-        check_plain(path)
-        with path.open("rb") as file:
+        with reading(path) as file:
             while raw := file.readline(limit):
                 text = decoder.decode(raw)
                 if "\x00" in text:
@@ -124,18 +116,13 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
                 number += raw.endswith(b"\n")
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(f"{path}:{number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise not_utf8(path, number, error) from error
     if empty:
         raise DataError(f"{path}: the file is empty; leave it out")
 
 
 def _text_column(line: str, where: str) -> str:
-    row = json_of(line.strip(), where)
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: each line must be one JSON object")
+    row = object_of(json_of(line.strip(), where), where, "each line must be one JSON object")
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         what = f"has {', '.join(map(repr, row)) or 'nothing'}" if "text" not in row else f"is {text!r}"[:60]
@@ -279,8 +266,9 @@ def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int) -> dict[str, Any]:
-    temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.tmp-", dir=folder.parent) as work:
+        temp = Path(work, "corpus")
+        temp.mkdir()
         with (temp / FILES[0]).open("wb") as tokens, (temp / FILES[1]).open("wb") as marks:
             writer = _Writer(tokenizer, border, tokens, marks)
             for file in files:
@@ -291,8 +279,6 @@ def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBa
         fsync_tree(temp)
         os.replace(temp, folder)
         fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
     return meta
 
 

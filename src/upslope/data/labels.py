@@ -8,30 +8,15 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from upslope.config import suggestion
+from upslope.data.messages import finite
 from upslope.data.readers import header_of, json_of, rows_of, text_of
 from upslope.errors import DataError
-
-__all__ = [
-    "LabelledText",
-    "Scheme",
-    "TaggedSentence",
-    "check_known",
-    "count_copies",
-    "labels_of",
-    "read_conll",
-    "read_labelled",
-    "read_rewards",
-    "shuffled_by_content",
-    "split_by_content",
-    "split_sentences",
-    "stratified_choice",
-]
 
 Scheme = Literal["iob2", "iob1", "none"]
 
@@ -50,6 +35,11 @@ class LabelledText:
         """What makes two rows the same input."""
         return self.text if self.pair is None else f"{self.text}\0{self.pair}"
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Its label."""
+        return (self.label,)
+
 
 @dataclass(frozen=True, slots=True)
 class TaggedSentence:
@@ -63,6 +53,14 @@ class TaggedSentence:
     def content(self) -> str:
         """What makes two sentences the same input."""
         return "\0".join(self.words)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The tags."""
+        return self.tags
+
+
+Labelled = TypeVar("Labelled", LabelledText, TaggedSentence)
 
 
 def read_labelled(
@@ -82,8 +80,10 @@ def read_labelled(
     """
     rows: list[LabelledText] = []
     for where, row in rows_of(source, columns=columns):
-        text = _text(row, text_column, "text_column", where)
-        pair = None if pair_column is None else _text(row, pair_column, "pair_column", where)
+        text = filled_text(_value(row, text_column, "text_column", where), text_column, where)
+        pair = None
+        if pair_column is not None:
+            pair = filled_text(_value(row, pair_column, "pair_column", where), pair_column, where)
         label = _number(row, label_column, where) if numbers else _label(row, label_column, where)
         rows.append(LabelledText(text, label, pair, where))
     if not rows:
@@ -178,7 +178,7 @@ def _checked_tag(tag: str, before: str, scheme: Scheme, where: str) -> str:
 
 def labels_of(rows: Sequence[LabelledText] | Sequence[TaggedSentence], source: str) -> tuple[str, ...]:
     """The sorted labels (or tags) of the training rows. DataError: fewer than two."""
-    found = sorted({label for row in rows for label in _labels_in(row)})
+    found = sorted({label for row in rows for label in row.labels})
     if len(found) < 2:
         raise DataError(f"{source}: all {len(rows)} rows carry the label {found[0]!r}; there is nothing to tell apart")
     return tuple(found)
@@ -188,7 +188,7 @@ def check_known(rows: Sequence[LabelledText] | Sequence[TaggedSentence], labels:
     """DataError for the first row with a label that training does not have."""
     known = set(labels)
     for row in rows:
-        for label in _labels_in(row):
+        for label in row.labels:
             if label not in known:
                 raise DataError(
                     f"{row.where}: label {label!r} does not occur in the training data{suggestion(label, labels)}; "
@@ -208,21 +208,11 @@ def split_by_content(
     for row in rows:
         labels.setdefault(row.content, set()).add(row.label)
     groups: dict[str, list[str]] = {}
-    for content in sorted(labels, key=lambda c: _hash(c, seed)):
+    ordered = sorted(labels, key=lambda c: _hash(c, seed))
+    for content in ordered:
         groups.setdefault(min(labels[content]), []).append(content)
-    held: set[str] = set()
-    for contents in groups.values():
-        held.update(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
-    kept = {label for content, found in labels.items() if content not in held for label in found}
-    for content in sorted(held, key=lambda c: _hash(c, seed)):
-        if not labels[content] <= kept:  # one text with several labels, the last of one of them
-            held.discard(content)
-            kept |= labels[content]
-    if not held:
-        raise DataError(
-            f"{len(rows)} rows have {len(labels)} different texts: too few to hold some out; give eval_data or more"
-        )
-    return [r for r in rows if r.content not in held], [r for r in rows if r.content in held]
+    few = f"{len(rows)} rows have {len(labels)} different texts: too few to hold some out; give eval_data or more"
+    return _split(rows, groups.values(), [(content, labels[content]) for content in ordered], share, few)
 
 
 def split_sentences(
@@ -233,14 +223,28 @@ def split_sentences(
     A tag that would be left without a training sentence takes its first held-out one back. DataError: too few.
     """
     contents = sorted({row.content for row in rows}, key=lambda c: _hash(c, seed))
-    held = set(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
-    kept = {tag for row in rows if row.content not in held for tag in row.tags}
-    for row in rows:
-        if row.content in held and not set(row.tags) <= kept:
-            held.discard(row.content)
-            kept.update(row.tags)
+    few = f"{len(rows)} sentences are too few to hold some out; give eval_data or more rows"
+    return _split(rows, [contents], [(row.content, set(row.tags)) for row in rows], share, few)
+
+
+def _split(
+    rows: Sequence[Labelled],
+    groups: Iterable[list[str]],
+    ordered: Sequence[tuple[str, set[str]]],
+    share: float,
+    few: str,
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Hold out the first `share` of each group of contents; the first in order whose labels training lacks go back."""
+    held: set[str] = set()
+    for contents in groups:
+        held.update(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
+    kept = {label for content, labels in ordered if content not in held for label in labels}
+    for content, labels in ordered:
+        if content in held and not labels <= kept:
+            held.discard(content)
+            kept |= labels
     if not held:
-        raise DataError(f"{len(rows)} sentences are too few to hold some out; give eval_data or more rows")
+        raise DataError(few)
     return [r for r in rows if r.content not in held], [r for r in rows if r.content in held]
 
 
@@ -286,11 +290,11 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
     return rewards
 
 
-def _text(row: Mapping[str, Any], column: str, option: str, where: str) -> str:
-    value = _value(row, column, option, where)
+def filled_text(value: Any, column: str, where: str, *, blank: bool = False) -> str:
+    """A cell that holds a text; not an empty one, unless it may be blank."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column} is {value!r}, not a text")
-    if not value.strip():
+        raise DataError(f"{where}: {column} is {value!r:.60}, not a text")
+    if not value.strip() and not blank:
         raise DataError(f"{where}: {column} is empty; fill it in or remove the row")
     return value
 
@@ -306,11 +310,8 @@ def _label(row: Mapping[str, Any], column: str, where: str) -> str:
 
 def _number(row: Mapping[str, Any], column: str, where: str) -> str:
     value = _value(row, column, "label_column", where)
-    try:
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = float("nan")
-    if not abs(number) < float("inf"):
+    number = None if isinstance(value, bool) else finite(value)
+    if number is None:
         raise DataError(f"{where}: {column} is {value!r:.60}; squared_error needs a finite number in every row")
     return repr(number)
 
@@ -321,10 +322,6 @@ def _value(row: Mapping[str, Any], column: str, option: str, where: str) -> Any:
         hint = f"did you mean {near[0]!r}? set {option}" if near else f"set {option}"
         raise DataError(f"{header_of(where)}: no column {column!r} (it has {', '.join(row)}); {hint} to its name")
     return row[column]
-
-
-def _labels_in(row: LabelledText | TaggedSentence) -> tuple[str, ...]:
-    return row.tags if isinstance(row, TaggedSentence) else (row.label,)
 
 
 def _hash(content: str, seed: int) -> bytes:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upslope.errors import DataError
 from upslope.types import Message
-
-__all__ = ["ROLES", "described", "message_of", "parsed", "remedy", "text_of", "tools_of", "train_of"]
 
 ROLES = (
     "system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation",
@@ -76,6 +74,26 @@ def text_of(value: Any, key: str, where: str, *, empty: bool = False) -> str:
         place = f"character {error.start + 1}"
         raise DataError(f"{where}: {key!r} holds half a surrogate pair at {place}; correct it") from error
     return value
+
+
+def list_of(value: Any, key: str, where: str, of: str) -> Sequence[Any]:
+    """A list that is not empty; of a CSV cell, the JSON in it."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parsed(value, key, where)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{where}: {key!r} must be a list of {of}, is {described(value)}{remedy(value)}")
+    if not value:
+        raise DataError(f"{where}: {key!r} is an empty list; fill it in or drop the record")
+    return value
+
+
+def finite(value: Any) -> float | None:
+    """A number, or a text that is one; None for anything else, and for NaN and infinity."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def train_of(entry: Mapping[str, Any], key: str, where: str) -> bool | None:

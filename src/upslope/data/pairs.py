@@ -19,8 +19,6 @@ from upslope.json_file import read_object
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SOURCE_FOLDER", "PairTokenizer", "is_pair_folder", "pair_tokenizer"]
-
 SOURCE_FOLDER = "source_tokenizer"
 
 
@@ -45,6 +43,9 @@ class PairTokenizer:
             raise ModelError("a source tokenizer of its own goes with a source_offset, the number of target tokens")
         self.target = target
         self.source = target if source is None else source
+        self.eos_token_id: int = target.eos_token_id
+        self.pad_token_id: int | None = target.pad_token_id
+        self.bos_token_id: int | None = target.bos_token_id  # a target begins with decoder_start
         self.decoder_start_token_id = decoder_start_token_id
         self.source_offset = source_offset
         for side, tokenizer in (("target", target), ("source", self.source)):
@@ -55,21 +56,6 @@ class PairTokenizer:
                 f"decoder_start_token_id {decoder_start_token_id} is also the source's EOS token, so a source's end "
                 "could not be found: use the padding token, and give EOS a token of its own"
             )
-
-    @property
-    def eos_token_id(self) -> int:
-        """The target's end token."""
-        return self.target.eos_token_id
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The target's padding token."""
-        return self.target.pad_token_id
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The target's beginning token, if it has one (a target begins with decoder_start)."""
-        return self.target.bos_token_id
 
     def __len__(self) -> int:
         """Target tokens."""

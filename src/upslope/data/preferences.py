@@ -10,23 +10,19 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic
 
 from upslope.data.chat import TooLongError, encode_completion
-from upslope.data.kinds import Content, Record
-from upslope.data.messages import parsed, text_of
+from upslope.data.messages import finite, list_of, text_of
+from upslope.data.records import Content, Record, Row, fitting
 from upslope.errors import DataError
 from upslope.types import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoded", "Judged", "Pair", "Solution", "answer", "judged_of", "pairs_of", "solutions_of", "step_ends"]
-
 STEP_END = "\n"
 """What separates the steps of a solution: a step ends with the token that holds it, the last one with EOS."""
-
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +84,7 @@ def answer(
 def pairs_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Encoded[Pair]:
     """Preference pairs. DataError naming the row: another kind, equal sides, a margin that is no number."""
 
-    def encode(record: Record) -> Pair:
+    def encode(_: int, record: Record) -> Pair:
         _check_kind(record, "preference", "chosen and rejected (prompt may be left out)")
         assert record.prompt is not None
         assert record.chosen is not None
@@ -124,7 +120,7 @@ def judged_of(
         label, where = str(records[0].label).lower(), records[0].where
         raise DataError(f"{where}: every row has label {label}; kto learns from both good and bad answers: add some")
 
-    def encode(record: Record, index: int) -> Judged:
+    def encode(index: int, record: Record) -> Judged:
         assert record.prompt is not None
         assert record.completion is not None
         assert record.label is not None
@@ -132,10 +128,7 @@ def judged_of(
         mismatched = _mismatched(records, index, tokenizer, max_length)
         return Judged(example, mismatched, record.label, record.where)
 
-    encoded: Encoded[Judged] = Encoded()
-    for index, record in enumerate(records):
-        _add(encoded, record, lambda r, i=index: encode(r, i))
-    return _not_empty(encoded, records[0].where, max_length)
+    return _encoded(records, encode, max_length)
 
 
 def solutions_of(
@@ -147,7 +140,7 @@ def solutions_of(
     number, a step that is empty or holds a newline, a label outside [0, 1].
     """
 
-    def encode(record: Record) -> Solution:
+    def encode(_: int, record: Record) -> Solution:
         if record.prompt is None:
             _check_kind(record, "prompt", "prompt, steps, labels")
         steps, labels = _steps(record), _labels(record)
@@ -194,31 +187,9 @@ def step_ends(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
     return [*ends, len(tokens) - 1] if filled else ends
 
 
-def _encoded(records: Sequence[Record], encode: Callable[[Record], Row], max_length: int | None) -> Encoded[Row]:
-    encoded: Encoded[Row] = Encoded()
-    for record in records:
-        _add(encoded, record, encode)
-    return _not_empty(encoded, records[0].where if records else "", max_length)
-
-
-def _add(encoded: Encoded[Row], record: Record, encode: Callable[[Record], Row]) -> None:
-    try:
-        encoded.rows.append(encode(record))
-    except TooLongError as error:
-        encoded.too_long.append(error.length)
-    except DataError as error:
-        text = str(error)
-        raise DataError(text if text.startswith(record.where) else f"{record.where}: {text}") from error
-
-
-def _not_empty(encoded: Encoded[Row], where: str, max_length: int | None) -> Encoded[Row]:
-    if not encoded.rows:
-        shortest = min(encoded.too_long, default=0)
-        raise DataError(
-            f"{where}: none of {len(encoded.too_long)} rows fits max_length {max_length}: the shortest has {shortest} "
-            "tokens; shorten them or raise max_length"
-        )
-    return encoded
+def _encoded(records: Sequence[Record], encode: Callable[[int, Record], Row], max_length: int | None) -> Encoded[Row]:
+    rows, lost = fitting(records, encode, max_length)
+    return Encoded(list(rows.values()), [length for _, length in lost])
 
 
 def _check_kind(record: Record, kind: str, keys: str) -> None:
@@ -262,47 +233,36 @@ def _margin(record: Record) -> float | None:
     value = record.extra.get("margin")
     if value is None or value == "":
         return None
-    number = _as_number(value)
+    number = finite(value)
     if number is None:
         raise DataError(f"{record.where}: 'margin' must be a finite number, is {value!r:.40}")
     return number
 
 
-def _as_number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+def _per_step(record: Record, key: str) -> Sequence[Any]:
+    if record.extra.get(key) is None:
+        raise DataError(
+            f"{record.where}: {key!r} is missing; a process reward model needs the keys prompt, steps, labels"
+        )
+    return list_of(record.extra[key], key, record.where, "an entry per step")
 
 
-def _list(record: Record, key: str) -> list[Any]:
-    value = record.extra.get(key)
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
-        value = parsed(value, key, record.where)
-    if not isinstance(value, (list, tuple)) or not value:
-        what = "is missing" if value is None else f"must be a list with an entry per step, is {value!r:.40}"
-        raise DataError(f"{record.where}: {key!r} {what}; a process reward model needs the keys prompt, steps, labels")
-    return list(value)
-
-
-def _steps(record: Record) -> list[str]:
-    steps = _list(record, "steps")
+def _steps(record: Record) -> Sequence[str]:
+    steps = _per_step(record, "steps")
     for i, step in enumerate(steps):
-        if not isinstance(step, str) or not step.strip():
-            raise DataError(f"{record.where}: 'steps[{i}]' must be a text that is not empty, is {step!r:.40}")
+        if not text_of(step, f"steps[{i}]", record.where).strip():
+            raise DataError(f"{record.where}: 'steps[{i}]' is empty; fill it in or drop the record")
         if STEP_END in step:
             raise DataError(
                 f"{record.where}: 'steps[{i}]' holds a newline, which ends a step; split it or join its lines"
             )
-        text_of(step, f"steps[{i}]", record.where)
     return steps
 
 
 def _labels(record: Record) -> list[float]:
     labels = []
-    for i, label in enumerate(_list(record, "labels")):
-        number = _as_number(label)
+    for i, label in enumerate(_per_step(record, "labels")):
+        number = finite(label)
         if number is None or not 0 <= number <= 1:
             raise DataError(
                 f"{record.where}: 'labels[{i}]' must be true, false or a number from 0 to 1, is {label!r:.40}"

@@ -12,10 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from upslope.data.kinds import record_of
 from upslope.data.readers import near_file, rows_of
+from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError, ModelError, RunError
-from upslope.models.files.unknown_names import is_path, near_names
+from upslope.models.files.places import is_path, near_names
 from upslope.options import DistillOptions, DPOOptions, RewardOptions, RunOptions, SFTOptions
 from upslope.tasks.loading import check_reward, parse_rewards
 from upslope.tasks.specs import parse_spec

@@ -11,8 +11,8 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from upslope.data.kinds import record_of
 from upslope.data.readers import header_of, rows_of
+from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError
 from upslope.options.common import column_names
 from upslope.tasks.base import FEWER, Split, Task, check_split, content_key, derive_seed, repeats_line, split_of

@@ -11,11 +11,10 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, Literal
 
 from upslope.errors import ModelError
-
-__all__ = ["Vocab", "pinned_template", "read_vocab"]
 
 # What a token is, by the numbers of llama.cpp's llama_token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -120,16 +119,10 @@ def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
     if by_id and max(by_id) >= size:
         raise ModelError(f"the tokenizer has token {max(by_id)}, but the model's embedding only {size} rows")
     added = tokenizer.added_tokens_decoder
-    tokens, kinds = [], []
-    for i in range(size):
-        tokens.append(by_id.get(i, f"[PAD{i}]"))
-        if i not in by_id:
-            kinds.append(UNUSED)
-        elif i in added:
-            kinds.append(CONTROL if added[i].special else USER_DEFINED)
-        else:
-            kinds.append(NORMAL)
-    return tokens, kinds
+    kinds = [NORMAL if i in by_id else UNUSED for i in range(size)]
+    for i in by_id.keys() & added.keys():
+        kinds[i] = CONTROL if added[i].special else USER_DEFINED
+    return [by_id.get(i, f"[PAD{i}]") for i in range(size)], kinds
 
 
 def _frame(tokenizer: Any) -> tuple[bool, bool]:
@@ -137,10 +130,9 @@ def _frame(tokenizer: Any) -> tuple[bool, bool]:
     plain = tokenizer("a", add_special_tokens=False).input_ids
     framed = tokenizer("a").input_ids
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    for add_bos in (False, True):
-        for add_eos in (False, True):
-            if framed == bos * add_bos + plain + eos * add_eos:
-                return add_bos, add_eos
+    for add_bos, add_eos in product((False, True), repeat=2):
+        if framed == bos * add_bos + plain + eos * add_eos:
+            return add_bos, add_eos
     raise ModelError("the tokenizer puts tokens around a text that are not its BOS and EOS; llama.cpp cannot do that")
 
 
