@@ -18,20 +18,19 @@ from upslope.devices.hardware import choose_dtype
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError, RunError
 from upslope.models.attention.context import BLOCK, KVCache
-from upslope.models.files.adapters import merge_adapters
+from upslope.models.files.adapters import PREFIX, WEIGHTS, merge_adapters
 from upslope.models.files.folders import is_adapter
 from upslope.models.files.loading import load_model, save_model
 from upslope.models.files.reward_folder import stored_score
 from upslope.models.files.sources import base_folder, resolve, say
 from upslope.models.files.weights import load as load_weights
+from upslope.models.files.weights import read_file
 from upslope.models.heads import ScalarHead
 from upslope.models.lora import add_adapters, save_adapters
 from upslope.models.protocol import CausalModel
 from upslope.options import RunOptions
 from upslope.runs.progress import told
 from upslope.training.optim import Group, MasterAdamW, decay_groups
-
-__all__ = ["Critic", "Policy", "load_critic", "load_inference", "load_policy", "load_reference", "make_engine"]
 
 
 def device_of_machine() -> torch.device:
@@ -73,13 +72,8 @@ class Policy:
         """The trained float32 weights of a folder that `write` made, by parameter name."""
         if self.lora is None:
             return load_weights(folder, torch.float32)
-        from safetensors.torch import load_file
-
-        stored = load_file(folder / "adapter_model.safetensors")
-        return {
-            name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): x
-            for name, x in stored.items()
-        }
+        stored = read_file(folder / WEIGHTS)
+        return {name.removeprefix(PREFIX).replace(".weight", ".default.weight"): x for name, x in stored.items()}
 
     @contextmanager
     def as_reference(self) -> Iterator[CausalModel]:

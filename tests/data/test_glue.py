@@ -381,5 +381,5 @@ def test_numbers_are_the_labels_that_the_hub_counts() -> None:
     assert set(NUMBERED) | graded == set(FORMS)
     for name, names in NUMBERED.items():
         form = FORMS[name]
-        said = [label_of(form, {form.label[-1]: number}, "row") for number in range(len(names.split()))]
+        said = [label_of(form, {form.label[-1]: number}) for number in range(len(names.split()))]
         assert said == names.split(), name

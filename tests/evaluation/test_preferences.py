@@ -10,7 +10,7 @@ import torch
 from tiny_model import tiny_folder, tiny_tokenizer
 
 from upslope.data.chat import load_tokenizer
-from upslope.data.preferences import answer
+from upslope.data.examples import answer
 from upslope.data.records import Record
 from upslope.errors import DataError
 from upslope.evaluation.preferences import reward_accuracy

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upslope.data.messages import at
 from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, is_pair_folder, pair_tokenizer
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate, Tools
@@ -93,15 +94,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: 
     Raises DataError for an empty prompt, a prompt with both or neither of messages and text, tools beside a text, or a
     template that is missing, refuses, or has no place for something given.
     """
+    where = f"prompt {prompt.key}"
     if bool(prompt.messages) == (prompt.text is not None):
-        raise DataError(f"prompt {prompt.key}: give exactly one of messages and text")
+        raise DataError(f"{where}: give exactly one of messages and text")
     if isinstance(tokenizer, PairTokenizer):
-        if prompt.text is None:
-            raise DataError(f"prompt {prompt.key}: {_NO_CHAT}")
-        try:
+        with at(where):
+            if prompt.text is None:
+                raise DataError(_NO_CHAT)
             return tokenizer.source_ids(prompt.text)
-        except DataError as error:
-            raise DataError(f"prompt {prompt.key}: {error}") from error
     if prompt.text is not None:
         _check_no_tools(tools)
         ids = encode_text(tokenizer, prompt.text)
@@ -109,7 +109,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: 
         rendered = ChatTemplate(tokenizer, tools).render(prompt.messages, add_generation_prompt=True)
         ids, _ = encode_pieces(tokenizer, rendered.text, rendered.cuts)
     if not ids:
-        raise DataError(f"prompt {prompt.key}: it has no tokens")
+        raise DataError(f"{where}: it has no tokens")
     return ids
 
 
@@ -147,7 +147,8 @@ def encode_conversation(
     if not any(mask[1:]):
         raise DataError("the trained turns of this conversation have no tokens: is the tokenizer the template's own?")
     mask[0] = False
-    return _checked(Example(ids, mask), max_length)
+    check_length(len(ids), max_length)
+    return Example(ids, mask)
 
 
 def encode_completion(
@@ -168,8 +169,7 @@ def encode_completion(
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise DataError(_NO_CHAT)
         _check_no_tools(tools)
-        head, tail = tokenizer.source_ids(prompt), tokenizer.target_ids(completion)
-        return _checked(Example(head + tail, [False] * len(head) + [True] * len(tail)), max_length)
+        return _checked(tokenizer.source_ids(prompt), tokenizer.target_ids(completion), max_length)
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise DataError("'prompt' is text but 'completion' is a list of messages: make both the same")
@@ -178,7 +178,7 @@ def encode_completion(
         if not head:
             raise DataError("'prompt' has no tokens")
         tail = with_eos(tokenizer, encode_pieces(tokenizer, completion, (), continues=True)[0])
-        return _checked(Example(head + tail, [False] * len(head) + [True] * len(tail)), max_length)
+        return _checked(head, tail, max_length)
     given = [replace(m, train=False) if m.role == "assistant" and m.train is None else m for m in prompt]
     reply = [Message("assistant", completion)] if isinstance(completion, str) else list(completion)
     return encode_conversation(tokenizer, [*given, *reply], max_length=max_length, tools=tools)
@@ -199,7 +199,7 @@ def encode_document(
     if not ids:
         raise DataError("'text' has no tokens")
     ids = with_eos(tokenizer, ids)
-    return _checked(Example(ids, [False] + [True] * (len(ids) - 1)), max_length)
+    return _checked(ids[:1], ids[1:], max_length)
 
 
 def with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -215,7 +215,13 @@ def _check_no_tools(tools: Tools) -> None:
         raise DataError("'tools' have no place beside a text; give messages, which go through the chat template")
 
 
-def _checked(example: Example, max_length: int | None) -> Example:
-    if max_length is not None and len(example.tokens) > max_length:
-        raise TooLongError(len(example.tokens), max_length)
-    return example
+def _checked(given: list[int], trained: list[int], max_length: int | None) -> Example:
+    ids = given + trained
+    check_length(len(ids), max_length)
+    return Example(ids, [False] * len(given) + [True] * len(trained))
+
+
+def check_length(length: int, max_length: int | None) -> None:
+    """TooLongError beyond `max_length` tokens; None is no limit."""
+    if max_length is not None and length > max_length:
+        raise TooLongError(length, max_length)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from upslope.config import suggestion
-from upslope.data.messages import finite
+from upslope.data.messages import at, finite
 from upslope.data.readers import header_of, json_of, rows_of, text_of
 from upslope.errors import DataError
 
@@ -79,12 +79,15 @@ def read_labelled(
     another type, no rows.
     """
     rows: list[LabelledText] = []
+    named = {text_column: "text_column", pair_column: "pair_column", label_column: "label_column"}
     for where, row in rows_of(source, columns=columns):
-        text = filled_text(_value(row, text_column, "text_column", where), text_column, where)
-        pair = None
-        if pair_column is not None:
-            pair = filled_text(_value(row, pair_column, "pair_column", where), pair_column, where)
-        label = _number(row, label_column, where) if numbers else _label(row, label_column, where)
+        for column, option in named.items():
+            if column is not None and column not in row:
+                raise _no_column(row, column, option, where)
+        with at(where):
+            text = filled_text(row[text_column], text_column)
+            pair = None if pair_column is None else filled_text(row[pair_column], pair_column)
+            label = (_number if numbers else _label)(row[label_column], label_column)
         rows.append(LabelledText(text, label, pair, where))
     if not rows:
         raise DataError(f"{source}: holds no rows")
@@ -117,9 +120,9 @@ def read_conll(
         where = f"{path}:{number}"
         if not words:
             start = number
-        word, tag = _cell(cells, token_column, "token_column", where), _cell(cells, tag_column, "tag_column", where)
-        words.append(word)
-        tags.append(_checked_tag(tag, tags[-1] if tags else "O", scheme, where))
+        with at(where):
+            words.append(_cell(cells, token_column, "token_column"))
+            tags.append(_checked_tag(_cell(cells, tag_column, "tag_column"), tags[-1] if tags else "O", scheme))
     if not sentences:
         raise DataError(f"{path}: holds no sentences")
     return sentences
@@ -145,32 +148,32 @@ def _conll_rows(path: Path) -> Iterator[tuple[int, list[str] | None]]:
     yield number + 1, None
 
 
-def _cell(cells: Sequence[str], column: int, name: str, where: str) -> str:
+def _cell(cells: Sequence[str], column: int, name: str) -> str:
     if not -len(cells) <= column < len(cells):
-        raise DataError(f"{where}: no column {column} ({name}), the line has {len(cells)}")
+        raise DataError(f"no column {column} ({name}), the line has {len(cells)}")
     if not cells[column]:
-        raise DataError(f"{where}: column {column} ({name}) is empty")
+        raise DataError(f"column {column} ({name}) is empty")
     return cells[column]
 
 
-def _checked_tag(tag: str, before: str, scheme: Scheme, where: str) -> str:
+def _checked_tag(tag: str, before: str, scheme: Scheme) -> str:
     """The tag in iob2; `before` is the previous word's, in iob2."""
     if scheme == "none" or tag == "O":
         return tag
     prefix, dash, kind = tag.partition("-")
     if prefix not in ("B", "I") or not dash or not kind:
-        raise DataError(f"{where}: tag {tag!r} is not O, B-TYPE or I-TYPE; tags of another kind need tag_scheme = none")
+        raise DataError(f"tag {tag!r} is not O, B-TYPE or I-TYPE; tags of another kind need tag_scheme = none")
     inside = before != "O" and before.partition("-")[2] == kind
     if prefix == "I" and not inside:
         if scheme == "iob1":
             return f"B-{kind}"
         raise DataError(
-            f"{where}: tag {tag!r} follows {before!r}, but in IOB2 an entity begins with B-{kind}; "
+            f"tag {tag!r} follows {before!r}, but in IOB2 an entity begins with B-{kind}; "
             "if the file is IOB1 set tag_scheme = iob1"
         )
     if scheme == "iob1" and prefix == "B" and not inside:
         raise DataError(
-            f"{where}: tag {tag!r} follows {before!r}, but in IOB1 B- stands only between two entities of one type; "
+            f"tag {tag!r} follows {before!r}, but in IOB1 B- stands only between two entities of one type; "
             "if the file is IOB2 set tag_scheme = iob2"
         )
     return tag
@@ -290,38 +293,34 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
     return rewards
 
 
-def filled_text(value: Any, column: str, where: str, *, blank: bool = False) -> str:
+def filled_text(value: Any, column: str, *, blank: bool = False) -> str:
     """A cell that holds a text; not an empty one, unless it may be blank."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column} is {value!r:.60}, not a text")
+        raise DataError(f"{column} is {value!r:.60}, not a text")
     if not value.strip() and not blank:
-        raise DataError(f"{where}: {column} is empty; fill it in or remove the row")
+        raise DataError(f"{column} is empty; fill it in or remove the row")
     return value
 
 
-def _label(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, "label_column", where)
+def _label(value: Any, column: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{where}: {column} is empty; every row needs a label")
+        raise DataError(f"{column} is empty; every row needs a label")
     if not isinstance(value, str | int):
-        raise DataError(f"{where}: {column} is {value!r}; a label is a text or an integer")
+        raise DataError(f"{column} is {value!r}; a label is a text or an integer")
     return str(value).strip()
 
 
-def _number(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, "label_column", where)
+def _number(value: Any, column: str) -> str:
     number = None if isinstance(value, bool) else finite(value)
     if number is None:
-        raise DataError(f"{where}: {column} is {value!r:.60}; squared_error needs a finite number in every row")
+        raise DataError(f"{column} is {value!r:.60}; squared_error needs a finite number in every row")
     return repr(number)
 
 
-def _value(row: Mapping[str, Any], column: str, option: str, where: str) -> Any:
-    if column not in row:
-        near = difflib.get_close_matches(column, list(row), n=1)
-        hint = f"did you mean {near[0]!r}? set {option}" if near else f"set {option}"
-        raise DataError(f"{header_of(where)}: no column {column!r} (it has {', '.join(row)}); {hint} to its name")
-    return row[column]
+def _no_column(row: Mapping[str, Any], column: str, option: str, where: str) -> DataError:
+    near = difflib.get_close_matches(column, list(row), n=1)
+    hint = f"did you mean {near[0]!r}? set {option}" if near else f"set {option}"
+    return DataError(f"{header_of(where)}: no column {column!r} (it has {', '.join(row)}); {hint} to its name")
 
 
 def _hash(content: str, seed: int) -> bytes:

@@ -82,30 +82,29 @@ def check_nothing_cut(messages: Sequence[Message], text: str, starts: Mapping[in
             )
 
 
-def check_reply_whole(prompt: str, reply: str, messages: Sequence[Message], k: int) -> None:
-    """DataError where a part of turn k is not in its `reply`, the text that is trained on; `prompt` ends before it.
+def check_reply_whole(prompt: str, reply: str, turn: Message) -> None:
+    """DataError where a part of a turn is not in its `reply`, the text that is trained on; `prompt` ends before it.
 
     A content may begin with what the prompt ends with, as where a generation prompt opens <think>.
     """
-    name = name_of(messages, k)
     trained = "the part that the chat template says is trained on"
-    for call in messages[k].tool_calls:
+    for call in turn.tool_calls:
         called = str(call["function"]["name"])
         if called.lower() not in reply.lower():
             raise DataError(
-                f"{name}: its call of {called!r} does not stand in {trained}, so the model would learn to reply "
+                f"its call of {called!r} does not stand in {trained}, so the model would learn to reply "
                 "without it; correct the template, or set train to false"
             )
         for argument, value in call["function"]["arguments"].items():
             if piece := next((piece for leaf in _leaves(value) if (piece := _missing(leaf, reply))), None):
                 raise DataError(
-                    f"{name}: argument {argument!r} of its call of {called!r} does not stand whole in {trained} "
+                    f"argument {argument!r} of its call of {called!r} does not stand whole in {trained} "
                     f"({piece!r} is missing): use a template that keeps it, or set train to false"
                 )
-    content = messages[k].content
+    content = turn.content
     if (piece := _missing(content, reply)) and _missing(_unopened(content, prompt), reply):
         raise DataError(
-            f"{name}: a part of its content does not stand in {trained} ({piece!r} is missing), so the model would "
+            f"a part of its content does not stand in {trained} ({piece!r} is missing), so the model would "
             "learn to reply without it: use a template that keeps it, or data without it, or set train to false"
         )
 

@@ -1,29 +1,22 @@
-"""Records of files and hub data sets: which kind a row is, by its keys, whether its values are what the kind needs, and
-the training examples of those that supervised learning takes."""
+"""Records of files and hub data sets: which kind a row is, by its keys, and whether its values are what it needs."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal
 
-from upslope.data.chat import TooLongError, encode_completion, encode_conversation, encode_document
-from upslope.data.messages import described, list_of, message_of, text_of, tools_of, train_of
+from upslope.data.messages import at, described, list_of, message_of, text_of, tools_of, train_of
 from upslope.data.readers import header_of, rows_of
 from upslope.data.shared_prompts import split_sides
 from upslope.errors import DataError
 from upslope.options.common import column_names
-from upslope.types import Example, Message, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from upslope.types import Message, Prompt
 
 Kind = Literal["text", "messages", "prompt", "completion", "preference", "labelled"]
 Content = str | tuple[Message, ...]
-Row = TypeVar("Row")
 
 KEYS: dict[Kind, tuple[str, ...]] = {
     "preference": ("prompt", "chosen", "rejected"),
@@ -85,18 +78,6 @@ class Record:
         return Prompt(key, messages, text, None if answer is None else str(answer), dict(self.extra))
 
 
-@dataclass(frozen=True, slots=True)
-class EncodedRecords:
-    """Examples with the account of what became of every record.
-
-    `kept[i]` is the index of the record behind `examples[i]`; `too_long` lists the records (index, tokens) left out.
-    """
-
-    examples: list[Example]
-    kept: list[int]
-    too_long: list[tuple[int, int]] = field(default_factory=list)
-
-
 def read_records(source: str | Path, *, split: str | None = None, columns: Sequence[str] = ()) -> list[Record]:
     """Every record of a data file or hub data set (see `readers.rows_of`), all of one kind.
 
@@ -134,104 +115,25 @@ def record_of(row: Mapping[str, Any], where: str) -> Record:
     one completion) and sharegpt rows ({conversations: [{from, value}]}). Raises DataError naming `where`, the key and
     the remedy.
     """
-    keys = {key for key in row if key is not None}
-    kind = _kind_of(keys, where)
-    tools = tools_of(row.get("tools"), where)
-    if kind == "sharegpt":
-        extra = _extra(row, "conversations", "system")
-        return Record("messages", where, messages=_sharegpt(row, where), tools=tools, extra=extra)
-    if kind == "alpaca":
-        prompt, completion = _alpaca(row, where)
-        extra = _extra(row, "instruction", "input", "output", "system", "history")
-        return Record("completion", where, prompt=prompt, completion=completion, tools=tools, extra=extra)
-    for key in _UNUSED if kind != "text" else ():
-        if row.get(key):
-            raise DataError(f"{where}: {key!r} beside {KEYS[kind][0]!r} would not be read; {_UNUSED[key]}")
-    values: dict[str, Any] = {}
-    for key in KEYS[kind]:
-        if kind == "preference" and key not in row:  # the sides then begin with the prompt
-            continue
-        value = row[key]
-        if key == "text":
-            values[key] = text_of(value, key, where)
-        elif key == "messages":
-            values[key] = _messages(value, key, where)
-        elif key == "label":
-            values[key] = _label(value, where)
-        else:
-            values[key] = _content(value, key, where)
-    if kind == "preference":
-        sides = split_sides(values.get("prompt"), values["chosen"], values["rejected"], where)
-        values = dict(zip(KEYS[kind], sides, strict=True))
-    return Record(kind, where, **values, tools=tools, extra=_extra(row, *KEYS[kind]))
-
-
-def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Example:
-    """The training sequence of a text, messages or prompt-and-completion record.
-
-    Text: every token, EOS appended. Prompt and completion: the completion with its EOS or end-of-turn token. Messages:
-    the assistant's turns. Raises DataError naming the record for other kinds and whatever the template refuses;
-    TooLongError for a sequence of more than `max_length` tokens, which is never cut.
-    """
-    given: dict[str, Any] = {"max_length": max_length, "tools": record.tools}
-    with naming(record):
-        if record.text is not None:
-            return encode_document(tokenizer, record.text, **given)
-        if record.messages:
-            return encode_conversation(tokenizer, record.messages, **given)
-        if record.kind == "completion" and record.prompt is not None and record.completion is not None:
-            return encode_completion(tokenizer, record.prompt, record.completion, **given)
-        raise DataError(
-            f"a record of kind {record.kind!r} is nothing to imitate; supervised learning takes text, messages, or "
-            "prompt and completion"
-        )
-
-
-def examples_of(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> EncodedRecords:
-    """The examples of all records, in order, and those left out for their length. DataError: no record remains."""
-    rows, lost = fitting(records, lambda _, record: example_of(record, tokenizer, max_length=max_length), max_length)
-    return EncodedRecords(list(rows.values()), list(rows), lost)
-
-
-def fitting(
-    records: Iterable[Record], encode: Callable[[int, Record], Row], max_length: int | None
-) -> tuple[dict[int, Row], list[tuple[int, int]]]:
-    """What `encode` makes of the records that fit, by index, and (index, tokens) of those left out for their length.
-
-    DataError, naming the record: what `encode` says, or that no record remains.
-    """
-    rows: dict[int, Row] = {}
-    lost: list[tuple[int, int]] = []
-    first = ""
-    for index, record in enumerate(records):
-        first = first or record.where
-        try:
-            with naming(record):
-                rows[index] = encode(index, record)
-        except TooLongError as error:
-            lost.append((index, error.length))
-    if lost and not rows:
-        raise DataError(
-            f"{first}: none of {len(lost)} records fits max_length {max_length}: the shortest has "
-            f"{min(length for _, length in lost)} tokens; shorten them or raise max_length"
-        )
-    if not rows:
-        raise DataError("there are no records to train on")
-    return rows, lost
-
-
-@contextmanager
-def naming(record: Record) -> Iterator[None]:
-    """A DataError of the block begins with the record's place; a TooLongError stays as it is."""
-    try:
-        yield
-    except TooLongError:
-        raise
-    except DataError as error:
-        said = str(error)
-        raise DataError(said if said.startswith(record.where) else f"{record.where}: {said}") from error
+    kind = _kind_of({key for key in row if key is not None}, where)
+    with at(where):
+        tools = tools_of(row.get("tools"))
+        if kind == "sharegpt":
+            extra = _extra(row, "conversations", "system")
+            return Record("messages", where, messages=_sharegpt(row), tools=tools, extra=extra)
+        if kind == "alpaca":
+            prompt, completion = _alpaca(row)
+            extra = _extra(row, "instruction", "input", "output", "system", "history")
+            return Record("completion", where, prompt=prompt, completion=completion, tools=tools, extra=extra)
+        for key in _UNUSED if kind != "text" else ():
+            if row.get(key):
+                raise DataError(f"{key!r} beside {KEYS[kind][0]!r} would not be read; {_UNUSED[key]}")
+        # without a prompt the sides of a preference begin with it
+        values = {key: _VALUES.get(key, _content)(row[key], key) for key in KEYS[kind] if key in row}
+        if kind == "preference":
+            sides = split_sides(values.get("prompt"), values["chosen"], values["rejected"])
+            values = dict(zip(KEYS[kind], sides, strict=True))
+        return Record(kind, where, **values, tools=tools, extra=_extra(row, *KEYS[kind]))
 
 
 def _kind_of(keys: set[str], where: str) -> Kind | Literal["sharegpt", "alpaca"]:
@@ -244,9 +146,7 @@ def _kind_of(keys: set[str], where: str) -> Kind | Literal["sharegpt", "alpaca"]
     if "completion" in keys:
         return _complete("labelled" if "label" in keys else "completion", keys, where)
     if "instruction" in keys:
-        if "output" not in keys:
-            raise DataError(f"{where}: has 'instruction' but no 'output'{_suggest('output', keys)}")
-        return "alpaca"
+        return _complete("alpaca", keys, where)
     found: Literal["prompt", "text"] | None = "prompt" if "prompt" in keys else "text" if "text" in keys else None
     wanted = {None: tuple(sorted(_KNOWN)), "prompt": ("completion", "chosen", "rejected"), "text": ()}[found]
     for key in sorted(keys - _KNOWN):
@@ -262,10 +162,11 @@ def _kind_of(keys: set[str], where: str) -> Kind | Literal["sharegpt", "alpaca"]
     return found
 
 
-def _complete(kind: Kind, keys: set[str], where: str) -> Kind:
-    missing = [key for key in KEYS[kind] if key not in keys]
+def _complete(kind: Kind | Literal["alpaca"], keys: set[str], where: str) -> Kind | Literal["alpaca"]:
+    wanted = KEYS[kind] if kind != "alpaca" else ("instruction", "output")
+    missing = [key for key in wanted if key not in keys]
     if missing and not (kind == "preference" and missing == ["prompt"] and _suggest("prompt", keys) == _ADD):
-        has = ", ".join(repr(key) for key in KEYS[kind] if key in keys)
+        has = ", ".join(repr(key) for key in wanted if key in keys)
         raise DataError(f"{where}: has {has} but no {missing[0]!r}{_suggest(missing[0], keys)}")
     return kind
 
@@ -281,64 +182,65 @@ def _extra(row: Mapping[str, Any], *used: str) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key is not None and key not in used and key != "tools"}
 
 
-def _content(value: Any, key: str, where: str) -> Content:
-    return _messages(value, key, where) if isinstance(value, (list, tuple)) else text_of(value, key, where)
+def _content(value: Any, key: str) -> Content:
+    return _messages(value, key) if isinstance(value, (list, tuple)) else text_of(value, key)
 
 
-def _label(value: Any, where: str) -> bool:
+def _label(value: Any, key: str) -> bool:
     words = {"true": True, "1": True, "false": False, "0": False}
     if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
         return bool(value)
     if isinstance(value, str) and value.strip().lower() in words:
         return words[value.strip().lower()]
-    raise DataError(f"{where}: 'label' must be true or false, is {described(value)}")
+    raise DataError(f"{key!r} must be true or false, is {described(value)}")
 
 
-def _messages(value: Any, key: str, where: str) -> tuple[Message, ...]:
-    entries = list_of(value, key, where, "messages")
-    return tuple(message_of(entry, f"{key}[{i}]", where) for i, entry in enumerate(entries))
+def _messages(value: Any, key: str) -> tuple[Message, ...]:
+    entries = list_of(value, key, "messages")
+    return tuple(message_of(entry, f"{key}[{i}]") for i, entry in enumerate(entries))
 
 
-def _sharegpt(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+_VALUES: dict[str, Callable[[Any, str], Any]] = {"text": text_of, "messages": _messages, "label": _label}
+
+
+def _sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
     messages = []
     system = row.get("system")
     if system:
-        messages.append(Message("system", text_of(system, "system", where)))
-    for i, entry in enumerate(list_of(row["conversations"], "conversations", where, "messages")):
+        messages.append(Message("system", text_of(system, "system")))
+    for i, entry in enumerate(list_of(row["conversations"], "conversations", "messages")):
         key = f"conversations[{i}]"
         if not isinstance(entry, Mapping):
-            raise DataError(f"{where}: {key!r} must be an object with from and value, is {described(entry)}")
+            raise DataError(f"{key!r} must be an object with from and value, is {described(entry)}")
         if "from" not in entry and "role" in entry:
-            messages.append(message_of(entry, key, where))
+            messages.append(message_of(entry, key))
             continue
         for name in ("from", "value"):
             if name not in entry:
-                raise DataError(f"{where}: {key!r} has no {name!r}{_suggest(name, set(map(str, entry)))}")
+                raise DataError(f"{key!r} has no {name!r}{_suggest(name, set(map(str, entry)))}")
         if unknown := sorted(str(k) for k, v in entry.items() if v is not None and k not in _SHAREGPT_KEYS):
-            raise DataError(
-                f"{where}: {key!r} has the unknown key {unknown[0]!r}; accepted: {', '.join(_SHAREGPT_KEYS)}"
-            )
+            raise DataError(f"{key!r} has the unknown key {unknown[0]!r}; accepted: {', '.join(_SHAREGPT_KEYS)}")
         speaker = entry["from"]
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
             accepted = ", ".join(_SHAREGPT_ROLES)
-            raise DataError(f"{where}: '{key}.from' is {described(speaker)}; accepted: {accepted}")
-        content = text_of(entry["value"], f"{key}.value", where, empty=True)
-        messages.append(Message(_SHAREGPT_ROLES[speaker], content, train=train_of(entry, key, where)))
+            raise DataError(f"'{key}.from' is {described(speaker)}; accepted: {accepted}")
+        content = text_of(entry["value"], f"{key}.value", empty=True)
+        messages.append(Message(_SHAREGPT_ROLES[speaker], content, train=train_of(entry, key)))
     return tuple(messages)
 
 
-def _alpaca(row: Mapping[str, Any], where: str) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
+def _alpaca(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
     turns: list[Message] = []
     if row.get("system"):
-        turns.append(Message("system", text_of(row["system"], "system", where)))
+        turns.append(Message("system", text_of(row["system"], "system")))
     history = row.get("history")
-    for i, pair in enumerate(list_of(history, "history", where, "messages") if history else ()):
+    for i, pair in enumerate(list_of(history, "history", "messages") if history else ()):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise DataError(f"{where}: 'history[{i}]' must be a pair [instruction, answer], is {described(pair)}")
-        turns.append(Message("user", text_of(pair[0], f"history[{i}][0]", where)))
-        turns.append(Message("assistant", text_of(pair[1], f"history[{i}][1]", where)))
-    asked = text_of(row["instruction"], "instruction", where)
+            raise DataError(f"'history[{i}]' must be a pair [instruction, answer], is {described(pair)}")
+        turns.append(Message("user", text_of(pair[0], f"history[{i}][0]")))
+        turns.append(Message("assistant", text_of(pair[1], f"history[{i}][1]")))
+    asked = text_of(row["instruction"], "instruction")
     if row.get("input"):
-        asked = f"{asked}\n{text_of(row['input'], 'input', where)}"
+        asked = f"{asked}\n{text_of(row['input'], 'input')}"
     turns.append(Message("user", asked))
-    return tuple(turns), (Message("assistant", text_of(row["output"], "output", where)),)
+    return tuple(turns), (Message("assistant", text_of(row["output"], "output")),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from upslope.data.preferences import pairs_of
+from upslope.data.examples import pairs_of
 from upslope.data.records import Record
 from upslope.errors import DataError
 from upslope.evaluation.figures import Figure

@@ -18,7 +18,7 @@ import torch
 
 from upslope.data.batching import collate, split_by_tokens
 from upslope.data.chat import load_tokenizer, token_count
-from upslope.data.preferences import answer, step_ends
+from upslope.data.examples import answer, step_ends
 from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.files.reward_folder import RewardSettings, load_reward_folder

@@ -18,7 +18,7 @@ from torch import Tensor
 from upslope.errors import ModelError
 from upslope.models.decoder.network import DecoderConfig, rope_frequencies
 from upslope.models.files.gguf import expected_shapes, gguf_names, rotary_heads
-from upslope.models.files.gguf_vocab import Vocab, pinned_template, read_vocab
+from upslope.models.files.gguf_vocab import pinned_template, read_vocab
 from upslope.models.files.weights import check_shapes
 
 GGUFType = Literal["float32", "bfloat16", "float16", "q8_0"]
@@ -61,7 +61,7 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, text in (about or {}).items():
             writer.add_string(f"general.{key}", text)
-        _add(writer, {**_shape(config), **_vocab(vocab, tokenizer, eos_token_ids)})
+        _add(writer, {**_shape(config), **vocab, **_ends(tokenizer, eos_token_ids)})
         _write_tensors(writer, config, arch, tensors, kind)
     finally:
         writer.close()
@@ -117,8 +117,8 @@ def _shape(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _vocab(vocab: Vocab, tokenizer: Any, eos_token_ids: Sequence[int]) -> dict[str, Any]:
-    """The tokenizer, its special tokens and its chat templates."""
+def _ends(tokenizer: Any, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+    """The special tokens and the chat templates."""
     own = tokenizer.eos_token_id
     ends = list(dict.fromkeys([*([own] if own in eos_token_ids else []), *eos_token_ids]))
     if len(ends) > 3:
@@ -134,17 +134,7 @@ def _vocab(vocab: Vocab, tokenizer: Any, eos_token_ids: Sequence[int]) -> dict[s
         for name, text in (named if several else {"default": named} if named else {}).items()
     }
     listed = [{"name": name, "template": text} for name, text in templates.items()]
-    pairs = vocab.model == "gpt2"
     return {
-        "tokenizer_model": vocab.model,
-        "tokenizer_pre": vocab.split,
-        "token_list": vocab.tokens,
-        "token_types": vocab.kinds,
-        "token_merges": vocab.merges if pairs else None,
-        "token_scores": None if pairs else vocab.scores,
-        "add_space_prefix": None if pairs else vocab.space_prefix,
-        "add_bos_token": vocab.add_bos,
-        "add_eos_token": vocab.add_eos,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": eos,
         "eot_token_id": eot,
