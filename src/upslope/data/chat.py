@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upslope.data.messages import at
-from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, is_pair_folder, pair_tokenizer
+from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, pair_tokenizer
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate, Tools
 from upslope.errors import DataError, ModelError, is_rust_error, one_line
@@ -42,14 +42,16 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises ModelError when the folder or its files are missing or cannot be read.
     """
     path = Path(folder).expanduser()
-    if not is_pair_folder(path):
-        return _load_one(path)
-    source = _load_one(path / SOURCE_FOLDER, pair=True) if (path / SOURCE_FOLDER).is_dir() else None
-    return pair_tokenizer(path, _load_one(path, pair=True), source)
+    file = path / "config.json"
+    config = read_object(file, ModelError) if file.is_file() else {}
+    if config.get("is_encoder_decoder"):
+        source = _load_one(path / SOURCE_FOLDER, pair=True) if (path / SOURCE_FOLDER).is_dir() else None
+        return pair_tokenizer(path, config, _load_one(path, pair=True), source)
+    return _load_one(path, ours=str(config.get("model_type")).startswith("upslope_"))
 
 
-def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
-    """One tokenizer; those of a pair come from tokenizer.json, whatever class config.json's architecture has."""
+def _load_one(path: Path, *, pair: bool = False, ours: bool = False) -> PreTrainedTokenizerBase:
+    """One tokenizer; of a pair, or of an architecture that transformers does not have, whatever class it has for it."""
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder")
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -58,7 +60,7 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
 
     if pair and not (path / "tokenizer.json").is_file():
         raise ModelError(f"{path}: no tokenizer.json here; save the tokenizer as a fast one")
-    kind = PreTrainedTokenizerFast if pair or _is_ours(path) else AutoTokenizer
+    kind = PreTrainedTokenizerFast if pair or ours else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         tokenizer("a")  # what is wrong with its settings shows here
@@ -78,12 +80,6 @@ def token_count(tokenizer: Any) -> int:
     if isinstance(tokenizer, PairTokenizer):
         return max(token_count(tokenizer.target), 1 + tokenizer.decoder_start_token_id)
     return 1 + max(tokenizer.get_vocab().values())
-
-
-def _is_ours(path: Path) -> bool:
-    """Whether config.json names an architecture that transformers does not have, so that it has no tokenizer for it."""
-    config = path / "config.json"
-    return config.is_file() and str(read_object(config, ModelError).get("model_type")).startswith("upslope_")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Tools = ()) -> list[int]:

@@ -22,8 +22,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
@@ -270,11 +271,7 @@ def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBa
         temp = Path(work, "corpus")
         temp.mkdir()
         with (temp / FILES[0]).open("wb") as tokens, (temp / FILES[1]).open("wb") as marks:
-            writer = _Writer(tokenizer, border, tokens, marks)
-            for file in files:
-                for document in _documents(file):
-                    writer.add(document)
-            meta = writer.finish()
+            meta = _encode(files, tokenizer, border, (_Hashed(tokens), _Hashed(marks)))
         (temp / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         fsync_tree(temp)
         os.replace(temp, folder)
@@ -282,59 +279,61 @@ def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBa
     return meta
 
 
-class _Writer:
-    """Encodes lines in chunks and writes tokens and marks as they come."""
+def _encode(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int, out: tuple[_Hashed, _Hashed]
+) -> dict[str, Any]:
+    """Encode the lines in chunks; tokens and marks are written as they come. Returns meta.json's content."""
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    inner.no_truncation()
+    inner.no_padding()
+    tokens, marks = out
+    tokens.write(np.array([border], dtype=np.uint32))
+    count, size, documents = 1, 0, 0
+    for chunk in _chunks(files):
+        encoded = inner.encode_batch_fast([line for line, _ in chunk], add_special_tokens=False)
+        ids: list[int] = []
+        begun: list[tuple[int, int]] = []
+        for (line, last), encoding in zip(chunk, encoded, strict=True):
+            begun.append((count + len(ids), size))
+            ids += encoding.ids + [border] * last
+            size += len(line.encode())
+            documents += last
+        count += len(ids)
+        tokens.write(np.array(ids, dtype=np.uint32))
+        marks.write(np.array(begun, dtype=np.uint64))
+    marks.write(np.array([[count, size]], dtype=np.uint64))
+    facts = dict(zip(FILES, (part.facts() for part in out), strict=True))
+    return {"documents": documents, "sha256": facts[FILES[0]]["sha256"], "files": facts}
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, border: int, tokens: Any, marks: Any) -> None:
-        self.inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-        self.inner.no_truncation()
-        self.inner.no_padding()
-        self.border, self.files = border, (tokens, marks)
-        self.lines: list[str] = []
-        self.ends: list[bool] = []  # whether a border follows the line
-        self.characters = self.documents = self.bytes = 0
-        self.count = 1
-        self.digests = hashlib.sha256(), hashlib.sha256()
-        self._write(0, np.array([border], dtype=np.uint32))
 
-    def add(self, document: Iterator[str]) -> None:
-        for line in document:
-            self.lines.append(line)
-            self.ends.append(False)
-            self.characters += len(line)
-            if self.characters >= _CHUNK:
-                self._encode(keep_last=True)
-        self.ends[-1] = True
-        self.documents += 1
+def _chunks(files: Sequence[Path]) -> Iterator[list[tuple[str, bool]]]:
+    """Lines of all documents, each with whether it is its document's last, some _CHUNK characters at a time."""
+    chunk: list[tuple[str, bool]] = []
+    characters = 0
+    for document in (document for file in files for document in _documents(file)):
+        for line, after in pairwise(chain(document, [None])):
+            assert line is not None
+            chunk.append((line, after is None))
+            characters += len(line)
+            if characters >= _CHUNK:
+                yield chunk
+                chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
-    def finish(self) -> dict[str, Any]:
-        self._encode()
-        self._write(1, np.array([[self.count, self.bytes]], dtype=np.uint64))
-        facts = [{"bytes": f.tell(), "sha256": d.hexdigest()} for f, d in zip(self.files, self.digests, strict=True)]
-        files = dict(zip(FILES, facts, strict=True))
-        return {"documents": self.documents, "sha256": facts[0]["sha256"], "files": files}
 
-    def _encode(self, *, keep_last: bool = False) -> None:
-        """Write all lines but, where a document may still end in it, the last one."""
-        cut = len(self.lines) - keep_last
-        lines, ends = self.lines[:cut], self.ends[:cut]
-        self.lines, self.ends = self.lines[cut:], self.ends[cut:]
-        self.characters = sum(map(len, self.lines))
-        if not lines:
-            return
-        encoded = self.inner.encode_batch_fast(lines, add_special_tokens=False)
-        out: list[int] = []
-        marks: list[tuple[int, int]] = []
-        for line, encoding, end in zip(lines, encoded, ends, strict=True):
-            marks.append((self.count + len(out), self.bytes))
-            out += encoding.ids
-            out += [self.border] * end
-            self.bytes += len(line.encode())
-        self.count += len(out)
-        self._write(0, np.array(out, dtype=np.uint32))
-        self._write(1, np.array(marks, dtype=np.uint64))
+class _Hashed:
+    """An open file and the digest of what was written into it."""
 
-    def _write(self, which: int, values: np.ndarray) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, values: np.ndarray) -> None:
+        """The values' bytes."""
         content = values.tobytes()
-        self.files[which].write(content)
-        self.digests[which].update(content)
+        self.file.write(content)
+        self.digest.update(content)
+
+    def facts(self) -> dict[str, Any]:
+        """Its bytes and SHA-256."""
+        return {"bytes": self.file.tell(), "sha256": self.digest.hexdigest()}

@@ -309,7 +309,7 @@ def _margin(record: Record) -> float | None:
 def _per_step(record: Record, key: str) -> Sequence[Any]:
     if record.extra.get(key) is None:
         raise DataError(f"{key!r} is missing; a process reward model needs the keys prompt, steps, labels")
-    return list_of(record.extra[key], key, "an entry per step")
+    return list_of(record.extra[key], key, "entries, one per step (a process reward model: keys prompt, steps, labels)")
 
 
 def _steps(record: Record) -> Sequence[str]:

@@ -219,10 +219,10 @@ def items_of_multirc(form: Form, row: Row) -> Iterator[Item]:
     paragraph = _key(passage, "text", str)
     for q, question in enumerate(_each(passage, "questions", Mapping), 1):
         with at(place := f"{where}, question {q}"):
+            asked = _key(question, "question", str)
             for a, answer in enumerate(_each(question, "answers", Mapping), 1):
                 with at(there := f"{place}, answer {a}"):
-                    asked, text = _key(question, "question", str), _key(answer, "text", str)
-                    fields = {"paragraph": paragraph, "question": asked, "answer": text}
+                    fields = {"paragraph": paragraph, "question": asked, "answer": _key(answer, "text", str)}
                     yield Item(fields, label_of(form, answer), there, group=place)
 
 

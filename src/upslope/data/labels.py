@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -108,44 +109,37 @@ def read_conll(
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     sentences: list[TaggedSentence] = []
-    words: list[str] = []
-    tags: list[str] = []
-    start = 1
-    for number, cells in _conll_rows(path):
-        if cells is None:
-            if words:
-                sentences.append(TaggedSentence(tuple(words), tuple(tags), f"{path}:{start}"))
-            words, tags = [], []
-            continue
-        where = f"{path}:{number}"
-        if not words:
-            start = number
-        with at(where):
-            words.append(_cell(cells, token_column, "token_column"))
-            tags.append(_checked_tag(_cell(cells, tag_column, "tag_column"), tags[-1] if tags else "O", scheme))
+    for within, lines in groupby(_conll_rows(path), lambda row: bool(row[1])):
+        if within:
+            words: list[str] = []
+            tags: list[str] = []
+            places = []
+            for where, cells in lines:
+                with at(where):
+                    words.append(_cell(cells, token_column, "token_column"))
+                    tags.append(_checked_tag(_cell(cells, tag_column, "tag_column"), tags[-1] if tags else "O", scheme))
+                places.append(where)
+            sentences.append(TaggedSentence(tuple(words), tuple(tags), places[0]))
     if not sentences:
         raise DataError(f"{path}: holds no sentences")
     return sentences
 
 
-def _conll_rows(path: Path) -> Iterator[tuple[int, list[str] | None]]:
-    """(line, its cells), None for cells at the end of a sentence; the file ends with one."""
+def _conll_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every line's place and its cells; none of a line between sentences."""
     width, first = 0, 0
-    number = 0
     for number, line in enumerate(text_of(path).split("\n"), 1):
-        line = line.rstrip("\r")
-        if not line.strip() or line.startswith("-DOCSTART-"):
-            yield number, None
-            continue
+        where, line = f"{path}:{number}", line.rstrip("\r")
         cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else [c for c in line.split(" ") if c]
-        if not width:
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            cells = []
+        elif not width:
             width, first = len(cells), number
-        if len(cells) != width:
+        elif len(cells) != width:
             raise DataError(
-                f"{path}:{number}: {len(cells)} columns, line {first} has {width}; every word needs the same columns"
+                f"{where}: {len(cells)} columns, line {first} has {width}; every word needs the same columns"
             )
-        yield number, cells
-    yield number + 1, None
+        yield where, cells
 
 
 def _cell(cells: Sequence[str], column: int, name: str) -> str:

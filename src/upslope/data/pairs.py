@@ -7,14 +7,13 @@ of completions asks of a tokenizer (EOS, padding, decode) is the target's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upslope.data.pieces import encode_pieces
 from upslope.errors import DataError, ModelError
-from upslope.json_file import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -106,17 +105,10 @@ class PairTokenizer:
             self.source.save_pretrained(str(Path(save_directory) / SOURCE_FOLDER))
 
 
-def is_pair_folder(folder: Path) -> bool:
-    """True where config.json says that the model is an encoder-decoder."""
-    path = folder / "config.json"
-    return path.is_file() and bool(read_object(path, ModelError).get("is_encoder_decoder"))
-
-
 def pair_tokenizer(
-    folder: Path, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase | None
+    folder: Path, config: Mapping[str, Any], target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase | None
 ) -> PairTokenizer:
     """The pair of an encoder-decoder's folder. Raises ModelError, naming the folder, where its parts do not fit."""
-    config = read_object(folder / "config.json", ModelError)
     start, separate = config.get("decoder_start_token_id"), config.get("share_encoder_decoder_embeddings") is False
     if not isinstance(start, int):
         raise ModelError(f"{folder}: config.json has no decoder_start_token_id; get the folder again")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 from upslope.data.messages import at, described, list_of, message_of, text_of, tools_of, train_of
 from upslope.data.readers import header_of, rows_of
-from upslope.data.shared_prompts import split_sides
 from upslope.errors import DataError
 from upslope.options.common import column_names
 from upslope.types import Message, Prompt
@@ -36,6 +36,7 @@ _SYNONYMS = {
     "dialog": "messages", "dialogue": "messages", "conversation": "messages",
 }  # fmt: skip
 
+_TURN = "\n\nAssistant:"  # what HH-RLHF's texts write before each reply
 _SHAREGPT_ROLES = {
     "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
     "function_call": "assistant", "observation": "tool", "tool": "tool", "function_response": "tool",
@@ -131,7 +132,7 @@ def record_of(row: Mapping[str, Any], where: str) -> Record:
         # without a prompt the sides of a preference begin with it
         values = {key: _VALUES.get(key, _content)(row[key], key) for key in KEYS[kind] if key in row}
         if kind == "preference":
-            sides = split_sides(values.get("prompt"), values["chosen"], values["rejected"])
+            sides = _split_sides(values.get("prompt"), values["chosen"], values["rejected"])
             values = dict(zip(KEYS[kind], sides, strict=True))
         return Record(kind, where, **values, tools=tools, extra=_extra(row, *KEYS[kind]))
 
@@ -244,3 +245,50 @@ def _alpaca(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Message,
         asked = f"{asked}\n{text_of(row['input'], 'input')}"
     turns.append(Message("user", asked))
     return tuple(turns), (Message("assistant", text_of(row["output"], "output")),)
+
+
+def _split_sides(prompt: Content | None, chosen: Content, rejected: Content) -> tuple[Content, ...]:
+    """Prompt, chosen and rejected of a row, what the sides have in common moved into the prompt.
+
+    prompt: None where the row has none; a text, which conversations then hold as a user's turn. Sides that do not
+    repeat the prompt stay as they are. Of conversations the prompt is their longest common beginning before the last
+    reply; of texts it ends with the last "Assistant:" of their common beginning, else before its last word.
+    DataError: nothing in common, nothing that differs, another prompt than the row's.
+    """
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is None:
+            return _of_texts(chosen, rejected)
+        if isinstance(prompt, str) and all(side.startswith(prompt) and side != prompt for side in (chosen, rejected)):
+            return prompt, chosen.removeprefix(prompt), rejected.removeprefix(prompt)
+        return prompt, chosen, rejected
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        if prompt is not None and not isinstance(prompt, str):
+            return prompt, chosen, rejected
+        raise DataError("one of 'chosen' and 'rejected' is a text, the other messages: make both the same")
+    if isinstance(prompt, tuple) and not (chosen[: len(prompt)] == prompt == rejected[: len(prompt)]):
+        return prompt, chosen, rejected
+    most = min(len(chosen), len(rejected)) - 1
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:most], rejected, strict=False)))
+    if isinstance(prompt, str) and common == 0 and chosen[0].role == rejected[0].role == "assistant":
+        return (Message("user", prompt),), chosen, rejected
+    if common and chosen[common] == rejected[common]:
+        raise DataError("'chosen' and 'rejected' differ in no reply, one begins with the other; drop the row")
+    head = chosen[:common]
+    if isinstance(prompt, str) and not any(m.role == "user" and m.content.strip() == prompt.strip() for m in head):
+        raise DataError("'prompt' is none of the user's turns with which 'chosen' and 'rejected' begin")
+    for key, side in (("chosen", chosen), ("rejected", rejected)):
+        if not common or side[common].role != "assistant":
+            what = f"'{key}[{common}]' is a turn of the {side[common].role}" if common else "nothing of them is alike"
+            raise DataError(f"'chosen' and 'rejected' must be alike up to a reply, but {what}; give a prompt")
+    return head, chosen[common:], rejected[common:]
+
+
+def _of_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
+    common = "".join(letter for letter, _ in same)
+    end = common.rfind(_TURN)
+    cut = end + len(_TURN) if end >= 0 else len(common[: max(common.rfind(" "), common.rfind("\n"))].rstrip())
+    if chosen == rejected or not common[:cut].strip():
+        what = "are the same" if chosen == rejected else "have no beginning in common that could be the prompt"
+        raise DataError(f"'chosen' and 'rejected' {what}; give a prompt of its own, or drop the row")
+    return chosen[:cut], chosen[cut:], rejected[cut:]

@@ -24,6 +24,7 @@ from torch import Tensor
 from upslope.errors import ModelError
 from upslope.models.decoder.network import Decoder, DecoderConfig, rope_frequencies
 from upslope.models.files.config_json import check_config, check_sizes, one_model_error
+from upslope.models.files.folders import write_json
 from upslope.models.files.weights import check_shapes, save_folder
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -270,8 +271,7 @@ class _Portable:
         path = Path(save_directory) / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only", "backend")}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _link(source: Path, target: Path) -> None:
