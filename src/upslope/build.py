@@ -16,13 +16,15 @@ from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import turn_ends, write_ends
 from upslope.devices.hardware import choose_dtype, device_of_machine
 from upslope.engine.engine import Engine
-from upslope.errors import ConfigError, ModelError
+from upslope.errors import ConfigError, ModelError, RunError
 from upslope.models.attention.context import BLOCK, KVCache
-from upslope.models.files.adapters import base_folder, merge_adapters
+from upslope.models.files.adapters import PREFIX, WEIGHTS, merge_adapters
+from upslope.models.files.folders import is_adapter
 from upslope.models.files.loading import load_model, save_model
 from upslope.models.files.reward_folder import stored_score
-from upslope.models.files.sources import is_adapter, resolve, say
+from upslope.models.files.sources import base_folder, resolve, say
 from upslope.models.files.weights import load as load_weights
+from upslope.models.files.weights import read_file
 from upslope.models.heads import ScalarHead
 from upslope.models.lora import add_adapters, save_adapters
 from upslope.models.protocol import CausalModel
@@ -30,20 +32,19 @@ from upslope.options import RunOptions
 from upslope.runs.progress import told
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 
-__all__ = ["Critic", "Policy", "load_critic", "load_inference", "load_policy", "load_reference", "make_engine"]
-
 
 @dataclass(slots=True)
 class Policy:
     """The network being trained, its tokenizer, and where it came from.
 
-    `masters` are the float32 weights behind parameters that compute in a narrower dtype; the optimizer takes them over.
+    `masters` are the float32 weights behind parameters that compute in a narrower dtype; `take_masters` gives them to
+    the one optimizer that trains them.
     """
 
     model: CausalModel
     tokenizer: Any
     folder: Path
-    masters: dict[str, Tensor]
+    masters: dict[str, Tensor] | None
     lora: Any = None
 
     @property
@@ -66,13 +67,8 @@ class Policy:
         """The trained float32 weights of a folder that `write` made, by parameter name."""
         if self.lora is None:
             return load_weights(folder, torch.float32)
-        from safetensors.torch import load_file
-
-        stored = load_file(folder / "adapter_model.safetensors")
-        return {
-            name.removeprefix("base_model.model.").replace(".weight", ".default.weight"): x
-            for name, x in stored.items()
-        }
+        stored = read_file(folder / WEIGHTS)
+        return {name.removeprefix(PREFIX).replace(".weight", ".default.weight"): x for name, x in stored.items()}
 
     @contextmanager
     def as_reference(self) -> Iterator[CausalModel]:
@@ -152,13 +148,28 @@ def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> d
     return masters
 
 
+def take_masters(part: Policy | Critic) -> dict[str, Tensor]:
+    """The float32 weights of a policy or critic, for its optimizer: once, where there are any.
+
+    RunError after that: the optimizer that took them changes them, and what is left is rounded.
+    """
+    if part.masters is None:
+        raise RunError(
+            f"the float32 weights of this {type(part).__name__.lower()} are another optimizer's, and those it computes "
+            "with are rounded; load it again for a second optimizer"
+        )
+    masters, part.masters = part.masters, None if part.masters else {}
+    return masters
+
+
 def make_optimizer(policy: Policy, options: RunOptions, extra: list[Group] | None = None) -> MasterAdamW:
-    """AdamW over what is trained in the policy, and further groups (a value head). ConfigError as `config.check`."""
+    """AdamW over what is trained in the policy, and further groups (a value head).
+
+    ConfigError as `config.check`, RunError as `take_masters`.
+    """
     check(options)
     groups = decay_groups(policy.model.named_parameters(), weight_decay=options.weight_decay)
-    optimizer = MasterAdamW([*groups, *(extra or [])], masters=policy.masters)
-    policy.masters = {}
-    return optimizer
+    return MasterAdamW([*groups, *(extra or [])], masters=take_masters(policy))
 
 
 def load_reference(policy: Policy, options: RunOptions) -> CausalModel | None:
@@ -173,11 +184,14 @@ def load_reference(policy: Policy, options: RunOptions) -> CausalModel | None:
 
 @dataclass(slots=True)
 class Critic:
-    """Where values come from: a head on the policy's trunk (`model` is None), or on a trunk of its own."""
+    """Where values come from: a head on the policy's trunk (`model` is None), or on a trunk of its own.
+
+    `masters` as those of a policy.
+    """
 
     head: ScalarHead
     model: CausalModel | None
-    masters: dict[str, Tensor]
+    masters: dict[str, Tensor] | None
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Head and own trunk, by names that cannot clash with the policy's."""

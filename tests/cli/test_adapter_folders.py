@@ -18,7 +18,7 @@ from upslope.build import load_inference
 from upslope.cli import main
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.adapters import base_source
-from upslope.models.files.weights import write_json
+from upslope.models.files.folders import write_json
 from upslope.options import SFTOptions
 
 

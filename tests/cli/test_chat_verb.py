@@ -20,7 +20,8 @@ from upslope.cli import main
 from upslope.commands.chat_commands import COMMANDS
 from upslope.commands.chat_session import SETTINGS, ChatSession
 from upslope.data.chat import encode_prompt
-from upslope.data.records import examples_of, read_records
+from upslope.data.examples import examples_of
+from upslope.data.records import read_records
 from upslope.engine import Engine
 from upslope.errors import DataError, ModelError
 from upslope.options import ChatOptions

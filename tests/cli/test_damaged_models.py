@@ -14,7 +14,7 @@ from damage_kit import copied, flip, in_folder, inputs, make_runs, refusal
 from upslope.cli import main
 from upslope.errors import ModelError
 from upslope.models.encoder.network import load_encoder
-from upslope.models.files.intact import check_intact
+from upslope.models.files.folders import check_intact
 from upslope.models.files.loading import load_model
 
 RL = ["--task", "letter.py:Letter", "--max-steps", "1", "--num-prompts", "2", "--num-generations", "2"]

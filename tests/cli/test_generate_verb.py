@@ -19,7 +19,8 @@ from upslope.build import Policy, load_inference
 from upslope.cli import main
 from upslope.commands.generate_rows import RowFile
 from upslope.data.chat import encode_prompt
-from upslope.data.records import examples_of, read_records
+from upslope.data.examples import examples_of
+from upslope.data.records import read_records
 from upslope.engine import Engine
 from upslope.types import Completion, Message, Prompt, SamplingParams
 

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upslope.data.glue import FORMS, form_of, labelled, read_items
-from upslope.data.glue_rows import label_of
+from upslope.data.glue import FORMS, form_of, label_of, labelled, read_items
 from upslope.errors import ConfigError, DataError, UpslopeError
 
 
@@ -382,5 +381,5 @@ def test_numbers_are_the_labels_that_the_hub_counts() -> None:
     assert set(NUMBERED) | graded == set(FORMS)
     for name, names in NUMBERED.items():
         form = FORMS[name]
-        said = [label_of(form, {form.label[-1]: number}, "row") for number in range(len(names.split()))]
+        said = [label_of(form, {form.label[-1]: number}) for number in range(len(names.split()))]
         assert said == names.split(), name

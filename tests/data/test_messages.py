@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upslope.data.chat import encode_completion, encode_conversation, encode_document, encode_prompt
+from upslope.data.examples import example_of, examples_of
 from upslope.data.messages import message_of, tools_of
-from upslope.data.records import Record, example_of, examples_of, record_of
+from upslope.data.records import Record, record_of
 from upslope.errors import DataError
 from upslope.types import Message, Prompt
 

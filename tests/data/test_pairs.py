@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from upslope.data.chat import encode_completion, encode_conversation, encode_document, encode_prompt, load_tokenizer
+from upslope.data.examples import examples_of
 from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer
-from upslope.data.records import examples_of, record_of
+from upslope.data.records import record_of
 from upslope.engine.text import TextStream
 from upslope.errors import DataError, ModelError
 from upslope.models.files.loading import save_model

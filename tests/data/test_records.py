@@ -16,7 +16,8 @@ import tokenizer_kit as kit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from upslope.data.records import EncodedRecords, Record, example_of, examples_of, read_records, record_of
+from upslope.data.examples import EncodedRecords, example_of, examples_of
+from upslope.data.records import Record, read_records, record_of
 from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.types import Message
 

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upslope.data.kinds import record_of
-from upslope.data.preferences import pairs_of
-from upslope.data.records import read_records
+from upslope.data.examples import pairs_of
+from upslope.data.records import read_records, record_of
 from upslope.errors import ConfigError, DataError
 from upslope.options.common import column_names
 from upslope.types import Message

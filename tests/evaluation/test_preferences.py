@@ -10,8 +10,8 @@ import torch
 from tiny_model import tiny_folder, tiny_tokenizer
 
 from upslope.data.chat import load_tokenizer
-from upslope.data.kinds import Record
-from upslope.data.preferences import answer
+from upslope.data.examples import answer
+from upslope.data.records import Record
 from upslope.errors import DataError
 from upslope.evaluation.preferences import reward_accuracy
 from upslope.models.decoder.network import Decoder

@@ -18,10 +18,10 @@ from tiny_model import tiny_tokenizer
 from upslope.commands.generate_rows import ask_file
 from upslope.config import load as load_config
 from upslope.data.corpus import corpus_files, texts_of
+from upslope.data.examples import examples_of, judged_of, pairs_of, solutions_of
 from upslope.data.glue import labelled, read_items
 from upslope.data.labels import labels_of, read_conll, read_labelled, read_rewards
-from upslope.data.preferences import judged_of, pairs_of, solutions_of
-from upslope.data.records import examples_of, read_records
+from upslope.data.records import read_records
 from upslope.errors import DataError
 from upslope.evaluation.perplexity import read_documents
 from upslope.evaluation.rescore import read_nbest

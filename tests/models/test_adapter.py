@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from upslope.errors import ModelError
 from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
+from upslope.models.files.folders import read_config
 from upslope.models.files.loading import load_model, save_model
-from upslope.models.files.weights import load, read_config
+from upslope.models.files.weights import load
 from upslope.models.transformers_model import TransformersModel
 
 GPT = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}

@@ -18,7 +18,8 @@ from upslope import packages
 from upslope.errors import ModelError
 from upslope.models.encoder.network import Encoder, Kind, load_encoder, new_encoder
 from upslope.models.files import sources
-from upslope.models.files.sources import provenance, resolve
+from upslope.models.files.folders import provenance
+from upslope.models.files.sources import resolve
 
 FAMILIES = ("bert", "roberta", "distilbert", "xlnet")
 AUTO = {

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upslope.data.chat import load_tokenizer
 from upslope.data.ends import turn_ends
 from upslope.errors import DataError, ModelError
-from upslope.models.files.gguf import convert, hf_config, hf_name, undo_rope_order
+from upslope.models.decoder.network import DecoderConfig
+from upslope.models.files.gguf import convert, expected_shapes, gguf_names, hf_config, undo_rope_order
 from upslope.models.files.sources import ALIASES
 from upslope.models.files.weights import load
 from upslope.packages import extract_member, fetch_wheel
@@ -146,19 +147,16 @@ def test_float32_metadata_is_written_short() -> None:
     assert config["head_dim"] == 16
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("token_embd.weight", "model.embed_tokens.weight"),
-        ("output.weight", "lm_head.weight"),
-        ("blk.12.attn_q.bias", "model.layers.12.self_attn.q_proj.bias"),
-        ("blk.0.ffn_gate_exps.weight", None),
-        ("blk.x.attn_q.weight", None),
-        ("blk.0.attn_q", None),
-    ],
-)
-def test_names(name: str, expected: str | None) -> None:
-    assert hf_name(name) == expected
+def test_names() -> None:
+    config = DecoderConfig.from_hf(
+        hf_config(METADATA, {**SHAPES, "blk.0.attn_q.bias": (64,), "output.weight": (64, 100)})
+    )
+    names = gguf_names(config, "llama")
+    assert names["model.embed_tokens.weight"] == "token_embd.weight"
+    assert names["lm_head.weight"] == "output.weight"
+    assert names["model.layers.0.self_attn.q_proj.bias"] == "blk.0.attn_q.bias"
+    assert names.keys() == expected_shapes(config).keys()
+    assert len(set(names.values())) == len(names)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +180,7 @@ def test_what_would_not_survive_is_refused(change: dict[str, object], message: s
         ({"llama.attention.head_count": "4"}, r"head_count = '4'; it must be a number"),
         ({"llama.attention.head_count": [4, 4]}, r"head_count = \[4, 4\]; it must be a number"),
         ({"llama.attention.head_count_kv": 0}, r"head_count_kv = 0; it must be a number"),
-        ({"llama.attention.head_count_kv": 3}, r"cannot be converted"),
+        ({"llama.attention.head_count_kv": 3}, r"4 query heads cannot share 3 key heads"),
         ({"llama.feed_forward_length": [48, 48]}, r"feed_forward_length = \[48, 48\]"),
         ({"llama.feed_forward_length": "48"}, r"feed_forward_length = '48'"),
         ({"llama.embedding_length": -32}, r"embedding_length = -32"),

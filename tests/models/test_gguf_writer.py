@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from upslope.data.chat import load_tokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.decoder.network import DecoderConfig
+from upslope.models.files.folders import new_file
 from upslope.models.files.gguf import convert, read_ends, undo_rope_order
 from upslope.models.files.gguf_vocab import pinned_template, read_vocab
-from upslope.models.files.gguf_writer import as_stored, new_file, rope_order, write_gguf
+from upslope.models.files.gguf_writer import as_stored, rope_order, write_gguf
 from upslope.models.files.loading import decoder_config
 from upslope.models.files.weights import load
 
@@ -183,25 +184,25 @@ def test_types_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_split_is_recognised_by_how_it_cuts(split: str) -> None:
     tokenizer = byte_level(split)
-    assert read_vocab(tokenizer, len(tokenizer)).split == split
+    assert read_vocab(tokenizer, len(tokenizer))["tokenizer_pre"] == split
 
 
 def test_tokens_kinds_and_frame() -> None:
     tokenizer = byte_level(bos=True)
     tokenizer.add_tokens(["<user>"])
     vocab = read_vocab(tokenizer, len(tokenizer) + 2)
-    assert vocab.model == "gpt2"
-    assert vocab.kinds[:4] == [3, 3, 3, 1]
-    assert vocab.tokens[-3:] == ["<user>", f"[PAD{len(tokenizer)}]", f"[PAD{len(tokenizer) + 1}]"]
-    assert vocab.kinds[-3:] == [4, 5, 5]
-    assert (vocab.add_bos, vocab.add_eos) == (True, False)
-    assert vocab.merges[0] == "h e"
+    assert vocab["tokenizer_model"] == "gpt2"
+    assert vocab["token_types"][:4] == [3, 3, 3, 1]
+    assert vocab["token_list"][-3:] == ["<user>", f"[PAD{len(tokenizer)}]", f"[PAD{len(tokenizer) + 1}]"]
+    assert vocab["token_types"][-3:] == [4, 5, 5]
+    assert (vocab["add_bos_token"], vocab["add_eos_token"]) == (True, False)
+    assert vocab["token_merges"][0] == "h e"
     pieces = sentencepiece(prefix=False)
     vocab = read_vocab(pieces, len(pieces))
-    assert (vocab.model, vocab.split, vocab.space_prefix) == ("llama", "default", False)
-    assert vocab.kinds[0] == 2
-    assert vocab.kinds[pieces.convert_tokens_to_ids("<0x41>")] == 6
-    score = dict(zip(vocab.tokens, vocab.scores, strict=True))
+    assert (vocab["tokenizer_model"], vocab["tokenizer_pre"], vocab["add_space_prefix"]) == ("llama", "default", False)
+    assert vocab["token_types"][0] == 2
+    assert vocab["token_types"][pieces.convert_tokens_to_ids("<0x41>")] == 6
+    score = dict(zip(vocab["token_list"], vocab["token_scores"], strict=True))
     assert score["he"] > score["in"] > score["ing"] > score["a"]
 
 
@@ -249,7 +250,7 @@ def test_more_that_is_refused(tmp_path: Path) -> None:
         read_vocab(byte_level(), 9)
     with pytest.raises(ModelError, match="not cut before its merges"):
         read_vocab(sentencepiece(), 400, split="gpt-2")
-    assert read_vocab(_spoiled("cut"), 400, split="falcon").split == "falcon"
+    assert read_vocab(_spoiled("cut"), 400, split="falcon")["tokenizer_pre"] == "falcon"
     folder = decoder_folder(tmp_path / "m")
     config, tokenizer = decoder_config(folder), load_tokenizer(folder)
     assert config is not None
@@ -307,7 +308,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path: Path) -> None:
     path.write_bytes(b"old")
     code = (
         "import os, signal, sys\n"
-        "from upslope.models.files.gguf_writer import new_file\n"
+        "from upslope.models.files.folders import new_file\n"
         "with new_file(sys.argv[1], overwrite=True) as temp:\n"
         "    temp.write_bytes(b'new')\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

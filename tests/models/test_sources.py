@@ -25,8 +25,9 @@ from upslope.cache import cache_root
 from upslope.commands import fetch
 from upslope.errors import DataError, ModelError, RunError
 from upslope.models.files import sources
+from upslope.models.files.folders import provenance
 from upslope.models.files.loading import load_model
-from upslope.models.files.sources import Alias, HubUnreachable, provenance, resolve
+from upslope.models.files.sources import Alias, HubUnreachable, resolve
 from upslope.options import FetchOptions
 
 TINY_ALIAS = Alias("someone/tiny", "tiny-model", "1.0", "0" * 64, "tiny/tiny.gguf")
@@ -289,10 +290,10 @@ def _resolver(gguf: Path, before_rename: str = "") -> subprocess.Popen[str]:
     """A process that resolves `gguf`; `before_rename` runs in it when the converted folder is complete."""
     code = (
         "import sys, time\n"
-        "from upslope.models.files import sources, weights\n"
-        "swap = weights._swap_in\n"
+        "from upslope.models.files import folders, sources\n"
+        "swap = folders._swap_in\n"
         f"def slow(temp, path):\n    {before_rename or 'pass'}\n    swap(temp, path)\n"
-        "weights._swap_in = slow\n"
+        "folders._swap_in = slow\n"
         "print(sources.resolve(sys.argv[1]))\n"
     )
     return subprocess.Popen(

@@ -19,8 +19,9 @@ from upslope.errors import ModelError, RunError
 from upslope.models.attention.context import PackedContext
 from upslope.models.decoder.network import Decoder
 from upslope.models.files import weights
+from upslope.models.files.folders import new_folder, provenance
 from upslope.models.files.loading import load_model, save_model
-from upslope.models.files.weights import check_shapes, load, new_folder, read_shapes, save_folder
+from upslope.models.files.weights import check_shapes, load, read_shapes, save_folder
 
 SHAPES = st.dictionaries(
     st.from_regex(r"[a-z]{1,4}(\.[a-z0-9]{1,3}){0,2}", fullmatch=True),
@@ -146,12 +147,11 @@ def test_companions_come_along_and_explicit_ones_win(tmp_path: Path) -> None:
         {},
         {"a": torch.ones(1)},
         source_folder=source,
-        chat_template="mine",
         generation_config={"eos_token_id": 7},
-        extra_files={"more.json": "{}"},
+        record={"kind": "folder"},
     )
     assert (folder / "tokenizer.json").read_text() == "from source: tokenizer.json"
-    assert (folder / "chat_template.jinja").read_text() == "mine"
+    assert provenance(folder) == {"kind": "folder"}
     assert json.loads((folder / "generation_config.json").read_text()) == {"eos_token_id": 7}
     assert (folder / "additional_chat_templates" / "tools.jinja").read_text() == "tools"
     assert not (folder / "notes.txt").exists()

@@ -147,7 +147,7 @@ def test_nothing_left(tiny: Path, tmp_path: Path) -> None:
         sft.sft(o)
     rows = [{**row, "chosen": LONG} for row in pair_rows(3)]
     preferences = write(tmp_path / "pairs.jsonl", rows)
-    with pytest.raises(DataError, match=r"pairs.jsonl:1: none of 3 rows fits max_length 100"):
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: none of 3 records fits max_length 100"):
         dpo.dpo(DPOOptions(model=str(tiny), data=preferences, max_length=100, output_dir=str(tmp_path / "d"), **QUICK))
     with pytest.raises((DataError, ConfigError), match=r"chats.jsonl: none of its 3 rows is left: 3 longer than"):
         distill.distill(distillation(tiny, data, tmp_path))

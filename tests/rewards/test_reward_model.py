@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_model import tiny_folder, tiny_tokenizer
 
 from upslope.data.chat import encode_prompt
-from upslope.data.preferences import solutions_of, step_ends
+from upslope.data.examples import solutions_of, step_ends
 from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError
 from upslope.models.decoder.network import Decoder

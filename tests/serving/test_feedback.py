@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from tiny_model import tiny_folder, tiny_tokenizer
 
 from upslope.cli import main
-from upslope.data.preferences import judged_of, pairs_of
-from upslope.data.records import examples_of, read_records
+from upslope.data.examples import examples_of, judged_of, pairs_of
+from upslope.data.records import read_records
 from upslope.errors import RunError
 from upslope.serving.feedback import Edit, Feedback, Thumb, Vote
 

@@ -14,7 +14,8 @@ import torch
 from tiny_model import tiny_folder
 from torch import Tensor, nn
 
-from upslope.build import load_policy, make_optimizer
+from upslope.build import load_critic, load_policy, make_optimizer, take_masters
+from upslope.errors import RunError
 from upslope.models.files.weights import load as load_weights
 from upslope.options import SFTOptions
 from upslope.training.optim import Group, MasterAdamW
@@ -92,3 +93,20 @@ def test_masters_are_the_folders_own_float32_weights(folder: Path) -> None:
     named = dict(policy.model.named_parameters())
     assert all(torch.equal(named[name], x.bfloat16()) for name, x in stored.items())
     assert any(not torch.equal(x, x.bfloat16().float()) for x in stored.values())
+
+
+def test_the_masters_are_taken_once(folder: Path) -> None:
+    """A second optimizer would train from rounded weights; where nothing is rounded it has the weights themselves."""
+    options = SFTOptions(model=str(folder), data="rows.jsonl", dtype="bfloat16")
+    policy = load_policy(options)
+    critic = load_critic(policy, "separate", options)
+    make_optimizer(policy, options)
+    with pytest.raises(RunError, match=r"weights of this policy are another optimizer's.*load it again"):
+        make_optimizer(policy, options)
+    assert take_masters(critic).keys() == {f"critic.{name}" for name, _ in policy.model.named_parameters()}
+    with pytest.raises(RunError, match="weights of this critic are another optimizer's"):
+        take_masters(critic)
+    full = SFTOptions(model=str(folder), data="rows.jsonl", dtype="float32")
+    policy = load_policy(full)
+    first, second = make_optimizer(policy, full).weights(), make_optimizer(policy, full).weights()
+    assert all(torch.equal(first[name], x) for name, x in second.items())

@@ -11,8 +11,8 @@ from upslope.engine import Engine
 from upslope.errors import ModelError
 from upslope.json_file import read_object
 from upslope.models.attention.context import BLOCK, KVCache
+from upslope.models.files.folders import GENERATION_CONFIG
 from upslope.models.files.sources import say
-from upslope.models.files.weights import GENERATION_CONFIG
 from upslope.options.generate import DecodingOptions
 
 __all__ = ["DRAWN", "has_template", "open_engine", "say_suggested", "shown", "suggested"]

@@ -14,8 +14,9 @@ from upslope.commands.evaluate_model import judge_answers, measure_language_mode
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError
 from upslope.evaluation.samples import read_hypotheses
 from upslope.evaluation.table import Results, as_json, compared, write
-from upslope.models.files.kinds import kind_of
-from upslope.models.files.sources import is_adapter, resolve
+from upslope.models.files.config_json import kind_of
+from upslope.models.files.folders import is_adapter
+from upslope.models.files.sources import resolve
 from upslope.options import EvalOptions
 from upslope.version import __version__
 

@@ -13,8 +13,8 @@ from upslope.evaluation.figures import Figure
 from upslope.evaluation.measurement import Measurement, out_of
 from upslope.evaluation.metrics import Texts, measure
 from upslope.models.encoder.labellers import load_classifier, tags_of
-from upslope.models.files.kinds import ModelKind
-from upslope.models.files.weights import read_config
+from upslope.models.files.config_json import ModelKind
+from upslope.models.files.folders import read_config
 
 __all__ = ["measure_encoder"]
 

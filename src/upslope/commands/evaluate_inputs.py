@@ -10,14 +10,13 @@ from functools import cached_property
 from itertools import count
 from typing import TypeVar
 
-from upslope.data.kinds import Record
-from upslope.data.records import read_records
+from upslope.data.records import Record, read_records
 from upslope.errors import ConfigError
 from upslope.evaluation.metrics import Texts, bleu_metric, check_metrics
 from upslope.evaluation.perplexity import Documents, read_documents
 from upslope.evaluation.rescore import NBest, read_nbest
 from upslope.evaluation.samples import Sample, read_samples
-from upslope.models.files.kinds import ModelKind
+from upslope.models.files.config_json import ModelKind
 from upslope.options import EvalOptions
 from upslope.runs.progress import Progress
 from upslope.tasks.base import Task

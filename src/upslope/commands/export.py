@@ -16,20 +16,21 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_inference
-from upslope.commands.export_card import Origin, card, origin_of
+from upslope.commands.export_card import write_card
+from upslope.commands.export_origin import Origin, origin_of
 from upslope.commands.export_verify import Gap, is_classifier, verify_folder, verify_gguf
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.ends import write_ends
 from upslope.errors import ModelError, RunError
 from upslope.extras import require
 from upslope.models.decoder.network import Decoder
-from upslope.models.files.gguf_writer import new_file, write_gguf
+from upslope.models.files.config_json import architecture
+from upslope.models.files.folders import is_adapter, new_file, new_folder, provenance, read_config
+from upslope.models.files.gguf_writer import write_gguf
 from upslope.models.files.loading import decoder_config, save_model
-from upslope.models.files.sources import is_adapter, provenance, resolve
-from upslope.models.files.weights import load, new_folder, read_config, save_folder, write_json
+from upslope.models.files.sources import resolve
+from upslope.models.files.weights import load, save_folder
 from upslope.options import ExportOptions
-
-__all__ = ["run"]
 
 _ENCODER_HEADS = {"ForSequenceClassification": "classify", "ForTokenClassification": "tag", "ForMaskedLM": "masked"}
 
@@ -89,8 +90,8 @@ def _encoder_kind(config: dict[str, Any]) -> Any:
 
     if config.get("model_type") not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return None
-    names = config.get("architectures") or [""]
-    return next((kind for ending, kind in _ENCODER_HEADS.items() if str(names[0]).endswith(ending)), "masked")
+    name = architecture(config)
+    return next((kind for ending, kind in _ENCODER_HEADS.items() if name.endswith(ending)), "masked")
 
 
 def _refuse_unusable(folder: Path) -> None:
@@ -114,40 +115,25 @@ def _refuse_existing(output: Path, overwrite: bool) -> None:
 
 
 def _write_folder(source: Source, output: Path, options: ExportOptions, origin: Origin) -> list[Gap]:
-    dtype = getattr(torch, options.dtype)
+    dtype, policy = getattr(torch, options.dtype), source.policy
     sizes: dict[str, Any] = {"dtype": dtype, "max_shard_bytes": options.max_shard_gb * 1e9, "overwrite": True}
-    with new_folder(output, overwrite=options.overwrite) as temp:
-        if is_adapter(source.found):
-            assert source.policy is not None
-            tensors = {name: p.detach() for name, p in source.policy.model.named_parameters()}
+    known = {k: v for k, v in provenance(source.folder).items() if k not in ("kind", "origin")}  # no paths of ours
+    record = {"kind": "export", "origin": origin.base_model, **known}
+    with new_folder(output, overwrite=options.overwrite, record=record) as temp:
+        if policy is not None and is_adapter(source.found):
+            tensors = {name: p.detach() for name, p in policy.model.named_parameters()}
             _check_range(tensors, dtype)
-            save_model(
-                source.policy.model,
-                temp,
-                tensors=tensors,
-                source_folder=source.folder,
-                tokenizer=source.policy.tokenizer if (source.found / "tokenizer.json").is_file() else None,
-                **sizes,
-            )
+            tokenizer = policy.tokenizer if (source.found / "tokenizer.json").is_file() else None
+            save_model(policy.model, temp, tensors=tensors, source_folder=source.folder, tokenizer=tokenizer, **sizes)
         else:
             tensors = load(source.folder)
             _check_range(tensors, dtype)
             save_folder(temp, source.config, tensors, source_folder=source.folder, **sizes)
-        if source.policy is not None and not is_classifier(source.config):
-            write_ends(temp, source.policy.eos_token_ids)
-        gaps = verify_folder(temp, source.folder, source.policy, options.dtype) if options.verify else []
-        name = options.name or output.name
-        readme, files = card(origin, temp, name=name, dtype=options.dtype, gaps=gaps)
-        (temp / "README.md").write_text(readme, encoding="utf-8")
-        for file, text in files.items():
-            (temp / file).write_text(text, encoding="utf-8")
-        write_json(temp / "upslope_source.json", {"kind": "export", "origin": origin.base_model, **_plain(source)})
+        if policy is not None and not is_classifier(source.config):
+            write_ends(temp, policy.eos_token_ids)
+        gaps = verify_folder(temp, source.folder, policy, options.dtype) if options.verify else []
+        write_card(origin, temp, name=options.name or output.name, dtype=options.dtype, gaps=gaps)
     return gaps
-
-
-def _plain(source: Source) -> dict[str, Any]:
-    """Where the base came from, without the paths of this machine."""
-    return {k: v for k, v in provenance(source.folder).items() if k not in ("kind", "origin")}
 
 
 def _check_range(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
@@ -161,11 +147,11 @@ def _check_range(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
 
 def _write_file(source: Source, output: Path, options: ExportOptions, origin: Origin) -> list[Gap]:
     policy, config = source.policy, source.config
-    architecture = str((config.get("architectures") or [config.get("model_type")])[0])
+    kind = architecture(config) or config.get("model_type")
     causal = policy is not None and isinstance(policy.model, Decoder) and not is_classifier(config)
     if policy is None or not causal or decoder_config(source.folder) is None:
         raise ModelError(
-            f"{source.found}: {architecture} cannot be written as GGUF; language models of the llama, mistral, qwen2 "
+            f"{source.found}: {kind} cannot be written as GGUF; language models of the llama, mistral, qwen2 "
             "and qwen3 families can, without sliding windows and other variants (use --format hf)"
         )
     tensors = {name: p.detach() for name, p in policy.model.named_parameters()}

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from upslope.commands.export_origin import Origin, Stage, origin_of
+from upslope.commands.export_origin import Origin, Stage
 from upslope.commands.export_verify import Gap
-from upslope.models.files.weights import read_config, read_shapes
+from upslope.models.files.config_json import architecture
+from upslope.models.files.folders import read_config
+from upslope.models.files.weights import read_shapes
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
 from upslope.version import __version__
-
-__all__ = ["Origin", "card", "origin_of"]
 
 _DATA_KEYS = ("data", "eval_data", "test_data", "mix_data", "task", "reward", "rewards", "teacher")
 _FILES = re.compile(r".*\.(jsonl|json|csv|txt|parquet|py)(\.gz)?", re.I)
@@ -41,12 +41,12 @@ _TASKS = {
 }
 
 
-def card(
-    origin: Origin, folder: Path, *, name: str, dtype: str, gaps: Sequence[Gap] = ()
-) -> tuple[str, dict[str, str]]:
-    """README.md of the exported `folder`, and the files that its commands name (file name -> text)."""
+def write_card(origin: Origin, folder: Path, *, name: str, dtype: str, gaps: Sequence[Gap] = ()) -> None:
+    """Write README.md into the exported `folder`, and the files that its commands name."""
     config = read_config(folder)
     files = {f"upslope_{i}_{s.verb or 'run'}.toml": s.config_toml for i, s in enumerate(origin.stages, 1)}
+    commands = _commands(origin, files, dtype)
+    stages = [_stage(*stage) for stage in zip(origin.stages, files, commands, strict=True)]
     parts = [
         f"---\n{_head(origin, config, name)}\n---",
         f"# {name}",
@@ -55,16 +55,18 @@ def card(
         "## Use",
         _usage(config),
         "## Training",
-        *(
-            _stage(s, file, new)
-            for s, file, new in zip(origin.stages, files, _commands(origin, files, dtype), strict=True)
-        ),
+        *(stages or ["Not known: the exported folder does not lie in a run of upslope."]),
+        "## Figures",
+        _figures(origin),
+        "## Checks of this export",
+        "\n".join(f"- {gap.in_words()}" for gap in gaps) or "None was asked for (`upslope export --verify`).",
+        "## What is not known",
+        _unknown(origin),
+        f"Written by upslope {__version__} from the files of the run and of the model.",
     ]
-    if not origin.stages:
-        parts.append("Not known: the exported folder does not lie in a run of upslope.")
-    parts += ["## Figures", _figures(origin), "## Checks of this export", _checks(gaps), "## What is not known"]
-    parts += [_unknown(origin), f"Written by upslope {__version__} from the files of the run and of the model."]
-    return "\n\n".join(part for part in parts if part) + "\n", files
+    files["README.md"] = "\n\n".join(part for part in parts if part) + "\n"
+    for file, text in files.items():
+        (folder / file).write_text(text, encoding="utf-8")
 
 
 def _head(origin: Origin, config: Mapping[str, Any], name: str) -> str:
@@ -96,15 +98,14 @@ def _head(origin: Origin, config: Mapping[str, Any], name: str) -> str:
 
 
 def _task(config: Mapping[str, Any]) -> str | None:
-    architecture = str((config.get("architectures") or [""])[0])
-    return next((task for ending, task in _TASKS.items() if architecture.endswith(ending)), None)
+    return next((task for ending, task in _TASKS.items() if architecture(config).endswith(ending)), None)
 
 
 def _facts(origin: Origin, config: Mapping[str, Any], folder: Path, dtype: str) -> list[tuple[str, str]]:
     parameters = sum(math.prod(shape) for shape in read_shapes(folder).values())
     context = config.get("max_position_embeddings")
     return [
-        ("network", f"{(config.get('architectures') or [config.get('model_type')])[0]}, {parameters:,} stored values"),
+        ("network", f"{architecture(config) or config.get('model_type')}, {parameters:,} stored values"),
         ("number type", dtype),
         ("context", f"{context:,} tokens" if isinstance(context, int) else "not known"),
         ("start", origin.base_words),
@@ -116,11 +117,11 @@ def _facts(origin: Origin, config: Mapping[str, Any], folder: Path, dtype: str) 
 def _usage(config: Mapping[str, Any]) -> str:
     if config.get("model_type") == LSTM_TYPE:
         return _code("bash", "upslope generate FOLDER --prompt '...'") + "\n\nNo other program has this network."
-    architecture = str(config["architectures"][0])
+    name = architecture(config)
     return _code(
         "python",
-        f"from transformers import AutoTokenizer, {architecture}\n\n"
-        f'model = {architecture}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        f"from transformers import AutoTokenizer, {name}\n\n"
+        f'model = {name}.from_pretrained("FOLDER")\ntokenizer = AutoTokenizer.from_pretrained("FOLDER")',
     )
 
 
@@ -216,12 +217,6 @@ def _figures(origin: Origin) -> str:
         rows.append((metric, f"{figure['value']:.6g}", interval, f"{figure.get('n', 'not known')}"))
     told = f"Measured at the exported step on the held-out part of {_dataset_name(origin)}."
     return f"{told}\n\n{_table(('figure', 'value', '95% interval', 'n'), rows)}"
-
-
-def _checks(gaps: Sequence[Gap]) -> str:
-    if not gaps:
-        return "None was asked for (`upslope export --verify`)."
-    return "\n".join(f"- {gap.in_words()}" for gap in gaps)
 
 
 def _unknown(origin: Origin) -> str:

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from upslope.cache import cache_root
-from upslope.errors import ModelError, RunError, UpslopeError
-from upslope.json_file import read_object
+from upslope.errors import ModelError, UpslopeError
 from upslope.models.files.adapters import adapter_config, base_source
-from upslope.models.files.run_folders import model_of_run, run_of
-from upslope.models.files.sources import ALIASES, is_adapter, provenance
+from upslope.models.files.folders import is_adapter, provenance
+from upslope.models.files.places import model_of_run, run_of
+from upslope.models.files.sources import ALIASES
 from upslope.runs.folder import Run
-
-__all__ = ["Figures", "Origin", "Stage", "origin_of"]
 
 Figures = Mapping[str, Any]  # metric -> number, or {"value", "low", "high", "n", ...}
 
@@ -72,7 +70,7 @@ def origin_of(found: Path, folder: Path, *, base: str | None = None, license: st
     source = str(found)
     while start is not None and (run := run_of(start)) is not None and len(stages) < 100:
         stages.insert(0, _stage(run, start))
-        source, start = _started_from(run, stages[0].config)
+        source, start = _started_from(stages[0])
     if is_adapter(found) and not stages:
         source = base if base is not None else base_source(found)
         start = folder
@@ -103,19 +101,14 @@ def _stage(run: Path, model: Path) -> Stage:
         )
 
 
-def _started_from(run: Path, config: Mapping[str, Any]) -> tuple[str, Path | None]:
+def _started_from(stage: Stage) -> tuple[str, Path | None]:
     """The run's `model` as written, and its folder where it is a folder that still exists."""
-    model = str(config.get("model") or "none")
-    launched = ""
-    with suppress(RunError):
-        launched = str(read_object(run / "env.json", RunError).get("folder", ""))
-    path = Path(launched) / Path(model).expanduser()
-    if not path.is_dir():
-        return model, None
-    try:
-        return model, path if (path / "config.json").is_file() else model_of_run(path, lambda line: None)
-    except ModelError:
-        return model, None
+    model = str(stage.config.get("model") or "none")
+    path = Path(str(stage.environment.get("folder", ""))) / Path(model).expanduser()
+    with suppress(ModelError):
+        if path.is_dir():
+            return model, path if (path / "config.json").is_file() else model_of_run(path, lambda line: None)
+    return model, None
 
 
 def _base(source: str, folder: Path | None) -> tuple[str, str, str | None]:

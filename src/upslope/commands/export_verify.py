@@ -21,15 +21,13 @@ from upslope.data.chat import load_tokenizer
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.attention.context import PackedContext
-from upslope.models.files.config_table import quiet
+from upslope.models.files.config_json import architecture, quiet
+from upslope.models.files.folders import read_config
 from upslope.models.files.gguf import read_ends
 from upslope.models.files.gguf_writer import GGUFType, as_stored
 from upslope.models.files.loading import load_model
-from upslope.models.files.weights import read_config
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
 from upslope.models.seq2seq.files import is_seq2seq
-
-__all__ = ["Gap", "is_classifier", "verify_folder", "verify_gguf"]
 
 PROMPTS = (
     "The capital of France is Paris, and 12345 + 678 = 13023.",
@@ -90,7 +88,7 @@ class Gap:
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Whether config.json is that of a network with a head of its own (a reward model), which ends no turn."""
-    return str((config.get("architectures") or [""])[0]).endswith("Classification")
+    return architecture(config).endswith("Classification")
 
 
 def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str) -> list[Gap]:
@@ -264,7 +262,7 @@ def _transformers(folder: Path, dtype: torch.dtype) -> Any:
     """transformers' network of a folder, of the class that its config.json names; no weight may be missing."""
     import transformers
 
-    name = str(read_config(folder)["architectures"][0])
+    name = architecture(read_config(folder))
     kind = getattr(transformers, name, None)
     if kind is None:
         raise ModelError(f"{folder}: transformers has no {name}, so there is nothing to compare with")

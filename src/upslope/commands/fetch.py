@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from upslope.models.files.sources import provenance, resolve
+from upslope.models.files.folders import provenance
+from upslope.models.files.sources import resolve
 from upslope.options import FetchOptions
 
 __all__ = ["run"]

@@ -12,13 +12,10 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from upslope.errors import RunError, one_line
 from upslope.extras import require
-
-__all__ = ["LlamaCpp"]
 
 _CERTAIN = 1e4  # a logit bias that decides
 Prediction = tuple[list[int], list[tuple[int, float]]]
@@ -51,9 +48,7 @@ class LlamaCpp:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         # A server that is destroyed before its loop has begun waits for it for ever: what its loop answers proves it.
         with suppress(RunError):
             self._complete([self._plain], n_predict=0)

@@ -7,7 +7,7 @@ which item stands at a position of the data order follows from (seed, position) 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -237,15 +237,6 @@ class PromptStream:
         items = [self.at(self.position + step) for step in range(count)]
         self.position += count
         return items
-
-    def __iter__(self) -> Iterator[int]:
-        while True:
-            yield from self.take(1)
-
-    @property
-    def epoch(self) -> int:
-        """The epoch the next item belongs to, from 0."""
-        return self.position // self.n
 
     def state_dict(self) -> dict[str, int]:
         """What a checkpoint stores."""

@@ -12,7 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, is_pair_folder, pair_tokenizer
+from upslope.data.messages import at
+from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, pair_tokenizer
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate, Tools
 from upslope.errors import DataError, ModelError, is_rust_error, one_line
@@ -41,14 +42,16 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises ModelError when the folder or its files are missing or cannot be read.
     """
     path = Path(folder).expanduser()
-    if not is_pair_folder(path):
-        return _load_one(path)
-    source = _load_one(path / SOURCE_FOLDER, pair=True) if (path / SOURCE_FOLDER).is_dir() else None
-    return pair_tokenizer(path, _load_one(path, pair=True), source)
+    file = path / "config.json"
+    config = read_object(file, ModelError) if file.is_file() else {}
+    if config.get("is_encoder_decoder"):
+        source = _load_one(path / SOURCE_FOLDER, pair=True) if (path / SOURCE_FOLDER).is_dir() else None
+        return pair_tokenizer(path, config, _load_one(path, pair=True), source)
+    return _load_one(path, ours=str(config.get("model_type")).startswith("upslope_"))
 
 
-def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
-    """One tokenizer; those of a pair come from tokenizer.json, whatever class config.json's architecture has."""
+def _load_one(path: Path, *, pair: bool = False, ours: bool = False) -> PreTrainedTokenizerBase:
+    """One tokenizer; of a pair, or of an architecture that transformers does not have, whatever class it has for it."""
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder")
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
@@ -57,7 +60,7 @@ def _load_one(path: Path, *, pair: bool = False) -> PreTrainedTokenizerBase:
 
     if pair and not (path / "tokenizer.json").is_file():
         raise ModelError(f"{path}: no tokenizer.json here; save the tokenizer as a fast one")
-    kind = PreTrainedTokenizerFast if pair or _is_ours(path) else AutoTokenizer
+    kind = PreTrainedTokenizerFast if pair or ours else AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         tokenizer("a")  # what is wrong with its settings shows here
@@ -79,12 +82,6 @@ def token_count(tokenizer: Any) -> int:
     return 1 + max(tokenizer.get_vocab().values())
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether config.json names an architecture that transformers does not have, so that it has no tokenizer for it."""
-    config = path / "config.json"
-    return config.is_file() and str(read_object(config, ModelError).get("model_type")).startswith("upslope_")
-
-
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
     """The tokens a sampler is given for `prompt`.
 
@@ -93,15 +90,14 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: 
     Raises DataError for an empty prompt, a prompt with both or neither of messages and text, tools beside a text, or a
     template that is missing, refuses, or has no place for something given.
     """
+    where = f"prompt {prompt.key}"
     if bool(prompt.messages) == (prompt.text is not None):
-        raise DataError(f"prompt {prompt.key}: give exactly one of messages and text")
+        raise DataError(f"{where}: give exactly one of messages and text")
     if isinstance(tokenizer, PairTokenizer):
-        if prompt.text is None:
-            raise DataError(f"prompt {prompt.key}: {_NO_CHAT}")
-        try:
+        with at(where):
+            if prompt.text is None:
+                raise DataError(_NO_CHAT)
             return tokenizer.source_ids(prompt.text)
-        except DataError as error:
-            raise DataError(f"prompt {prompt.key}: {error}") from error
     if prompt.text is not None:
         _check_no_tools(tools)
         ids = encode_text(tokenizer, prompt.text)
@@ -109,7 +105,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: 
         rendered = ChatTemplate(tokenizer, tools).render(prompt.messages, add_generation_prompt=True)
         ids, _ = encode_pieces(tokenizer, rendered.text, rendered.cuts)
     if not ids:
-        raise DataError(f"prompt {prompt.key}: it has no tokens")
+        raise DataError(f"{where}: it has no tokens")
     return ids
 
 
@@ -147,7 +143,8 @@ def encode_conversation(
     if not any(mask[1:]):
         raise DataError("the trained turns of this conversation have no tokens: is the tokenizer the template's own?")
     mask[0] = False
-    return _checked(Example(ids, mask), max_length)
+    check_length(len(ids), max_length)
+    return Example(ids, mask)
 
 
 def encode_completion(
@@ -168,8 +165,7 @@ def encode_completion(
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise DataError(_NO_CHAT)
         _check_no_tools(tools)
-        head, tail = tokenizer.source_ids(prompt), tokenizer.target_ids(completion)
-        return _checked(Example(head + tail, [False] * len(head) + [True] * len(tail)), max_length)
+        return _checked(tokenizer.source_ids(prompt), tokenizer.target_ids(completion), max_length)
     if isinstance(prompt, str):
         if not isinstance(completion, str):
             raise DataError("'prompt' is text but 'completion' is a list of messages: make both the same")
@@ -178,7 +174,7 @@ def encode_completion(
         if not head:
             raise DataError("'prompt' has no tokens")
         tail = with_eos(tokenizer, encode_pieces(tokenizer, completion, (), continues=True)[0])
-        return _checked(Example(head + tail, [False] * len(head) + [True] * len(tail)), max_length)
+        return _checked(head, tail, max_length)
     given = [replace(m, train=False) if m.role == "assistant" and m.train is None else m for m in prompt]
     reply = [Message("assistant", completion)] if isinstance(completion, str) else list(completion)
     return encode_conversation(tokenizer, [*given, *reply], max_length=max_length, tools=tools)
@@ -199,7 +195,7 @@ def encode_document(
     if not ids:
         raise DataError("'text' has no tokens")
     ids = with_eos(tokenizer, ids)
-    return _checked(Example(ids, [False] + [True] * (len(ids) - 1)), max_length)
+    return _checked(ids[:1], ids[1:], max_length)
 
 
 def with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
@@ -215,7 +211,13 @@ def _check_no_tools(tools: Tools) -> None:
         raise DataError("'tools' have no place beside a text; give messages, which go through the chat template")
 
 
-def _checked(example: Example, max_length: int | None) -> Example:
-    if max_length is not None and len(example.tokens) > max_length:
-        raise TooLongError(len(example.tokens), max_length)
-    return example
+def _checked(given: list[int], trained: list[int], max_length: int | None) -> Example:
+    ids = given + trained
+    check_length(len(ids), max_length)
+    return Example(ids, [False] * len(given) + [True] * len(trained))
+
+
+def check_length(length: int, max_length: int | None) -> None:
+    """TooLongError beyond `max_length` tokens; None is no limit."""
+    if max_length is not None and length > max_length:
+        raise TooLongError(length, max_length)

@@ -22,23 +22,22 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from upslope.atomic import check_plain, fsync_folder, fsync_tree
-from upslope.data.readers import LARGEST_ROW, json_of
+from upslope.atomic import fsync_folder, fsync_tree
+from upslope.data.readers import LARGEST_ROW, json_of, not_utf8, object_of, reading
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.json_file import read_object
 from upslope.manifest import damaged_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["Corpus", "TokenStream", "corpus_files", "open_corpus", "texts_of"]
 
 KINDS = (".txt", ".jsonl")
 FILES = ("tokens.bin", "marks.bin")
@@ -81,7 +80,7 @@ def texts_of(files: Iterable[Path]) -> Iterator[str]:
 def _documents(path: Path) -> Iterator[Iterator[str]]:
     """Documents of a file as lines with their line breaks; each has to be read before the next."""
     if path.suffix.lower() == ".txt":
-        yield _text_lines(path)
+        yield (line.replace("\r\n", "\n") for line in _lines(path, _LONGEST))
         return
     for number, line in enumerate(_lines(path, _LARGEST_ROW + 1), 1):
         if len(line) > _LARGEST_ROW:
@@ -102,17 +101,11 @@ def _split(text: str, where: str) -> Iterator[str]:
         start = end
 
 
-def _text_lines(path: Path) -> Iterator[str]:
-    for line in _lines(path, _LONGEST):
-        yield line.replace("\r\n", "\n")
-
-
 def _lines(path: Path, limit: int) -> Iterator[str]:
     """Decoded lines (or parts of at most `limit` bytes). DataError when empty, unreadable or not UTF-8."""
     decoder, number, empty = codecs.getincrementaldecoder("utf-8")(), 1, True
     try:
-        check_plain(path)
-        with path.open("rb") as file:
+        with reading(path) as file:
             while raw := file.readline(limit):
                 text = decoder.decode(raw)
                 if "\x00" in text:
@@ -124,18 +117,13 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
                 number += raw.endswith(b"\n")
             decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(f"{path}:{number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+        raise not_utf8(path, number, error) from error
     if empty:
         raise DataError(f"{path}: the file is empty; leave it out")
 
 
 def _text_column(line: str, where: str) -> str:
-    row = json_of(line.strip(), where)
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: each line must be one JSON object")
+    row = object_of(json_of(line.strip(), where), where, "each line must be one JSON object")
     text = row.get("text")
     if not isinstance(text, str) or not text.strip():
         what = f"has {', '.join(map(repr, row)) or 'nothing'}" if "text" not in row else f"is {text!r}"[:60]
@@ -279,76 +267,73 @@ def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int) -> dict[str, Any]:
-    temp = Path(tempfile.mkdtemp(prefix=f".{folder.name}.tmp-", dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.tmp-", dir=folder.parent) as work:
+        temp = Path(work, "corpus")
+        temp.mkdir()
         with (temp / FILES[0]).open("wb") as tokens, (temp / FILES[1]).open("wb") as marks:
-            writer = _Writer(tokenizer, border, tokens, marks)
-            for file in files:
-                for document in _documents(file):
-                    writer.add(document)
-            meta = writer.finish()
+            meta = _encode(files, tokenizer, border, (_Hashed(tokens), _Hashed(marks)))
         (temp / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         fsync_tree(temp)
         os.replace(temp, folder)
         fsync_folder(folder.parent)
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
     return meta
 
 
-class _Writer:
-    """Encodes lines in chunks and writes tokens and marks as they come."""
+def _encode(
+    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int, out: tuple[_Hashed, _Hashed]
+) -> dict[str, Any]:
+    """Encode the lines in chunks; tokens and marks are written as they come. Returns meta.json's content."""
+    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    inner.no_truncation()
+    inner.no_padding()
+    tokens, marks = out
+    tokens.write(np.array([border], dtype=np.uint32))
+    count, size, documents = 1, 0, 0
+    for chunk in _chunks(files):
+        encoded = inner.encode_batch_fast([line for line, _ in chunk], add_special_tokens=False)
+        ids: list[int] = []
+        begun: list[tuple[int, int]] = []
+        for (line, last), encoding in zip(chunk, encoded, strict=True):
+            begun.append((count + len(ids), size))
+            ids += encoding.ids + [border] * last
+            size += len(line.encode())
+            documents += last
+        count += len(ids)
+        tokens.write(np.array(ids, dtype=np.uint32))
+        marks.write(np.array(begun, dtype=np.uint64))
+    marks.write(np.array([[count, size]], dtype=np.uint64))
+    facts = dict(zip(FILES, (part.facts() for part in out), strict=True))
+    return {"documents": documents, "sha256": facts[FILES[0]]["sha256"], "files": facts}
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, border: int, tokens: Any, marks: Any) -> None:
-        self.inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-        self.inner.no_truncation()
-        self.inner.no_padding()
-        self.border, self.files = border, (tokens, marks)
-        self.lines: list[str] = []
-        self.ends: list[bool] = []  # whether a border follows the line
-        self.characters = self.documents = self.bytes = 0
-        self.count = 1
-        self.digests = hashlib.sha256(), hashlib.sha256()
-        self._write(0, np.array([border], dtype=np.uint32))
 
-    def add(self, document: Iterator[str]) -> None:
-        for line in document:
-            self.lines.append(line)
-            self.ends.append(False)
-            self.characters += len(line)
-            if self.characters >= _CHUNK:
-                self._encode(keep_last=True)
-        self.ends[-1] = True
-        self.documents += 1
+def _chunks(files: Sequence[Path]) -> Iterator[list[tuple[str, bool]]]:
+    """Lines of all documents, each with whether it is its document's last, some _CHUNK characters at a time."""
+    chunk: list[tuple[str, bool]] = []
+    characters = 0
+    for document in (document for file in files for document in _documents(file)):
+        for line, after in pairwise(chain(document, [None])):
+            assert line is not None
+            chunk.append((line, after is None))
+            characters += len(line)
+            if characters >= _CHUNK:
+                yield chunk
+                chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
-    def finish(self) -> dict[str, Any]:
-        self._encode()
-        self._write(1, np.array([[self.count, self.bytes]], dtype=np.uint64))
-        facts = [{"bytes": f.tell(), "sha256": d.hexdigest()} for f, d in zip(self.files, self.digests, strict=True)]
-        files = dict(zip(FILES, facts, strict=True))
-        return {"documents": self.documents, "sha256": facts[0]["sha256"], "files": files}
 
-    def _encode(self, *, keep_last: bool = False) -> None:
-        """Write all lines but, where a document may still end in it, the last one."""
-        cut = len(self.lines) - keep_last
-        lines, ends = self.lines[:cut], self.ends[:cut]
-        self.lines, self.ends = self.lines[cut:], self.ends[cut:]
-        self.characters = sum(map(len, self.lines))
-        if not lines:
-            return
-        encoded = self.inner.encode_batch_fast(lines, add_special_tokens=False)
-        out: list[int] = []
-        marks: list[tuple[int, int]] = []
-        for line, encoding, end in zip(lines, encoded, ends, strict=True):
-            marks.append((self.count + len(out), self.bytes))
-            out += encoding.ids
-            out += [self.border] * end
-            self.bytes += len(line.encode())
-        self.count += len(out)
-        self._write(0, np.array(out, dtype=np.uint32))
-        self._write(1, np.array(marks, dtype=np.uint64))
+class _Hashed:
+    """An open file and the digest of what was written into it."""
 
-    def _write(self, which: int, values: np.ndarray) -> None:
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, values: np.ndarray) -> None:
+        """The values' bytes."""
         content = values.tobytes()
-        self.files[which].write(content)
-        self.digests[which].update(content)
+        self.file.write(content)
+        self.digest.update(content)
+
+    def facts(self) -> dict[str, Any]:
+        """Its bytes and SHA-256."""
+        return {"bytes": self.file.tell(), "sha256": self.digest.hexdigest()}

@@ -8,30 +8,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from upslope.config import suggestion
+from upslope.data.messages import at, finite
 from upslope.data.readers import header_of, json_of, rows_of, text_of
 from upslope.errors import DataError
-
-__all__ = [
-    "LabelledText",
-    "Scheme",
-    "TaggedSentence",
-    "check_known",
-    "count_copies",
-    "labels_of",
-    "read_conll",
-    "read_labelled",
-    "read_rewards",
-    "shuffled_by_content",
-    "split_by_content",
-    "split_sentences",
-    "stratified_choice",
-]
 
 Scheme = Literal["iob2", "iob1", "none"]
 
@@ -50,6 +36,11 @@ class LabelledText:
         """What makes two rows the same input."""
         return self.text if self.pair is None else f"{self.text}\0{self.pair}"
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Its label."""
+        return (self.label,)
+
 
 @dataclass(frozen=True, slots=True)
 class TaggedSentence:
@@ -63,6 +54,14 @@ class TaggedSentence:
     def content(self) -> str:
         """What makes two sentences the same input."""
         return "\0".join(self.words)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The tags."""
+        return self.tags
+
+
+Labelled = TypeVar("Labelled", LabelledText, TaggedSentence)
 
 
 def read_labelled(
@@ -81,10 +80,15 @@ def read_labelled(
     another type, no rows.
     """
     rows: list[LabelledText] = []
+    named = {text_column: "text_column", pair_column: "pair_column", label_column: "label_column"}
     for where, row in rows_of(source, columns=columns):
-        text = _text(row, text_column, "text_column", where)
-        pair = None if pair_column is None else _text(row, pair_column, "pair_column", where)
-        label = _number(row, label_column, where) if numbers else _label(row, label_column, where)
+        for column, option in named.items():
+            if column is not None and column not in row:
+                raise _no_column(row, column, option, where)
+        with at(where):
+            text = filled_text(row[text_column], text_column)
+            pair = None if pair_column is None else filled_text(row[pair_column], pair_column)
+            label = (_number if numbers else _label)(row[label_column], label_column)
         rows.append(LabelledText(text, label, pair, where))
     if not rows:
         raise DataError(f"{source}: holds no rows")
@@ -105,72 +109,65 @@ def read_conll(
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     sentences: list[TaggedSentence] = []
-    words: list[str] = []
-    tags: list[str] = []
-    start = 1
-    for number, cells in _conll_rows(path):
-        if cells is None:
-            if words:
-                sentences.append(TaggedSentence(tuple(words), tuple(tags), f"{path}:{start}"))
-            words, tags = [], []
-            continue
-        where = f"{path}:{number}"
-        if not words:
-            start = number
-        word, tag = _cell(cells, token_column, "token_column", where), _cell(cells, tag_column, "tag_column", where)
-        words.append(word)
-        tags.append(_checked_tag(tag, tags[-1] if tags else "O", scheme, where))
+    for within, lines in groupby(_conll_rows(path), lambda row: bool(row[1])):
+        if within:
+            words: list[str] = []
+            tags: list[str] = []
+            places = []
+            for where, cells in lines:
+                with at(where):
+                    words.append(_cell(cells, token_column, "token_column"))
+                    tags.append(_checked_tag(_cell(cells, tag_column, "tag_column"), tags[-1] if tags else "O", scheme))
+                places.append(where)
+            sentences.append(TaggedSentence(tuple(words), tuple(tags), places[0]))
     if not sentences:
         raise DataError(f"{path}: holds no sentences")
     return sentences
 
 
-def _conll_rows(path: Path) -> Iterator[tuple[int, list[str] | None]]:
-    """(line, its cells), None for cells at the end of a sentence; the file ends with one."""
+def _conll_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every line's place and its cells; none of a line between sentences."""
     width, first = 0, 0
-    number = 0
     for number, line in enumerate(text_of(path).split("\n"), 1):
-        line = line.rstrip("\r")
-        if not line.strip() or line.startswith("-DOCSTART-"):
-            yield number, None
-            continue
+        where, line = f"{path}:{number}", line.rstrip("\r")
         cells = [cell.strip() for cell in line.split("\t")] if "\t" in line else [c for c in line.split(" ") if c]
-        if not width:
+        if not line.strip() or line.startswith("-DOCSTART-"):
+            cells = []
+        elif not width:
             width, first = len(cells), number
-        if len(cells) != width:
+        elif len(cells) != width:
             raise DataError(
-                f"{path}:{number}: {len(cells)} columns, line {first} has {width}; every word needs the same columns"
+                f"{where}: {len(cells)} columns, line {first} has {width}; every word needs the same columns"
             )
-        yield number, cells
-    yield number + 1, None
+        yield where, cells
 
 
-def _cell(cells: Sequence[str], column: int, name: str, where: str) -> str:
+def _cell(cells: Sequence[str], column: int, name: str) -> str:
     if not -len(cells) <= column < len(cells):
-        raise DataError(f"{where}: no column {column} ({name}), the line has {len(cells)}")
+        raise DataError(f"no column {column} ({name}), the line has {len(cells)}")
     if not cells[column]:
-        raise DataError(f"{where}: column {column} ({name}) is empty")
+        raise DataError(f"column {column} ({name}) is empty")
     return cells[column]
 
 
-def _checked_tag(tag: str, before: str, scheme: Scheme, where: str) -> str:
+def _checked_tag(tag: str, before: str, scheme: Scheme) -> str:
     """The tag in iob2; `before` is the previous word's, in iob2."""
     if scheme == "none" or tag == "O":
         return tag
     prefix, dash, kind = tag.partition("-")
     if prefix not in ("B", "I") or not dash or not kind:
-        raise DataError(f"{where}: tag {tag!r} is not O, B-TYPE or I-TYPE; tags of another kind need tag_scheme = none")
+        raise DataError(f"tag {tag!r} is not O, B-TYPE or I-TYPE; tags of another kind need tag_scheme = none")
     inside = before != "O" and before.partition("-")[2] == kind
     if prefix == "I" and not inside:
         if scheme == "iob1":
             return f"B-{kind}"
         raise DataError(
-            f"{where}: tag {tag!r} follows {before!r}, but in IOB2 an entity begins with B-{kind}; "
+            f"tag {tag!r} follows {before!r}, but in IOB2 an entity begins with B-{kind}; "
             "if the file is IOB1 set tag_scheme = iob1"
         )
     if scheme == "iob1" and prefix == "B" and not inside:
         raise DataError(
-            f"{where}: tag {tag!r} follows {before!r}, but in IOB1 B- stands only between two entities of one type; "
+            f"tag {tag!r} follows {before!r}, but in IOB1 B- stands only between two entities of one type; "
             "if the file is IOB2 set tag_scheme = iob2"
         )
     return tag
@@ -178,7 +175,7 @@ def _checked_tag(tag: str, before: str, scheme: Scheme, where: str) -> str:
 
 def labels_of(rows: Sequence[LabelledText] | Sequence[TaggedSentence], source: str) -> tuple[str, ...]:
     """The sorted labels (or tags) of the training rows. DataError: fewer than two."""
-    found = sorted({label for row in rows for label in _labels_in(row)})
+    found = sorted({label for row in rows for label in row.labels})
     if len(found) < 2:
         raise DataError(f"{source}: all {len(rows)} rows carry the label {found[0]!r}; there is nothing to tell apart")
     return tuple(found)
@@ -188,7 +185,7 @@ def check_known(rows: Sequence[LabelledText] | Sequence[TaggedSentence], labels:
     """DataError for the first row with a label that training does not have."""
     known = set(labels)
     for row in rows:
-        for label in _labels_in(row):
+        for label in row.labels:
             if label not in known:
                 raise DataError(
                     f"{row.where}: label {label!r} does not occur in the training data{suggestion(label, labels)}; "
@@ -208,21 +205,11 @@ def split_by_content(
     for row in rows:
         labels.setdefault(row.content, set()).add(row.label)
     groups: dict[str, list[str]] = {}
-    for content in sorted(labels, key=lambda c: _hash(c, seed)):
+    ordered = sorted(labels, key=lambda c: _hash(c, seed))
+    for content in ordered:
         groups.setdefault(min(labels[content]), []).append(content)
-    held: set[str] = set()
-    for contents in groups.values():
-        held.update(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
-    kept = {label for content, found in labels.items() if content not in held for label in found}
-    for content in sorted(held, key=lambda c: _hash(c, seed)):
-        if not labels[content] <= kept:  # one text with several labels, the last of one of them
-            held.discard(content)
-            kept |= labels[content]
-    if not held:
-        raise DataError(
-            f"{len(rows)} rows have {len(labels)} different texts: too few to hold some out; give eval_data or more"
-        )
-    return [r for r in rows if r.content not in held], [r for r in rows if r.content in held]
+    few = f"{len(rows)} rows have {len(labels)} different texts: too few to hold some out; give eval_data or more"
+    return _split(rows, groups.values(), [(content, labels[content]) for content in ordered], share, few)
 
 
 def split_sentences(
@@ -233,14 +220,28 @@ def split_sentences(
     A tag that would be left without a training sentence takes its first held-out one back. DataError: too few.
     """
     contents = sorted({row.content for row in rows}, key=lambda c: _hash(c, seed))
-    held = set(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
-    kept = {tag for row in rows if row.content not in held for tag in row.tags}
-    for row in rows:
-        if row.content in held and not set(row.tags) <= kept:
-            held.discard(row.content)
-            kept.update(row.tags)
+    few = f"{len(rows)} sentences are too few to hold some out; give eval_data or more rows"
+    return _split(rows, [contents], [(row.content, set(row.tags)) for row in rows], share, few)
+
+
+def _split(
+    rows: Sequence[Labelled],
+    groups: Iterable[list[str]],
+    ordered: Sequence[tuple[str, set[str]]],
+    share: float,
+    few: str,
+) -> tuple[list[Labelled], list[Labelled]]:
+    """Hold out the first `share` of each group of contents; the first in order whose labels training lacks go back."""
+    held: set[str] = set()
+    for contents in groups:
+        held.update(contents[: min(len(contents) - 1, max(1, round(share * len(contents))))])
+    kept = {label for content, labels in ordered if content not in held for label in labels}
+    for content, labels in ordered:
+        if content in held and not labels <= kept:
+            held.discard(content)
+            kept |= labels
     if not held:
-        raise DataError(f"{len(rows)} sentences are too few to hold some out; give eval_data or more rows")
+        raise DataError(few)
     return [r for r in rows if r.content not in held], [r for r in rows if r.content in held]
 
 
@@ -286,45 +287,34 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
     return rewards
 
 
-def _text(row: Mapping[str, Any], column: str, option: str, where: str) -> str:
-    value = _value(row, column, option, where)
+def filled_text(value: Any, column: str, *, blank: bool = False) -> str:
+    """A cell that holds a text; not an empty one, unless it may be blank."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column} is {value!r}, not a text")
-    if not value.strip():
-        raise DataError(f"{where}: {column} is empty; fill it in or remove the row")
+        raise DataError(f"{column} is {value!r:.60}, not a text")
+    if not value.strip() and not blank:
+        raise DataError(f"{column} is empty; fill it in or remove the row")
     return value
 
 
-def _label(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, "label_column", where)
+def _label(value: Any, column: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError(f"{where}: {column} is empty; every row needs a label")
+        raise DataError(f"{column} is empty; every row needs a label")
     if not isinstance(value, str | int):
-        raise DataError(f"{where}: {column} is {value!r}; a label is a text or an integer")
+        raise DataError(f"{column} is {value!r}; a label is a text or an integer")
     return str(value).strip()
 
 
-def _number(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = _value(row, column, "label_column", where)
-    try:
-        number = float("nan") if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = float("nan")
-    if not abs(number) < float("inf"):
-        raise DataError(f"{where}: {column} is {value!r:.60}; squared_error needs a finite number in every row")
+def _number(value: Any, column: str) -> str:
+    number = None if isinstance(value, bool) else finite(value)
+    if number is None:
+        raise DataError(f"{column} is {value!r:.60}; squared_error needs a finite number in every row")
     return repr(number)
 
 
-def _value(row: Mapping[str, Any], column: str, option: str, where: str) -> Any:
-    if column not in row:
-        near = difflib.get_close_matches(column, list(row), n=1)
-        hint = f"did you mean {near[0]!r}? set {option}" if near else f"set {option}"
-        raise DataError(f"{header_of(where)}: no column {column!r} (it has {', '.join(row)}); {hint} to its name")
-    return row[column]
-
-
-def _labels_in(row: LabelledText | TaggedSentence) -> tuple[str, ...]:
-    return row.tags if isinstance(row, TaggedSentence) else (row.label,)
+def _no_column(row: Mapping[str, Any], column: str, option: str, where: str) -> DataError:
+    near = difflib.get_close_matches(column, list(row), n=1)
+    hint = f"did you mean {near[0]!r}? set {option}" if near else f"set {option}"
+    return DataError(f"{header_of(where)}: no column {column!r} (it has {', '.join(row)}); {hint} to its name")
 
 
 def _hash(content: str, seed: int) -> bytes:

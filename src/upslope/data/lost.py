@@ -14,14 +14,12 @@ from __future__ import annotations
 import html
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from upslope.errors import DataError
 from upslope.types import Message
-
-__all__ = ["LostError", "check_nothing_cut", "check_nothing_lost", "check_reply_whole", "name_of"]
 
 Tools = Sequence[Mapping[str, Any]]
 Render = Callable[[Sequence[Message], Tools], str]
@@ -56,7 +54,7 @@ def check_nothing_lost(messages: Sequence[Message], tools: Tools, text: str, ren
     to the template, which need not show them.
     """
     plain = not tools and all(message.role in PLAIN and not message.tool_calls for message in messages)
-    if plain and _in_order([message.content for message in messages], text):
+    if plain and _in_order((message.content.strip() for message in messages), text):
         return
     marked = [_marked(k, message) for k, message in enumerate(messages)]
     shown = (_rendered(render, marked, _marked_tools(tools)) or "").lower()
@@ -84,30 +82,29 @@ def check_nothing_cut(messages: Sequence[Message], text: str, starts: Mapping[in
             )
 
 
-def check_reply_whole(prompt: str, reply: str, messages: Sequence[Message], k: int) -> None:
-    """DataError where a part of turn k is not in its `reply`, the text that is trained on; `prompt` ends before it.
+def check_reply_whole(prompt: str, reply: str, turn: Message) -> None:
+    """DataError where a part of a turn is not in its `reply`, the text that is trained on; `prompt` ends before it.
 
     A content may begin with what the prompt ends with, as where a generation prompt opens <think>.
     """
-    name = name_of(messages, k)
     trained = "the part that the chat template says is trained on"
-    for call in messages[k].tool_calls:
+    for call in turn.tool_calls:
         called = str(call["function"]["name"])
         if called.lower() not in reply.lower():
             raise DataError(
-                f"{name}: its call of {called!r} does not stand in {trained}, so the model would learn to reply "
+                f"its call of {called!r} does not stand in {trained}, so the model would learn to reply "
                 "without it; correct the template, or set train to false"
             )
         for argument, value in call["function"]["arguments"].items():
             if piece := next((piece for leaf in _leaves(value) if (piece := _missing(leaf, reply))), None):
                 raise DataError(
-                    f"{name}: argument {argument!r} of its call of {called!r} does not stand whole in {trained} "
+                    f"argument {argument!r} of its call of {called!r} does not stand whole in {trained} "
                     f"({piece!r} is missing): use a template that keeps it, or set train to false"
                 )
-    content = messages[k].content
+    content = turn.content
     if (piece := _missing(content, reply)) and _missing(_unopened(content, prompt), reply):
         raise DataError(
-            f"{name}: a part of its content does not stand in {trained} ({piece!r} is missing), so the model would "
+            f"a part of its content does not stand in {trained} ({piece!r} is missing), so the model would "
             "learn to reply without it: use a template that keeps it, or data without it, or set train to false"
         )
 
@@ -136,9 +133,9 @@ def _missing(content: str, text: str) -> str | None:
         return None
     letters = _letters(text)
     if (
-        _within(_letters(content), letters)
-        or _within(_letters(json.dumps(content)[1:-1]), letters)
-        or ("&" in text and _within(_letters(content), _letters(html.unescape(text))))
+        _in_order(_letters(content), letters)
+        or _in_order(_letters(json.dumps(content)[1:-1]), letters)
+        or ("&" in text and _in_order(_letters(content), _letters(html.unescape(text))))
     ):
         return None
     place = 0
@@ -153,12 +150,6 @@ def _missing(content: str, text: str) -> str | None:
 
 def _letters(text: str) -> str:
     return "".join(text.split()).casefold()
-
-
-def _within(letters: str, text: str) -> bool:
-    """Whether they all stand in the text, in their order."""
-    place = -1
-    return all((place := text.find(letter, place + 1)) >= 0 for letter in letters)
 
 
 def _unopened(content: str, prompt: str) -> str:
@@ -179,13 +170,14 @@ def _leaves(value: Any) -> Iterator[str]:
         yield value if isinstance(value, str) else json.dumps(value)
 
 
-def _in_order(contents: Sequence[str], text: str) -> bool:
+def _in_order(parts: Iterable[str], text: str) -> bool:
+    """Whether all parts (of a text: its letters) stand in the text, one behind the other."""
     place = 0
-    for content in contents:
-        place = text.find(content.strip(), place)
-        if place < 0:
+    for part in parts:
+        found = text.find(part, place)
+        if found < 0:
             return False
-        place += len(content.strip())
+        place = found + len(part)
     return True
 
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from upslope.errors import DataError
 from upslope.types import Message
-
-__all__ = ["ROLES", "described", "message_of", "parsed", "remedy", "text_of", "tools_of", "train_of"]
 
 ROLES = (
     "system", "developer", "user", "assistant", "tool", "function", "ipython", "environment", "observation",
@@ -27,58 +26,92 @@ _MESSAGE_KEYS = ("role", "content", "name", "tool_calls", "tool_call_id", "train
 _CALL_KEYS = ("id", "type", "function")
 
 
-def message_of(entry: Any, key: str, where: str) -> Message:
+@contextmanager
+def at(where: str) -> Iterator[None]:
+    """A DataError of the block begins with `where`, unless it does already."""
+    try:
+        yield
+    except DataError as error:
+        said = str(error)
+        if not said.startswith(where):
+            error.args = (f"{where}: {said}",)
+        raise
+
+
+def message_of(entry: Any, key: str, where: str = "") -> Message:
     """The message of a mapping {role, content, name, tool_calls, tool_call_id, train | weight}; null is not given.
 
-    Raises DataError that begins with `where` and names `key`: an unknown key or role, a part that is no text, arguments
-    that are no JSON object, calls or their ids in a turn that cannot have them.
+    Raises DataError that begins with `where` (left out: what an `at` around it says) and names `key`: an unknown key or
+    role, a part that is no text, arguments that are no JSON object, calls or their ids in a turn that cannot have them.
     """
-    entry = _given(entry, key, where, "with role and content", _MESSAGE_KEYS)
-    if "role" not in entry:
-        raise DataError(f"{where}: {key!r} has no 'role'; add it (one of {', '.join(ROLES)})")
-    role = _role(entry["role"], key, where)
-    calls = _calls(entry.get("tool_calls"), key, where)
-    if calls and role != "assistant":
-        raise DataError(f"{where}: '{key}.tool_calls' belong to an assistant message, this one is from {role!r}")
-    if "tool_call_id" in entry and role in _SPOKEN:
-        raise DataError(f"{where}: '{key}.tool_call_id' belongs to a tool's message, this one is from {role!r}")
-    if "content" not in entry and not calls:
-        raise DataError(f"{where}: {key!r} has no 'content'; add it")
-    content = _parts(entry.get("content", ""), f"{key}.content", where)
-    name, answered = (text_of(entry[k], f"{key}.{k}", where) if k in entry else None for k in ("name", "tool_call_id"))
-    role = "system" if role == "developer" else role
-    return Message(role, content, name, calls, train_of(entry, key, where), answered)
+    with at(where):
+        entry = _given(entry, key, "with role and content", _MESSAGE_KEYS)
+        if "role" not in entry:
+            raise DataError(f"{key!r} has no 'role'; add it (one of {', '.join(ROLES)})")
+        role = _role(entry["role"], key)
+        calls = _calls(entry.get("tool_calls"), key)
+        if calls and role != "assistant":
+            raise DataError(f"'{key}.tool_calls' belong to an assistant message, this one is from {role!r}")
+        if "tool_call_id" in entry and role in _SPOKEN:
+            raise DataError(f"'{key}.tool_call_id' belongs to a tool's message, this one is from {role!r}")
+        if "content" not in entry and not calls:
+            raise DataError(f"{key!r} has no 'content'; add it")
+        content = _parts(entry.get("content", ""), f"{key}.content")
+        name, answered = (text_of(entry[k], f"{key}.{k}") if k in entry else None for k in ("name", "tool_call_id"))
+        role = "system" if role == "developer" else role
+        return Message(role, content, name, calls, train_of(entry, key), answered)
 
 
-def tools_of(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+def tools_of(value: Any, where: str = "") -> tuple[Mapping[str, Any], ...]:
     """The functions offered, each {type, function: {name, description, parameters, ...}}, in the order models know.
 
     `strict` is left out: it says how arguments are drawn, not what the model reads. Raises DataError as `message_of`.
     """
     if not value:
         return ()
-    if isinstance(value, str):
-        value = parsed(value, "tools", where)
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"{where}: 'tools' must be a list of objects, is {described(value)}")
-    return tuple(_tool(tool, f"tools[{i}]", where) for i, tool in enumerate(value))
+    with at(where):
+        if isinstance(value, str):
+            value = parsed(value, "tools")
+        if not isinstance(value, (list, tuple)):
+            raise DataError(f"'tools' must be a list of objects, is {described(value)}")
+        return tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(value))
 
 
-def text_of(value: Any, key: str, where: str, *, empty: bool = False) -> str:
+def text_of(value: Any, key: str, *, empty: bool = False) -> str:
     """A text that is UTF-8, and not empty unless it may be."""
     if not isinstance(value, str):
-        raise DataError(f"{where}: {key!r} must be a text, is {described(value)}{remedy(value)}")
+        raise DataError(f"{key!r} must be a text, is {described(value)}{remedy(value)}")
     if not value and not empty:
-        raise DataError(f"{where}: {key!r} is empty; fill it in or drop the record")
+        raise DataError(f"{key!r} is empty; fill it in or drop the record")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         place = f"character {error.start + 1}"
-        raise DataError(f"{where}: {key!r} holds half a surrogate pair at {place}; correct it") from error
+        raise DataError(f"{key!r} holds half a surrogate pair at {place}; correct it") from error
     return value
 
 
-def train_of(entry: Mapping[str, Any], key: str, where: str) -> bool | None:
+def list_of(value: Any, key: str, of: str) -> Sequence[Any]:
+    """A list that is not empty; of a CSV cell, the JSON in it."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = parsed(value, key)
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"{key!r} must be a list of {of}, is {described(value)}{remedy(value)}")
+    if not value:
+        raise DataError(f"{key!r} is an empty list; fill it in or drop the record")
+    return value
+
+
+def finite(value: Any) -> float | None:
+    """A number, or a text that is one; None for anything else, and for NaN and infinity."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def train_of(entry: Mapping[str, Any], key: str) -> bool | None:
     """`train`, or `weight` 0 or 1 as hosted fine-tuning formats write it."""
     found = None
     for name in ("train", "weight"):
@@ -86,9 +119,9 @@ def train_of(entry: Mapping[str, Any], key: str, where: str) -> bool | None:
         if value is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
-            raise DataError(f"{where}: '{key}.{name}' must be true or false, is {described(value)}")
+            raise DataError(f"'{key}.{name}' must be true or false, is {described(value)}")
         if found not in (None, bool(value)):
-            raise DataError(f"{where}: {key!r} says train and weight, and they differ; give one")
+            raise DataError(f"{key!r} says train and weight, and they differ; give one")
         found = bool(value)
     return found
 
@@ -109,61 +142,61 @@ def remedy(value: Any) -> str:
     return "; fill it in or drop the record" if missing else ""
 
 
-def _given(entry: Any, key: str, where: str, what: str, known: tuple[str, ...] | None) -> dict[str, Any]:
+def _given(entry: Any, key: str, what: str, known: tuple[str, ...] | None) -> dict[str, Any]:
     """What a mapping holds besides nulls; DataError for no mapping, or a key that is not known."""
     if not isinstance(entry, Mapping):
-        raise DataError(f"{where}: {key!r} must be an object {what}, is {described(entry)}")
+        raise DataError(f"{key!r} must be an object {what}, is {described(entry)}")
     entry = {name: value for name, value in entry.items() if value is not None}
     for name in entry:
         if known is not None and name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(known)}"
-            raise DataError(f"{where}: {key!r} has the unknown key {name!r}; {hint}")
+            raise DataError(f"{key!r} has the unknown key {name!r}; {hint}")
     return entry
 
 
-def _role(value: Any, key: str, where: str) -> str:
+def _role(value: Any, key: str) -> str:
     if value in ROLES:
         return str(value)
     near = difflib.get_close_matches(str(value), ROLES, n=1) or [_OTHER_NAMES.get(str(value), "")]
     hint = f"did you mean {near[0]!r}?" if near[0] else f"accepted: {', '.join(ROLES)}"
-    raise DataError(f"{where}: {key!r} has the unknown role {described(value)}; {hint}")
+    raise DataError(f"{key!r} has the unknown role {described(value)}; {hint}")
 
 
-def _parts(value: Any, key: str, where: str) -> str:
+def _parts(value: Any, key: str) -> str:
     """Message content: a text, or a list of text parts as serving APIs write them."""
     if not isinstance(value, (list, tuple)):
-        return text_of(value, key, where, empty=True)
+        return text_of(value, key, empty=True)
     texts = []
     for i, part in enumerate(value):
         if not isinstance(part, Mapping) or part.get("type") != "text":
-            raise DataError(f"{where}: {key!r} has a part that is no text; only text can be trained on")
-        part = _given(part, f"{key}[{i}]", where, "with type and text", ("type", "text"))
-        texts.append(text_of(part.get("text"), f"{key}[{i}].text", where, empty=True))
+            raise DataError(f"{key!r} has a part that is no text; only text can be trained on")
+        part = _given(part, f"{key}[{i}]", "with type and text", ("type", "text"))
+        texts.append(text_of(part.get("text"), f"{key}[{i}].text", empty=True))
     return "".join(texts)
 
 
-def _calls(value: Any, key: str, where: str) -> tuple[Mapping[str, Any], ...]:
+def _calls(value: Any, key: str) -> tuple[Mapping[str, Any], ...]:
     if value is None:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(call, Mapping) for call in value):
-        raise DataError(f"{where}: '{key}.tool_calls' must be a list of objects, is {described(value)}")
-    return tuple(_call(call, f"{key}.tool_calls[{i}]", where) for i, call in enumerate(value))
+        raise DataError(f"'{key}.tool_calls' must be a list of objects, is {described(value)}")
+    return tuple(_call(call, f"{key}.tool_calls[{i}]") for i, call in enumerate(value))
 
 
-def _call(entry: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    entry = _given(_nested(entry), key, where, "with id, type and function", _CALL_KEYS)
-    given = _given(entry.get("function"), f"{key}.function", where, "with name and arguments", ("name", "arguments"))
-    _check_type(entry, key, where)
+def _call(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    entry = _given(_nested(entry), key, "with id, type and function", _CALL_KEYS)
+    given = _given(entry.get("function"), f"{key}.function", "with name and arguments", ("name", "arguments"))
+    _check_type(entry, key)
     call: dict[str, Any] = {"type": "function"}
     if "id" in entry:
-        call = {"id": text_of(entry["id"], f"{key}.id", where), **call}
-    name = text_of(given.get("name"), f"{key}.function.name", where)
+        call = {"id": text_of(entry["id"], f"{key}.id"), **call}
+    name = text_of(given.get("name"), f"{key}.function.name")
     whose = f"{key}.function.arguments" + (f" of call {call['id'][:64]}" if "id" in call else "")
     arguments = given.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = parsed(arguments, whose, where)
-    return {**call, "function": {"name": name, "arguments": _object(arguments, whose, where)}}
+        arguments = parsed(arguments, whose)
+    return {**call, "function": {"name": name, "arguments": _object(arguments, whose)}}
 
 
 def _nested(entry: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -174,47 +207,47 @@ def _nested(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**{k: entry[k] for k in ("id", "type") if k in entry}, "function": inner}
 
 
-def _check_type(entry: Mapping[str, Any], key: str, where: str) -> None:
+def _check_type(entry: Mapping[str, Any], key: str) -> None:
     if entry.get("type", "function") != "function":
-        raise DataError(f"{where}: '{key}.type' must be 'function', is {described(entry['type'])}")
+        raise DataError(f"'{key}.type' must be 'function', is {described(entry['type'])}")
 
 
-def _tool(entry: Any, key: str, where: str) -> Mapping[str, Any]:
-    entry = _given(entry, key, where, "with type and function", None)
-    entry = _given(_nested(entry), key, where, "with type and function", ("type", "function"))
-    _check_type(entry, key, where)
-    function = _given(entry.get("function"), f"{key}.function", where, "with name and parameters", None)
-    text_of(function.get("name"), f"{key}.function.name", where)
+def _tool(entry: Any, key: str) -> Mapping[str, Any]:
+    entry = _given(entry, key, "with type and function", None)
+    entry = _given(_nested(entry), key, "with type and function", ("type", "function"))
+    _check_type(entry, key)
+    function = _given(entry.get("function"), f"{key}.function", "with name and parameters", None)
+    text_of(function.get("name"), f"{key}.function.name")
     order = ("name", "description", "parameters")
     kept = {k: function[k] for k in order if k in function}
     kept |= {k: v for k, v in function.items() if k not in (*order, "strict")}
-    return {"type": "function", "function": _object(kept, f"{key}.function", where)}
+    return {"type": "function", "function": _object(kept, f"{key}.function")}
 
 
-def parsed(text: str, key: str, where: str) -> Any:
+def parsed(text: str, key: str) -> Any:
     """What a text of JSON holds."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {key!r} is not valid JSON: {' '.join(str(error).split())}") from error
+        raise DataError(f"{key!r} is not valid JSON: {' '.join(str(error).split())}") from error
 
 
 def _refuse(constant: str) -> Any:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _object(value: Any, key: str, where: str) -> dict[str, Any]:
+def _object(value: Any, key: str) -> dict[str, Any]:
     """A mapping that JSON and UTF-8 can hold, as plain dicts and lists."""
     if not isinstance(value, Mapping):
-        raise DataError(f"{where}: {key!r} must be a JSON object, is {described(value)}")
+        raise DataError(f"{key!r} must be a JSON object, is {described(value)}")
     try:
         written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain_mapping)
         written.encode("utf-8")
         return json.loads(written)
     except UnicodeEncodeError as error:
-        raise DataError(f"{where}: {key!r} holds half a surrogate pair; correct it") from error
+        raise DataError(f"{key!r} holds half a surrogate pair; correct it") from error
     except (TypeError, ValueError, RecursionError) as error:
-        raise DataError(f"{where}: {key!r} is not JSON: {' '.join(str(error).split())}") from error
+        raise DataError(f"{key!r} is not JSON: {' '.join(str(error).split())}") from error
 
 
 def _plain_mapping(value: Any) -> dict[Any, Any]:

@@ -7,19 +7,16 @@ of completions asks of a tokenizer (EOS, padding, decode) is the target's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from upslope.data.pieces import encode_pieces
 from upslope.errors import DataError, ModelError
-from upslope.json_file import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["SOURCE_FOLDER", "PairTokenizer", "is_pair_folder", "pair_tokenizer"]
 
 SOURCE_FOLDER = "source_tokenizer"
 
@@ -45,6 +42,9 @@ class PairTokenizer:
             raise ModelError("a source tokenizer of its own goes with a source_offset, the number of target tokens")
         self.target = target
         self.source = target if source is None else source
+        self.eos_token_id: int = target.eos_token_id
+        self.pad_token_id: int | None = target.pad_token_id
+        self.bos_token_id: int | None = target.bos_token_id  # a target begins with decoder_start
         self.decoder_start_token_id = decoder_start_token_id
         self.source_offset = source_offset
         for side, tokenizer in (("target", target), ("source", self.source)):
@@ -55,21 +55,6 @@ class PairTokenizer:
                 f"decoder_start_token_id {decoder_start_token_id} is also the source's EOS token, so a source's end "
                 "could not be found: use the padding token, and give EOS a token of its own"
             )
-
-    @property
-    def eos_token_id(self) -> int:
-        """The target's end token."""
-        return self.target.eos_token_id
-
-    @property
-    def pad_token_id(self) -> int | None:
-        """The target's padding token."""
-        return self.target.pad_token_id
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """The target's beginning token, if it has one (a target begins with decoder_start)."""
-        return self.target.bos_token_id
 
     def __len__(self) -> int:
         """Target tokens."""
@@ -120,17 +105,10 @@ class PairTokenizer:
             self.source.save_pretrained(str(Path(save_directory) / SOURCE_FOLDER))
 
 
-def is_pair_folder(folder: Path) -> bool:
-    """True where config.json says that the model is an encoder-decoder."""
-    path = folder / "config.json"
-    return path.is_file() and bool(read_object(path, ModelError).get("is_encoder_decoder"))
-
-
 def pair_tokenizer(
-    folder: Path, target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase | None
+    folder: Path, config: Mapping[str, Any], target: PreTrainedTokenizerBase, source: PreTrainedTokenizerBase | None
 ) -> PairTokenizer:
     """The pair of an encoder-decoder's folder. Raises ModelError, naming the folder, where its parts do not fit."""
-    config = read_object(folder / "config.json", ModelError)
     start, separate = config.get("decoder_start_token_id"), config.get("share_encoder_decoder_embeddings") is False
     if not isinstance(start, int):
         raise ModelError(f"{folder}: config.json has no decoder_start_token_id; get the folder again")

@@ -98,7 +98,7 @@ def header_of(where: str) -> str:
 
 def text_of(path: Path) -> str:
     """The file's text without a byte-order mark. DataError when unreadable, empty, corrupt or not UTF-8."""
-    with _reading(path, _UNPACKED) as file:
+    with reading(path, _UNPACKED) as file:
         raw = file.read(_UNPACKED + 1) if _packed(path) else file.read()
         _check_growth(path, len(raw))
     if len(raw) > _UNPACKED:
@@ -109,7 +109,12 @@ def text_of(path: Path) -> str:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{raw[error.start]:02x}); save the file as UTF-8") from error
+        raise not_utf8(path, line, error) from error
+
+
+def not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    """What is said of bytes that are no text."""
+    return DataError(f"{path}:{line}: not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8")
 
 
 def _packed(path: Path) -> bool:
@@ -117,7 +122,7 @@ def _packed(path: Path) -> bool:
 
 
 @contextmanager
-def _reading(path: Path, most: int | None = None) -> Iterator[IO[bytes]]:
+def reading(path: Path, most: int | None = None) -> Iterator[IO[bytes]]:
     """The file's bytes, unpacked. DataError for what cannot be read, or is a file of more than `most` bytes."""
     try:
         check_plain(path, most, _SPLIT)
@@ -141,7 +146,7 @@ def _check_growth(path: Path, held: int) -> None:
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """(number, line) of those that are not blank, read one by one. DataError as `text_of`, and for a line too long."""
     number, held, empty = 0, 0, True
-    with _reading(path) as file:
+    with reading(path) as file:
         while raw := file.readline(LARGEST_ROW + 1):
             number += 1
             held += len(raw) + _ROW_COST
@@ -151,8 +156,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
             except UnicodeDecodeError as error:
-                byte = f"byte 0x{raw[error.start]:02x}"
-                raise DataError(f"{path}:{number}: not UTF-8 ({byte}); save the file as UTF-8") from error
+                raise not_utf8(path, number, error) from error
             if line.strip():
                 empty = False
                 yield number, line
@@ -194,7 +198,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         where = f"{path}:{number}"
         cut = after is None and number > 1
         row = json_of(line, where, " (the last line: was the file cut off?)" if cut else "")
-        yield where, _object(row, where, "each line must be one JSON object")
+        yield where, object_of(row, where, "each line must be one JSON object")
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -206,7 +210,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         where = f"{path}: row {number}"
         if len(text) > LARGEST_ROW:
             _check_row(row, where)
-        yield where, _object(row, where, "each entry of the list must be an object")
+        yield where, object_of(row, where, "each entry of the list must be an object")
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
@@ -263,7 +267,7 @@ def _hub_rows(source: str, split: str) -> Iterator[Row]:
     name, _, configuration = source.partition(":")
     why = f"{source}: no such file, and as a hub data set"
     for where, row in table_rows(name, configuration, split, source, why, "; offline, pass the path of a local file"):
-        yield where, _as_given(_object(row, where, "a row must have named columns"))
+        yield where, _as_given(object_of(row, where, "a row must have named columns"))
 
 
 def table_rows(path: str, configuration: str, split: str, name: str, why: str, remedy: str = "") -> Iterator[Row]:
@@ -284,7 +288,8 @@ def _as_given(value: Any) -> Any:
     return [_as_given(item) for item in value] if isinstance(value, list) else value
 
 
-def _object(row: Any, where: str, rule: str) -> Mapping[str, Any]:
+def object_of(row: Any, where: str, rule: str) -> Mapping[str, Any]:
+    """A row that is an object, as the rule says. DataError for anything else."""
     if not isinstance(row, Mapping):
         raise DataError(f"{where}: {rule}, is {_kind(row)}")
     return row

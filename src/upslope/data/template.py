@@ -22,7 +22,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from upslope.data.lost import check_nothing_cut, check_nothing_lost, check_reply_whole, name_of
-from upslope.data.messages import message_of, tools_of
+from upslope.data.messages import at, message_of, tools_of
 from upslope.data.pieces import closing_special
 from upslope.data.sandbox import FAULTS, budget, compiled, line_of
 from upslope.errors import DataError, one_line
@@ -130,10 +130,11 @@ class ChatTemplate:
         spans: list[Span] = []
         messages = _in_form(messages)
         for k, turn in enumerate(messages):
-            if turn.train and turn.role != "assistant":
-                raise DataError(f"{name_of(messages, k)}: only assistant turns can be trained on; drop its 'train'")
-            if turn.role == "assistant" and turn.train is not False:
-                spans.extend(self._turn_spans(rendered, messages, k))
+            with at(name_of(messages, k)):
+                if turn.train and turn.role != "assistant":
+                    raise DataError("only assistant turns can be trained on; drop its 'train'")
+                if turn.role == "assistant" and turn.train is not False:
+                    spans.extend(self._turn_spans(rendered, messages, k))
         if not spans:
             raise DataError(
                 "no assistant turn is trained on in this conversation: end it with an assistant message "
@@ -145,50 +146,46 @@ class ChatTemplate:
         start = rendered.starts[k]
         if start is None:
             raise DataError(
-                f"{name_of(messages, k)}: the chat template is not prefix-preserving: what the model would be prompted "
+                "the chat template is not prefix-preserving: what the model would be prompted "
                 "with here is not how the whole conversation begins, so it cannot be trained as one sequence; split it "
                 "into one conversation per reply, or use a template that leaves earlier turns as they were"
             )
-        self._check_generation_prompt(rendered.text, start, messages, k)
+        self._check_generation_prompt(rendered.text, start, messages[k])
         closed, closing = self.closed(messages[: k + 1])
         if closing is None:
             raise DataError(
-                f"{name_of(messages, k)}: the chat template closes the assistant's turn with no special token "
+                f"the chat template closes the assistant's turn with no special token "
                 f"(it ends in {closed[-12:]!r}), so the model would never learn to stop; let the template write "
                 "eos_token there, or register its end-of-turn text as a special token"
             )
         if closing in messages[k].content:
             raise DataError(
-                f"{name_of(messages, k)}: its content holds {closing!r}, the token that ends a turn: the model would "
+                f"its content holds {closing!r}, the token that ends a turn: the model would "
                 "learn to go on after an end; take it out, the template writes it"
             )
         if rendered.marked is not None:
-            spans = self._marked_spans(rendered, start, closing, messages, k)
+            spans = self._marked_spans(rendered, start, closing, messages[k])
             if spans:
                 reply = "".join(rendered.text[low:high] for low, high in spans)
-                check_reply_whole(rendered.text[: spans[0][0]], reply, messages, k)
+                check_reply_whole(rendered.text[: spans[0][0]], reply, messages[k])
             return spans
         if not rendered.text.startswith(closed) or len(closed) <= start:
             raise DataError(
-                f"{name_of(messages, k)}: the chat template is not prefix-preserving: it writes this turn differently "
+                "the chat template is not prefix-preserving: it writes this turn differently "
                 "once more messages follow; set train to false on all but the last assistant turn, or split the "
                 "conversation into one per reply, or use a template with {% generation %} blocks"
             )
-        check_reply_whole(rendered.text[:start], rendered.text[start : len(closed)], messages, k)
+        check_reply_whole(rendered.text[:start], rendered.text[start : len(closed)], messages[k])
         return [(start, len(closed))]
 
-    def _marked_spans(
-        self, rendered: Rendered, start: int, closing: str, messages: Sequence[Message], k: int
-    ) -> list[Span]:
-        """The {% generation %} spans of turn k, the last one made to end right after the end-of-turn token."""
+    def _marked_spans(self, rendered: Rendered, start: int, closing: str, turn: Message) -> list[Span]:
+        """The {% generation %} spans of a turn, the last one made to end right after the end-of-turn token."""
         later = [s for s in rendered.starts.values() if s is not None and s > start]
         limit = min(later, default=len(rendered.text))
         spans = [span for span in rendered.marked or [] if start <= span[0] < limit and span[0] < span[1]]
         if not spans:
-            if messages[k].train:
-                raise DataError(
-                    f"{name_of(messages, k)}: train is true, but the template has no generation block for it"
-                )
+            if turn.train:
+                raise DataError("train is true, but the template has no generation block for it")
             return []
         low, high = spans[-1]
         inner = rendered.text[low:high].rstrip()
@@ -198,21 +195,21 @@ class ChatTemplate:
             end = high + len(closing)
         else:
             raise DataError(
-                f"{name_of(messages, k)}: the template's generation block ends before the end-of-turn token "
+                f"the template's generation block ends before the end-of-turn token "
                 f"{closing!r}, so the model would never learn to stop; "
                 "move {% endgeneration %} behind it"
             )
         return [*spans[:-1], (low, end)]
 
-    def _check_generation_prompt(self, text: str, start: int, messages: Sequence[Message], k: int) -> None:
+    def _check_generation_prompt(self, text: str, start: int, turn: Message) -> None:
         """Refuse a template that opens an assistant turn with a header the sampler would never be given."""
-        content = messages[k].content.strip()
+        content = turn.content.strip()
         if "add_generation_prompt" in self.source or not content:
             return
         header = text[start : max(start, text.find(content, start))].strip()
         if header:
             raise DataError(
-                f"{name_of(messages, k)}: the chat template ignores add_generation_prompt, so the model would have to "
+                f"the chat template ignores add_generation_prompt, so the model would have to "
                 f"write {header!r} itself; add '{{% if add_generation_prompt %}}' with it to the template's end"
             )
 

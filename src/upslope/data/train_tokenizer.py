@@ -13,13 +13,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
 from upslope.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-
-__all__ = ["CAUSAL_SPECIALS", "KINDS", "MASKED_SPECIALS", "TokenizerKind", "train_tokenizer"]
 
 TokenizerKind = Literal["bpe", "word", "char"]
 KINDS: tuple[TokenizerKind, ...] = get_args(TokenizerKind)
@@ -92,8 +91,6 @@ class _Counted:
 
 
 def _bpe(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -106,8 +103,6 @@ def _bpe(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenize
 
 
 def _word(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
     inner = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     inner.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -123,8 +118,6 @@ def _word(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokeniz
 
 
 def _char(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
-    from tokenizers import Tokenizer, decoders, models
-
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -138,8 +131,6 @@ def _char(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokeniz
 
 def _frame(inner: Tokenizer, specials: Sequence[str]) -> None:
     """[CLS] text [SEP], where both are among the special tokens."""
-    from tokenizers import processors
-
     if {"[CLS]", "[SEP]"} <= set(specials):
         inner.post_processor = processors.TemplateProcessing(
             single="[CLS] $A [SEP]",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from upslope.data.kinds import Record
-from upslope.data.preferences import pairs_of
+from upslope.data.examples import pairs_of
+from upslope.data.records import Record
 from upslope.errors import DataError
 from upslope.evaluation.figures import Figure
 from upslope.evaluation.intervals import Interval, bootstrap_mean, wilson

@@ -9,8 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from upslope.data.kinds import record_of
 from upslope.data.readers import rows_of
+from upslope.data.records import record_of
 from upslope.errors import UpslopeError
 from upslope.options import EvalOptions, RunOptions
 from upslope.plugins import Spec, format_spec

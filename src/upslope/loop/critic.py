@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upslope.build import Policy, load_critic
+from upslope.build import Policy, load_critic, take_masters
 from upslope.errors import ConfigError
 from upslope.functional.metrics import explained_variance
 from upslope.functional.returns import discounted_returns
@@ -41,8 +41,7 @@ class Critic:
             self.head, self.extra = self.network.head, [Group(named, lr_factor=factor)]
             return
         groups = decay_groups(named.items(), weight_decay=options.weight_decay, lr_factor=factor)
-        self.optimizer = MasterAdamW(groups, masters=self.network.masters)
-        self.network.masters = {}
+        self.optimizer = MasterAdamW(groups, masters=take_masters(self.network))
 
     def score(self, batches: Sequence[Batch]) -> Outputs:
         """Values of a network of its own, without gradient; no part where there is none."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upslope.data.kinds import Record
+from upslope.data.records import Record
 from upslope.evaluation.measurement import Measurement, ratio
 from upslope.tasks.base import Task
 from upslope.types import Batch

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from upslope.errors import ConfigError
 from upslope.models.files.adapters import PREFIX, WEIGHTS
-from upslope.models.files.sources import ADAPTER_CONFIG, provenance
-from upslope.models.files.weights import write_json
+from upslope.models.files.folders import ADAPTER_CONFIG, provenance, write_json
 from upslope.models.lora_dropout import drop_inputs
 from upslope.models.protocol import CausalModel
 from upslope.models.seq2seq.network import Seq2Seq

@@ -21,8 +21,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedCon
 
 from upslope.errors import ModelError, one_line
 from upslope.models.attention.context import PackedContext
-from upslope.models.files.config_table import LIBRARY_ERRORS, check_sizes, transformers_config
-from upslope.models.files.weights import check_finite, listed, read_shapes
+from upslope.models.files.config_json import LIBRARY_ERRORS, check_sizes, transformers_config
+from upslope.models.files.folders import listed
+from upslope.models.files.weights import check_finite, read_shapes
 from upslope.models.packed import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
 from upslope.models.transformers_config import intermediate_size, logit_scale, max_positions, refusal

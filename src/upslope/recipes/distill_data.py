@@ -7,8 +7,8 @@ from typing import Any
 
 from upslope.build import Policy
 from upslope.data.chat import TooLongError
-from upslope.data.kinds import Content, Record
-from upslope.data.records import example_of, read_records
+from upslope.data.examples import example_of
+from upslope.data.records import Content, Record, read_records
 from upslope.data.template import Tools
 from upslope.errors import ConfigError
 from upslope.loop.held_out import tell_task

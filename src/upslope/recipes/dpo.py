@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_policy
-from upslope.data.preferences import Judged, Pair, judged_of, pairs_of
+from upslope.data.examples import Judged, Pair, judged_of, pairs_of
 from upslope.functional.supervised_losses import dpo as dpo_loss
 from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.loop.kept import DataAccount, within_context

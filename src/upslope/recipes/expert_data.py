@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from upslope.atomic import write_atomic
+from upslope.data.examples import examples_of
 from upslope.data.messages import message_of
-from upslope.data.records import examples_of, read_records
+from upslope.data.records import read_records
 from upslope.errors import DataError, RunError
 from upslope.loop.kept import NO_DATA, DataAccount, Split, too_long
 from upslope.options import ExpertOptions

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from upslope.build import Policy
-from upslope.data.preferences import Encoded
+from upslope.data.examples import Encoded
 from upslope.data.records import read_records
 from upslope.evaluation.intervals import wilson
 from upslope.evaluation.preferences import share

@@ -20,8 +20,8 @@ from upslope.loop.held_out import tell_part
 from upslope.loop.kept import DataAccount, Split
 from upslope.models.decoder.network import Decoder, DecoderConfig
 from upslope.models.encoder.network import Encoder, load_encoder, new_encoder
+from upslope.models.files.folders import read_config
 from upslope.models.files.sources import resolve
-from upslope.models.files.weights import read_config
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.protocol import CausalModel
 from upslope.options.pretrain import PretrainOptions

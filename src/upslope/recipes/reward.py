@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upslope.build import Policy, load_policy
-from upslope.data.preferences import Pair, Solution, pairs_of, solutions_of
+from upslope.data.examples import Pair, Solution, pairs_of, solutions_of
 from upslope.functional.supervised_losses import bradley_terry
 from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.session import begin, train
+from upslope.models.files.config_json import SCORE
 from upslope.models.files.reward_folder import (
-    SCORE,
     RewardSettings,
     check_can_be_saved,
     save_reward_folder,

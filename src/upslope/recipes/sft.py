@@ -19,7 +19,8 @@ from torch import Tensor
 
 from upslope.build import Policy, load_policy, make_engine
 from upslope.data.chat import TooLongError, encode_completion, encode_conversation
-from upslope.data.records import examples_of, read_records
+from upslope.data.examples import examples_of
+from upslope.data.records import read_records
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.loop.held_out import per_token, tell_plain, tell_task

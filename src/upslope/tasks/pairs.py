@@ -10,8 +10,8 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from upslope.data.kinds import record_of
 from upslope.data.readers import header_of, rows_of
+from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError
 from upslope.options.common import column_names
 from upslope.rewards.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of

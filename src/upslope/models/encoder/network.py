@@ -31,18 +31,9 @@ from upslope.models.encoder.config import (
     switch_off_dropout,
     with_labels,
 )
-from upslope.models.files.config_table import check_sizes, one_model_error, quiet, transformers_config
-from upslope.models.files.intact import check_intact
-from upslope.models.files.weights import (
-    Tokenizer,
-    check_finite,
-    check_shapes,
-    copy_companions,
-    new_folder,
-    read_config,
-    read_shapes,
-    write_json,
-)
+from upslope.models.files.config_json import check_sizes, one_model_error, quiet, transformers_config
+from upslope.models.files.folders import check_intact, copy_companions, new_folder, read_config, write_json
+from upslope.models.files.weights import Tokenizer, check_finite, check_shapes, read_shapes
 from upslope.models.lora import ALL, target_layers
 from upslope.models.lora_dropout import drop_inputs
 from upslope.models.protocol import check_rows

@@ -19,13 +19,10 @@ from torch import Tensor, nn
 
 from upslope.errors import ModelError
 from upslope.json_file import read_object
-from upslope.models.files.intact import check_intact
+from upslope.models.files.folders import ADAPTER_CONFIG, check_intact, copy_companions, new_folder
 from upslope.models.files.loading import load_model, save_model
-from upslope.models.files.run_folders import run_of
-from upslope.models.files.sources import ADAPTER_CONFIG, PROVENANCE, is_adapter, merged_adapters, resolve
-from upslope.models.files.weights import check_finite, copy_companions, new_folder, write_json
-
-__all__ = ["adapter_config", "base_folder", "base_source", "merge_adapters", "save_merged"]
+from upslope.models.files.places import run_of
+from upslope.models.files.weights import read_file
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -91,14 +88,6 @@ def base_source(folder: Path | str) -> str:
     return str(named)
 
 
-def base_folder(folder: Path, above: tuple[Path, ...] = ()) -> Path:
-    """The folder of the model that adapters (those `above` have them as base) belong to, in its revision then."""
-    base = resolve(base_source(folder), revision=adapter_config(folder).get("revision"), adapters=True)
-    if base.resolve() in (above := (*above, folder.resolve())):
-        raise ModelError(f"{folder}: base_model_name_or_path leads back to {base}; say the model with --base")
-    return merged_adapters(base, above) if is_adapter(base) else base
-
-
 def _model_of_run(folder: Path) -> str | None:
     """`model` in the config.toml of the run whose checkpoint `folder` is; a relative path starts where the run did."""
     run = run_of(folder)
@@ -125,7 +114,10 @@ def merge_adapters(model: nn.Module, folder: Path | str) -> None:
     folder = Path(folder)
     check_intact(folder)
     config = adapter_config(folder)
-    stored = _read(folder / WEIGHTS)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ModelError(f"{path}: no such file; adapters are read from safetensors only")
+    stored = {name.removeprefix(PREFIX): x for name, x in read_file(path).items()}
     parameters = dict(model.named_parameters())
     whole = {name: x for name, x in stored.items() if ".lora_" not in name}
     layers = sorted(name.removesuffix(_DOWN) for name in stored if name.endswith(_DOWN))
@@ -133,7 +125,7 @@ def merge_adapters(model: nn.Module, folder: Path | str) -> None:
     odd += [n for n in stored if n.endswith(_UP) and n.removesuffix(_UP) not in layers]
     odd += [f"{layer}{_DOWN}" for layer in layers if f"{layer}{_UP}" not in stored]
     if odd or not stored:
-        raise ModelError(f"{folder / WEIGHTS}: {odd[0] if odd else 'no tensor'}: no pair of lora_A and lora_B weights")
+        raise ModelError(f"{path}: {odd[0] if odd else 'no tensor'}: no pair of lora_A and lora_B weights")
     changes = [(f"{layer}.weight", *_pair(stored, layer, config)) for layer in layers]
     shapes = {name: (up.shape[0], down.shape[1]) for name, up, down, _ in changes}
     _check_fit(folder, parameters, {**shapes, **{name: tuple(x.shape) for name, x in whole.items()}})
@@ -157,10 +149,9 @@ def save_merged(base: Path, adapters: Path, target: Path, record: Mapping[str, A
     """
     model = load_model(base)
     merge_adapters(model, adapters)
-    with new_folder(target, overwrite=True) as temp:
+    with new_folder(target, overwrite=True, record=record) as temp:
         save_model(model, temp, source_folder=base, overwrite=True)
         copy_companions(adapters, temp)
-        write_json(temp / PROVENANCE, record)
 
 
 def _pair(stored: Mapping[str, Tensor], layer: str, config: Mapping[str, Any]) -> tuple[Tensor, Tensor, float]:
@@ -193,18 +184,3 @@ def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) ->
         if re.fullmatch(rf"(.*\.)?({pattern})", layer):
             return value
     return default
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file; adapters are read from safetensors only")
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path}: cannot be read, damaged or cut short ({error}); get the file again") from error
-    for name, tensor in stored.items():
-        check_finite(name, tensor, where=path)
-    return {name.removeprefix(PREFIX): x for name, x in stored.items()}

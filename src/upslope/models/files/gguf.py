@@ -18,31 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
 from torch import Tensor
 
 from upslope.errors import ModelError
 from upslope.models.decoder.network import Decoder, DecoderConfig, rope_frequencies
-from upslope.models.files.config_table import check_config, check_sizes, one_model_error
+from upslope.models.files.config_json import check_config, check_sizes, one_model_error
+from upslope.models.files.folders import write_json
 from upslope.models.files.weights import check_shapes, save_folder
-
-__all__ = ["convert", "expected_shapes", "hf_config", "hf_name", "read_ends", "undo_rope_order"]
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
-_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 _ROPE_FACTORS = "rope_freqs.weight"
 _ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))  # of a text, a turn, a message
 
@@ -73,7 +59,7 @@ def convert(
         metadata = _metadata(reader)
         config = hf_config(metadata, {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}, where=path)
         say(f"{path.name}: de-quantising {len(reader.tensors)} tensors")
-        tensors = _tensors(reader, config, path)
+        tensors = _tensors(reader, DecoderConfig.from_hf(config), config["model_type"], path)
         factors = tensors.pop(_ROPE_FACTORS, None)
         if factors is not None:
             config["rope_parameters"] |= _llama3_scaling(factors, config, path)
@@ -87,23 +73,28 @@ def convert(
             tensors,
             tokenizer=_Portable(tokenizer),
             generation_config=_generation_config(metadata, tokenizer),
-            extra_files={"upslope_source.json": json.dumps(dict(provenance or {}), indent=2) + "\n"},
+            record=provenance or {},
             overwrite=overwrite,
         )
 
 
-def hf_name(name: str) -> str | None:
-    """Hugging Face's name of a GGUF tensor: blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
-    stem, _, kind = name.rpartition(".")
-    if kind not in ("weight", "bias"):
+def gguf_names(config: DecoderConfig, architecture: str) -> dict[str, str]:
+    """GGUF's name of every tensor of the network, by Hugging Face's.
+
+    model.layers.3.self_attn.q_proj.weight is blk.3.attn_q.weight. ModelError for one that llama.cpp's graph lacks.
+    """
+    known = get_tensor_name_map(MODEL_ARCH[architecture.upper()], config.num_hidden_layers)
+    names = {name: known.get_name(name, try_suffixes=(".weight", ".bias")) for name in expected_shapes(config)}
+    if missing := [name for name, found in names.items() if found is None]:
+        raise ModelError(f"{missing[0]}: llama.cpp has no such tensor in this architecture")
+    return {name: str(found) for name, found in names.items()}
+
+
+def rotary_heads(config: DecoderConfig, architecture: str, name: str) -> int | None:
+    """The heads of a query or key projection whose rows llama.cpp keeps in another order; None for other tensors."""
+    if architecture != "llama" or not (".q_proj." in name or ".k_proj." in name):
         return None
-    if stem in _TOP:
-        return f"{_TOP[stem]}.{kind}"
-    block, _, rest = stem.partition(".")
-    layer, _, part = rest.partition(".")
-    if block == "blk" and layer.isdigit() and part in _LAYER:
-        return f"model.layers.{layer}.{_LAYER[part]}.{kind}"
-    return None
+    return config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
 
 
 def undo_rope_order(weight: Tensor, heads: int) -> Tensor:
@@ -135,6 +126,9 @@ def hf_config(
     head_dim = key("attention.key_length", hidden // heads)
     if key("rope.dimension_count", head_dim) != head_dim or key("attention.value_length", head_dim) != head_dim:
         raise ModelError(f"{where}: partial rotary positions or unequal key and value widths are not supported")
+    kv_heads = key("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise ModelError(f"{where}: {heads} query heads cannot share {kv_heads} key heads evenly; get the file again")
     if "token_embd.weight" not in shapes:
         raise ModelError(f"{where}: 1 missing (token_embd.weight); get the file again")
     config: dict[str, Any] = {
@@ -145,7 +139,7 @@ def hf_config(
         "intermediate_size": key("feed_forward_length"),
         "num_hidden_layers": key("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": key("attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "max_position_embeddings": key("context_length"),
         "rms_norm_eps": _shortest_float32(key("attention.layer_norm_rms_epsilon")),
@@ -179,8 +173,6 @@ def _ends(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def _open(path: Path) -> Any:
-    from gguf import GGUFReader
-
     if not path.is_file():
         raise ModelError(f"{path}: no such GGUF file")
     with path.open("rb") as file:
@@ -194,12 +186,10 @@ def _metadata(reader: Any) -> dict[str, Any]:
     return {name: field.contents() for name, field in reader.fields.items()}
 
 
-def _tensors(reader: Any, config: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+def _tensors(reader: Any, config: DecoderConfig, architecture: str, path: Path) -> dict[str, Tensor]:
     """De-quantised float32 tensors by their Hugging Face names; rotary factors keep their own name."""
-    from gguf import dequantize
-
-    unknown = [t.name for t in reader.tensors if hf_name(t.name) is None and t.name != _ROPE_FACTORS]
-    if unknown:
+    names = {stored: name for name, stored in gguf_names(config, architecture).items()} | {_ROPE_FACTORS: _ROPE_FACTORS}
+    if unknown := [t.name for t in reader.tensors if t.name not in names]:
         raise ModelError(f"{path}: {len(unknown)} tensors of an unsupported network ({', '.join(unknown[:4])})")
     result: dict[str, Tensor] = {}
     for tensor in reader.tensors:
@@ -207,13 +197,9 @@ def _tensors(reader: Any, config: Mapping[str, Any], path: Path) -> dict[str, Te
             values = dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError as error:
             raise ModelError(f"{path}: {tensor.name} has an unsupported quantisation ({error})") from error
-        weight = torch.from_numpy(values.copy())
-        name = hf_name(tensor.name) or tensor.name
-        if config["model_type"] == "llama" and ".q_proj." in name:
-            weight = undo_rope_order(weight, config["num_attention_heads"])
-        if config["model_type"] == "llama" and ".k_proj." in name:
-            weight = undo_rope_order(weight, config["num_key_value_heads"])
-        result[name] = weight
+        name, weight = names[tensor.name], torch.from_numpy(values.copy())
+        heads = rotary_heads(config, architecture, name)
+        result[name] = weight if heads is None else undo_rope_order(weight, heads)
     return result
 
 
@@ -285,8 +271,7 @@ class _Portable:
         path = Path(save_directory) / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only", "backend")}
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _link(source: Path, target: Path) -> None:

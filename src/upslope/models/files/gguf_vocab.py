@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import product
+from typing import Any
 
 from upslope.errors import ModelError
-
-__all__ = ["Vocab", "pinned_template", "read_vocab"]
 
 # What a token is, by the numbers of llama.cpp's llama_token_type.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -42,25 +40,11 @@ _SPLITS: dict[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Vocab:
-    """The tokenizer of a GGUF file. `scores` and `space_prefix` are SentencePiece's, `merges` are byte-level BPE's."""
-
-    model: Literal["gpt2", "llama"]
-    split: str
-    tokens: list[str]
-    kinds: list[int]
-    merges: list[str]
-    scores: list[float]
-    space_prefix: bool
-    add_bos: bool
-    add_eos: bool
-
-
-def read_vocab(tokenizer: Any, size: int, *, split: str | None = None) -> Vocab:
+def read_vocab(tokenizer: Any, size: int, *, split: str | None = None) -> dict[str, Any]:
     """The vocabulary of a fast tokenizer for a model of `size` embedding rows; rows without a token get a name.
 
-    `split` is llama.cpp's name of the split, for a byte-level tokenizer whose way of cutting is not known here.
+    The keys are GGUFWriter's names of the entries; scores and the space prefix are SentencePiece's, merges byte-level
+    BPE's. `split` is llama.cpp's name of the split, for a byte-level tokenizer whose way of cutting is not known here.
     Raises ModelError for tokenizers that llama.cpp cannot run: not BPE, another normaliser, other pieces around a text.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -71,22 +55,21 @@ def read_vocab(tokenizer: Any, size: int, *, split: str | None = None) -> Vocab:
         raise ModelError("the tokenizer marks word ends or continuations, which llama.cpp's BPE does not know")
     tokens, kinds = _tokens(tokenizer, size)
     merges = [tuple(m.split(" ", 1)) if isinstance(m, str) else tuple(m) for m in model["merges"]]
-    add_bos, add_eos = _frame(tokenizer)
-    common: dict[str, Any] = {"tokens": tokens, "kinds": kinds, "add_bos": add_bos, "add_eos": add_eos}
+    frame = dict(zip(("add_bos_token", "add_eos_token"), _frame(tokenizer), strict=True))
+    common = {"token_list": tokens, "token_types": kinds}
     if model.get("byte_fallback"):
         if split is not None:
             raise ModelError(f"--pre-tokenizer {split}: a SentencePiece vocabulary is not cut before its merges")
         kinds[:] = [BYTE if k == NORMAL and _BYTE_TOKEN.fullmatch(t) else k for t, k in zip(tokens, kinds, strict=True)]
         if tokenizer.unk_token_id is not None:
             kinds[tokenizer.unk_token_id] = UNKNOWN
-        scores = _scores(tokens, kinds, merges)
-        prefix = _space_prefix(state)
-        return Vocab(model="llama", split="default", merges=[], scores=scores, space_prefix=prefix, **common)
+        pieces = {"token_scores": _scores(tokens, kinds, merges), "add_space_prefix": _space_prefix(state)}
+        return {"tokenizer_model": "llama", "tokenizer_pre": "default", **common, **pieces, **frame}
     if not merges:
         raise ModelError("the tokenizer has single bytes and no merges; a GGUF file cannot say so")
     written = [" ".join(part.replace(" ", "\u0120") for part in pair) for pair in merges]
     name = split or _split_name(state)
-    return Vocab(model="gpt2", split=name, merges=written, scores=[], space_prefix=False, **common)
+    return {"tokenizer_model": "gpt2", "tokenizer_pre": name, **common, "token_merges": written, **frame}
 
 
 def pinned_template(template: str, tokenizer: Any, *, bos: int | None, eos: int | None) -> str:
@@ -120,16 +103,10 @@ def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
     if by_id and max(by_id) >= size:
         raise ModelError(f"the tokenizer has token {max(by_id)}, but the model's embedding only {size} rows")
     added = tokenizer.added_tokens_decoder
-    tokens, kinds = [], []
-    for i in range(size):
-        tokens.append(by_id.get(i, f"[PAD{i}]"))
-        if i not in by_id:
-            kinds.append(UNUSED)
-        elif i in added:
-            kinds.append(CONTROL if added[i].special else USER_DEFINED)
-        else:
-            kinds.append(NORMAL)
-    return tokens, kinds
+    kinds = [NORMAL if i in by_id else UNUSED for i in range(size)]
+    for i in by_id.keys() & added.keys():
+        kinds[i] = CONTROL if added[i].special else USER_DEFINED
+    return [by_id.get(i, f"[PAD{i}]") for i in range(size)], kinds
 
 
 def _frame(tokenizer: Any) -> tuple[bool, bool]:
@@ -137,10 +114,9 @@ def _frame(tokenizer: Any) -> tuple[bool, bool]:
     plain = tokenizer("a", add_special_tokens=False).input_ids
     framed = tokenizer("a").input_ids
     bos, eos = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
-    for add_bos in (False, True):
-        for add_eos in (False, True):
-            if framed == bos * add_bos + plain + eos * add_eos:
-                return add_bos, add_eos
+    for add_bos, add_eos in product((False, True), repeat=2):
+        if framed == bos * add_bos + plain + eos * add_eos:
+            return add_bos, add_eos
     raise ModelError("the tokenizer puts tokens around a text that are not its BOS and EOS; llama.cpp cannot do that")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,28 +12,21 @@ from torch import Tensor
 
 from upslope.errors import ModelError
 from upslope.models.decoder.network import MODEL_TYPES, Decoder, DecoderConfig, rope_frequencies
-from upslope.models.files.config_table import check_config, check_sizes, transformers_config
-from upslope.models.files.intact import check_intact
-from upslope.models.files.kinds import SCORE, check_writes
-from upslope.models.files.weights import (
+from upslope.models.files.config_json import SCORE, check_config, check_sizes, check_writes, transformers_config
+from upslope.models.files.folders import (
     GENERATION_CONFIG,
-    Tokenizer,
-    check_shapes,
+    check_intact,
     copy_companions,
-    load,
     new_folder,
     read_config,
-    read_shapes,
-    save_folder,
     write_json,
 )
+from upslope.models.files.weights import Tokenizer, check_shapes, load, read_shapes, save_folder
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
 from upslope.models.protocol import CausalModel
 from upslope.models.seq2seq.files import is_seq2seq, load_seq2seq, stored_tensors
 from upslope.models.seq2seq.network import Seq2Seq
-
-__all__ = ["decoder_config", "load_model", "save_model"]
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq",)  # tables that old checkpoints stored; they are computed here
@@ -159,36 +151,24 @@ def save_model(
 
     if not isinstance(model, TransformersModel):
         raise ModelError(f"{type(model).__name__} is not a model that can be saved as a folder")
-    with new_folder(folder, overwrite=overwrite) as temp:
-        _save_adapted(model, temp, state, source_folder, dtype, max_shard_bytes)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(temp))
-    return Path(folder)
-
-
-def _save_adapted(
-    model: Any,
-    temp: Path,
-    tensors: Mapping[str, Tensor],
-    source_folder: Path | str | None,
-    dtype: torch.dtype | None,
-    max_shard_bytes: float,
-) -> None:
-    """Let transformers write its own model: it knows how the names in memory differ from those on disk."""
+    # transformers writes its own model: it knows how the names in memory differ from those on disk
     kept = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
     state = {
         name: t.detach().to("cpu", dtype if dtype is not None and t.is_floating_point() else t.dtype).contiguous()
-        for name, t in {**kept, **tensors}.items()
+        for name, t in {**kept, **state}.items()
     }
     written = next(t.dtype for t in state.values() if t.is_floating_point())
-    model.network.save_pretrained(str(temp), state_dict=state, max_shard_size=int(max_shard_bytes))
-    config = read_config(temp)
-    if source_folder is not None:  # the network's own has dropout switched off
-        config = {k: v for k, v in read_config(source_folder).items() if k != "torch_dtype"}
-        if os.path.exists(temp / GENERATION_CONFIG):
-            os.remove(temp / GENERATION_CONFIG)
-        copy_companions(Path(source_folder), temp)
-    write_json(temp / "config.json", {**config, "dtype": str(written).removeprefix("torch.")})
+    with new_folder(folder, overwrite=overwrite) as temp:
+        model.network.save_pretrained(str(temp), state_dict=state, max_shard_size=int(max_shard_bytes))
+        config = read_config(temp)
+        if source_folder is not None:  # the network's own has dropout switched off
+            config = {k: v for k, v in read_config(source_folder).items() if k != "torch_dtype"}
+            (temp / GENERATION_CONFIG).unlink(missing_ok=True)
+            copy_companions(Path(source_folder), temp)
+        write_json(temp / "config.json", {**config, "dtype": str(written).removeprefix("torch.")})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(temp))
+    return Path(folder)
 
 
 def _check_tied_copy(folder: Path | str) -> None:

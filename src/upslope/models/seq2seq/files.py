@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from upslope.errors import ModelError
-from upslope.models.files.config_table import check_sizes, transformers_config
-from upslope.models.files.weights import check_shapes, load, read_config, read_shapes
+from upslope.models.files.config_json import check_sizes, transformers_config
+from upslope.models.files.folders import read_config
+from upslope.models.files.weights import check_shapes, load, read_shapes
 from upslope.models.seq2seq.config import SEQ2SEQ_TYPES, Seq2SeqConfig
 from upslope.models.seq2seq.layers import sinusoids
 from upslope.models.seq2seq.network import Seq2Seq

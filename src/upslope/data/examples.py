@@ -1,32 +1,42 @@
-"""Records that say which of two answers is better, whether an answer is good, or which steps of it are right.
+"""Records to training sequences: answers to imitate, the better one of two, one that is good or bad, or right in steps.
 
-Every sequence ends with the token that ends the turn (EOS): a reward is read there, and a sampled completion ends
-there too. What does not fit max_length is left out whole, pair by pair, and counted; nothing is ever cut.
+Of answers that are compared or judged, every sequence ends with the token that ends the turn (EOS): a reward is read
+there, and a sampled completion ends there too. What does not fit max_length is left out whole, pair by pair, and
+counted; nothing is ever cut.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from upslope.data.chat import TooLongError, encode_completion
-from upslope.data.kinds import Content, Record
-from upslope.data.messages import parsed, text_of
+from upslope.data.chat import TooLongError, check_length, encode_completion, encode_conversation, encode_document
+from upslope.data.messages import at, finite, list_of, text_of
+from upslope.data.records import Content, Record
 from upslope.errors import DataError
 from upslope.types import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Encoded", "Judged", "Pair", "Solution", "answer", "judged_of", "pairs_of", "solutions_of", "step_ends"]
-
+Row = TypeVar("Row")
 STEP_END = "\n"
 """What separates the steps of a solution: a step ends with the token that holds it, the last one with EOS."""
 
-Row = TypeVar("Row")
+
+@dataclass(frozen=True, slots=True)
+class EncodedRecords:
+    """Examples with the account of what became of every record.
+
+    `kept[i]` is the index of the record behind `examples[i]`; `too_long` lists the records (index, tokens) left out.
+    """
+
+    examples: list[Example]
+    kept: list[int]
+    too_long: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,62 @@ class Encoded(Generic[Row]):
     too_long: list[int] = field(default_factory=list)
 
 
+def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Example:
+    """The training sequence of a text, messages or prompt-and-completion record.
+
+    Text: every token, EOS appended. Prompt and completion: the completion with its EOS or end-of-turn token. Messages:
+    the assistant's turns. Raises DataError naming the record for other kinds and whatever the template refuses;
+    TooLongError for a sequence of more than `max_length` tokens, which is never cut.
+    """
+    given: dict[str, Any] = {"max_length": max_length, "tools": record.tools}
+    with at(record.where):
+        if record.text is not None:
+            return encode_document(tokenizer, record.text, **given)
+        if record.messages:
+            return encode_conversation(tokenizer, record.messages, **given)
+        if record.kind == "completion" and record.prompt is not None and record.completion is not None:
+            return encode_completion(tokenizer, record.prompt, record.completion, **given)
+        raise DataError(
+            f"a record of kind {record.kind!r} is nothing to imitate; supervised learning takes text, messages, or "
+            "prompt and completion"
+        )
+
+
+def examples_of(
+    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
+) -> EncodedRecords:
+    """The examples of all records, in order, and those left out for their length. DataError: no record remains."""
+    rows, lost = fitting(records, lambda _, record: example_of(record, tokenizer, max_length=max_length), max_length)
+    return EncodedRecords(list(rows.values()), list(rows), lost)
+
+
+def fitting(
+    records: Iterable[Record], encode: Callable[[int, Record], Row], max_length: int | None
+) -> tuple[dict[int, Row], list[tuple[int, int]]]:
+    """What `encode` makes of the records that fit, by index, and (index, tokens) of those left out for their length.
+
+    DataError, naming the record: what `encode` says, or that no record remains.
+    """
+    rows: dict[int, Row] = {}
+    lost: list[tuple[int, int]] = []
+    first = ""
+    for index, record in enumerate(records):
+        first = first or record.where
+        try:
+            with at(record.where):
+                rows[index] = encode(index, record)
+        except TooLongError as error:
+            lost.append((index, error.length))
+    if lost and not rows:
+        raise DataError(
+            f"{first}: none of {len(lost)} records fits max_length {max_length}: the shortest has "
+            f"{min(length for _, length in lost)} tokens; shorten them or raise max_length"
+        )
+    if not rows:
+        raise DataError("there are no records to train on")
+    return rows, lost
+
+
 def answer(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Content,
@@ -80,15 +146,14 @@ def answer(
     """
     example = encode_completion(tokenizer, prompt, completion, tools=tools)
     end = max(t for t, trained in enumerate(example.mask) if trained) + 1
-    if max_length is not None and end > max_length:
-        raise TooLongError(end, max_length)
+    check_length(end, max_length)
     return Example(example.tokens[:end], example.mask[:end])
 
 
 def pairs_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Encoded[Pair]:
     """Preference pairs. DataError naming the row: another kind, equal sides, a margin that is no number."""
 
-    def encode(record: Record) -> Pair:
+    def encode(_: int, record: Record) -> Pair:
         _check_kind(record, "preference", "chosen and rejected (prompt may be left out)")
         assert record.prompt is not None
         assert record.chosen is not None
@@ -96,15 +161,14 @@ def pairs_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, m
         for key in ("chosen", "rejected"):
             _check_not_empty(record, key)
         if _text(record.chosen) == _text(record.rejected):
-            raise DataError(f"{record.where}: 'chosen' and 'rejected' are the same; drop the row")
+            raise DataError("'chosen' and 'rejected' are the same; drop the row")
         # the length that counts is that of the longer one, whichever side it is
         sides = [
             answer(tokenizer, record.prompt, side, max_length=None, tools=record.tools)
             for side in (record.chosen, record.rejected)
         ]
         longest = max(len(side.tokens) for side in sides)
-        if max_length is not None and longest > max_length:
-            raise TooLongError(longest, max_length)
+        check_length(longest, max_length)
         return Pair(sides[0], sides[1], record.where, _margin(record))
 
     return _encoded(records, encode, max_length)
@@ -118,13 +182,14 @@ def judged_of(
     DataError naming the row: another kind, or all labels alike, or all prompts alike.
     """
     for record in records:
-        _check_kind(record, "labelled", "prompt, completion, label")
-        _check_not_empty(record, "completion")
+        with at(record.where):
+            _check_kind(record, "labelled", "prompt, completion, label")
+            _check_not_empty(record, "completion")
     if len({record.label for record in records}) < 2:
         label, where = str(records[0].label).lower(), records[0].where
         raise DataError(f"{where}: every row has label {label}; kto learns from both good and bad answers: add some")
 
-    def encode(record: Record, index: int) -> Judged:
+    def encode(index: int, record: Record) -> Judged:
         assert record.prompt is not None
         assert record.completion is not None
         assert record.label is not None
@@ -132,10 +197,7 @@ def judged_of(
         mismatched = _mismatched(records, index, tokenizer, max_length)
         return Judged(example, mismatched, record.label, record.where)
 
-    encoded: Encoded[Judged] = Encoded()
-    for index, record in enumerate(records):
-        _add(encoded, record, lambda r, i=index: encode(r, i))
-    return _not_empty(encoded, records[0].where, max_length)
+    return _encoded(records, encode, max_length)
 
 
 def solutions_of(
@@ -147,21 +209,19 @@ def solutions_of(
     number, a step that is empty or holds a newline, a label outside [0, 1].
     """
 
-    def encode(record: Record) -> Solution:
+    def encode(_: int, record: Record) -> Solution:
         if record.prompt is None:
             _check_kind(record, "prompt", "prompt, steps, labels")
         steps, labels = _steps(record), _labels(record)
         if len(steps) != len(labels):
-            raise DataError(
-                f"{record.where}: {len(steps)} steps but {len(labels)} labels; give every step exactly one label"
-            )
+            raise DataError(f"{len(steps)} steps but {len(labels)} labels; give every step exactly one label")
         assert record.prompt is not None
         example = answer(tokenizer, record.prompt, STEP_END.join(steps), max_length=max_length, tools=record.tools)
         first = example.mask.index(True)
         ends = step_ends(example.tokens[first:], tokenizer)
         if len(ends) != len(steps):
             raise DataError(
-                f"{record.where}: this tokenizer shows {len(ends)} step ends in {len(steps)} steps; is every step "
+                f"this tokenizer shows {len(ends)} step ends in {len(steps)} steps; is every step "
                 "a line of text of its own?"
             )
         values = [math.nan] * (len(example.tokens) - first)
@@ -194,42 +254,20 @@ def step_ends(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list
     return [*ends, len(tokens) - 1] if filled else ends
 
 
-def _encoded(records: Sequence[Record], encode: Callable[[Record], Row], max_length: int | None) -> Encoded[Row]:
-    encoded: Encoded[Row] = Encoded()
-    for record in records:
-        _add(encoded, record, encode)
-    return _not_empty(encoded, records[0].where if records else "", max_length)
-
-
-def _add(encoded: Encoded[Row], record: Record, encode: Callable[[Record], Row]) -> None:
-    try:
-        encoded.rows.append(encode(record))
-    except TooLongError as error:
-        encoded.too_long.append(error.length)
-    except DataError as error:
-        text = str(error)
-        raise DataError(text if text.startswith(record.where) else f"{record.where}: {text}") from error
-
-
-def _not_empty(encoded: Encoded[Row], where: str, max_length: int | None) -> Encoded[Row]:
-    if not encoded.rows:
-        shortest = min(encoded.too_long, default=0)
-        raise DataError(
-            f"{where}: none of {len(encoded.too_long)} rows fits max_length {max_length}: the shortest has {shortest} "
-            "tokens; shorten them or raise max_length"
-        )
-    return encoded
+def _encoded(records: Sequence[Record], encode: Callable[[int, Record], Row], max_length: int | None) -> Encoded[Row]:
+    rows, lost = fitting(records, encode, max_length)
+    return Encoded(list(rows.values()), [length for _, length in lost])
 
 
 def _check_kind(record: Record, kind: str, keys: str) -> None:
     if record.kind != kind:
-        raise DataError(f"{record.where}: a record of kind {record.kind!r}; this needs the keys {keys}")
+        raise DataError(f"a record of kind {record.kind!r}; this needs the keys {keys}")
 
 
 def _check_not_empty(record: Record, key: str) -> None:
     value = getattr(record, key)
     if not _text(value).strip():
-        raise DataError(f"{record.where}: {key!r} is empty; fill it in or drop the row")
+        raise DataError(f"{key!r} is empty; fill it in or drop the row")
 
 
 def _text(content: Content | None) -> str:
@@ -255,57 +293,40 @@ def _mismatched(
             refused = error
     if refused is not None:
         raise refused
-    raise DataError(f"{record.where}: every row has this prompt; kto compares it with answers to other prompts")
+    raise DataError("every row has this prompt; kto compares it with answers to other prompts")
 
 
 def _margin(record: Record) -> float | None:
     value = record.extra.get("margin")
     if value is None or value == "":
         return None
-    number = _as_number(value)
+    number = finite(value)
     if number is None:
-        raise DataError(f"{record.where}: 'margin' must be a finite number, is {value!r:.40}")
+        raise DataError(f"'margin' must be a finite number, is {value!r:.40}")
     return number
 
 
-def _as_number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+def _per_step(record: Record, key: str) -> Sequence[Any]:
+    if record.extra.get(key) is None:
+        raise DataError(f"{key!r} is missing; a process reward model needs the keys prompt, steps, labels")
+    return list_of(record.extra[key], key, "entries, one per step (a process reward model: keys prompt, steps, labels)")
 
 
-def _list(record: Record, key: str) -> list[Any]:
-    value = record.extra.get(key)
-    if isinstance(value, str) and value.lstrip().startswith("["):  # a CSV cell
-        value = parsed(value, key, record.where)
-    if not isinstance(value, (list, tuple)) or not value:
-        what = "is missing" if value is None else f"must be a list with an entry per step, is {value!r:.40}"
-        raise DataError(f"{record.where}: {key!r} {what}; a process reward model needs the keys prompt, steps, labels")
-    return list(value)
-
-
-def _steps(record: Record) -> list[str]:
-    steps = _list(record, "steps")
+def _steps(record: Record) -> Sequence[str]:
+    steps = _per_step(record, "steps")
     for i, step in enumerate(steps):
-        if not isinstance(step, str) or not step.strip():
-            raise DataError(f"{record.where}: 'steps[{i}]' must be a text that is not empty, is {step!r:.40}")
+        if not text_of(step, f"steps[{i}]").strip():
+            raise DataError(f"'steps[{i}]' is empty; fill it in or drop the record")
         if STEP_END in step:
-            raise DataError(
-                f"{record.where}: 'steps[{i}]' holds a newline, which ends a step; split it or join its lines"
-            )
-        text_of(step, f"steps[{i}]", record.where)
+            raise DataError(f"'steps[{i}]' holds a newline, which ends a step; split it or join its lines")
     return steps
 
 
 def _labels(record: Record) -> list[float]:
     labels = []
-    for i, label in enumerate(_list(record, "labels")):
-        number = _as_number(label)
+    for i, label in enumerate(_per_step(record, "labels")):
+        number = finite(label)
         if number is None or not 0 <= number <= 1:
-            raise DataError(
-                f"{record.where}: 'labels[{i}]' must be true, false or a number from 0 to 1, is {label!r:.40}"
-            )
+            raise DataError(f"'labels[{i}]' must be true, false or a number from 0 to 1, is {label!r:.40}")
         labels.append(number)
     return labels

@@ -1,15 +1,14 @@
-"""Which model a run's folder stands for: that of its best checkpoint, else of its last."""
+"""What a name stands for before anything is fetched: of a run its best checkpoint's model, else its last one's; of a
+name that is no model, a path or a model of the hub, and what lies near it."""
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from upslope.errors import ModelError
-from upslope.models.files.unknown_names import near_names
-
-__all__ = ["lies_in_run", "model_of_run", "run_of"]
 
 _CHECKPOINTS = "checkpoints"
 
@@ -54,3 +53,26 @@ def _pointed(path: Path) -> Path | None:
     elif path.is_file():
         path = path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
     return path if (path / "model").is_dir() else None
+
+
+def is_path(text: str) -> bool:
+    """Whether a name that does not exist was meant for the file system and not for the hub."""
+    first = Path(text).parts[:1]
+    written = text.startswith((".", "~", os.sep)) or text.endswith("/") or text.count("/") > 1
+    return written or ("/" in text and (first == ("runs",) or os.path.isdir(first[0])))
+
+
+def near_names(path: Path) -> str:
+    """Folders beside the place that `path` names, those of a like name first; "" where there are none."""
+    if (path.parent / "config.toml").is_file():
+        path = path.parent / "checkpoints" / path.name  # of a run it is a checkpoint that was meant
+    try:
+        there = sorted(entry.name for entry in path.parent.iterdir() if entry.is_dir() and entry.name[0] != ".")
+    except OSError:
+        return ""
+    if path.name in there:
+        return f"did you mean {path}?"
+    if near := difflib.get_close_matches(path.name, there, n=3):
+        return f"did you mean {' or '.join(str(path.parent / name) for name in near)}?"
+    more = f" and {len(there) - 6} more" if len(there) > 6 else ""
+    return f"{path.parent} holds {', '.join(there[:6])}{more}" if there and path.parent.name else ""

@@ -1,4 +1,5 @@
-"""What the values of a config.json may be, before any library or network sees them, and the one door to transformers.
+"""What the values of a config.json may be, before any library or network sees them; the one door to transformers; and
+which kind of model it describes, with the verbs that take it.
 
 A table of keys: what kind of value, and from where to where. The range is that of anything a network could be, so that
 a wrong value is named here in one line; whether the sizes are those of the weights is for `check_sizes` to say.
@@ -10,17 +11,16 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub.errors import StrictDataclassError
 
 from upslope.errors import ModelError, UpslopeError, is_rust_error, one_line
-from upslope.models.files.weights import read_config
+from upslope.models.files.folders import read_config
+from upslope.models.files.weights import read_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-__all__ = ["LIBRARY_ERRORS", "check_config", "check_sizes", "one_model_error", "quiet", "transformers_config"]
 
 LIBRARY_ERRORS = (
     *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, OSError, RuntimeError, ImportError),
@@ -65,17 +65,17 @@ def check_config(raw: Mapping[str, Any], where: Path | str) -> None:
     """
     kind = raw.get("model_type")
     if kind is not None and not isinstance(kind, str):
-        raise ModelError(f"{where}: model_type = {_shown(kind)}; it must be a text")
+        raise ModelError(f"{where}: model_type = {kind!r:.60}; it must be a text")
     table = TABLE | ({"max_position_embeddings": (int, 1, _SINUSOIDS)} if raw.get("is_encoder_decoder") is True else {})
     _check(raw, table, where, "")
     for key in _ROTARY:
         rope = raw.get(key)
         if rope is not None and not isinstance(rope, dict):
-            raise ModelError(f"{where}: {key} = {_shown(rope)}; it must be an object")
+            raise ModelError(f"{where}: {key} = {rope!r:.60}; it must be an object")
         _check(rope or {}, TABLE, where, f"{key}.")
     listed = raw.get("architectures")
     if listed is not None and not (isinstance(listed, list) and all(isinstance(name, str) for name in listed)):
-        raise ModelError(f"{where}: architectures = {_shown(listed)}; it must be a list of names")
+        raise ModelError(f"{where}: architectures = {listed!r:.60}; it must be a list of names")
 
 
 def _check(values: Mapping[str, Any], table: Mapping[str, _Range], where: Path | str, prefix: str) -> None:
@@ -87,7 +87,7 @@ def _check(values: Mapping[str, Any], table: Mapping[str, _Range], where: Path |
         if not (whole or (kind is float and type(value) is float)) or not low <= value <= high:
             name = "a whole number" if kind is int else "a number"
             raise ModelError(
-                f"{where}: {prefix}{key} = {_shown(value)}; it must be {name} from {low:g} to {high:,.15g}; "
+                f"{where}: {prefix}{key} = {value!r:.60}; it must be {name} from {low:g} to {high:,.15g}; "
                 "correct it, or get the file again"
             )
 
@@ -154,6 +154,50 @@ def check_sizes(
         )
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+ModelKind = Literal["language model", "classifier", "tagger", "reward model", "encoder"]
+
+SCORE = "score.weight"
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "MTModel")
+_TAKEN_BY: dict[ModelKind, str] = {
+    "classifier": "upslope eval {0} --data FILE measures it",
+    "tagger": "upslope eval {0} --data FILE measures it",
+    "reward model": "upslope eval {0} --preferences FILE measures it, and --reward reward_model:path={0} trains on it",
+    "encoder": "upslope classify or tag --model {0} gives it a head",
+}
+
+
+def architecture(config: Mapping[str, Any]) -> str:
+    """The network's class by config.json, as transformers calls it; "" where it names none."""
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else ""
+
+
+def kind_of(folder: Path | str) -> ModelKind:
+    """By the architecture that config.json names, and the scalar head of a reward model."""
+    config = read_config(folder)
+    name = architecture(config)
+    if name.endswith("ForTokenClassification"):
+        return "tagger"
+    if name.endswith("ForSequenceClassification") or not name.endswith(_WRITERS):
+        shape = read_shapes(folder).get(SCORE)
+        if shape is not None and shape[0] == 1:
+            return "reward model"
+        if shape is not None or name.endswith("ForSequenceClassification"):
+            return "classifier"
+    return "encoder" if not name.endswith(_WRITERS) and is_encoder(config) else "language model"
+
+
+def check_writes(folder: Path | str) -> None:
+    """ModelError, with the verb that takes it, for a model that gives no text."""
+    kind = kind_of(folder)
+    if kind != "language model":
+        article = "an" if kind == "encoder" else "a"
+        raise ModelError(f"{folder}: is {article} {kind} and writes no text; {_TAKEN_BY[kind].format(folder)}")
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether the network looks both ways: of a kind that fills masks, and no decoder."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    both = config.get("is_decoder") or config.get("is_encoder_decoder")
+    return config.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not both

@@ -19,7 +19,7 @@ from upslope import json_file
 from upslope.errors import ModelError
 from upslope.json_file import read_object
 from upslope.models.encoder.network import load_encoder
-from upslope.models.files.config_table import TABLE, check_config, check_sizes
+from upslope.models.files.config_json import TABLE, check_config, check_sizes
 from upslope.models.files.loading import load_model, save_model
 from upslope.models.lstm import LSTM, LSTMConfig
 
