@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from upslope.kernels import usable, vocabulary
+from upslope.kernels.products import least_rows, pad_rows
 from upslope.kernels.sums import accumulate_
 
 from ._checks import check_range, check_rank, clean_rows, floats, nan_unless, select, shape
@@ -182,11 +183,8 @@ def _entropy(logp: Tensor) -> Tensor:
 
 
 def _head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T with a row count from which a row's bits do not depend on the count (models/protocol.py)."""
-    rows = hidden.shape[0]
-    padded = max(rows, 16**3 // max(1, weight.numel()) + 1)
-    padded = padded if padded >= 12 else -(-padded // 4) * 4
-    return F.linear(F.pad(hidden, (0, 0, 0, padded - rows)), weight)[:rows]
+    """hidden @ weight.T with a row count from which a row's bits do not depend on the count."""
+    return F.linear(pad_rows(hidden, least=least_rows(weight.numel())), weight)[: hidden.shape[0]]
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[slice]:

@@ -32,7 +32,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import ModelError
-from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, pad_rows, padded_row_count
+from upslope.kernels.products import pad_rows, padded_row_count
+from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment
 
 __all__ = ["LSTM", "MODEL_TYPE", "LSTMConfig"]
 

@@ -25,8 +25,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import DataError, ModelError
+from upslope.kernels.products import least_rows, pad_rows
 from upslope.models.attention.context import PackedContext
-from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, least_rows, pad_rows
+from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment
 from upslope.models.seq2seq.config import Seq2SeqConfig
 from upslope.models.seq2seq.layers import Drop, Layout, Side, Trunk, padded_head_dim, sinusoids
 
