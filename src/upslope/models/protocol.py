@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import ModelError
 from upslope.kernels.products import least_rows, pad_rows
@@ -93,11 +95,13 @@ class CausalModel(nn.Module):
     `whole_prompts` says that a prompt must enter in one call, from its first token on: the engine then never cuts one
     into chunks and never takes the beginning of one from its prefix cache. `captures` says that a decoding step
     asks its context for attention alone and reads nothing back from the device, so that it can be a CUDA graph.
+    `gradient_checkpointing`: layers' activations are computed again in the backward pass instead of being kept.
     """
 
     spec: ModelSpec
     whole_prompts: bool = False
     captures: bool = False
+    gradient_checkpointing: bool = False
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm, before the head."""
@@ -138,7 +142,7 @@ class CausalModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        return self.head_weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def exact(self) -> bool:
@@ -148,7 +152,13 @@ class CausalModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.head_weight.device
+        return next(self.parameters()).device
+
+    def run(self, layer: nn.Module, *args: Any) -> Any:
+        """layer(*args), by way of a checkpoint where activations are not to be kept."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
 
     def logits(self, hidden_ND: Tensor, packed: PackedWeights | None = None) -> Tensor:
         """Logits [N, V] in the compute dtype; each row is independent of the other rows, bit for bit."""

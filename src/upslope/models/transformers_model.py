@@ -10,7 +10,7 @@ packed sequences shows when it is compared with the library's own attention on e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from upslope.models.files.weights import check_finite, listed, read_shapes
 from upslope.models.linear import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec
 
-__all__ = ["TransformersModel", "sliding_window"]
+__all__ = ["TransformersModel", "load_network", "sliding_window"]
 
 ATTENTION = "upslope"
 _DROPPED = ("drop", "jitter")
@@ -104,22 +104,8 @@ class TransformersModel(CausalModel):
         try:
             if reason := _refusal(config):
                 raise ModelError(f"it {reason}")
-            shapes = read_shapes(folder)
-            check_sizes(config.to_dict(), shapes, "config.json")
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config)
-            if reason := _refusal(config, skeleton):
-                raise ModelError(f"it {reason}")
-            check_sizes({}, shapes, "config.json", elements=sum(p.numel() for p in skeleton.parameters()))
-            network, report = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=dtype,
-                attn_implementation=ATTENTION,
-                output_loading_info=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+            options = {"dtype": dtype, "attn_implementation": ATTENTION}
+            network, report = load_network(AutoModelForCausalLM, folder, config, "config.json", _refusal, **options)
         except ModelError as error:
             raise ModelError(f"{folder}: {kind} cannot run here: {error}") from error
         except LIBRARY_ERRORS as error:
@@ -173,16 +159,6 @@ class TransformersModel(CausalModel):
         head = self._linear
         return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return self._linear.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._linear.weight.device
-
     def logits(self, hidden_ND: Tensor, packed: PackedWeights | None = None) -> Tensor:
         """Logits [N, V] in the compute dtype."""
         head = self._linear
@@ -215,6 +191,30 @@ class TransformersModel(CausalModel):
                 f"packed log-probs differ from the library's own by {gap:.2g} (mean; {allowed:g} allowed), so its "
                 "layers mix tokens or scale logits in a way the adapter does not know"
             )
+
+
+def load_network(
+    auto: Any,
+    folder: Path | str,
+    config: PreTrainedConfig,
+    named: Path | str,
+    refusal: Callable[[PreTrainedConfig, PreTrainedModel], str | None] = lambda config, skeleton: None,
+    **options: Any,
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A folder's network by one of transformers' auto classes, and the library's report of what did not fit.
+
+    Before any weight is read the sizes of config.json (`named` so in errors) are held against the files, and `refusal`
+    may say of the network without weights why "it" cannot run. ModelError, or what the library raises.
+    """
+    shapes = read_shapes(folder)
+    check_sizes(config.to_dict(), shapes, named)
+    with torch.device("meta"):
+        skeleton = auto.from_config(config)
+    if reason := refusal(config, skeleton):
+        raise ModelError(f"it {reason}")
+    check_sizes({}, shapes, named, elements=sum(p.numel() for p in skeleton.parameters()))
+    more = {"output_loading_info": True, "trust_remote_code": False, "use_safetensors": True}
+    return auto.from_pretrained(str(folder), config=config, **options, **more)
 
 
 class _Recorder(PackedContext):

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from upslope import kernels
 from upslope.errors import ModelError
@@ -345,10 +344,7 @@ class Decoder(CausalModel):
         cos, sin = self.angles(context.positions_T)
         x, delta = F.embedding(pad_rows(tokens_T, least=self.least_rows), self.model.embed_tokens.weight), None
         for layer in self.model.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, delta = checkpoint(layer, x, delta, cos, sin, context, use_reentrant=False)
-            else:
-                x, delta = layer(x, delta, cos, sin, context)
+            x, delta = self.run(layer, x, delta, cos, sin, context)
         return (self.model.norm(x) if delta is None else self.model.norm.add(x, delta)[1])[: tokens_T.shape[0]]
 
     def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
