@@ -20,7 +20,7 @@ import upslope.engine.runner
 import upslope.training.step
 from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
 from upslope.models.decoder.prepared import PreparedDecoder
-from upslope.models.packed import PackedWeights
+from upslope.models.linear import PackedWeights
 
 __all__ = ["FORMS", "inexact", "through_modules"]
 
@@ -174,8 +174,8 @@ class _Paged(PagedContext):
 
 @contextmanager
 def through_modules() -> Iterator[None]:
-    """Sampling goes through the decoder's modules, whose context attends, and not through `models.prepared`."""
-    with patch.object(PreparedDecoder, "of", lambda decoder, packed: None):
+    """Sampling goes through the decoder's modules, whose context attends, and not through `models.decoder.prepared`."""
+    with patch.object(PreparedDecoder, "of", lambda model, packed: None):
         yield
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upslope.engine import Engine, runner
 from upslope.engine.graphs import DecodeGraphs, can_capture, rounded_rows
-from upslope.models.attention.context import context as attention_contexts
+from upslope.models.attention import context as attention_contexts
 from upslope.types import Completion, SamplingParams
 
 from .tiny import prompt, tiny, trainer_logprobs

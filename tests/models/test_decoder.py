@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from upslope.errors import ModelError
 from upslope.functional.logprobs import linear_token_logprobs, token_logprobs
+from upslope.kernels.products import padded_row_count
 from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
 from upslope.models.decoder.network import Decoder, DecoderConfig, rope_frequencies
-from upslope.models.protocol import padded_row_count
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 97,

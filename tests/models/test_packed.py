@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from upslope.kernels.products import Reordered, onednn_bfloat16
-from upslope.models import packed as packed_module
-from upslope.models.packed import PackedWeights
+from upslope.models import linear as packed_module
+from upslope.models.linear import PackedWeights
 
 copies = pytest.mark.skipif(not onednn_bfloat16(), reason="no copies: oneDNN makes no bfloat16 products here")
 

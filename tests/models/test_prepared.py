@@ -12,7 +12,7 @@ from upslope.kernels.products import Reordered
 from upslope.models.attention.context import KVCache, PagedContext
 from upslope.models.decoder.network import Decoder
 from upslope.models.decoder.prepared import PreparedDecoder
-from upslope.models.packed import PackedWeights
+from upslope.models.linear import PackedWeights
 
 pytestmark = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels here: {kernels.problem()}")
 
@@ -28,17 +28,22 @@ def decoder(dtype: torch.dtype, **changes: object) -> Decoder:
 
 
 def hidden(model: Decoder, packed: PackedWeights | None) -> list[Tensor]:
-    """States of three sequences of unequal lengths: their prompts in one call, then two tokens each."""
+    """States of three sequences of unequal lengths: their prompts in one call, then two tokens each.
+
+    Through the prepared pass where there are packed weights and it can be made of them.
+    """
+    prepared = None if packed is None else PreparedDecoder.of(model, packed)
+    run = model if prepared is None else prepared.forward
     cache = KVCache(model.spec, 9, dtype=model.dtype)
     tables, lengths = [[4, 1], [0], [7, 3, 8]], [70, 5, 129]
     tokens = torch.randint(0, 258, (sum(lengths) + 6,), generator=torch.Generator().manual_seed(1))
     found = []
     with torch.inference_mode():
-        found.append(model(tokens[: sum(lengths)], PagedContext(cache, tables, [0] * 3, lengths, packed=packed)))
+        found.append(run(tokens[: sum(lengths)], PagedContext(cache, tables, [0] * 3, lengths, packed=packed)))
         for step in range(2):
             own = tokens[sum(lengths) + 3 * step :][:3]
             starts = [n + step for n in lengths]
-            found.append(model(own, PagedContext(cache, tables, starts, [1] * 3, packed=packed)))
+            found.append(run(own, PagedContext(cache, tables, starts, [1] * 3, packed=packed)))
     return found
 
 
@@ -56,25 +61,27 @@ def hidden(model: Decoder, packed: PackedWeights | None) -> list[Tensor]:
 def test_bits_are_those_of_the_modules(dtype: torch.dtype, changes: dict[str, object]) -> None:
     model, packed = decoder(dtype, **changes), PackedWeights()
     ours = hidden(model, packed)
-    assert isinstance(packed.prepared, PreparedDecoder)
+    prepared = PreparedDecoder.of(model, packed)
+    assert prepared is not None
     in_one_call = dtype == torch.bfloat16 and Reordered.of(torch.ones(64, 64).bfloat16()) is not None
-    assert (packed.prepared.blocks is not None) == in_one_call
-    for prepared, plain in zip(ours, hidden(model, None), strict=True):
+    assert (prepared.blocks is not None) == in_one_call
+    for own, plain in zip(ours, hidden(model, None), strict=True):
         assert torch.isfinite(plain).all()
-        assert torch.equal(prepared, plain)
+        assert torch.equal(own, plain)
 
 
 @pytest.mark.skipif(Reordered.of(torch.ones(64, 64).bfloat16()) is None, reason="no bfloat16 products of our own here")
 def test_blocks_refuse_what_is_not_theirs() -> None:
     model, packed = decoder(torch.bfloat16), PackedWeights()
-    hidden(model, packed)
-    blocks, width = packed.prepared.blocks, model.spec.hidden_size
+    prepared, width = PreparedDecoder.of(model, packed), model.spec.hidden_size
+    assert prepared is not None
+    assert prepared.blocks is not None
     cache = KVCache(model.spec, 2, dtype=torch.bfloat16)
     context = PagedContext(cache, [[0]], [0], [3], packed=packed)
     angles = model.angles(context.positions_T)
     for x in (torch.zeros(3, width), torch.zeros(3, width + 1).bfloat16()):
         with pytest.raises(ValueError, match="not of this decoder"):
-            context.through(blocks, x, angles)
+            prepared.blocks.run(x, angles, cache.keys, cache.values, context.described, context.blocks)
 
 
 def test_changed_weights_are_seen_after_clearing() -> None:
@@ -84,7 +91,7 @@ def test_changed_weights_are_seen_after_clearing() -> None:
         for parameter in model.parameters():
             parameter.mul_(0.5)
     packed.clear()
-    assert packed.prepared is None
+    assert packed.bytes == 0
     after = hidden(model, packed)[-1]
     assert not torch.equal(after, before)
     assert torch.equal(after, hidden(model, None)[-1])

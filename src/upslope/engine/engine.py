@@ -16,7 +16,7 @@ import torch
 
 from upslope.engine.beam import Beam
 from upslope.engine.blocks import BlockPool
-from upslope.engine.outputs import Outputs
+from upslope.engine.outputs import OutputProcessor
 from upslope.engine.request import Event, Request, Sequence, TokenMask, check_params, check_prompt
 from upslope.engine.runner import Runner, Stats
 from upslope.engine.scheduler import Scheduler
@@ -64,7 +64,7 @@ class Engine:
         whole = model.whole_prompts
         self.pool = BlockPool(num_blocks, BLOCK, prefix_cache=prefix_cache and not whole)
         self.scheduler = Scheduler(self.pool, max_batch=max_batch, prefill_tokens=prefill_tokens, whole_prompts=whole)
-        self.outputs = Outputs(self.scheduler, self.runner, tokenizer)
+        self.outputs = OutputProcessor(self.scheduler, self.runner, tokenizer)
         self._requests = self.outputs.requests
         self._next_id = 0
         self._inbox: dict[int, deque[Event]] = {}

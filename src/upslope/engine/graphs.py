@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from upslope.models.attention.context import BLOCK, KVCache
+from upslope.models.attention.context import BLOCK, KVCache, StepContext
 from upslope.models.attention.gpu import fused_on
-from upslope.models.attention.step_context import StepContext
 from upslope.models.protocol import CausalModel
 
 __all__ = ["DecodeGraphs", "can_capture", "captured", "rounded_rows"]

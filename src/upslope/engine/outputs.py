@@ -17,10 +17,10 @@ from upslope.engine.text import TextStream, Tokenizer
 from upslope.errors import DataError, ModelError, UpslopeError
 from upslope.types import FinishReason
 
-__all__ = ["Outputs"]
+__all__ = ["OutputProcessor"]
 
 
-class Outputs:
+class OutputProcessor:
     """The unfinished requests and how their next tokens come about; `version` numbers the present weights."""
 
     def __init__(self, scheduler: Scheduler, runner: Runner, tokenizer: Tokenizer | None) -> None:

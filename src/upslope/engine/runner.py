@@ -15,7 +15,8 @@ from upslope.engine.scheduler import Chunk, Plan
 from upslope.functional.logprobs import log_softmax
 from upslope.models.attention.context import KVCache, PagedContext
 from upslope.models.decoder.activations import Activations
-from upslope.models.packed import PackedWeights
+from upslope.models.decoder.prepared import PreparedDecoder
+from upslope.models.linear import PackedWeights
 from upslope.models.protocol import CausalModel
 
 __all__ = ["Runner", "Stats"]
@@ -51,6 +52,7 @@ class Runner:
         self.packed = PackedWeights()
         self.stats = Stats()
         self.activations: Activations | None = None
+        self._prepared: PreparedDecoder | bool | None = None
         self._cache: KVCache | None = None
         self._graphs: DecodeGraphs | None = None
 
@@ -63,15 +65,22 @@ class Runner:
             self._cache = KVCache(spec, self.num_blocks + spare, dtype=model.dtype, device=model.device)
         return self._cache
 
+    @property
+    def prepared(self) -> PreparedDecoder | None:
+        """What stands for the model's own pass over cached sequences, where it can; made when first used."""
+        if self._prepared is None:
+            self._prepared = PreparedDecoder.of(self.model, self.packed) or False
+        return self._prepared or None
+
     def sleep(self) -> None:
         """Give back the cache and what was made of the weights until they are used again."""
         self.weights_changed()
         self._cache = None
 
     def weights_changed(self) -> None:
-        """Forget what was made of the weights: copies laid out for decoding, captured steps."""
+        """Forget what was made of the weights: copies laid out for decoding, the prepared pass, captured steps."""
         self.packed.clear()
-        self._graphs = None
+        self._prepared = self._graphs = None
 
     def run(self, plan: Plan) -> tuple[list[Sequence], Tensor | None]:
         """Feed the plan's tokens; the sequences that can draw now, with their logits [N, V] (None where N is 0)."""
@@ -109,7 +118,6 @@ class Runner:
         """Hidden states [n, D] of the last token of every chunk that completes its sequence."""
         if self._capturable(chunks):
             return self._captured(chunks)
-        kept = None if self.activations is None else self.activations.take(sum(c.count for c in chunks))
         context = PagedContext(
             self.cache,
             [c.seq.blocks for c in chunks],
@@ -117,14 +125,16 @@ class Runner:
             [c.count for c in chunks],
             prompts=[len(c.seq.request.prompt) for c in chunks],
             packed=self.packed,
-            kept=kept,
         )
         fed = [token for c in chunks for token in c.seq.tokens[c.start : c.start + c.count]]
-        hidden = self.model(torch.tensor(fed, device=self.model.device), context)
+        kept = None if self.activations is None else self.activations.take(len(fed))
+        tokens_T = torch.tensor(fed, device=self.model.device)
+        prepared = self.prepared
+        hidden = self.model(tokens_T, context) if prepared is None else prepared.forward(tokens_T, context, kept)
         offset, rows = 0, []
         for chunk in chunks:
             if self.activations is not None:
-                _note_rows(chunk, None if kept is None else kept.rows[offset : offset + chunk.count])
+                _note_rows(chunk, None if kept is None else kept.first + offset)
             if chunk.seq.request.needs_prompt_scores:
                 self._score_prompt(chunk, hidden[offset : offset + chunk.count])
             offset += chunk.count
@@ -167,10 +177,10 @@ class Runner:
             request.prompt_top_logprobs[first : first + len(targets)] = top
 
 
-def _note_rows(chunk: Chunk, kept: range | None) -> None:
-    """Where the activations of a sequence are now that the chunk is fed; what it fed before and feeds again is void."""
+def _note_rows(chunk: Chunk, first: int | None) -> None:
+    """The activations of a fed chunk begin at row `first`; what its sequence fed before and feeds again is void."""
     rows = chunk.seq.rows
-    if kept is None or rows is None or len(rows) < chunk.start:
+    if first is None or rows is None or len(rows) < chunk.start:
         chunk.seq.rows = None
     else:
-        rows[chunk.start :] = kept
+        rows[chunk.start :] = range(first, first + chunk.count)

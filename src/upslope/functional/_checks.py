@@ -38,6 +38,12 @@ def check_same_shape(**tensors: Tensor) -> None:
         raise ValueError("shapes must be equal: " + ", ".join(f"{k} {shape(x)}" for k, x in tensors.items()))
 
 
+def alike(**tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one floating dtype, after `check_same_shape`."""
+    check_same_shape(**tensors)
+    return floats(*tensors.values())
+
+
 def check_broadcast(**tensors: Tensor) -> None:
     """ValueError unless the shapes broadcast with the same number of dimensions (scalars go with anything).
 
@@ -89,6 +95,12 @@ def split_finite(*tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """
     ok = reduce(torch.logical_and, [x.detach().isfinite() for x in tensors])
     return ok, tuple(select(ok, x) for x in tensors)
+
+
+def aligned(**tensors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`split_finite` of the tensors in one dtype, after `check_broadcast`."""
+    check_broadcast(**tensors)
+    return split_finite(*floats(*tensors.values()))
 
 
 def nan_unless(ok: Tensor, x: Tensor) -> Tensor:

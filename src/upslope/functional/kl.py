@@ -20,17 +20,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import (
-    check_broadcast,
-    check_range,
-    clean_rows,
-    floats,
-    nan_unless,
-    safe_exp,
-    safe_expm1,
-    select,
-    split_finite,
-)
+from ._checks import aligned, check_range, clean_rows, floats, nan_unless, safe_exp, safe_expm1, select
 from .logprobs import log_softmax
 
 
@@ -61,8 +51,7 @@ def importance_k1(logp: Tensor, ref_logp: Tensor, old_logp: Tensor | None = None
     old_logp are the log-probs of the policy that sampled; None means pi itself, whose ratio is 1 with a gradient.
     """
     old_logp = logp.detach() if old_logp is None else old_logp.detach()
-    check_broadcast(logp=logp, ref_logp=ref_logp, old_logp=old_logp)
-    ok, (logp, ref_logp, old_logp) = split_finite(*floats(logp, ref_logp.detach(), old_logp))
+    ok, (logp, ref_logp, old_logp) = aligned(logp=logp, ref_logp=ref_logp.detach(), old_logp=old_logp)
     return nan_unless(ok, safe_exp(logp - old_logp) * (logp - ref_logp))
 
 
@@ -71,8 +60,7 @@ def rollout_kl(logp: Tensor, old_logp: Tensor) -> Tensor:
 
     The penalty form of PPO (Schulman et al. 2017, arXiv 1707.06347, eq. 8). Never negative; old_logp is detached.
     """
-    check_broadcast(logp=logp, old_logp=old_logp)
-    ok, (logp, old_logp) = split_finite(*floats(logp, old_logp.detach()))
+    ok, (logp, old_logp) = aligned(logp=logp, old_logp=old_logp.detach())
     return nan_unless(ok, safe_expm1(logp - old_logp) - (logp - old_logp))
 
 
@@ -98,8 +86,7 @@ def kl_of_logprobs(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _difference(logp: Tensor, ref_logp: Tensor) -> tuple[Tensor, Tensor]:
     """(where it is finite, log pi - log ref with 0 elsewhere)."""
-    check_broadcast(logp=logp, ref_logp=ref_logp)
-    ok, (logp, ref_logp) = split_finite(*floats(logp, ref_logp.detach()))
+    ok, (logp, ref_logp) = aligned(logp=logp, ref_logp=ref_logp.detach())
     return ok, logp - ref_logp
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from upslope.kernels import usable, vocabulary
+from upslope.kernels.products import least_rows, pad_rows
 from upslope.kernels.sums import accumulate_
 
 from ._checks import check_range, check_rank, clean_rows, floats, nan_unless, select, shape
@@ -182,11 +183,8 @@ def _entropy(logp: Tensor) -> Tensor:
 
 
 def _head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden @ weight.T with a row count from which a row's bits do not depend on the count (models/protocol.py)."""
-    rows = hidden.shape[0]
-    padded = max(rows, 16**3 // max(1, weight.numel()) + 1)
-    padded = padded if padded >= 12 else -(-padded // 4) * 4
-    return F.linear(F.pad(hidden, (0, 0, 0, padded - rows)), weight)[:rows]
+    """hidden @ weight.T with a row count from which a row's bits do not depend on the count."""
+    return F.linear(pad_rows(hidden, least=least_rows(weight.numel())), weight)[: hidden.shape[0]]
 
 
 def _chunks(rows: int, chunk: int) -> Iterator[slice]:
@@ -268,7 +266,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
                 logits = _head(h, weight)
             elif not whole:
                 logits = logits[inside]
-            d_logits = _gradient(
+            d_logits = _logits_gradient(
                 logits,
                 tokens[rows],
                 ctx.found[i] if whole else ctx.found[i].of(inside),
@@ -294,7 +292,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None, None, None, None
 
 
-def _gradient(
+def _logits_gradient(
     logits: Tensor,
     tokens: Tensor,
     found: vocabulary.Statistics,
@@ -303,26 +301,15 @@ def _gradient(
     grad_entropy: Tensor | None,
     grad_mean: Tensor | None,
 ) -> Tensor:
-    """The gradient of the logits in their dtype; may reuse their memory."""
+    """d/d logits of sum(grad_logp * logp[token] + grad_entropy * H + grad_mean * mean_v logp_v), in their dtype.
+
+    [n, V], may reuse the logits' memory. With z = logits / temperature: d logp_k / d z_v = 1[v = k] - p_v,
+    d H / d z_v = -p_v (log p_v + H), and the mean over the vocabulary has 1/V - p_v.
+    """
     if _fused(logits):
         return vocabulary.logits_gradient_(logits, tokens, found, temperature, grad_logp, grad_entropy, grad_mean)
-    return _logits_gradient(
-        log_softmax(logits, temperature),
-        tokens,
-        grad_logp / temperature,
-        None if grad_entropy is None else grad_entropy / temperature,
-        None if grad_mean is None else grad_mean / temperature,
-    ).to(logits.dtype)
-
-
-def _logits_gradient(
-    logp: Tensor, tokens: Tensor, grad_logp: Tensor, grad_entropy: Tensor | None, grad_mean: Tensor | None
-) -> Tensor:
-    """d/d(logits / temperature) of sum(grad_logp * logp[token] + grad_entropy * H + grad_mean * mean_v logp_v).
-
-    [n, V], may reuse logp's memory. d logp_k / d z_v = 1[v = k] - p_v, d H / d z_v = -p_v (log p_v + H), and the mean
-    over the vocabulary has 1/V - p_v.
-    """
+    logp, grad_logp = log_softmax(logits, temperature), grad_logp / temperature
+    grad_entropy, grad_mean = (None if x is None else x / temperature for x in (grad_entropy, grad_mean))
     p = logp.exp()
     both = grad_logp if grad_mean is None else grad_logp + grad_mean
     if grad_entropy is None:
@@ -334,4 +321,4 @@ def _logits_gradient(
         gradient.add_((grad_mean / logp.shape[1]).unsqueeze(1))
     rows = torch.arange(tokens.shape[0], device=tokens.device)
     gradient[rows, tokens] += grad_logp
-    return gradient
+    return gradient.to(logits.dtype)

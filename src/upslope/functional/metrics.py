@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ._checks import as_mask, check_same_shape, floats, select
+from ._checks import alike, as_mask, select
 from .kl import k3
 from .masking import masked_mean, masked_var
 
@@ -19,17 +21,37 @@ def approx_kl(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(k3(old_logp, logp), mask)
 
 
+class Ratios(NamedTuple):
+    """Of each token: rho = pi / pi_old, rho - 1 - log rho, and whether the clip takes its gradient away (bool)."""
+
+    ratio: Tensor
+    approx_kl: Tensor
+    clipped: Tensor
+
+
+@torch.no_grad()
+def token_ratios(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Ratios:
+    """What an update reports of each token, before any mean: `val/ratio`, `policy/approx_kl`, `policy/clipfrac`.
+
+    Any shape, the same for all. `clipped` is where `policy_losses.clipped_surrogate` has gradient 0.
+    """
+    logp, old_logp, advantages = alike(logp=logp, old_logp=old_logp, advantages=advantages)
+    log_ratio = logp - old_logp
+    ratio = log_ratio.exp()
+    clipped = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+    return Ratios(ratio, ratio - 1 - log_ratio, clipped)
+
+
 @torch.no_grad()
 def clip_fraction(
     logp: Tensor, old_logp: Tensor, advantages: Tensor, mask: Tensor, *, clip_low: float, clip_high: float
 ) -> Tensor:
     """Share of tokens whose gradient `policy_losses.clipped_surrogate` sets to 0. `policy/clipfrac`. -> scalar."""
     mask = as_mask(mask, logp=logp, old_logp=old_logp, advantages=advantages)
-    logp, old_logp, advantages = floats(logp, old_logp, advantages)
-    ratio = (select(mask, logp) - select(mask, old_logp)).exp()
-    raised = (advantages > 0) & (ratio > 1.0 + clip_high)
-    lowered = (advantages < 0) & (ratio < 1.0 - clip_low)
-    return masked_mean((raised | lowered).to(logp.dtype), mask)
+    found = token_ratios(
+        *(select(mask, x) for x in (logp, old_logp, advantages)), clip_low=clip_low, clip_high=clip_high
+    )
+    return masked_mean(found.clipped.to(found.ratio.dtype), mask)
 
 
 @torch.no_grad()
@@ -38,9 +60,8 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     NaN where the returns do not vary: the question has no answer there.
     """
-    check_same_shape(values=values, returns=returns)
+    values, returns = alike(values=values, returns=returns)
     mask = as_mask(mask, returns=returns)
-    values, returns = floats(values, returns)
     variance = masked_var(returns, mask)
     return 1 - masked_var(select(mask, returns) - select(mask, values), mask) / torch.where(
         variance > 0, variance, torch.nan

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ._checks import (
+    aligned,
     as_mask,
-    check_broadcast,
     check_range,
     check_rank,
     floats,
@@ -30,8 +30,7 @@ from .masking import masked_mean, masked_sum
 
 def reinforce(logp: Tensor, advantages: Tensor) -> Tensor:
     """-A log pi (Williams 1992). The product is per token: mean(A) * mean(log pi) is something else."""
-    check_broadcast(logp=logp, advantages=advantages)
-    ok, (logp, advantages) = split_finite(*floats(logp, advantages.detach()))
+    ok, (logp, advantages) = aligned(logp=logp, advantages=advantages.detach())
     return nan_unless(ok, -logp * advantages)
 
 
@@ -52,8 +51,7 @@ def clipped_surrogate(
     """
     check_range("clip_low", clip_low, 0.0)
     check_range("clip_high", clip_high, 0.0)
-    check_broadcast(logp=logp, old_logp=old_logp, advantages=advantages)
-    ok, (logp, old_logp, advantages) = split_finite(*floats(logp, old_logp.detach(), advantages.detach()))
+    ok, (logp, old_logp, advantages) = _aligned(logp, old_logp, advantages)
     objective = _clipped_objective(logp - old_logp, advantages, clip_low, clip_high)
     if dual_clip is not None:
         check_range("dual_clip", dual_clip, 1.0, open_low=True)
@@ -94,8 +92,7 @@ def clipped_is_reinforce(
     check_range("clip_high", clip_high, 0.0)
     if clip_low is not None:
         check_range("clip_low", clip_low, 0.0)
-    check_broadcast(logp=logp, old_logp=old_logp, advantages=advantages)
-    ok, (logp, old_logp, advantages) = split_finite(*floats(logp, old_logp.detach(), advantages.detach()))
+    ok, (logp, old_logp, advantages) = _aligned(logp, old_logp, advantages)
     low = None if clip_low is None else 1.0 - clip_low
     weight = (logp.detach() - old_logp).exp().clamp(min=low, max=1.0 + clip_high)
     return nan_unless(ok, -weight * advantages * logp)
@@ -111,8 +108,7 @@ def soft_gated(
     """
     check_range("tau_positive", tau_positive, 0.0, open_low=True)
     check_range("tau_negative", tau_negative, 0.0, open_low=True)
-    check_broadcast(logp=logp, old_logp=old_logp, advantages=advantages)
-    ok, (logp, old_logp, advantages) = split_finite(*floats(logp, old_logp.detach(), advantages.detach()))
+    ok, (logp, old_logp, advantages) = _aligned(logp, old_logp, advantages)
     positive, negative = (logp.new_full((), tau) for tau in (tau_positive, tau_negative))
     tau = torch.where(advantages > 0, positive, negative)
     gate = torch.sigmoid(tau * (safe_exp(logp - old_logp) - 1)) * (4 / tau)
@@ -161,6 +157,10 @@ def importance_weights(
     else:
         raise ValueError(f"mode must be 'truncate' or 'mask', got {mode!r}")
     return select(mask_BT, weights_BT)
+
+
+def _aligned(logp: Tensor, old_logp: Tensor, advantages: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return aligned(logp=logp, old_logp=old_logp.detach(), advantages=advantages.detach())
 
 
 def _clipped_objective(log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float) -> Tensor:

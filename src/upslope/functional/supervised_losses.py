@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._checks import (
+    aligned,
+    alike,
     as_mask,
     check_broadcast,
     check_range,
     check_rank,
-    check_same_shape,
     clean_rows,
     floats,
     nan_unless,
@@ -42,8 +43,7 @@ def nll(logp: Tensor, label_smoothing: float = 0.0, mean_logp: Tensor | None = N
             raise ValueError(f"label_smoothing = {label_smoothing} needs mean_logp, the mean over the vocabulary")
         (logp,) = floats(logp)
         return -logp
-    check_same_shape(logp=logp, mean_logp=mean_logp)
-    logp, mean_logp = floats(logp, mean_logp)
+    logp, mean_logp = alike(logp=logp, mean_logp=mean_logp)
     return -(1 - label_smoothing) * logp - label_smoothing * mean_logp
 
 
@@ -65,12 +65,10 @@ def value_loss(
     if (clip is None) != (old_values is None):
         raise ValueError(f"clip and old_values go together, got clip={clip}, old_values={old_values is not None}")
     if clip is None or old_values is None:
-        check_broadcast(values=values, targets=targets)
-        ok, (values, targets) = split_finite(*floats(values, targets.detach()))
+        ok, (values, targets) = aligned(values=values, targets=targets.detach())
         return nan_unless(ok, 0.5 * (values - targets).square())
     check_range("clip", clip, 0.0, open_low=True)
-    check_broadcast(values=values, targets=targets, old_values=old_values)
-    ok, (values, targets, old) = split_finite(*floats(values, targets.detach(), old_values.detach()))
+    ok, (values, targets, old) = aligned(values=values, targets=targets.detach(), old_values=old_values.detach())
     clipped = old + (values - old).clamp(-clip, clip)
     return nan_unless(ok, 0.5 * torch.maximum((values - targets).square(), (clipped - targets).square()))
 
@@ -85,8 +83,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0
     if isinstance(margin, Tensor):
         check_broadcast(chosen=chosen, rejected=rejected, margin=margin)
         margin = margin.detach()
-    check_same_shape(chosen=chosen, rejected=rejected)
-    chosen, rejected = floats(chosen, rejected)
+    chosen, rejected = alike(chosen=chosen, rejected=rejected)
     loss = -F.logsigmoid(chosen - rejected - margin)
     return loss + centering * (chosen + rejected).square() if centering else loss
 
@@ -160,8 +157,7 @@ def orpo(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, *, lam: float) ->
     ValueError: shapes differ, lam negative, a mean log-prob above 0.
     """
     check_range("lam", lam, 0.0)
-    check_same_shape(chosen_mean_logp=chosen_mean_logp, rejected_mean_logp=rejected_mean_logp)
-    chosen, rejected = floats(chosen_mean_logp, rejected_mean_logp)
+    chosen, rejected = alike(chosen_mean_logp=chosen_mean_logp, rejected_mean_logp=rejected_mean_logp)
     highest = max(float(x.detach().max()) if x.numel() else 0.0 for x in (chosen, rejected))
     check_range("mean log-prob", highest, high=0.0)
     return -chosen - lam * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
@@ -173,8 +169,7 @@ def simpo(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, *, beta: float, 
     `margin` is the paper's gamma, in units of the scaled difference. [B], [B] -> [B].
     """
     check_range("beta", beta, 0.0, open_low=True)
-    check_same_shape(chosen_mean_logp=chosen_mean_logp, rejected_mean_logp=rejected_mean_logp)
-    chosen, rejected = floats(chosen_mean_logp, rejected_mean_logp)
+    chosen, rejected = alike(chosen_mean_logp=chosen_mean_logp, rejected_mean_logp=rejected_mean_logp)
     return -F.logsigmoid(beta * (chosen - rejected) - margin)
 
 
@@ -207,8 +202,7 @@ def divergence(
     M = weight T + (1 - weight) S, the generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, eq. 1);
     `weight` belongs to it alone. ValueError: shapes differ, unknown kind, weight outside (0, 1).
     """
-    check_same_shape(student_logits=student_logits, teacher_logits=teacher_logits)
-    student_logits, teacher_logits = floats(student_logits, teacher_logits.detach())
+    student_logits, teacher_logits = alike(student_logits=student_logits, teacher_logits=teacher_logits.detach())
     ok_s, student_logits = clean_rows(student_logits)
     ok_t, teacher_logits = clean_rows(teacher_logits)
     student, teacher = log_softmax(student_logits), log_softmax(teacher_logits)
@@ -244,10 +238,12 @@ def _preference_margin(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> Tensor:
     check_range("beta", beta, 0.0, open_low=True)
-    check_same_shape(
-        chosen_logp=chosen, rejected_logp=rejected, ref_chosen_logp=ref_chosen, ref_rejected_logp=ref_rejected
+    chosen, rejected, ref_chosen, ref_rejected = alike(
+        chosen_logp=chosen,
+        rejected_logp=rejected,
+        ref_chosen_logp=ref_chosen.detach(),
+        ref_rejected_logp=ref_rejected.detach(),
     )
-    chosen, rejected, ref_chosen, ref_rejected = floats(chosen, rejected, ref_chosen.detach(), ref_rejected.detach())
     return (chosen - ref_chosen) - (rejected - ref_rejected)
 
 

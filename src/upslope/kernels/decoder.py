@@ -20,15 +20,13 @@ from upslope.kernels.products import Reordered
 __all__ = ["BlockWeights", "DecoderBlocks", "DecoderShape", "KeptRows"]
 
 
-class DecoderShape(NamedTuple):
-    """The sizes of the blocks, and the eps of their norms."""
+class DecoderShape(Structure):
+    """The sizes of the blocks (d of a head), the eps of their norms, and what scales their scores."""
 
-    width: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
+    _fields_ = (
+        *((name, c_int64) for name in ("layers", "width", "intermediate", "heads", "kv_heads", "d")),
+        *((name, c_float) for name in ("eps", "scale")),
+    )
 
 
 class BlockWeights(NamedTuple):
@@ -66,13 +64,6 @@ class _Block(Structure):
     )
 
 
-class _Shape(Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("layers", "width", "intermediate", "heads", "kv_heads", "d")),
-        *((name, c_float) for name in ("eps", "scale")),
-    )
-
-
 class _Call(Structure):
     _fields_ = (
         ("rows", c_int64),
@@ -100,10 +91,6 @@ class DecoderBlocks:
 
     def __init__(self, shape: DecoderShape, blocks: Sequence[BlockWeights], last_norm: Tensor) -> None:
         self.shape, self._held, self._last_norm = shape, list(blocks), last_norm
-        d = shape.head_dim
-        self._shape = _Shape(
-            len(blocks), shape.width, shape.intermediate, shape.heads, shape.kv_heads, d, shape.eps, d**-0.5
-        )
         self._blocks = (_Block * len(blocks))(*map(_described, blocks))
 
     def run(
@@ -122,26 +109,26 @@ class DecoderBlocks:
         angles: cosines and sines [T, d / 2], float32.
         """
         s, rows = self.shape, x_TD.shape[0]
-        if x_TD.dtype != torch.bfloat16 or x_TD.shape[1] != s.width or keys.shape[0] != len(self._held):
+        if x_TD.dtype != torch.bfloat16 or x_TD.shape[1] != s.width or keys.shape[0] != s.layers:
             raise ValueError(f"x {list(x_TD.shape)} in {x_TD.dtype}, cache {list(keys.shape)}: not of this decoder")
         cosine, sine = angles_Td
         normed, delta = torch.empty_like(x_TD), torch.empty_like(x_TD)
         gated = x_TD.new_empty(rows, s.intermediate)
-        q, k, v = (x_TD.new_empty(rows, n * s.head_dim) for n in (s.heads, s.kv_heads, s.kv_heads))
+        q, k, v = (x_TD.new_empty(rows, n * s.d) for n in (s.heads, s.kv_heads, s.kv_heads))
         scales = torch.empty(max(rows, s.heads), dtype=torch.float32)
         room = (x_TD, normed, delta, gated, q, k, v, scales, cosine, sine, keys, values)
         described = segments.buffer_info()[0], len(segments) // 4, tables.buffer_info()[0]
         call = _Call(rows, *addresses(*room), keys.stride(0), *described)
         if kept is None:
-            products = x_TD.new_empty(rows, (s.heads + 2 * s.kv_heads) * s.head_dim)
-            attended = x_TD.new_empty(rows, s.heads * s.head_dim)
+            products = x_TD.new_empty(rows, (s.heads + 2 * s.kv_heads) * s.d)
+            attended = x_TD.new_empty(rows, s.heads * s.d)
             gates = x_TD.new_empty(rows, 2 * s.intermediate)
             results = _Results(*addresses(products, attended, x_TD, gates, x_TD))
         else:
             stores = kept[:-1]
             starts = (x.data_ptr() + kept.first * x.stride(1) * x.element_size() for x in stores)
             results = _Results(*starts, *(x.stride(0) for x in stores))
-        structures = map(ctypes.addressof, (self._shape, call, results))
+        structures = map(ctypes.addressof, (s, call, results))
         _lib.decode(ctypes.addressof(self._blocks), self._last_norm.data_ptr(), *structures)
         return normed
 

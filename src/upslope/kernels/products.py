@@ -1,6 +1,7 @@
-"""Products with a bfloat16 weight that is used again and again, on processors with VDPBF16PS (products.cpp).
+"""Products whose rows have the same bits whatever stands beside them: how many rows they want, and our own of few rows.
 
-oneDNN's own are as fast with many rows, not with the few that decoding has. Shapes: T rows, D inputs, C outputs.
+Our own are with a bfloat16 weight that is used again and again, on processors with VDPBF16PS (products.cpp). oneDNN's
+are as fast with many rows, not with the few that decoding has. Shapes: T rows, D inputs, C outputs.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 
 from upslope.kernels import Functions, addresses, usable
 
-__all__ = ["Reordered", "onednn_bfloat16"]
+__all__ = ["Reordered", "least_rows", "onednn_bfloat16", "pad_rows", "padded_row_count"]
 
 _COLUMNS = 32  # of a group, as in products.cpp
 _STRIDE = 64  # boundaries of blocks are multiples of it
@@ -26,6 +27,29 @@ _lib = Functions(
     product_reorder=[c_void_p, c_void_p, c_int64, c_int64],
     product=[*[c_void_p] * 4, *[c_int64] * 4],
 )
+
+
+def padded_row_count(rows: int) -> int:
+    """The smallest number of rows >= `rows` at which a CPU's matrix product does not depend on the number of rows.
+
+    In float32 the products of 4, 8, and 12 or more rows agree bit for bit row by row; other counts below 12 go
+    through kernels that add in another order. In bfloat16 every count agrees, from `least_rows` on.
+    """
+    return rows if rows >= 12 else max(4, -(-rows // 4) * 4)
+
+
+def least_rows(elements: int) -> int:
+    """Rows from which products with a matrix of so many elements take one kernel in bfloat16, whatever their number.
+
+    Products of up to 16^3 multiplications go another way, which adds in another order; this concerns tiny matrices.
+    """
+    return 16**3 // max(1, elements) + 1
+
+
+def pad_rows(x: Tensor, *, least: int = 4) -> Tensor:
+    """Zero rows appended to the first dimension up to `padded_row_count`, and up to `least`."""
+    extra = padded_row_count(max(x.shape[0], least)) - x.shape[0]
+    return torch.cat([x, x.new_zeros(extra, *x.shape[1:])]) if extra else x
 
 
 @cache

@@ -46,7 +46,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension (arXiv 1910.07467, eq. 4); [..., D] -> [..., D]."""
     x = x_TD.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or weight_D.requires_grad):
-        return _Norm.apply(x, weight_D, eps)
+        return _Norm.apply(x, None, weight_D, eps)
     return norm(x, None, weight_D, eps)[0]
 
 
@@ -54,7 +54,7 @@ def add_rms_norm(x_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float) -
     """x + delta, and its RMSNorm."""
     x, delta = x_TD.contiguous(), delta_TD.contiguous()
     if torch.is_grad_enabled() and (x.requires_grad or delta.requires_grad or weight_D.requires_grad):
-        return _AddNorm.apply(x, delta, weight_D, eps)
+        return _Norm.apply(x, delta, weight_D, eps)
     out, total, _ = norm(x, delta, weight_D, eps)
     return total, out
 
@@ -93,30 +93,22 @@ def norm_gradient(
 
 
 class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        out, _, scales = norm(x, None, weight, eps)
-        ctx.save_for_backward(x, weight, scales)
-        return out
+    """The norm of x, or x + delta and the norm of that."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return *norm_gradient(*ctx.saved_tensors, grad, None), None
-
-
-class _AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float
+    ) -> Tensor | tuple[Tensor, Tensor]:
         out, total, scales = norm(x, delta, weight, eps)
         ctx.save_for_backward(total, weight, scales)
-        return total, out
+        return out if delta is None else (total, out)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, through: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        d_total, d_weight = norm_gradient(*ctx.saved_tensors, grad, through)
-        return d_total, d_total, d_weight, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        through = grads[0] if len(grads) == 2 else None
+        d_total, d_weight = norm_gradient(*ctx.saved_tensors, grads[-1], through)
+        return d_total, None if through is None else d_total, d_weight, None
 
 
 def swiglu(both_TF2: Tensor) -> Tensor:

@@ -14,9 +14,8 @@ from upslope.models.files.adapters import PREFIX, WEIGHTS
 from upslope.models.files.folders import ADAPTER_CONFIG, provenance, write_json
 from upslope.models.lora_dropout import drop_inputs
 from upslope.models.protocol import CausalModel
-from upslope.models.seq2seq.network import Seq2Seq
 
-__all__ = ["ALL", "add_adapters", "save_adapters", "target_layers"]
+__all__ = ["ALL", "add_adapters", "inject", "save_adapters", "target_layers"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 ALL = "all-linear"
@@ -54,24 +53,40 @@ def add_adapters(
 
     Never the output layer, which is read as a matrix and not called. ConfigError for dropout in an encoder-decoder.
     """
-    from peft import LoraConfig, inject_adapter_in_model
-
-    if dropout and isinstance(model, Seq2Seq):
+    if dropout and model.whole_prompts:
         raise ConfigError("lora_dropout: the layers of an encoder-decoder do not read whole sequences; leave it out")
     heads = [m.weight for m in model.modules() if isinstance(m, nn.Linear) and m.weight is model.output_weight]
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not any(m.weight is h for h in heads)]
     record = provenance(folder)
     hub = record.get("kind") == "hub"
+    layers = target_layers(names, targets)
+    torch.manual_seed(seed)
+    return inject(
+        model,
+        layers,
+        rank=rank,
+        alpha=alpha,
+        dropout=dropout,
+        seed=seed,
+        base_model_name_or_path=str(record["origin"]) if hub else str(folder.absolute()),
+        revision=record.get("revision") if hub else None,
+        task_type="SEQ_2_SEQ_LM" if model.whole_prompts else "CAUSAL_LM",
+    )
+
+
+def inject(
+    model: nn.Module, layers: Sequence[str], *, rank: int, alpha: float, dropout: float, seed: int, **more: Any
+) -> Any:
+    """Have peft put adapters into `layers`, from torch's generator; `seed` is the dropout's. The configuration."""
+    from peft import LoraConfig, inject_adapter_in_model
+
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=dropout,
-        target_modules=target_layers(names, targets),
-        base_model_name_or_path=str(record["origin"]) if hub else str(folder.absolute()),
-        revision=record.get("revision") if hub else None,
-        task_type="SEQ_2_SEQ_LM" if isinstance(model, Seq2Seq) else "CAUSAL_LM",
+        target_modules=list(layers),
+        **more,
     )
-    torch.manual_seed(seed)
     inject_adapter_in_model(config, model, adapter_name="default")
     drop_inputs(model, dropout, seed)
     return config

@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import ModelError
-from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, pad_rows, padded_row_count
+from upslope.kernels.products import pad_rows, padded_row_count
+from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment
 
 __all__ = ["LSTM", "MODEL_TYPE", "LSTMConfig"]
 
@@ -312,10 +312,7 @@ class LSTM(CausalModel):
         for layer in range(self.config.num_hidden_layers):
             kept = context.before(layer)
             h0, c0 = (zeros, zeros) if kept is None else (kept[0][schedule.members, 0], kept[1][schedule.members, 0])
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, c = checkpoint(self.model.lstm, x, layer, h0, c0, schedule, use_reentrant=False)
-            else:
-                x, c = self.model.lstm(x, layer, h0, c0, schedule)
+            x, c = self.run(self.model.lstm, x, layer, h0, c0, schedule)
             if kept is not None:
                 context.write(layer, x[schedule.inverse][:, None], c[schedule.inverse][:, None])
         return x[schedule.inverse]

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import ModelError
-from upslope.models.packed import PackedWeights
+from upslope.kernels.products import least_rows, pad_rows
+from upslope.models.linear import PackedWeights
 
-__all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "check_rows", "least_rows", "pad_rows", "padded_row_count"]
+__all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "check_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,48 +60,24 @@ class Segment:
     prompt: int | None = None
 
 
-class Context(Protocol):
-    """Where the tokens of one call stand and what they may attend to (see models/attention/context.py)."""
+class Context:
+    """Where the tokens of one call stand and what they may attend to (models/attention/context.py has three)."""
 
     positions_T: Tensor
     segments: tuple[Segment, ...]
-    packed: PackedWeights | None
+    packed: PackedWeights | None = None
     """Copies of the weights for decoding, where the caller keeps some."""
 
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
-        """Causal attention of the call's queries, [T, H, d] -> [T, H, d]."""
-        ...
+        """Attention of the call's queries, [T, H, d] -> [T, H, d]."""
+        raise TypeError(f"{type(self).__name__} does not define attend")
 
     def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
-        """Keep what `before` gives in a later call; `attend` does it itself."""
-        ...
+        """Keep what `before` gives in a later call, where anything is kept; `attend` does it itself."""
 
     def before(self, layer: int) -> tuple[Tensor, Tensor] | None:
         """What was kept [S, K, d] at the token before each segment's first (zeros at a start); None: none has one."""
-        ...
-
-
-def padded_row_count(rows: int) -> int:
-    """The smallest number of rows >= `rows` at which a CPU's matrix product does not depend on the number of rows.
-
-    In float32 the products of 4, 8, and 12 or more rows agree bit for bit row by row; other counts below 12 go
-    through kernels that add in another order. In bfloat16 every count agrees, from `least_rows` on.
-    """
-    return rows if rows >= 12 else max(4, -(-rows // 4) * 4)
-
-
-def least_rows(elements: int) -> int:
-    """Rows from which products with a matrix of so many elements take one kernel in bfloat16, whatever their number.
-
-    Products of up to 16^3 multiplications go another way, which adds in another order; this concerns tiny matrices.
-    """
-    return 16**3 // elements + 1
-
-
-def pad_rows(x: Tensor, *, least: int = 4) -> Tensor:
-    """Zero rows appended to the first dimension up to `padded_row_count`, and up to `least`."""
-    extra = padded_row_count(max(x.shape[0], least)) - x.shape[0]
-    return torch.cat([x, x.new_zeros(extra, *x.shape[1:])]) if extra else x
+        return None
 
 
 def check_rows(rows: int, count: int, where: object) -> None:
@@ -117,11 +95,13 @@ class CausalModel(nn.Module):
     `whole_prompts` says that a prompt must enter in one call, from its first token on: the engine then never cuts one
     into chunks and never takes the beginning of one from its prefix cache. `captures` says that a decoding step
     asks its context for attention alone and reads nothing back from the device, so that it can be a CUDA graph.
+    `gradient_checkpointing`: layers' activations are computed again in the backward pass instead of being kept.
     """
 
     spec: ModelSpec
     whole_prompts: bool = False
     captures: bool = False
+    gradient_checkpointing: bool = False
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm, before the head."""
@@ -162,7 +142,7 @@ class CausalModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
-        return self.head_weight.dtype
+        return next(self.parameters()).dtype
 
     @property
     def exact(self) -> bool:
@@ -172,7 +152,13 @@ class CausalModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.head_weight.device
+        return next(self.parameters()).device
+
+    def run(self, layer: nn.Module, *args: Any) -> Any:
+        """layer(*args), by way of a checkpoint where activations are not to be kept."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *args, use_reentrant=False)
+        return layer(*args)
 
     def logits(self, hidden_ND: Tensor, packed: PackedWeights | None = None) -> Tensor:
         """Logits [N, V] in the compute dtype; each row is independent of the other rows, bit for bit."""

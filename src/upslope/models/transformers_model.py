@@ -10,7 +10,7 @@ packed sequences shows when it is compared with the library's own attention on e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,21 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upslope.errors import ModelError, one_line
+from upslope.kernels.products import pad_rows
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.config_json import LIBRARY_ERRORS, check_sizes, transformers_config
 from upslope.models.files.folders import listed
 from upslope.models.files.weights import check_finite, read_shapes
-from upslope.models.packed import PackedWeights
-from upslope.models.protocol import CausalModel, Context, ModelSpec, pad_rows
-from upslope.models.transformers_config import intermediate_size, logit_scale, max_positions, refusal
+from upslope.models.linear import PackedWeights
+from upslope.models.protocol import CausalModel, Context, ModelSpec
 
-__all__ = ["TransformersModel"]
+__all__ = ["TransformersModel", "load_network", "sliding_window"]
 
 ATTENTION = "upslope"
 _DROPPED = ("drop", "jitter")
 _PROBE_LENGTHS = (7, 12)
+_LOGIT_SCALES = {"logit_scale": 1.0, "logits_scaling": -1.0}
+"""Configuration keys of a constant that multiplies (+1, Cohere) or divides (-1, Granite) the logits."""
 
 
 def _attend(
@@ -87,7 +89,7 @@ class TransformersModel(CausalModel):
         object.__setattr__(self, "network", network)  # not registered: parameter names stay the wrapped model's
         self._base = network.base_model_prefix
         self._head = next(name for name, module in network.named_modules() if module is head)
-        self._scale = logit_scale(network.config)
+        self._scale = _logit_scale(network.config)
         if gradient_checkpointing:
             _enable_checkpointing(network)
             self.train()  # the library recomputes only in training mode, which differs in nothing else here
@@ -101,24 +103,10 @@ class TransformersModel(CausalModel):
         config = _quiet_config(folder)
         kind = (config.architectures or [config.model_type])[0]
         try:
-            if reason := refusal(config):
+            if reason := _refusal(config):
                 raise ModelError(f"it {reason}")
-            shapes = read_shapes(folder)
-            check_sizes(config.to_dict(), shapes, "config.json")
-            with torch.device("meta"):
-                skeleton = AutoModelForCausalLM.from_config(config)
-            if reason := refusal(config, skeleton):
-                raise ModelError(f"it {reason}")
-            check_sizes({}, shapes, "config.json", elements=sum(p.numel() for p in skeleton.parameters()))
-            network, report = AutoModelForCausalLM.from_pretrained(
-                str(folder),
-                config=config,
-                dtype=dtype,
-                attn_implementation=ATTENTION,
-                output_loading_info=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-            )
+            options = {"dtype": dtype, "attn_implementation": ATTENTION}
+            network, report = load_network(AutoModelForCausalLM, folder, config, "config.json", _refusal, **options)
         except ModelError as error:
             raise ModelError(f"{folder}: {kind} cannot run here: {error}") from error
         except LIBRARY_ERRORS as error:
@@ -172,16 +160,6 @@ class TransformersModel(CausalModel):
         head = self._linear
         return head.weight if head.bias is None else torch.cat([head.weight, head.bias[:, None]], dim=1)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return self._linear.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._linear.weight.device
-
     def logits(self, hidden_ND: Tensor, packed: PackedWeights | None = None) -> Tensor:
         """Logits [N, V] in the compute dtype."""
         head = self._linear
@@ -214,6 +192,30 @@ class TransformersModel(CausalModel):
                 f"packed log-probs differ from the library's own by {gap:.2g} (mean; {allowed:g} allowed), so its "
                 "layers mix tokens or scale logits in a way the adapter does not know"
             )
+
+
+def load_network(
+    auto: Any,
+    folder: Path | str,
+    config: PreTrainedConfig,
+    named: Path | str,
+    refusal: Callable[[PreTrainedConfig, PreTrainedModel], str | None] = lambda config, skeleton: None,
+    **options: Any,
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    """A folder's network by one of transformers' auto classes, and the library's report of what did not fit.
+
+    Before any weight is read the sizes of config.json (`named` so in errors) are held against the files, and `refusal`
+    may say of the network without weights why "it" cannot run. ModelError, or what the library raises.
+    """
+    shapes = read_shapes(folder)
+    check_sizes(config.to_dict(), shapes, named)
+    with torch.device("meta"):
+        skeleton = auto.from_config(config)
+    if reason := refusal(config, skeleton):
+        raise ModelError(f"it {reason}")
+    check_sizes({}, shapes, named, elements=sum(p.numel() for p in skeleton.parameters()))
+    more = {"output_loading_info": True, "trust_remote_code": False, "use_safetensors": True}
+    return auto.from_pretrained(str(folder), config=config, **options, **more)
 
 
 class _Recorder(PackedContext):
@@ -249,8 +251,8 @@ def _measured_spec(model: TransformersModel) -> ModelSpec:
         head_dim=head_dim,
         hidden_size=hidden.shape[-1],
         vocab_size=linear.out_features,
-        max_positions=max_positions(config),
-        intermediate_size=intermediate_size(config),
+        max_positions=_max_positions(config),
+        intermediate_size=_intermediate_size(config),
         parameters=sum(p.numel() for p in model.parameters()),
     )
 
@@ -303,3 +305,80 @@ def _check_report(report: Mapping[str, Any], folder: Path | str) -> None:
             parts.append(listed(kind, names))
     if parts:
         raise ModelError(f"{folder}: weights do not fit config.json: {'; '.join(parts)}; get the folder again")
+
+
+def _refusal(config: PreTrainedConfig, network: PreTrainedModel | None = None) -> str | None:
+    """Why this configuration (and network, once built) cannot run through the adapter, or None if nothing says so."""
+    get = config.to_dict().get
+    kinds = set(get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    window = sliding_window(config)
+    softcap = next((key for key in ("attn_logit_softcapping", "final_logit_softcapping") if get(key)), None)
+    if config.is_encoder_decoder:
+        return "is an encoder-decoder"
+    if config.get_text_config() is not config:
+        return "takes more than text"
+    if get("quantization_config"):
+        return "has quantised weights; take the unquantised model"
+    if kinds:
+        return f"has layers other than full attention ({', '.join(sorted(kinds))})"
+    if window is not None:
+        return f"has a sliding window of {window}, shorter than its context"
+    if get("attention_chunk_size"):
+        return "attends in chunks"
+    if softcap:
+        return f"caps its logits ({softcap})"
+    if get("alibi") or get("position_embedding_type") == "alibi":
+        return "adds position biases to the scores (ALiBi)"
+    if network is None:
+        return None
+    if getattr(network, "_is_stateful", False):
+        return "keeps a recurrent state"
+    if not network._supports_attention_backend:
+        return "does not call transformers' attention interface"
+    if any(name.rpartition(".")[2] == "sinks" for name, _ in network.named_parameters()):
+        return "uses attention sinks"
+    return None
+
+
+def sliding_window(config: PreTrainedConfig) -> int | None:
+    """The sliding window in effect, or None when every token of the longest context sees all before it."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if not window or getattr(config, "use_sliding_window", True) is False:
+        return None
+    if types and "sliding_attention" not in types:
+        return None
+    return window if window < _max_positions(config) else None
+
+
+def _max_positions(config: PreTrainedConfig) -> int:
+    """The longest sequence whose numbers do not depend on the other sequences of the pack.
+
+    "dynamic" and "longrope" rotary positions change with the longest position of a call once it passes the original
+    context, so they are used up to there.
+    """
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions is None:
+        raise ModelError("its configuration does not say max_position_embeddings")
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        original = rope.get("original_max_position_embeddings")
+        positions = min(positions, original or getattr(config, "original_max_position_embeddings", None) or positions)
+    return int(positions)
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
+    """The constant that multiplies the logits."""
+    for key, power in _LOGIT_SCALES.items():
+        value = getattr(config, key, None)
+        if isinstance(value, int | float):
+            return float(value) ** power
+    return 1.0
+
+
+def _intermediate_size(config: PreTrainedConfig) -> int:
+    """Width of the feed-forward layers (an estimate of 4 D where the configuration does not say)."""
+    for key in ("intermediate_size", "ffn_dim", "n_inner"):
+        if isinstance(size := getattr(config, key, None), int):
+            return size
+    return 4 * config.hidden_size

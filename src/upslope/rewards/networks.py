@@ -33,8 +33,7 @@ from torch.nn.utils.rnn import pad_sequence
 from upslope.data.batching import collate, split_by_tokens
 from upslope.data.chat import encode_completion, load_tokenizer, token_count
 from upslope.data.ends import turn_ends
-from upslope.data.examples import step_ends
-from upslope.data.examples import answer
+from upslope.data.examples import answer, step_ends
 from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.encoder.network import Encoder, load_encoder

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from upslope.models.protocol import least_rows, padded_row_count
+from upslope.kernels.products import least_rows, padded_row_count
 
 __all__ = ["BLOCK", "BlockAttention", "Fetch", "Plan", "attend_blocks", "causal_plan", "whole_plan"]
 

@@ -15,24 +15,19 @@ from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from upslope.kernels import usable
-from upslope.kernels.attention import attention_step, describe, packed_attention, paged_attention, write_cache
+from upslope.kernels.attention import describe, packed_attention, paged_attention, write_cache
 from upslope.models.attention.block_softmax import BLOCK
 from upslope.models.attention.gpu import PackedFlex, PagedTiles, fused_on
 from upslope.models.attention.padded import PackedBuckets, PagedBuckets
-from upslope.models.packed import PackedWeights
-from upslope.models.protocol import ModelSpec, Segment
+from upslope.models.linear import PackedWeights
+from upslope.models.protocol import Context, ModelSpec, Segment
 
-if TYPE_CHECKING:
-    from upslope.kernels.decoder import DecoderBlocks
-    from upslope.models.decoder.activations import Kept
-
-__all__ = ["BLOCK", "KVCache", "PackedContext", "PagedContext"]
+__all__ = ["BLOCK", "KVCache", "PackedContext", "PagedContext", "StepContext"]
 
 
 class KVCache:
@@ -63,7 +58,7 @@ class KVCache:
         self.values.index_copy_(1, targets, self.values.index_select(1, sources))
 
 
-class PackedContext:
+class PackedContext(Context):
     """Segments laid end to end without padding; positions start at 0 in each sequence. Differentiable.
 
     `lengths[i]` tokens belong to segment i. It is a sequence of its own, or continues segment `parents[i]` (a prompt
@@ -72,8 +67,6 @@ class PackedContext:
     whole of its segment (which may then continue none). ValueError: an empty segment, or one that cannot continue what
     it should.
     """
-
-    packed = None
 
     def __init__(
         self,
@@ -112,12 +105,6 @@ class PackedContext:
     def _flex(self) -> PackedFlex:
         return PackedFlex(self.segments, causal=self.causal, device=self.device)
 
-    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
-        """Nothing: what is trained on is not kept."""
-
-    def before(self, layer: int) -> None:
-        """Nothing stands before a packed sequence."""
-
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Attention within each sequence; `layer` is not needed here."""
         _check_rows(self.positions_T.shape[0], q_THd, k_TKd, v_TKd)
@@ -133,14 +120,14 @@ def _check_rows(total: int, *tensors: Tensor) -> None:
         raise ValueError(f"the call has {total} tokens, its queries, keys and values {[x.shape[0] for x in tensors]}")
 
 
-class PagedContext:
+class PagedContext(Context):
     """New tokens of sequences whose earlier keys and values lie in a block cache. Not differentiable.
 
     Sequence i has `starts[i]` tokens in the cache and brings `counts[i]` new ones, laid end to end in the call;
     `tables[i]` lists its block ids and must cover starts[i] + counts[i] tokens. Blocks before the first new token may
     be shared between sequences; the blocks written to may not. `prompts[i]`, where given, is the number of tokens of
     the sequence's prompt, which a network that treats prompts apart needs to know. `packed`: copies
-    of the weights for decoding. `kept`: where a network that can puts its activations, a row for each of the call's.
+    of the weights for decoding. `blocks`: all tables as the kernels read them.
     """
 
     def __init__(
@@ -152,15 +139,13 @@ class PagedContext:
         *,
         prompts: Sequence[int] | None = None,
         packed: PackedWeights | None = None,
-        kept: Kept | None = None,
     ) -> None:
         for i, (table, start, count) in enumerate(zip(tables, starts, counts, strict=True)):
             if count < 1 or start < 0 or len(table) * BLOCK < start + count:
                 raise ValueError(
                     f"sequence {i}: {len(table)} blocks of {BLOCK} cannot hold {start} cached + {count} new tokens"
                 )
-        self.cache = cache
-        self.packed, self.kept = packed, kept
+        self.cache, self.packed = cache, packed
         self._starts, self._counts, self._prompts = tuple(starts), tuple(counts), prompts
         self._tables = [table[: -(-(s + n) // BLOCK)] for table, s, n in zip(tables, starts, counts, strict=True)]
         used = [*chain.from_iterable(self._tables)]
@@ -168,7 +153,7 @@ class PagedContext:
             raise ValueError(
                 f"the cache has blocks 0 to {cache.num_blocks - 1}, the tables name {min(used)}, {max(used)}"
             )
-        self._blocks = array("q", used)
+        self.blocks = array("q", used)
         positions = chain.from_iterable(range(s, s + n) for s, n in zip(starts, counts, strict=True))
         self.positions_T = torch.tensor([*positions], device=cache.keys.device)
 
@@ -217,7 +202,7 @@ class PagedContext:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if usable(k_TKd, v_TKd, keys):
             _check_rows(self.positions_T.shape[0], k_TKd, v_TKd)
-            write_cache(k_TKd, v_TKd, keys, values, self.described, self._blocks, by_column=False)
+            write_cache(k_TKd, v_TKd, keys, values, self.described, self.blocks, by_column=False)
         else:
             keys[self._slots[0], :, self._slots[1]] = k_TKd
             values[self._slots[0], :, self._slots[1]] = v_TKd
@@ -231,25 +216,52 @@ class PagedContext:
         keys, values = (x[layer][block, :, place] for x in (self.cache.keys, self.cache.values))
         return keys.masked_fill(begins[:, None, None], 0), values.masked_fill(begins[:, None, None], 0)
 
-    def step(self, layer: int, all_TC: Tensor, out_TC: Tensor, **how: Any) -> None:
-        """What `attend` does, of projections not split yet; `how` as in kernels.attention.attention_step."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        attention_step(all_TC, out_TC, keys, values, self.described, self._blocks, **how)
-
-    def through(self, blocks: DecoderBlocks, x_TD: Tensor, angles_Td: tuple[Tensor, Tensor]) -> Tensor:
-        """The call's embedded tokens (overwritten) through all of a decoder's blocks; normed hidden states [T, D]."""
-        kept = None if self.kept is None else self.kept.places
-        return blocks.run(x_TD, angles_Td, self.cache.keys, self.cache.values, self.described, self._blocks, kept)
-
     @torch.no_grad()
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Put the new keys and values of `layer` into the cache, then attend to everything up to each query."""
         _check_rows(self.positions_T.shape[0], q_THd, k_TKd, v_TKd)
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if usable(q_THd, k_TKd, v_TKd, keys):
-            write_cache(k_TKd, v_TKd, keys, values, self.described, self._blocks, by_column=True)
-            return paged_attention(q_THd, keys, values, self.described, self._blocks, scale=scale)
+            write_cache(k_TKd, v_TKd, keys, values, self.described, self.blocks, by_column=True)
+            return paged_attention(q_THd, keys, values, self.described, self.blocks, scale=scale)
         self.write(layer, k_TKd, v_TKd)
         if fused_on(q_THd):
             return self._on_gpu.attend(q_THd, keys, values, scale)
         return self._buckets.attend(q_THd, keys, values, scale)
+
+
+class StepContext(Context):
+    """One new token for each of T sequences: positions int64 [T], and the cache's blocks int32 [T, B] of each.
+
+    Its tensors stay where they are, so that a captured CUDA graph can be replayed: what they hold when a call runs
+    counts, not what they held when this was made. Not differentiable. B is the number of blocks of a table.
+    """
+
+    def __init__(self, cache: KVCache, positions_T: Tensor, tables_TB: Tensor) -> None:
+        self.cache, self.positions_T, self.tables_TB = cache, positions_T, tables_TB
+        rows = torch.arange(len(positions_T), dtype=torch.int32, device=positions_T.device)
+        self.tiles_T4 = torch.stack([rows, rows, positions_T.to(torch.int32), torch.ones_like(rows)], dim=1)
+        self.blocks_T = tables_TB.gather(1, (positions_T // BLOCK)[:, None])[:, 0].long()
+        self.places_T = positions_T % BLOCK
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Not known here: they would have to be read back from the device."""
+        raise TypeError("the segments of a captured step are not known to the host")
+
+    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
+        """Put the call's keys and values of `layer` into the cache."""
+        self.cache.keys[layer][self.blocks_T, :, self.places_T] = k_TKd
+        self.cache.values[layer][self.blocks_T, :, self.places_T] = v_TKd
+
+    def before(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Not offered: no network that can be captured asks for it."""
+        raise TypeError("a captured step does not keep what stands before it")
+
+    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Put the new keys and values of `layer` into the cache, then attend to everything up to each query."""
+        from upslope.kernels.paged_triton import paged_attention_gpu
+
+        self.write(layer, k_TKd, v_TKd)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return paged_attention_gpu(q_THd, keys, values, self.tables_TB, self.tiles_T4, scale=scale, longest=1)

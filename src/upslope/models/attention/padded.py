@@ -8,9 +8,10 @@ B sequences of one bucket, R query rows of one (sequence, key head): position-ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,31 +112,50 @@ class _GatherKeys(torch.autograd.Function):
         return out[:-1], None, None
 
 
-class PackedBuckets:
+class _Buckets:
+    """A call's buckets, each with where its keys are; the plans are made when first used."""
+
+    def __init__(self, buckets: list[tuple[_Bucket, Any]], *, causal: bool, device: torch.device | str) -> None:
+        self._buckets, self._causal, self._device = buckets, causal, device
+        self._plans: dict[tuple[int, int], Plan] = {}
+
+    def _queries(self, q_THd: Tensor, kv_heads: int) -> Iterator[tuple[_Bucket, Any, Plan, Tensor]]:
+        """Each bucket, where its keys are, its plan and its query rows [B * K, R, d]."""
+        group, width = q_THd.shape[1] // kv_heads, q_THd.shape[2]
+        q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
+        for i, (bucket, where) in enumerate(self._buckets):
+            if (i, group) not in self._plans:
+                shape = bucket.blocks, group, width, self._device
+                self._plans[i, group] = (
+                    causal_plan(bucket.starts, bucket.num_queries, *shape)
+                    if self._causal
+                    else whole_plan(bucket.counts, *shape)
+                )
+            plan = self._plans[i, group]
+            yield bucket, where, plan, _query_rows(q[bucket.queries], bucket, kv_heads, plan.rows)
+
+
+class PackedBuckets(_Buckets):
     """The segments of a PackedContext in buckets; differentiable."""
 
     def __init__(
         self, lengths: Sequence[int], parents: Sequence[int], *, causal: bool, device: torch.device | str
     ) -> None:
-        self.lengths, self.parents, self.causal, self.device = lengths, parents, causal, device
-        self._buckets = self._make_buckets([0 if p == -1 else lengths[p] for p in parents])
-        self._order = torch.argsort(torch.cat([bucket.rows for bucket, _ in self._buckets]))
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self.lengths, self.parents, self.device = lengths, parents, device
+        buckets = self._make_buckets([0 if p == -1 else lengths[p] for p in parents])
+        super().__init__(buckets, causal=causal, device=device)
+        self._order = torch.argsort(torch.cat([bucket.rows for bucket, _ in buckets]))
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
         """Attention within each sequence, [T, H, d]."""
-        heads, kv_heads = q_THd.shape[1], k_TKd.shape[1]
-        q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
-        parts = []
-        for i, (bucket, where) in enumerate(self._buckets):
-            plan = self._plan(i, heads // kv_heads, q.shape[2])
-            rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
+        kv_heads, parts = k_TKd.shape[1], []
+        for bucket, where, plan, rows in self._queries(q_THd, kv_heads):
             keys, values = (
                 _GatherKeys.apply(x, where, bucket.size).view(bucket.size, -1, kv_heads, x.shape[2]).transpose(1, 2)
                 for x in (k_TKd, v_TKd)
             )
             out = BlockAttention.apply(rows, keys, values, plan, scale)
-            parts.append(_token_rows(out, bucket.size, bucket.num_queries, kv_heads, heads)[bucket.slots])
+            parts.append(_token_rows(out, bucket, kv_heads, q_THd.shape[1])[bucket.slots])
         return parts[0][self._order] if len(parts) == 1 else torch.cat(parts)[self._order]
 
     def _make_buckets(self, starts: Sequence[int]) -> list[tuple[_Bucket, _Keys]]:
@@ -187,18 +207,8 @@ class PackedBuckets:
         group = torch.tensor([prompts.index(p) for p in prompt_of])
         return _Keys(*(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows, is_prompt, prompt_rows, group)))
 
-    def _plan(self, index: int, group: int, width: int) -> Plan:
-        if (index, group) not in self._plans:
-            bucket, _ = self._buckets[index]
-            if self.causal:
-                plan = causal_plan(bucket.starts, bucket.num_queries, bucket.blocks, group, width, self.device)
-            else:
-                plan = whole_plan(bucket.counts, bucket.blocks, group, width, self.device)
-            self._plans[index, group] = plan
-        return self._plans[index, group]
 
-
-class PagedBuckets:
+class PagedBuckets(_Buckets):
     """The new tokens of a PagedContext: sequences that bring the same number of them side by side, longest first."""
 
     def __init__(
@@ -217,37 +227,27 @@ class PagedBuckets:
                 table[row, : needed[i]] = torch.tensor(tables[i][: needed[i]])
             columns = ([x[i] for i in members] for x in (offsets, counts, starts, needed))
             groups.append((_Bucket.of(*columns, total=total, device=device), table.T.contiguous().to(device)))
-        self._groups = groups
-        self._plans: dict[tuple[int, int], Plan] = {}
+        super().__init__(groups, causal=True, device=device)
 
     def attend(self, q_THd: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Attention to everything up to each query in one layer's blocks [., K, BLOCK, d]; [T, H, d]."""
-        heads, kv_heads = q_THd.shape[1], keys.shape[1]
-        q = torch.cat([q_THd, q_THd.new_zeros(1, *q_THd.shape[1:])])
-        result = torch.empty_like(q_THd)
-        for i, (bucket, table) in enumerate(self._groups):
-            key = (i, heads // kv_heads)
-            if key not in self._plans:
-                self._plans[key] = causal_plan(
-                    bucket.starts, bucket.num_queries, bucket.blocks, heads // kv_heads, q.shape[2], q.device
-                )
-            plan = self._plans[key]
-            rows = _query_rows(q[bucket.queries], bucket.size, bucket.num_queries, kv_heads, plan.rows)
+        kv_heads, result = keys.shape[1], torch.empty_like(q_THd)
+        for bucket, table, plan, rows in self._queries(q_THd, kv_heads):
             out, _ = attend_blocks(rows, lambda j, b, t=table: (keys[t[j, :b]], values[t[j, :b]]), plan, scale)
-            result[bucket.rows] = _token_rows(out, bucket.size, bucket.num_queries, kv_heads, heads)[bucket.slots]
+            result[bucket.rows] = _token_rows(out, bucket, kv_heads, q_THd.shape[1])[bucket.slots]
         return result
 
 
-def _query_rows(q: Tensor, size: int, queries: int, kv_heads: int, rows: int) -> Tensor:
+def _query_rows(q: Tensor, bucket: _Bucket, kv_heads: int, rows: int) -> Tensor:
     """[B * Q, H, d] -> [B * K, R, d], zero rows appended up to R."""
     d = q.shape[-1]
-    q = q.view(size, queries, kv_heads, -1, d).transpose(1, 2).reshape(size * kv_heads, -1, d)
+    q = q.view(bucket.size, bucket.num_queries, kv_heads, -1, d).transpose(1, 2).reshape(bucket.size * kv_heads, -1, d)
     extra = rows - q.shape[1]
     return torch.cat([q, q.new_zeros(q.shape[0], extra, d)], dim=1) if extra else q
 
 
-def _token_rows(out: Tensor, size: int, queries: int, kv_heads: int, heads: int) -> Tensor:
+def _token_rows(out: Tensor, bucket: _Bucket, kv_heads: int, heads: int) -> Tensor:
     """[B * K, R, d] -> [B * Q, H, d], the inverse of `_query_rows`."""
-    d = out.shape[-1]
+    d, size, queries = out.shape[-1], bucket.size, bucket.num_queries
     real = out[:, : queries * (heads // kv_heads)].reshape(size, kv_heads, queries, -1, d)
     return real.transpose(1, 2).reshape(size * queries, heads, d)

@@ -21,23 +21,30 @@ from torch.nn import functional as F
 
 from upslope.kernels.attention import packed_attention_gradient
 from upslope.kernels.decoder import KeptRows
+from upslope.kernels.products import padded_row_count
 from upslope.kernels.rows import join_rotate, norm, norm_gradient, split, swiglu, swiglu_gradient
 from upslope.models.attention.context import PackedContext
-from upslope.models.decoder.joined import joined
 from upslope.models.decoder.network import Decoder, DecoderConfig, Layer
 from upslope.models.decoder.prepared import PreparedDecoder
-from upslope.models.packed import PackedWeights
-from upslope.models.protocol import CausalModel, padded_row_count
+from upslope.models.linear import PackedWeights, joined
+from upslope.models.protocol import CausalModel
 from upslope.types import Batch
 
-__all__ = ["Activations", "Kept", "bytes_per_token"]
+__all__ = ["Activations", "bytes_per_token"]
+
+
+def _widths(config: DecoderConfig) -> dict[str, int]:
+    """How many numbers are kept of a token and layer, as `KeptRows` names them, but for the float32 `lse`."""
+    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    width, wide = config.hidden_size, 2 * config.intermediate_size
+    products = (heads + 2 * kv_heads) * d
+    return {"products": products, "attended": heads * d, "middle": width, "gates": wide, "ends": width}
 
 
 def bytes_per_token(config: DecoderConfig, dtype: torch.dtype) -> int:
     """Memory of a kept token over all layers."""
-    heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    numbers = 2 * config.hidden_size + (2 * heads + 2 * kv_heads) * d + 2 * config.intermediate_size
-    return config.num_hidden_layers * (numbers * dtype.itemsize + 4 * heads)
+    numbers = sum(_widths(config).values())
+    return config.num_hidden_layers * (numbers * dtype.itemsize + 4 * config.num_attention_heads)
 
 
 class Activations:
@@ -48,16 +55,10 @@ class Activations:
     """
 
     def __init__(self, decoder: Decoder, capacity: int) -> None:
-        c, dtype = decoder.config, decoder.dtype
-        heads, kv_heads, d = c.num_attention_heads, c.num_key_value_heads, c.head_dim
-        self.decoder, self.capacity = decoder, capacity
-
-        def room(width: int, kind: torch.dtype = dtype) -> Tensor:
-            return torch.empty(c.num_hidden_layers, capacity, width, dtype=kind)
-
-        self.products, self.attended = room((heads + 2 * kv_heads) * d), room(heads * d)
-        self.lse, self.middle = room(heads, torch.float32), room(c.hidden_size)
-        self.gates, self.ends = room(2 * c.intermediate_size), room(c.hidden_size)
+        self.decoder, self.capacity, size = decoder, capacity, (decoder.config.num_hidden_layers, capacity)
+        rooms = {name: torch.empty(*size, n, dtype=decoder.dtype) for name, n in _widths(decoder.config).items()}
+        lse = torch.empty(*size, decoder.config.num_attention_heads, dtype=torch.float32)
+        self.kept = KeptRows(**rooms, lse=lse, first=0)
         self._rows: dict[tuple[int, ...], array[int]] = {}
         self._taken = 0
 
@@ -82,10 +83,10 @@ class Activations:
         """Whether a token came for which there was no room."""
         return self._taken > self.capacity
 
-    def take(self, count: int) -> Kept | None:
+    def take(self, count: int) -> KeptRows | None:
         """The next `count` rows, to be written to; None, now and until `clear`, where there are no more so many."""
         first, self._taken = self._taken, self._taken + count
-        return None if self.full else Kept(self, first, count)
+        return None if self.full else self.kept._replace(first=first)
 
     def finished(self, tokens: Sequence[int], rows: Sequence[int]) -> None:
         """A sequence's fed tokens and the rows where their activations lie."""
@@ -116,29 +117,6 @@ class Activations:
         return torch.tensor([row for rows in found if rows is not None for row in rows])
 
 
-class Kept(NamedTuple):
-    """`count` rows of a store from `first` on: those of one call of the network."""
-
-    store: Activations
-    first: int
-    count: int
-
-    def part(self, of: Tensor, layer: int) -> Tensor:
-        """These rows of one of the store's tensors [L, R, .]."""
-        return of[layer, self.first : self.first + self.count]
-
-    @property
-    def places(self) -> KeptRows:
-        """The same as the kernels take it."""
-        s = self.store
-        return KeptRows(s.products, s.attended, s.middle, s.gates, s.ends, s.lse, self.first)
-
-    @property
-    def rows(self) -> range:
-        """Their numbers."""
-        return range(self.first, self.first + self.count)
-
-
 class _Replay(NamedTuple):
     """The forward pass of a packed batch as a look-up."""
 
@@ -153,7 +131,7 @@ class _Replay(NamedTuple):
         """What the decoder's forward pass returns, [T, D], differentiable in its weights."""
         decoder = self.store.decoder
         if not torch.is_grad_enabled():
-            return decoder.model.norm(self.store.ends[-1].index_select(0, self.rows_T))
+            return decoder.model.norm(self.store.kept.ends[-1].index_select(0, self.rows_T))
         cos, sin = decoder.angles(context.positions_T)
         x = F.embedding(tokens_T, decoder.model.embed_tokens.weight)
         for number, layer in enumerate(decoder.model.layers):
@@ -199,35 +177,35 @@ class _Layer(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, at: _Place, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(x)
         ctx.at = at
-        return at.take(at.store.ends)
+        return at.take(at.store.kept.ends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         at: _Place = ctx.at
-        (x,), store, a, m = ctx.saved_tensors, at.store, at.layer.self_attn, at.layer.mlp
+        (x,), kept, a, m = ctx.saved_tensors, at.store.kept, at.layer.self_attn, at.layer.mlp
         wide, attend = joined(m.gate_proj, m.up_proj), joined(a.q_proj, a.k_proj, a.v_proj)
         assert wide is not None
         assert attend is not None
         first, second = at.layer.input_layernorm, at.layer.post_attention_layernorm
         parts = [a.q_proj.weight.shape[0], a.k_proj.weight.shape[0], a.v_proj.weight.shape[0]]
 
-        both = at.take(store.gates)
+        both = at.take(kept.gates)
         d_down = grad.t() @ swiglu(both)
         d_both = swiglu_gradient(both, grad @ m.down_proj.weight)
-        middle = at.take(store.middle)
+        middle = at.take(kept.middle)
         normed, _, scales = norm(middle, None, second.weight, second.eps)
         d_wide = d_both.t() @ normed
         d_middle, d_second = norm_gradient(middle, second.weight, scales, d_both @ wide[0], grad)
 
-        attended = at.take(store.attended)
+        attended = at.take(kept.attended)
         d_out = d_middle.t() @ attended
         heads = attended.shape[0], a.heads, a.head_dim
-        q, k, v = split(at.take(store.products), at.cos, at.sin, a.heads, a.kv_heads)
+        q, k, v = split(at.take(kept.products), at.cos, at.sin, a.heads, a.kv_heads)
         d_attended = (d_middle @ a.o_proj.weight).view(heads)
         context = at.context
         d_heads = packed_attention_gradient(
-            *(q, k, v, attended.view(heads), at.take(store.lse), d_attended),
+            *(q, k, v, attended.view(heads), at.take(kept.lse), d_attended),
             *(context.described, context.causal, a.scale),
         )
         d_products = join_rotate(*d_heads, at.cos, at.sin)

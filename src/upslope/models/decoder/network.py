@@ -20,16 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from upslope import kernels
 from upslope.errors import ModelError
 from upslope.kernels import rows
-from upslope.models.attention.context import PagedContext
-from upslope.models.decoder.joined import joined_linear, lay_end_to_end, linear
-from upslope.models.decoder.prepared import PreparedDecoder
-from upslope.models.packed import PackedWeights
-from upslope.models.protocol import CausalModel, Context, ModelSpec, least_rows, pad_rows
+from upslope.kernels.products import least_rows, pad_rows
+from upslope.models.linear import PackedWeights, joined_linear, lay_end_to_end, linear
+from upslope.models.protocol import CausalModel, Context, ModelSpec
 
 __all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
 
@@ -302,7 +299,7 @@ class Decoder(CausalModel):
         self.apply(self._init)
         self.join_projections()
         products = [m.weight.numel() for m in self.model.modules() if isinstance(m, nn.Linear)]
-        self._least_rows = least_rows(min(products))
+        self.least_rows = least_rows(min(products))
         self.spec = ModelSpec(
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
@@ -344,33 +341,14 @@ class Decoder(CausalModel):
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm, for tokens int64 [T] that stand where `context` says."""
-        real = tokens_T.shape[0]
         cos, sin = self.angles(context.positions_T)
-        prepared = self._prepared(context)
-        if prepared is None or not prepared.any_rows:
-            tokens_T = pad_rows(tokens_T, least=self._least_rows)
-        x = F.embedding(tokens_T, self.model.embed_tokens.weight)
-        if prepared is not None:
-            return prepared.forward(x, real, cos, sin, context)[:real]
-        delta = None
+        x, delta = F.embedding(pad_rows(tokens_T, least=self.least_rows), self.model.embed_tokens.weight), None
         for layer in self.model.layers:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x, delta = checkpoint(layer, x, delta, cos, sin, context, use_reentrant=False)
-            else:
-                x, delta = layer(x, delta, cos, sin, context)
-        return (self.model.norm(x) if delta is None else self.model.norm.add(x, delta)[1])[:real]
+            x, delta = self.run(layer, x, delta, cos, sin, context)
+        return (self.model.norm(x) if delta is None else self.model.norm.add(x, delta)[1])[: tokens_T.shape[0]]
 
     def angles(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines [T, d / 2] of the rotary angles, float32 or wider."""
         angles = positions_T[:, None].double() * self.rope_inverse
         stat = torch.promote_types(self.dtype, torch.float32)
         return angles.cos().to(stat), angles.sin().to(stat)
-
-    def _prepared(self, context: Context) -> PreparedDecoder | None:
-        """The layers made ready for sampling, where the engine keeps them and the kernels can run them."""
-        packed = context.packed
-        if packed is None or not isinstance(context, PagedContext):
-            return None
-        if packed.prepared is None:
-            packed.prepared = PreparedDecoder.of(self, packed) or False
-        return packed.prepared or None

@@ -10,21 +10,21 @@ Shapes: T rows, D width, F feed-forward width, H query heads, K key/value heads,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from upslope.kernels import usable
-from upslope.kernels.decoder import BlockWeights, DecoderBlocks, DecoderShape
-from upslope.kernels.products import Reordered
+from upslope.kernels.attention import attention_step
+from upslope.kernels.decoder import BlockWeights, DecoderBlocks, DecoderShape, KeptRows
+from upslope.kernels.products import Reordered, pad_rows
 from upslope.kernels.rows import norm_into, swiglu_into
 from upslope.models.attention.context import PagedContext
-from upslope.models.decoder.joined import joined
-from upslope.models.packed import PackedWeights
-
-if TYPE_CHECKING:
-    from upslope.models.decoder.network import Decoder
+from upslope.models.decoder.network import Decoder
+from upslope.models.linear import PackedWeights, joined
+from upslope.models.protocol import CausalModel
 
 __all__ = ["PreparedDecoder"]
 
@@ -44,30 +44,22 @@ class _Layer(NamedTuple):
 
 
 class PreparedDecoder:
-    """A decoder's layers as products and norm weights; valid until its weights change or `PackedWeights.clear`.
-
-    any_rows: a row's bits are the same whatever the number of rows; without it `forward` wants its rows padded.
-    """
+    """A decoder's layers as products and norm weights; valid until its weights change or `PackedWeights.clear`."""
 
     def __init__(self, decoder: Decoder, layers: list[_Layer], blocks: DecoderBlocks | None) -> None:
-        self.any_rows, self.blocks = blocks is not None, blocks
-        config = decoder.config
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        self.intermediate, self.eps = config.intermediate_size, config.rms_norm_eps
-        self.layers, self.last_norm = layers, decoder.model.norm.weight.detach()
+        self.decoder, self.layers, self.blocks = decoder, layers, blocks
+        self.last_norm = decoder.model.norm.weight.detach()
 
     @classmethod
-    def of(cls, decoder: Decoder, packed: PackedWeights) -> PreparedDecoder | None:
-        """The decoder prepared, or None where its layers are not plain (adapters) or the kernels cannot run them."""
-        config = decoder.config
-        if config.head_dim % 2 or not usable(decoder.model.norm.weight, decoder.head_weight):
+    def of(cls, model: CausalModel, packed: PackedWeights) -> PreparedDecoder | None:
+        """The decoder prepared; None for another network, layers that are not plain (adapters), or no kernels."""
+        if not isinstance(model, Decoder):
+            return None
+        config, last_norm = model.config, model.model.norm.weight
+        if config.head_dim % 2 or not usable(last_norm, model.head_weight):
             return None
         layers, blocks = [], []
-        for layer in decoder.model.layers:
+        for layer in model.model.layers:
             a, m = layer.self_attn, layer.mlp
             groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
             found = [whole for group in groups if (whole := joined(*group)) is not None]
@@ -80,51 +72,53 @@ class PreparedDecoder:
             if len(copies) == len(found):
                 blocks.append(BlockWeights(*norms, *copies))
         shape = DecoderShape(
+            layers=config.num_hidden_layers,
             width=config.hidden_size,
             intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
+            d=config.head_dim,
             eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
         )
         whole = len(blocks) == len(layers)
-        last_norm = decoder.model.norm.weight.detach()
-        return cls(decoder, layers, DecoderBlocks(shape, blocks, last_norm) if whole else None)
+        return cls(model, layers, DecoderBlocks(shape, blocks, last_norm.detach()) if whole else None)
 
     @torch.no_grad()
-    def forward(self, x_TD: Tensor, real: int, cos_Td: Tensor, sin_Td: Tensor, context: PagedContext) -> Tensor:
-        """Normed hidden states [T, D] of embedded tokens x (overwritten), of which the first `real` rows are tokens."""
+    def forward(self, tokens_T: Tensor, context: PagedContext, kept: KeptRows | None = None) -> Tensor:
+        """The decoder's hidden states [T, D]; what lies between goes into T rows of `kept`, where it is given."""
+        decoder, c, cache, real = self.decoder, self.decoder.config, context.cache, tokens_T.shape[0]
+        angles, embedding = decoder.angles(context.positions_T), decoder.model.embed_tokens.weight
         if self.blocks is not None:
-            return context.through(self.blocks, x_TD, (cos_Td, sin_Td))
-        rows = x_TD.shape[0]
-        x, normed, scales = x_TD, torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32)
-        q, k, v = (x.new_empty(real, n, self.head_dim) for n in (self.heads, self.kv_heads, self.kv_heads))
-        out, gated = x.new_zeros(rows, self.heads * self.head_dim), x.new_empty(rows, self.intermediate)
-        how: dict[str, Any] = {
-            "qkv": (q, k, v),
-            "angles": (cos_Td, sin_Td),
-            "scale": self.head_dim**-0.5,
-            "eps": self.eps,
-        }
-        kept, delta = context.kept, None
+            x = F.embedding(tokens_T, embedding)
+            return self.blocks.run(x, angles, cache.keys, cache.values, context.described, context.blocks, kept)
+        x = F.embedding(pad_rows(tokens_T, least=decoder.least_rows), embedding)
+        rows, heads, kv_heads = x.shape[0], c.num_attention_heads, c.num_key_value_heads
+        normed, scales = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
+        q, k, v = (x.new_empty(real, n, c.head_dim) for n in (heads, kv_heads, kv_heads))
+        out, gated = x.new_zeros(rows, heads * c.head_dim), x.new_empty(rows, c.intermediate_size)
+        how: dict[str, Any] = {"qkv": (q, k, v), "angles": angles, "scale": c.head_dim**-0.5, "eps": c.rms_norm_eps}
+        at = None if kept is None else slice(kept.first, kept.first + real)
+        delta = None
         for number, layer in enumerate(self.layers):
-            norm_into(x, delta, layer.first_norm, x, normed, scales, self.eps)
+            norm_into(x, delta, layer.first_norm, x, normed, scales, c.rms_norm_eps)
             everything = layer.attend(normed)
             if kept is not None:
                 if number:
-                    kept.part(kept.store.ends, number - 1).copy_(x[:real])
-                kept.part(kept.store.products, number).copy_(everything[:real])
-                how["lse_TH"] = kept.part(kept.store.lse, number)
-            context.step(number, everything, out, norms=layer.head_norms, **how)
-            norm_into(x, layer.out(out), layer.second_norm, x, normed, scales, self.eps)
+                    kept.ends[number - 1, at].copy_(x[:real])
+                kept.products[number, at].copy_(everything[:real])
+                how["lse_TH"] = kept.lse[number, at]
+            described = cache.keys[number], cache.values[number], context.described, context.blocks
+            attention_step(everything, out, *described, norms=layer.head_norms, **how)
+            norm_into(x, layer.out(out), layer.second_norm, x, normed, scales, c.rms_norm_eps)
             both = layer.widen(normed)
             if kept is not None:
-                kept.part(kept.store.attended, number).copy_(out[:real])
-                kept.part(kept.store.middle, number).copy_(x[:real])
-                kept.part(kept.store.gates, number).copy_(both[:real])
+                kept.attended[number, at].copy_(out[:real])
+                kept.middle[number, at].copy_(x[:real])
+                kept.gates[number, at].copy_(both[:real])
             swiglu_into(both, gated)
             delta = layer.narrow(gated)
-        norm_into(x, delta, self.last_norm, x, normed, scales, self.eps)
+        norm_into(x, delta, self.last_norm, x, normed, scales, c.rms_norm_eps)
         if kept is not None:
-            kept.part(kept.store.ends, len(self.layers) - 1).copy_(x[:real])
-        return normed
+            kept.ends[-1, at].copy_(x[:real])
+        return normed[:real]

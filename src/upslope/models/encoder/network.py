@@ -13,32 +13,37 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from upslope.errors import ModelError
-from upslope.models.encoder.config import (
-    OFFSET_POSITIONS,
-    SIZES,
-    Kind,
-    auto_class,
-    check_kind,
-    has_head,
-    longest_input,
-    switch_off_dropout,
-    with_labels,
-)
-from upslope.models.files.config_json import check_sizes, one_model_error, quiet, transformers_config
+from upslope.models.files.config_json import one_model_error, quiet, transformers_config
 from upslope.models.files.folders import check_intact, copy_companions, new_folder, read_config, write_json
-from upslope.models.files.weights import Tokenizer, check_finite, check_shapes, read_shapes
-from upslope.models.lora import ALL, target_layers
-from upslope.models.lora_dropout import drop_inputs
+from upslope.models.files.weights import Tokenizer, check_finite, check_shapes
+from upslope.models.lora import ALL, inject, target_layers
 from upslope.models.protocol import check_rows
+from upslope.models.transformers_model import load_network
 
 __all__ = ["Encoder", "Kind", "load_encoder", "new_encoder"]
+
+Kind = Literal["classify", "tag", "masked"]
+
+_AUTO = {
+    "classify": ("AutoModelForSequenceClassification", "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    "tag": ("AutoModelForTokenClassification", "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES"),
+    "masked": ("AutoModelForMaskedLM", "MODEL_FOR_MASKED_LM_MAPPING_NAMES"),
+}
+_ALSO_ENCODERS = {"xlnet"}  # looks both ways, but its own head on words predicts a permutation
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "roberta-prelayernorm", "camembert", "mpnet"}
+_SIZES = {
+    "distilbert": {"intermediate_size": "hidden_dim"},
+    "xlnet": {"intermediate_size": "d_inner", "max_positions": None},
+}
 
 
 class Encoder(nn.Module):
@@ -72,7 +77,7 @@ class Encoder(nn.Module):
         self.source = source
         self.fresh = tuple(fresh)
         self.masters: dict[str, Tensor] = {}
-        self.max_positions = longest_input(network.config)
+        self.max_positions = _longest_input(network.config)
         self.padding_side = "left" if network.config.model_type == "xlnet" else "right"
         self._dropout = dict(dropout or {})
         takes = "token_type_ids" in inspect.signature(network.forward).parameters
@@ -120,17 +125,13 @@ class Encoder(nn.Module):
         Call it before `to_compute`. Returns the layers' names. Layers that keep their matrices as bare parameters
         (XLNet's attention) get none. ModelError where there is no linear layer at all.
         """
-        from peft import LoraConfig, inject_adapter_in_model
-
         linear = [n for n, m in self.named_modules() if isinstance(m, nn.Linear) and not self.is_head(f"{n}.weight")]
         if not linear:
             raise ModelError(f"{self.config.model_type}: no linear layer in its trunk, adapters cannot attach")
         chosen = target_layers(linear, targets or (ALL,))
         targets = [name for name in linear if name.endswith(tuple(f".{one}" for one in chosen)) or name in chosen]
         with _seeded(seed):
-            config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets)
-            inject_adapter_in_model(config, self.network, adapter_name="default")
-        drop_inputs(self, dropout, seed)
+            inject(self.network, targets, rank=rank, alpha=alpha, dropout=dropout, seed=seed)
         for name, parameter in self.named_parameters():
             if self.is_head(name):
                 parameter.requires_grad_(True)
@@ -164,7 +165,7 @@ class Encoder(nn.Module):
         """
         state = {n: t.detach().to("cpu").contiguous() for n, t in self.weights(tensors).items()}
         with torch.device("meta"):
-            twin = auto_class(self.kind).from_config(self.config)
+            twin = _auto_class(self.kind).from_config(self.config)
         expected = {name: tuple(p.shape) for name, p in twin.named_parameters()}
         check_shapes(expected, {n: tuple(t.shape) for n, t in state.items()}, where="weights to save")
         written = next(t.dtype for t in state.values() if t.is_floating_point())
@@ -203,19 +204,19 @@ def load_encoder(
     check_intact(path)
     raw = read_config(path)
     config = transformers_config(path)
-    check_kind(config, kind, str(path))
-    named = has_head(raw, config, kind)
+    _check_kind(config, kind, str(path))
+    named = _has_head(raw, config, kind)
     stored = tuple(config.id2label[i] for i in range(len(config.id2label))) if named else ()
     if kind != "masked" and labels is None and not named:
         raise ModelError(f"{path}: has no head to {kind}; give the labels of a new one")
     keep = kind == "masked" or (named and (labels is None or set(labels) == set(stored)))
     chosen = stored if keep else tuple(labels or ())
-    dropout = switch_off_dropout(config, raw)
+    dropout = _switch_off_dropout(config, raw)
     with _seeded(seed), quiet():
         network, missing = _load(path, config, kind)
         if not keep:
             trunk = network.base_model.state_dict()
-            network = auto_class(kind).from_config(with_labels(config, chosen))
+            network = _auto_class(kind).from_config(_with_labels(config, chosen))
             network.base_model.load_state_dict(trunk, strict=False)
             missing = sorted({*missing, *(n for n, _ in network.named_parameters() if _outside_trunk(network, n))})
     encoder = Encoder(
@@ -257,10 +258,10 @@ def new_encoder(
         "pad_token_id": pad_token_id,
         **more,
     }
-    own = SIZES.get(model_type, {})
+    own = _SIZES.get(model_type, {})
     sizes[own.get("intermediate_size") or "intermediate_size"] = intermediate_size
     if "max_positions" not in own:
-        offset = pad_token_id + 1 if model_type in OFFSET_POSITIONS else 0
+        offset = pad_token_id + 1 if model_type in _OFFSET_POSITIONS else 0
         sizes["max_position_embeddings"] = max_positions + offset
     if hidden_size % num_heads:
         raise ModelError(f"hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
@@ -270,12 +271,12 @@ def new_encoder(
         raise ModelError(f"a new encoder to {kind} needs labels")
     with one_model_error(f"model type {model_type!r} does not fit"):
         config = AutoConfig.for_model(model_type, **sizes)
-    check_kind(config, kind, model_type)
-    dropout = switch_off_dropout(config, config.to_dict())
+    _check_kind(config, kind, model_type)
+    dropout = _switch_off_dropout(config, config.to_dict())
     if kind != "masked":
-        with_labels(config, tuple(labels or ()))
+        _with_labels(config, tuple(labels or ()))
     with _seeded(seed):
-        network = auto_class(kind).from_config(config)
+        network = _auto_class(kind).from_config(config)
     if gradient_checkpointing:
         _enable_checkpointing(network)
     return Encoder(network, kind, labels=labels or (), dropout=dropout)
@@ -286,20 +287,8 @@ def _outside_trunk(network: PreTrainedModel, name: str) -> bool:
 
 
 def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedModel, list[str]]:
-    shapes = read_shapes(path)
-    check_sizes(config.to_dict(), shapes, path / "config.json")
     with one_model_error(f"{path}: cannot be loaded as an encoder"):
-        with torch.device("meta"):
-            skeleton = auto_class(kind).from_config(config)
-        check_sizes({}, shapes, path / "config.json", elements=sum(p.numel() for p in skeleton.parameters()))
-        network, report = auto_class(kind).from_pretrained(
-            str(path),
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        network, report = load_network(_auto_class(kind), path, config, path / "config.json", dtype=torch.float32)
     wrong = sorted(str(key) for key in report.get("mismatched_keys") or ())
     if wrong:
         raise ModelError(f"{path}: weights do not fit config.json, first {wrong[0]}; get the folder again")
@@ -313,6 +302,54 @@ def _enable_checkpointing(network: PreTrainedModel) -> None:
         raise ModelError(f"{type(network).__name__} cannot recompute activations; leave gradient_checkpointing off")
     enable = getattr(network, "activation_checkpointing_enable", None) or network.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def _auto_class(kind: Kind) -> Any:
+    return getattr(transformers, _AUTO[kind][0])
+
+
+def _check_kind(config: PretrainedConfig, kind: Kind, where: str) -> None:
+    masked = getattr(modeling_auto, _AUTO["masked"][1])
+    known = getattr(modeling_auto, _AUTO[kind][1])
+    if config.model_type not in known or config.model_type not in {*masked, *_ALSO_ENCODERS}:
+        raise ModelError(
+            f"{where}: model type {config.model_type!r} is no encoder that can {kind}; give a BERT, RoBERTa, "
+            "DistilBERT, XLNet or like folder, or the alias minilm"
+        )
+
+
+def _has_head(raw: Mapping[str, Any], config: PretrainedConfig, kind: Kind) -> bool:
+    """Whether the folder was saved with a head of this kind."""
+    wanted = getattr(modeling_auto, _AUTO[kind][1]).get(config.model_type)
+    return kind != "masked" and wanted in (raw.get("architectures") or ())
+
+
+def _with_labels(config: PretrainedConfig, labels: Sequence[str]) -> PretrainedConfig:
+    if len(set(labels)) != len(labels):
+        raise ModelError("two labels of the head are the same")
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+    config.problem_type = None
+    return config
+
+
+def _switch_off_dropout(config: PretrainedConfig, raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Set every dropout rate to 0; returns what is to be written back into a saved config.json."""
+    rates = {
+        name: value
+        for name, value in config.to_dict().items()
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    }
+    for name in rates:
+        setattr(config, name, 0.0)
+    return {name: raw.get(name, value) for name, value in rates.items()}
+
+
+def _longest_input(config: PretrainedConfig) -> int | None:
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is None or longest <= 0 or config.model_type == "xlnet":
+        return None
+    return longest - config.pad_token_id - 1 if config.model_type in _OFFSET_POSITIONS else longest
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def decoder_config(folder: Path | str) -> DecoderConfig | None:
         raise ModelError(f"{folder}: holds quantised weights; training needs the unquantised model")
     if raw.get("model_type") not in MODEL_TYPES:
         return None
-    from upslope.models.transformers_config import sliding_window
+    from upslope.models.transformers_model import sliding_window
 
     full = transformers_config(folder)
     if sliding_window(full) is not None:

@@ -17,12 +17,28 @@ _SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "encoder_layers", "decoder_layers"),
     *("num_attention_heads", "max_position_embeddings"),
 )
+_NAMES = {
+    "d_model": "hidden_size",
+    "encoder_layers": "encoder_layers",
+    "decoder_layers": "decoder_layers",
+    "encoder_ffn_dim": "intermediate_size",
+    "decoder_ffn_dim": "intermediate_size",
+    "encoder_attention_heads": "num_attention_heads",
+    "decoder_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "activation_function": "activation",
+    "scale_embedding": "scale_embedding",
+    "dropout": "dropout",
+    "pad_token_id": "pad_token_id",
+    "eos_token_id": "eos_token_id",
+    "decoder_start_token_id": "decoder_start_token_id",
+}
+"""Keys of a config.json that stand for one field each, in its order."""
 _KNOWN = {
-    *("architectures", "model_type", "is_encoder_decoder", "vocab_size", "decoder_vocab_size", "d_model"),
-    *("share_encoder_decoder_embeddings", "encoder_layers", "decoder_layers", "encoder_ffn_dim", "decoder_ffn_dim"),
-    *("encoder_attention_heads", "decoder_attention_heads", "num_hidden_layers", "num_attention_heads", "hidden_size"),
-    *("max_position_embeddings", "activation_function", "scale_embedding", "dropout", "pad_token_id", "eos_token_id"),
-    *("decoder_start_token_id", "tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"),
+    *_NAMES,
+    *("architectures", "model_type", "is_encoder_decoder", "vocab_size", "decoder_vocab_size"),
+    *("share_encoder_decoder_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"),
+    *("tie_word_embeddings", "dtype", "torch_dtype", "transformers_version"),
 }
 
 
@@ -104,24 +120,15 @@ class Seq2SeqConfig:
             raise ModelError(f"{kind}: tie_word_embeddings=false is not supported")
         separate = kind == "marian" and not config.get("share_encoder_decoder_embeddings", True)
         target = (config.get("decoder_vocab_size") or config["vocab_size"]) if separate else config["vocab_size"]
+        plain: dict[str, Any] = {field: config[name] for name, field in _NAMES.items()}
+        plain |= {"scale_embedding": bool(plain["scale_embedding"]), "dropout": float(plain["dropout"])}
         try:
             return cls(
                 vocab_size=target,
                 source_vocab_size=config["vocab_size"] if separate else None,
-                hidden_size=config["d_model"],
-                intermediate_size=config["encoder_ffn_dim"],
-                encoder_layers=config["encoder_layers"],
-                decoder_layers=config["decoder_layers"],
-                num_attention_heads=config["encoder_attention_heads"],
-                max_position_embeddings=config["max_position_embeddings"],
                 norm="post" if kind == "marian" else "pre",
-                pad_token_id=config["pad_token_id"],
-                eos_token_id=config["eos_token_id"],
-                decoder_start_token_id=config["decoder_start_token_id"],
-                activation=config["activation_function"],
-                scale_embedding=bool(config["scale_embedding"]),
-                dropout=float(config["dropout"]),
                 extra={k: v for k, v in config.items() if k not in _KNOWN},
+                **plain,
             )
         except ConfigError as error:
             raise ModelError(f"{kind}: {error}") from error
@@ -136,20 +143,7 @@ class Seq2SeqConfig:
             "model_type": self.model_type,
             "is_encoder_decoder": True,
             "vocab_size": self.vocab_size if self.source_vocab_size is None else self.source_vocab_size,
-            "d_model": self.hidden_size,
-            "encoder_layers": self.encoder_layers,
-            "decoder_layers": self.decoder_layers,
-            "encoder_ffn_dim": self.intermediate_size,
-            "decoder_ffn_dim": self.intermediate_size,
-            "encoder_attention_heads": self.num_attention_heads,
-            "decoder_attention_heads": self.num_attention_heads,
-            "max_position_embeddings": self.max_position_embeddings,
-            "activation_function": self.activation,
-            "scale_embedding": self.scale_embedding,
-            "dropout": self.dropout,
-            "pad_token_id": self.pad_token_id,
-            "eos_token_id": self.eos_token_id,
-            "decoder_start_token_id": self.decoder_start_token_id,
+            **{name: getattr(self, field) for name, field in _NAMES.items()},
             "tie_word_embeddings": True,
         }
         if self.model_type == "marian":

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from upslope.kernels.products import least_rows, pad_rows
 from upslope.models.attention.context import PackedContext
-from upslope.models.protocol import Context, least_rows, pad_rows
+from upslope.models.protocol import Context
 from upslope.models.seq2seq.config import Seq2SeqConfig
 
 __all__ = ["DecoderLayer", "Drop", "EncoderLayer", "LayerNorm", "Layout", "Trunk", "padded_head_dim", "sinusoids"]

@@ -17,16 +17,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import DataError, ModelError
+from upslope.kernels.products import least_rows, pad_rows
 from upslope.models.attention.context import PackedContext
-from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment, least_rows, pad_rows
+from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment
 from upslope.models.seq2seq.config import Seq2SeqConfig
 from upslope.models.seq2seq.layers import Drop, Layout, Side, Trunk, padded_head_dim, sinusoids
 
@@ -102,16 +101,6 @@ class Seq2Seq(CausalModel):
         weight = self._embedding
         return torch.cat([weight, self.final_logits_bias.T], dim=1) if self._biased else weight
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return self._embedding.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._embedding.device
-
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """DataError unless the prompt is a source that fits, followed by the one decoder_start_token_id in it."""
         start, offset = self.config.decoder_start_token_id, self.config.source_offset
@@ -143,7 +132,7 @@ class Seq2Seq(CausalModel):
         memory = self._encode(tokens_T, layout, drop)
         x = self._embed(self._embedding, tokens_T[layout.target_rows], layout.target_positions, drop)
         for layer in self.model.decoder.layers:
-            x = self._run(layer, x, memory, layout, context, drop)
+            x = self.run(layer, x, memory, layout, context, drop)
         x = self._last_norm(self.model.decoder, x)[: layout.target_rows.shape[0]]
         if self._biased:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
@@ -159,13 +148,8 @@ class Seq2Seq(CausalModel):
         context = PackedContext(layout.source_lengths, causal=False, device=tokens_T.device)
         x = self._embed(self._source_embedding, ids, layout.source_positions, drop)
         for layer in self.model.encoder.layers:
-            x = self._run(layer, x, context, drop)
+            x = self.run(layer, x, context, drop)
         return self._last_norm(self.model.encoder, x)
-
-    def _run(self, layer: nn.Module, *args: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
 
     def _last_norm(self, side: Side, x: Tensor) -> Tensor:
         return side.layer_norm(x) if self.config.norm == "pre" else x
