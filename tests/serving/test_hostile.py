@@ -12,20 +12,22 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import Headers
 from uvicorn import Config
 from uvicorn.server import ServerState
 
 from upslope.errors import one_line
 from upslope.serving import connection, limits
-from upslope.serving.bodies import CompletionBody
-from upslope.serving.chat_bodies import ChatBody, EmbeddingBody
+from upslope.serving.chat_bodies import ChatBody
+from upslope.serving.completions import CompletionBody
 from upslope.serving.connection import Connection, LogLines
+from upslope.serving.embeddings import EmbeddingBody
 from upslope.serving.errors import ApiError
 from upslope.serving.feedback import Thumb
 from upslope.serving.limits import parse_json, read_body
 from upslope.serving.service import QueueFull, Service
 
-JSON = {b"content-type": b"application/json"}
+JSON = Headers({"content-type": "application/json"})
 MANY = 100_000
 
 

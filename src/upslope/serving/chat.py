@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Request, Response
 
@@ -14,15 +13,16 @@ from upslope.data.lost import LostError
 from upslope.data.messages import message_of, tools_of
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate
+from upslope.data.tool_calls import CLOSE, OPEN
 from upslope.errors import ConfigError, DataError
-from upslope.serving.access import event_stream, reply, room, service_of, while_connected
+from upslope.serving.access import room, service_of, while_connected
+from upslope.serving.chat_answer import ChatAnswer
 from upslope.serving.chat_bodies import ChatBody, NamedTool, SchemaFormat
-from upslope.serving.chat_stream import Asked, chunks, whole
-from upslope.serving.constraints import Constraint, Grammars
+from upslope.serving.constraints import Constraint
 from upslope.serving.errors import ApiError
 from upslope.serving.sampling import sampling_params
 from upslope.serving.service import Service
-from upslope.serving.tools import CLOSE, OPEN, Marks, calls_grammar, offered_grammar
+from upslope.serving.tool_grammar import Marks, calls_grammar, offered_grammar
 from upslope.types import Message
 
 __all__ = ["router"]
@@ -30,7 +30,6 @@ __all__ = ["router"]
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 OWN_VARIABLES = {"conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
 OWN_VARIABLES |= {"return_assistant_tokens_mask", "continue_final_message"}
-_GRAMMARS: WeakKeyDictionary[Service, Grammars] = WeakKeyDictionary()
 
 router = APIRouter(tags=["chat"])
 
@@ -40,15 +39,11 @@ async def chat_completions(request: Request, body: ChatBody) -> Response:
     """The assistant's next turn: one or several, whole or streamed, free or constrained."""
     service = service_of(request, body.model)
     size = 2048 + sum(len(message.text) + 512 for message in body.messages)
-    asked = await while_connected(request, service.aside(prepare, service, body, size=size))
-    stream = await service.submit(asked.prompt, asked.params, token_mask=asked.constraint, stream=body.stream)
-    if body.stream:
-        return event_stream(service, chunks(asked, stream), stream)
-    completions = await while_connected(request, stream.completions())
-    return reply(service, whole(asked, completions), version=min(c.version for c in completions))
+    answer = await while_connected(request, service.aside(prepare, service, body, size=size))
+    return await answer.respond(request)
 
 
-def prepare(service: Service, body: ChatBody) -> Asked:
+def prepare(service: Service, body: ChatBody) -> ChatAnswer:
     """What a body asks of the engine. ApiError, DataError or ConfigError where that cannot be done."""
     prompt = prompt_tokens(service, body)
     params = sampling_params(
@@ -59,7 +54,9 @@ def prepare(service: Service, body: ChatBody) -> Asked:
     )
     if body.offers_tools and not body.parallel_tool_calls:
         params = replace(params, stop=(*params.stop, CLOSE))
-    return Asked(service, body, prompt, params, constraint(service, body))
+    answer = ChatAnswer(service, body, [prompt], params)
+    answer.mask = constraint(service, body)
+    return answer
 
 
 def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
@@ -123,11 +120,7 @@ def constraint(service: Service, body: ChatBody) -> Constraint | None:
     """The grammar that the reply must follow, compiled; None where it is free."""
     if not body.constrained:
         return None
-    grammars = _GRAMMARS.get(service)
-    if grammars is None:
-        made = Grammars(service.tokenizer, service.vocab_size, service.engine.eos_token_ids)
-        grammars = _GRAMMARS.setdefault(service, made)
-    wanted = body.response_format
+    grammars, wanted = service.grammars, body.response_format
     param = "tools" if wanted.type == "text" else "response_format"
     try:
         if isinstance(wanted, SchemaFormat):

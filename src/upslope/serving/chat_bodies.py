@@ -1,4 +1,4 @@
-"""What may be sent to /v1/chat/completions and /v1/embeddings.
+"""What may be sent to /v1/chat/completions.
 
 Names and meanings are OpenAI's, with vLLM's extra fields where they are supported. A field that is not listed here is
 refused by name, so that nothing a client asks for is dropped in silence.
@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from upslope.serving.bodies import MAX_LOGPROBS, Body, Items, Prompt, SamplingBody
+from upslope.serving.bodies import Body, Items
+from upslope.serving.sampling import MAX_LOGPROBS, SamplingBody
 
 __all__ = [
     "ChatBody",
     "ChatMessage",
-    "EmbeddingBody",
     "FunctionDefinition",
     "FunctionTool",
     "NamedTool",
@@ -165,16 +165,6 @@ class ChatBody(SamplingBody):
         """The tokens that a reply may have; None: all that fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def drawn(self) -> int:
-        """Samples that are drawn at a time."""
-        return self.n if self.best_of is None else self.best_of
-
     @model_validator(mode="after")
     def _belongs_together(self) -> ChatBody:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
@@ -213,13 +203,3 @@ class ChatBody(SamplingBody):
         """Whether a grammar decides what the reply may be."""
         strict = any(tool.function.strict for tool in self.tools)
         return self.response_format.type != "text" or (self.offers_tools and (strict or self.tool_choice != "auto"))
-
-
-class EmbeddingBody(Body):
-    """/v1/embeddings: texts, or texts as tokens."""
-
-    model: str | None = None
-    input: Prompt
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="The first so many numbers, made of length 1 again.")
-    user: str | None = Field(None, description="Accepted and not used: nothing is kept of who asked.")

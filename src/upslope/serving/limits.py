@@ -13,22 +13,18 @@ import binascii
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from upslope.serving.errors import RETRY_SECONDS, ApiError, answer
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from upslope.serving.errors import ALWAYS, ApiError, answer
 from upslope.serving.metrics import Metrics
 
 __all__ = ["Guard", "parse_json", "read_body"]
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-
 OPEN_ROUTES = frozenset({"/health"})
-ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
-"""Headers of every answer that does not set them itself."""
 DRAIN_ROUTES = frozenset({"/health", "/metrics"})
 SMALLER = {"/admin/weights": 2**16, "/tokenize": 2**20, "/detokenize": 2**20}
 """Bytes that these routes take at most, whatever --max-body-mb says: what they do is not bounded by the context."""
@@ -37,6 +33,7 @@ MAX_DEPTH, MAX_PARTS, MAX_VALUES = 100, 25_000, 500_000
 """Objects and lists in one another, and all together (two thousand messages with calls have half of that); values."""
 MAX_HELD = 256 * 2**20
 """Bytes of bodies that are being read at one time."""
+_CLOSE = {"Connection": "close"}
 _LARGE = 2**16  # bytes from which a body is parsed while no other one is
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _DISCARDED = 64 * 2**20  # bytes of a body too large that are read and dropped, so that the client sees the answer
@@ -52,7 +49,7 @@ class Guard:
 
     def __init__(
         self,
-        app: Any,
+        app: ASGIApp,
         *,
         key: str | None,
         hosts: frozenset[str] | None,
@@ -75,11 +72,12 @@ class Guard:
             if message["type"] == "http.response.start":
                 given = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in ALWAYS if pair[0] not in given)]
-                self.metrics.answered(getattr(scope.get("route"), "path", "other"), message["status"])
+                route, model = getattr(scope.get("route"), "path", "other"), scope.get("state", {}).get("model", "")
+                self.metrics.answered(route, message["status"], model)
             await send(message)
 
         try:
-            headers = dict(reversed(scope["headers"]))
+            headers = Headers(scope=scope)
             self._check(scope, headers)
             body = await self._read(scope, headers, receive)
         except ApiError as error:
@@ -88,24 +86,23 @@ class Guard:
             return None
         return await self.app(scope, _replayed(body, receive), counted)
 
-    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").decode("latin-1")
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        host = headers.get("host", "")
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(403, f"the Host header {host!r} does not name this server", code="bad_host")
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        proxied = headers.get(b"x-forwarded-proto", b"").decode("latin-1")  # a page cannot send it
-        scheme = proxied or scope.get("scheme", "http")
+        origin = headers.get("origin", "")
+        scheme = headers.get("x-forwarded-proto") or scope.get("scheme", "http")  # a page cannot send that header
         if origin and scope["method"] not in ("GET", "HEAD") and origin != f"{scheme}://{host}":
             raise ApiError(403, f"a page of {origin!r} may not send requests here", code="bad_origin")
         path = scope["path"]
         if self.key is not None and path not in OPEN_ROUTES:
-            self._check_key(headers.get(b"authorization", b""), page=b"text/html" in headers.get(b"accept", b""))
+            self._check_key(headers)
         if path not in DRAIN_ROUTES and self.draining():
-            retry = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers=retry)
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers=_CLOSE)
 
-    def _check_key(self, authorization: bytes, *, page: bool) -> None:
+    def _check_key(self, headers: Headers) -> None:
         assert self.key is not None
+        authorization = headers.get("authorization", "").encode("latin-1")
         scheme, _, given = authorization.partition(b" ")
         if scheme.lower() == b"basic":
             try:
@@ -116,10 +113,11 @@ class Guard:
             given = b""
         if not hmac.compare_digest(given.strip(), self.key):
             says = "wrong API key" if authorization else "no API key: send it as Authorization: Bearer KEY"
+            page = "text/html" in headers.get("accept", "")
             wants = {"WWW-Authenticate": 'Basic realm="upslope", charset="UTF-8"' if page else "Bearer"}
-            raise ApiError(401, says, code="invalid_api_key", type="authentication_error", headers=wants)
+            raise ApiError(401, says, code="invalid_api_key", headers=wants)
 
-    async def _read(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+    async def _read(self, scope: Scope, headers: Headers, receive: Receive) -> bytes | None:
         """The whole body, well-formed where there is one; None when the client went away before its end."""
         held = 0
 
@@ -129,8 +127,7 @@ class Guard:
             more = len(message.get("body", b""))
             held, self._held = held + more, self._held + more
             if self._held > MAX_HELD:
-                retry = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
-                raise ApiError(503, "too many bodies are being read; send it again", code="busy", headers=retry)
+                raise ApiError(503, "too many bodies are being read; send it again", code="busy", headers=_CLOSE)
             return message
 
         try:
@@ -146,17 +143,16 @@ class Guard:
             self._held -= held
 
 
-async def read_body(
-    headers: dict[bytes, bytes], receive: Receive, max_body: int, seconds: float = BODY_SECONDS
-) -> bytes | None:
+async def read_body(headers: Headers, receive: Receive, max_body: int, seconds: float = BODY_SECONDS) -> bytes | None:
     """The body that comes within so many bytes and seconds; None when the client goes away before its end.
 
     ApiError 413: too large. 408: too slow. 415: something else than JSON.
     """
-    length = headers.get(b"content-length", b"")
-    declared = int(length) if length.isdigit() and len(length) < 20 else 0
-    if declared > max_body + _DISCARDED:
-        raise _too_large(max_body, close=True)
+    says = f"the body has more than the {max_body} bytes that are allowed (--max-body-mb)"
+    hopeless = ApiError(413, says, code="body_too_large", headers=_CLOSE)
+    length = headers.get("content-length", "")
+    if length.isascii() and length.isdigit() and len(length) < 20 and int(length) > max_body + _DISCARDED:
+        raise hopeless
     parts, size, more = [], 0, True
     try:
         async with asyncio.timeout(seconds):
@@ -169,21 +165,16 @@ async def read_body(
                 if size <= max_body:
                     parts.append(message.get("body", b""))
                 elif size > max_body + _DISCARDED:
-                    raise _too_large(max_body, close=True)
+                    raise hopeless
     except TimeoutError as error:
         says = f"the body did not come within {seconds:g} s"
-        raise ApiError(408, says, code="body_too_slow", headers={"Connection": "close"}) from error
+        raise ApiError(408, says, code="body_too_slow", headers=_CLOSE) from error
     if size > max_body:
-        raise _too_large(max_body, close=False)
-    kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+        raise ApiError(413, says, code="body_too_large")
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if size and kind != "application/json":
         raise ApiError(415, f"the body's Content-Type is {kind or 'missing'!r}; send application/json")
     return b"".join(parts)
-
-
-def _too_large(max_body: int, *, close: bool) -> ApiError:
-    message = f"the body has more than the {max_body} bytes that are allowed (--max-body-mb)"
-    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"} if close else {})
 
 
 def parse_json(body: bytes) -> Any:

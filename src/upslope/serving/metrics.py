@@ -1,6 +1,7 @@
-"""What /metrics says, in Prometheus' text format.
+"""What /metrics says, in Prometheus' text format. Every figure has the label `model`, the name as in /v1/models.
 
-upslope_requests_total{route,status}              answered HTTP requests (a stream counts when it starts)
+upslope_requests_total{route,status,model}        answered HTTP requests (a stream counts when it starts); `model` is
+                                                  empty where a request is about no model, or was refused before that
 upslope_requests_running{model}                   sequences in the engine's batch
 upslope_requests_waiting{model}                   requests of which nothing runs yet
 upslope_prompt_tokens_total{model}                tokens of accepted prompts
@@ -36,7 +37,7 @@ class Metrics:
         self._services = services
         self.registry = CollectorRegistry()
         self._requests = Counter(
-            "upslope_requests", "Answered HTTP requests", ["route", "status"], registry=self.registry
+            "upslope_requests", "Answered HTTP requests", ["route", "status", "model"], registry=self.registry
         )
         self._first = self._histogram("time_to_first_token", "From request to first token", _FIRST)
         self._each = self._histogram("time_per_output_token", "Mean time between a request's tokens", _EACH)
@@ -44,9 +45,9 @@ class Metrics:
         for name, service in services.items():
             service.observe = lambda served, name=name: self._observe(name, served)
 
-    def answered(self, route: str, status: int) -> None:
+    def answered(self, route: str, status: int, model: str) -> None:
         """Count an answer."""
-        self._requests.labels(route, str(status)).inc()
+        self._requests.labels(route, str(status), model).inc()
 
     def text(self) -> bytes:
         """All figures, as Prometheus reads them."""

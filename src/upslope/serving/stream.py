@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from upslope.engine import Event
 from upslope.types import Completion
-
-if TYPE_CHECKING:
-    from upslope.serving.service import Service
 
 __all__ = ["Served", "Stream", "merged"]
 
@@ -36,14 +32,16 @@ class Stream:
     """The events of one request: `async for` reads them, `async with` frees the slot of one that is left early.
 
     What ended the request is raised: the engine's own error for it, RunError when the engine failed, Stopped.
+    drop: frees what the request holds, called once when it is cancelled. streamed: whether every token is an event.
     """
 
-    def __init__(self, service: Service, prompt_tokens: int, *, streamed: bool) -> None:
-        self.service, self.streamed = service, streamed
+    def __init__(self, drop: Callable[[Stream], None], prompt_tokens: int, *, streamed: bool) -> None:
+        self.streamed = streamed
         self.loop = asyncio.get_running_loop()
         self.request_id = -1
         self.num_prompt_tokens = prompt_tokens
         self.generated_tokens = 0
+        self._drop = drop
         self._asked = time.perf_counter()
         self._first: float | None = None
         self._longest = 0
@@ -73,9 +71,7 @@ class Stream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
     async def completions(self) -> list[Completion]:
@@ -92,7 +88,7 @@ class Stream:
         if not self._done:
             self._done = True
             self._items.clear()
-            self.service.cancel(self)
+            self._drop(self)
 
     def put(self, item: Event | Exception | None) -> None:
         """Add an event, the error that ended the request, or None for its end. Called on the stream's own loop."""
@@ -127,14 +123,14 @@ async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event],
     arrived: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
     async def forward(place: int, stream: Stream) -> None:
+        end: Exception | None = None
         try:
             async with stream:
                 async for event in stream:
                     arrived.put_nowait((place, event))
         except Exception as error:
-            arrived.put_nowait((place, error))
-        else:
-            arrived.put_nowait((place, None))
+            end = error
+        arrived.put_nowait((place, end))
 
     tasks = [asyncio.ensure_future(forward(place, stream)) for place, stream in enumerate(streams)]
     try:

@@ -11,7 +11,7 @@ from fastapi.responses import Response
 from pydantic import Discriminator, Field, Tag, ValidationError
 
 from upslope.serving.access import encode, reply, service_of
-from upslope.serving.bodies import Body, Items, Token
+from upslope.serving.bodies import Items, ModelBody, Token
 from upslope.serving.chat import prompt_tokens
 from upslope.serving.chat_bodies import MAX_MESSAGES, ChatBody, ChatMessage, FunctionTool
 from upslope.serving.errors import ApiError
@@ -21,8 +21,7 @@ __all__ = ["router"]
 router = APIRouter(tags=["tokens"])
 
 
-class _Tokenize(Body):
-    model: str | None = None
+class _Tokenize(ModelBody):
     return_token_strs: bool = False
 
 
@@ -64,10 +63,9 @@ TokenizeBody = Annotated[
 ]
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(ModelBody):
     """/detokenize: tokens."""
 
-    model: str | None = None
     tokens: Annotated[list[Token], Items]
 
 
