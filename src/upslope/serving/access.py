@@ -15,7 +15,7 @@ from upslope.serving.errors import ApiError, ClientGone, as_api_error
 from upslope.serving.service import Service
 from upslope.serving.stream import Stream
 
-__all__ = ["encode", "encode_all", "event", "event_stream", "reply", "room", "service_of", "while_connected"]
+__all__ = ["encode_all", "event", "event_stream", "reply", "room", "service_of", "while_connected"]
 
 T = TypeVar("T")
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -36,11 +36,6 @@ def service_of(request: Request, name: str | None, *, guess: bool = True) -> Ser
     before = getattr(request.state, "model", name)
     request.state.model = name if name == before else ""  # what concerns two models counts for none
     return services[name]
-
-
-async def encode(service: Service, text: str, *, special: bool = True) -> list[int]:
-    """The tokens of a text (Service.tokens_of)."""
-    return (await encode_all(service, [text], special=special))[0]
 
 
 async def encode_all(service: Service, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:

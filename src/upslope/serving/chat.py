@@ -18,11 +18,10 @@ from upslope.errors import ConfigError, DataError
 from upslope.serving.access import room, service_of, while_connected
 from upslope.serving.chat_answer import ChatAnswer
 from upslope.serving.chat_bodies import ChatBody, NamedTool, SchemaFormat
-from upslope.serving.constraints import Constraint
+from upslope.serving.constraints import Constraint, Marks, calls_grammar, offered_grammar
 from upslope.serving.errors import ApiError
 from upslope.serving.sampling import sampling_params
 from upslope.serving.service import Service
-from upslope.serving.tool_grammar import Marks, calls_grammar, offered_grammar
 from upslope.types import Message
 
 __all__ = ["router"]

@@ -15,6 +15,7 @@ upslope_time_per_output_token_seconds{model}      histogram, mean time between a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -28,6 +29,21 @@ __all__ = ["CONTENT_TYPE", "Metrics"]
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _EACH = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
+
+# Figures that a service knows itself: what is said of each, and the attribute that has it.
+_FIGURES: tuple[tuple[Any, str, str, str], ...] = (
+    (CounterMetricFamily, "prompt_tokens", "Tokens of accepted prompts", "prompt_tokens"),
+    (
+        CounterMetricFamily,
+        "cached_tokens",
+        "Prompt tokens found in the prefix cache",
+        lambda s: s.engine.stats.cached_tokens,
+    ),
+    (CounterMetricFamily, "generated_tokens", "Drawn tokens", "engine.stats.generated_tokens"),
+    (GaugeMetricFamily, "requests_running", "Sequences in the engine's batch", "running"),
+    (GaugeMetricFamily, "requests_waiting", "Requests of which nothing runs yet", "waiting"),
+    (GaugeMetricFamily, "weight_version", "Number of the present weights", "version"),
+)
 
 
 class Metrics:
@@ -55,22 +71,11 @@ class Metrics:
 
     def collect(self) -> Iterator[Any]:
         """The figures that the services know themselves; called by the registry."""
-        counters = {
-            "prompt_tokens": ("Tokens of accepted prompts", lambda s: s.prompt_tokens),
-            "cached_tokens": ("Prompt tokens found in the prefix cache", lambda s: s.engine.stats.cached_tokens),
-            "generated_tokens": ("Drawn tokens", lambda s: s.engine.stats.generated_tokens),
-        }
-        gauges = {
-            "requests_running": ("Sequences in the engine's batch", lambda s: s.running),
-            "requests_waiting": ("Requests of which nothing runs yet", lambda s: s.waiting),
-            "weight_version": ("Number of the present weights", lambda s: s.version),
-        }
-        for family, figures in ((CounterMetricFamily, counters), (GaugeMetricFamily, gauges)):
-            for name, (says, read) in figures.items():
-                metric = family(f"upslope_{name}", says, labels=["model"])
-                for model, service in self._services.items():
-                    metric.add_metric([model], read(service))
-                yield metric
+        for family, name, says, read in _FIGURES:
+            metric = family(f"upslope_{name}", says, labels=["model"])
+            for model, service in self._services.items():
+                metric.add_metric([model], attrgetter(read)(service))
+            yield metric
 
     def _histogram(self, name: str, says: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"upslope_{name}_seconds", says, ["model"], buckets=buckets, registry=self.registry)

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Discriminator, Field, Tag, ValidationError
 
-from upslope.serving.access import encode, reply, service_of
+from upslope.serving.access import encode_all, reply, service_of
 from upslope.serving.bodies import Items, ModelBody, Token
 from upslope.serving.chat import prompt_tokens
 from upslope.serving.chat_bodies import MAX_MESSAGES, ChatBody, ChatMessage, FunctionTool
@@ -74,7 +74,7 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
     """The tokens of a text or of a conversation; with return_token_strs also what each stands for."""
     service = service_of(request, body.model)
     if isinstance(body, TokenizeTextBody):
-        tokens = await encode(service, body.prompt, special=body.add_special_tokens)
+        (tokens,) = await encode_all(service, [body.prompt], special=body.add_special_tokens)
     else:
         try:
             chat = body.chat
