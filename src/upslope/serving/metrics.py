@@ -33,12 +33,7 @@ _EACH = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5)
 # Figures that a service knows itself: what is said of each, and the attribute that has it.
 _FIGURES: tuple[tuple[Any, str, str, str], ...] = (
     (CounterMetricFamily, "prompt_tokens", "Tokens of accepted prompts", "prompt_tokens"),
-    (
-        CounterMetricFamily,
-        "cached_tokens",
-        "Prompt tokens found in the prefix cache",
-        lambda s: s.engine.stats.cached_tokens,
-    ),
+    (CounterMetricFamily, "cached_tokens", "Prompt tokens found in the prefix cache", "engine.stats.cached_tokens"),
     (CounterMetricFamily, "generated_tokens", "Drawn tokens", "engine.stats.generated_tokens"),
     (GaugeMetricFamily, "requests_running", "Sequences in the engine's batch", "running"),
     (GaugeMetricFamily, "requests_waiting", "Requests of which nothing runs yet", "waiting"),
