@@ -114,16 +114,10 @@ class NamedTool(Body):
     function: FunctionName
 
 
-class TextFormat(Body):
-    """Free text."""
+class FreeFormat(Body):
+    """Free text, or some JSON object."""
 
-    type: Literal["text"]
-
-
-class JsonFormat(Body):
-    """Some JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
 class NamedSchema(Body):
@@ -153,9 +147,7 @@ class ChatBody(SamplingBody):
     tools: Annotated[list[FunctionTool], Items] = Field([], max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
     parallel_tool_calls: bool = True
-    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] = TextFormat(
-        type="text"
-    )
+    response_format: Annotated[FreeFormat | SchemaFormat, Field(discriminator="type")] = FreeFormat(type="text")
     add_generation_prompt: bool | None = Field(None, description="Left out: unless continue_final_message.")
     continue_final_message: bool = Field(False, description="Go on with the last message, the assistant's.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Further variables of the chat template.")

@@ -117,7 +117,7 @@ class Guard:
     async def read(self, request: Request) -> bytes | None:
         """The whole body, well-formed where there is one; None when the client goes away before its end.
 
-        ApiError 413: too large. 408: too slow. 415: something else than JSON. 503: too many are being read. And parse_json's.
+        ApiError 413: too large. 408: too slow. 415: no JSON. 503: too many are being read. 400: by parse_json.
         """
         most = min(self.max_body, SMALLER.get(request.scope["path"], self.max_body))
         says = f"the body has more than the {most} bytes that are allowed (--max-body-mb)"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -45,23 +44,16 @@ class Stream:
         self._asked = time.perf_counter()
         self._first: float | None = None
         self._longest = 0
-        self._items: deque[Event | Exception | None] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+        self._items: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self._done = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._items:
-            if self._done:
-                raise StopAsyncIteration
-            self._waiter = self.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        item = self._items.popleft()
+        if self._done:
+            raise StopAsyncIteration
+        item = await self._items.get()
         error = item.error if isinstance(item, Event) else item
         if isinstance(item, Event) and error is None:
             return item
@@ -87,16 +79,12 @@ class Stream:
         """Stop the request, if it runs, and free its slot."""
         if not self._done:
             self._done = True
-            self._items.clear()
             self._drop(self)
 
     def put(self, item: Event | Exception | None) -> None:
         """Add an event, the error that ended the request, or None for its end. Called on the stream's own loop."""
-        if self._done:
-            return
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if not self._done:
+            self._items.put_nowait(item)
 
     def note(self, event: Event, now: float) -> None:
         """Count an event at its time. Called on the engine's thread."""
