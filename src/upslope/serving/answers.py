@@ -90,12 +90,14 @@ class Answer(ABC, Generic[B]):
 
     async def _chunks(self, streams: Sequence[Stream]) -> AsyncGenerator[str, None]:
         """The server-sent events, [DONE] excepted; at the end, where it is asked for, the counts of tokens."""
-        samples = self.body.n
-        writers = [self.writer(index // samples, index) for index in range(len(self.prompts) * samples)]
+        writers: dict[int, Write] = {}
         drawn = 0
         async with aclosing(merged(streams)) as arriving:
             async for place, happened in arriving:
-                for choice in writers[place * samples + happened.sample](happened):
+                index = place * self.body.n + happened.sample
+                if index not in writers:
+                    writers[index] = self.writer(place, index)
+                for choice in writers[index](happened):
                     yield event(self.chunk([choice]))
                 if happened.completion is not None:
                     drawn += len(happened.completion.tokens)

@@ -17,7 +17,7 @@ from upslope.data.tool_calls import CLOSE, OPEN
 from upslope.errors import ConfigError, DataError
 from upslope.serving.access import room, service_of, while_connected
 from upslope.serving.chat_answer import ChatAnswer
-from upslope.serving.chat_bodies import ChatBody, NamedTool, SchemaFormat
+from upslope.serving.chat_bodies import ChatBody, ConversationBody, NamedTool, SchemaFormat
 from upslope.serving.constraints import Constraint, Marks, calls_grammar, offered_grammar
 from upslope.serving.errors import ApiError
 from upslope.serving.sampling import sampling_params
@@ -37,8 +37,7 @@ router = APIRouter(tags=["chat"])
 async def chat_completions(request: Request, body: ChatBody) -> Response:
     """The assistant's next turn: one or several, whole or streamed, free or constrained."""
     service = service_of(request, body.model)
-    size = 2048 + sum(len(message.text) + 512 for message in body.messages)
-    answer = await while_connected(request, service.aside(prepare, service, body, size=size))
+    answer = await while_connected(request, service.aside(prepare, service, body, size=body.size))
     return await answer.respond(request)
 
 
@@ -58,12 +57,12 @@ def prepare(service: Service, body: ChatBody) -> ChatAnswer:
     return answer
 
 
-def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
+def prompt_tokens(service: Service, body: ConversationBody) -> list[int]:
     """The tokens of the conversation, as the trainer would write them, up to where the reply begins."""
     if getattr(service.tokenizer, "chat_template", None) is None:
         raise ApiError(400, f"{service.name} has no chat template; send a prompt to /v1/completions instead", "model")
     messages, tools = conversation_of(service, body)
-    opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    opens = body.add_generation_prompt is not False and not body.continue_final_message
     template = ChatTemplate(service.tokenizer, tools, body.chat_template_kwargs)
     for name in body.chat_template_kwargs:
         if name in OWN_VARIABLES or len(name) > 64 or not re.search(rf"\b{re.escape(name)}\b", template.source):
@@ -85,25 +84,23 @@ def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
     return tokens
 
 
-def conversation_of(service: Service, body: ChatBody) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
+def conversation_of(service: Service, body: ConversationBody) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
     """Messages and tools through the door that training data goes through.
 
     ApiError 400 also where the model's own tag for a call is a control token, which text does not show.
     """
     given = [message.model_dump(exclude_none=True, exclude={"type"}) for message in body.messages]
+    part = "messages"
     try:
         messages = [message_of(message, f"messages[{k}]", "request") for k, message in enumerate(given)]
-    except DataError as error:
-        raise ApiError(400, str(error), "messages") from error
-    if not body.offers_tools:
-        return messages, ()
-    tokens = service.tokenizer.added_tokens_decoder.values()
-    if any(token.special and token.content == OPEN for token in tokens):
-        raise ApiError(400, f"{service.name} writes calls in a form that is not read here; leave tools out", "tools")
-    try:
+        if not body.offers_tools:
+            return messages, ()
+        part, tokens = "tools", service.tokenizer.added_tokens_decoder.values()
+        if any(token.special and token.content == OPEN for token in tokens):
+            raise DataError(f"{service.name} writes calls in a form that is not read here; leave tools out")
         return messages, tools_of([tool.model_dump(exclude_none=True) for tool in body.tools], "request")
     except DataError as error:
-        raise ApiError(400, str(error), "tools") from error
+        raise ApiError(400, str(error), part) from error
 
 
 def end_of_last(text: str, content: str) -> int:
