@@ -139,11 +139,11 @@ def test_an_error_on_the_way(app: FastAPI, client: TestClient, monkeypatch: pyte
     service = service_of(app)
     submit = service.submit
 
-    async def fails(prompt: Any, params: Any, *, token_mask: Any, stream: bool) -> Any:
+    async def fails(prompt: Any, params: Any, *, token_mask: Any, **options: Any) -> Any:
         def mask(prompt: list[int], generated: list[int]) -> list[int]:
             return [70] if len(generated) < 3 else []
 
-        return await submit(prompt, params, token_mask=mask, stream=stream)
+        return await submit(prompt, params, token_mask=mask, **options)
 
     monkeypatch.setattr(service, "submit", fails)
     chunks = stream(client)

@@ -103,7 +103,7 @@ def test_strict_functions_that_need_not_be_called(hermes: TestClient) -> None:
     tokens = service.tokenizer(opening)["input_ids"]
     submit = service.submit
 
-    async def opened(prompt: Any, params: Any, *, token_mask: Any, stream: bool) -> Any:
+    async def opened(prompt: Any, params: Any, *, token_mask: Any, **options: Any) -> Any:
         """The request, its first tokens given."""
 
         def mask(prompt: list[int], generated: list[int]) -> Any:
@@ -114,7 +114,7 @@ def test_strict_functions_that_need_not_be_called(hermes: TestClient) -> None:
             assert allowed[tokens[given]]
             return [tokens[given]]
 
-        return await submit(prompt, params, token_mask=mask, stream=stream)
+        return await submit(prompt, params, token_mask=mask, **options)
 
     service.submit = opened
     answer = ask(hermes, tools=strict, n=6, seed=0, max_tokens=300, logit_bias={"1": 8})

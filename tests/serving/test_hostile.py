@@ -12,20 +12,23 @@ import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from pydantic import TypeAdapter, ValidationError
+from starlette.datastructures import State
+from starlette.requests import Request
 from uvicorn import Config
 from uvicorn.server import ServerState
 
 from upslope.errors import one_line
+from upslope.options import ServeOptions
 from upslope.serving import connection, limits
-from upslope.serving.bodies import CompletionBody
-from upslope.serving.chat_bodies import ChatBody, EmbeddingBody
+from upslope.serving.chat_bodies import ChatBody
+from upslope.serving.completions import CompletionBody
 from upslope.serving.connection import Connection, LogLines
+from upslope.serving.embeddings import EmbeddingBody
 from upslope.serving.errors import ApiError
 from upslope.serving.feedback import Thumb
-from upslope.serving.limits import parse_json, read_body
+from upslope.serving.limits import parse_json
 from upslope.serving.service import QueueFull, Service
 
-JSON = {b"content-type": b"application/json"}
 MANY = 100_000
 
 
@@ -72,13 +75,17 @@ def test_texts_may_hold_as_many_brackets_as_they_like() -> None:
         parse_json(json.dumps(deep).encode())
 
 
-def test_a_body_has_a_time_in_which_to_come() -> None:
+def test_a_body_has_a_time_in_which_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.1)
+    guard = limits.Guard(lambda *_: pytest.fail("it was handed on"), State({"settings": ServeOptions()}))
+    scope = {"type": "http", "path": "/v1/completions", "headers": [(b"content-type", b"application/json")]}
+
     async def dripping() -> dict[str, Any]:
         await asyncio.sleep(0.01)
         return {"type": "http.request", "body": b" ", "more_body": True}
 
     with pytest.raises(ApiError, match="did not come within") as caught:
-        asyncio.run(read_body(JSON, dripping, 10**6, seconds=0.1))
+        asyncio.run(guard.read(Request(scope, dripping)))
     assert (caught.value.status, caught.value.headers) == (408, {"Connection": "close"})
 
 

@@ -293,7 +293,7 @@ def test_a_full_queue_says_when_to_come_back(model_folder: Path) -> None:
             async with Gate(service):
                 ask = {"prompt": "abc", "max_tokens": 2}
                 answers = [asyncio.ensure_future(client.post(PATH, json=ask)) for _ in range(3)]
-                while len(service._inbox) < 3:
+                while service._thread._work_queue.qsize() < 3:
                     await asyncio.sleep(0)
             found = await asyncio.gather(*answers)
         await service.stop()

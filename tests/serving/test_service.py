@@ -13,7 +13,8 @@ import torch
 from tiny_model import tiny_folder
 
 from upslope.errors import ConfigError, DataError, ModelError, RunError
-from upslope.serving.service import QueueFull, Service, Stopped
+from upslope.serving.engine_thread import Stopped
+from upslope.serving.service import QueueFull, Service
 from upslope.serving.stream import Served, merged
 from upslope.types import SamplingParams
 
@@ -226,7 +227,7 @@ def test_one_stream_is_merged_with_nothing(service: Service) -> None:
 
 def test_call_runs_between_steps_on_the_engines_thread(service: Service) -> None:
     async def main() -> None:
-        assert await service.call(lambda: threading.current_thread().name) == "engine of tiny"
+        assert await service.call(lambda: threading.current_thread().name) == "engine of tiny_0"
         with pytest.raises(ZeroDivisionError):
             await service.call(lambda: 1 // 0)
         assert service.healthy

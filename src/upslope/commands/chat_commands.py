@@ -1,64 +1,92 @@
-"""The commands of `upslope chat`: lines that begin with /."""
+"""The commands of `upslope chat`, lines that begin with /, and the conversation that they work on."""
 
 from __future__ import annotations
 
 import difflib
 import math
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
-from upslope.commands.chat_session import SETTINGS, ChatSession, Reply
+from upslope.commands.chat_screen import Screen, stop_on_ctrl_c
+from upslope.commands.chat_session import SETTINGS, ChatSession, Reply, Show, Stopped
 from upslope.data.records import read_records
-from upslope.errors import ConfigError, DataError
+from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.runs.lines import MetricLines
 
-__all__ = ["COMMANDS", "Chat", "Command", "perform", "row_of_conversation"]
+__all__ = ["COMMANDS", "Chat", "Command"]
 
 
-class Chat(Protocol):
-    """What a command works on."""
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """A conversation and the screen that it is shown on."""
 
     session: ChatSession
-    screen: Any
+    screen: Screen
 
-    def respond(self, draw: Callable[..., Reply]) -> None:
-        """Show the reply that `draw(show, stopped)` draws while it comes."""
-        ...
+    def take(self, text: str) -> None:
+        """A turn, or a command; nothing for a blank line."""
+        if text.startswith("/") and not text.startswith("//"):
+            self._perform(text)
+        elif text.strip():
+            self.respond(partial(self.session.say, text.removeprefix("/")))
+
+    def respond(self, draw: Callable[[Show, Stopped], Reply]) -> None:
+        """Show the reply that `draw(show, stopped)` draws while it comes, then what there is to say about it."""
+        try:
+            with stop_on_ctrl_c() if self.screen.interactive else nullcontext(lambda: False) as stopped:
+                reply = draw(self.screen.write, stopped)
+        except UpslopeError:
+            if self.screen.interactive:
+                self.screen.end_reply()
+            raise
+        self.screen.end_reply()
+        for line in self._remarks(reply):
+            self.screen.note(line)
+
+    def _perform(self, line: str) -> None:
+        """The command of a line such as "/set top_k 40". Raises ConfigError for an unknown one; EOFError on /exit."""
+        name, _, argument = line.removeprefix("/").partition(" ")
+        command, argument = COMMANDS.get(name), argument.strip()
+        if command is None:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"; did you mean /{near[0]}?" if near else "."
+            names = " ".join(f"/{known}" for known in COMMANDS)
+            raise ConfigError(
+                f"no command /{name}{hint} There are: {names} (to say a text that begins with /, write //)"
+            )
+        if argument and not command.usage:
+            raise ConfigError(f"/{name} takes nothing after it, got {argument!r}")
+        command.run(self, argument)
+
+    def _remarks(self, reply: Reply) -> Iterator[str]:
+        completion = reply.completion
+        if completion.finish_reason == "cancelled":
+            yield "stopped; what came is kept" if completion.text else "stopped before anything came"
+        elif completion.finish_reason == "length" and reply.limit < self.session.options.max_tokens:
+            yield f"cut off: the context of {self.session.context} tokens is full; /undo or /new makes room"
+        elif completion.finish_reason == "length":
+            yield f"cut off by max_tokens = {reply.limit}; /set max_tokens N, then /retry"
+        elif not completion.text:
+            yield "an empty reply"
+        if self.screen.interactive:
+            cost = f"{len(completion.tokens)} tokens in {reply.seconds:.1f} s"
+            yield f"{cost}; prompt: {reply.prompt_tokens} tokens, {reply.cached_tokens} of them from the cache"
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command: what follows its name, what it does, and the function that does it."""
+    """A command: what may follow its name, what it does, and the function that does it."""
 
     usage: str
     summary: str
     run: Callable[[Chat, str], None]
 
 
-def perform(chat: Chat, line: str) -> None:
-    """Run the command of a line such as "/set top_k 40". Raises ConfigError for an unknown one; EOFError on /exit."""
-    name, _, argument = line.removeprefix("/").partition(" ")
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"; did you mean /{near[0]}?" if near else "."
-        names = " ".join(f"/{known}" for known in COMMANDS)
-        raise ConfigError(f"no command /{name}{hint} There are: {names} (to say a text that begins with /, write //)")
-    COMMANDS[name].run(chat, argument.strip())
-
-
-def row_of_conversation(session: ChatSession) -> dict[str, Any]:
-    """The conversation as a row that `upslope sft` takes. Raises DataError when it does not end with a reply."""
-    if not session.turns or session.waiting:
-        raise DataError("there is no reply to save yet")
-    row: dict[str, Any] = {"messages": [m.as_mapping() for m in session.messages]}
-    return row | ({"tools": list(session.tools)} if session.tools else {})
-
-
 def _new(chat: Chat, argument: str) -> None:
-    _nothing_after("new", argument)
     chat.session.start()
     chat.screen.note("a new conversation")
 
@@ -78,19 +106,16 @@ def _set(chat: Chat, argument: str) -> None:
         raise ConfigError(f"/set: {error}") from None
     if name:
         chat.session.set(name, words)
-    keys = [name.replace("-", "_")] if name else SETTINGS
-    for key in keys:
+    for key in [name.replace("-", "_")] if name else SETTINGS:
         value = getattr(chat.session.options, key)
         chat.screen.note(f"{key} {shlex.join(value) if isinstance(value, tuple) else value}")
 
 
 def _retry(chat: Chat, argument: str) -> None:
-    _nothing_after("retry", argument)
     chat.respond(chat.session.retry)
 
 
 def _undo(chat: Chat, argument: str) -> None:
-    _nothing_after("undo", argument)
     chat.screen.note(f"taken back: {chat.session.undo()}")
 
 
@@ -98,19 +123,16 @@ def _edit(chat: Chat, argument: str) -> None:
     text = argument or chat.screen.revise(chat.session.last_user_text())
     if not text.strip():
         raise ConfigError("/edit wants the text that replaces your last turn")
-    chat.respond(lambda show, stopped: chat.session.edit(text, show, stopped))
+    chat.respond(partial(chat.session.edit, text))
 
 
 def _save(chat: Chat, argument: str) -> None:
     if not argument.lower().endswith(".jsonl"):
         raise ConfigError("/save wants the name of a .jsonl file, to which the conversation is added as a row")
-    row = row_of_conversation(chat.session)
-    lines = MetricLines(Path(argument).expanduser())
-    try:
+    row = chat.session.row
+    with closing(MetricLines(Path(argument).expanduser())) as lines:
         lines.append(row)
         lines.flush()
-    finally:
-        lines.close()
     chat.screen.note(f"added to {argument}: {len(row['messages'])} messages")
 
 
@@ -127,7 +149,6 @@ def _load(chat: Chat, argument: str) -> None:
 
 
 def _tokens(chat: Chat, argument: str) -> None:
-    _nothing_after("tokens", argument)
     reply = chat.session.last
     if reply is None:
         raise DataError("no reply was drawn yet in this conversation")
@@ -142,15 +163,13 @@ def _tokens(chat: Chat, argument: str) -> None:
 
 
 def _model(chat: Chat, argument: str) -> None:
-    if not argument:
-        chat.screen.note(chat.session.options.model)
-        return
-    chat.session.open(argument)
-    chat.screen.note(f"{argument} goes on with the conversation; its context holds {chat.session.context} tokens")
+    if argument:
+        chat.session.open(argument)
+        argument = f"{argument} goes on with the conversation; its context holds {chat.session.context} tokens"
+    chat.screen.note(argument or chat.session.options.model)
 
 
 def _help(chat: Chat, argument: str) -> None:
-    _nothing_after("help", argument)
     heads = [f"/{name} {command.usage}".rstrip() for name, command in COMMANDS.items()]
     for head, command in zip(heads, COMMANDS.values(), strict=True):
         chat.screen.note(f"{head:<{max(map(len, heads))}}  {command.summary}")
@@ -158,13 +177,7 @@ def _help(chat: Chat, argument: str) -> None:
 
 
 def _exit(chat: Chat, argument: str) -> None:
-    _nothing_after("exit", argument)
     raise EOFError
-
-
-def _nothing_after(name: str, argument: str) -> None:
-    if argument:
-        raise ConfigError(f"/{name} takes nothing after it, got {argument!r}")
 
 
 COMMANDS: dict[str, Command] = {

@@ -60,7 +60,8 @@ class Screen:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise DataError("standard input: not UTF-8; convert it")
         if self._readline is not None and text.strip():
-            self._remember(len(lines))
+            with self._remembering():  # at once, so that it outlives a kill
+                self._readline.append_history_file(len(lines), self.history)
         return text
 
     def revise(self, text: str) -> str:
@@ -104,8 +105,8 @@ class Screen:
             return line.rstrip("\r\n")
         if self._readline is None:
             return input(prompt)
-        self._readline.set_startup_hook(lambda: self._readline.insert_text(start))
         try:
+            self._readline.set_startup_hook(lambda: self._readline.insert_text(start))
             return input(prompt)
         finally:
             self._readline.set_startup_hook(None)
@@ -120,27 +121,20 @@ class Screen:
         readline.set_completer_delims(" ")
         readline.set_completer(lambda text, i: dict(enumerate(c for c in commands if c.startswith(text))).get(i))
         readline.parse_and_bind("tab: complete")
-        try:
-            _make_private(self.history)
+        with self._remembering():
+            self.history.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.history, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
             readline.read_history_file(self.history)
             readline.set_history_length(HISTORY_LENGTH)
             readline.write_history_file(self.history)
-        except OSError as error:
-            self.note(f"{self.history}: no history is kept: {error.strerror}")
-            self.history = Path(os.devnull)
 
-    def _remember(self, lines: int) -> None:
-        """What was typed last into the file at once, so that it outlives a kill."""
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
         try:
-            self._readline.append_history_file(lines, self.history)
+            yield
         except OSError as error:
             self.note(f"{self.history}: no history is kept: {error.strerror}")
             self.history = Path(os.devnull)
-
-
-def _make_private(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 
 @contextmanager

@@ -16,15 +16,17 @@ from upslope.config import from_text, hints_of, suggestion
 from upslope.data.chat import encode_prompt
 from upslope.data.records import Record
 from upslope.data.template import Tools
-from upslope.engine import Event
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.attention.context import BLOCK
 from upslope.options import ChatOptions
 from upslope.types import Completion, Message, Prompt, SamplingParams
 
-__all__ = ["SETTINGS", "ChatSession", "Reply"]
+__all__ = ["SETTINGS", "ChatSession", "Reply", "Show", "Stopped"]
 
+Show = Callable[[str], None]
+Stopped = Callable[[], bool]
 SETTINGS = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "stop", "seed")
+"""The options that say how a reply is drawn, each the engine's parameter of that name."""
 ALTERNATIVES = 3
 
 
@@ -78,28 +80,35 @@ class ChatSession:
     @property
     def messages(self) -> tuple[Message, ...]:
         """The conversation with its system turn."""
-        head = () if self.system is None else (Message("system", self.system),)
-        return (*head, *self.turns)
+        return self._with_system(self.turns)
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The conversation as a row that `upslope sft` takes. Raises DataError when it does not end with a reply."""
+        if not self.turns or self.waiting:
+            raise DataError("there is no reply to save yet")
+        row: dict[str, Any] = {"messages": [m.as_mapping() for m in self.messages]}
+        return row | ({"tools": list(self.tools)} if self.tools else {})
 
     @property
     def waiting(self) -> bool:
         """Whether the last turn is to be answered."""
         return bool(self.turns) and self.turns[-1].role != "assistant"
 
-    def say(self, text: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> Reply:
+    def say(self, text: str, show: Show, stopped: Stopped) -> Reply:
         """Add a user turn and the reply to it; see `_answer`."""
         if self.waiting:
             raise DataError("the last turn has no reply yet: /retry draws it, /undo takes the turn back")
         return self._answer([*self.turns, Message("user", text)], 0, show, stopped)
 
-    def retry(self, show: Callable[[str], None], stopped: Callable[[], bool]) -> Reply:
+    def retry(self, show: Show, stopped: Stopped) -> Reply:
         """Draw the last reply once more, with other random numbers."""
         if not self.turns:
             raise DataError("there is no reply yet")
         asked = self.turns if self.waiting else self.turns[:-1]
         return self._answer(asked, self._attempt + (not self.waiting), show, stopped)
 
-    def edit(self, text: str, show: Callable[[str], None], stopped: Callable[[], bool]) -> Reply:
+    def edit(self, text: str, show: Show, stopped: Stopped) -> Reply:
         """Say the last user turn differently and draw the reply to it."""
         turns = self.turns[: self._last_user()]
         return self._answer([*turns, Message("user", text)], 0, show, stopped)
@@ -143,23 +152,23 @@ class ChatSession:
         changed.validate()
         self.options = changed
 
-    def _last_user(self) -> int:
-        for place in range(len(self.turns) - 1, -1, -1):
-            if self.turns[place].role == "user":
-                return place
-        raise DataError("you have not said anything yet")
+    def _with_system(self, turns: Sequence[Message]) -> tuple[Message, ...]:
+        return (*([] if self.system is None else [Message("system", self.system)]), *turns)
 
-    def _answer(
-        self, turns: list[Message], attempt: int, show: Callable[[str], None], stopped: Callable[[], bool]
-    ) -> Reply:
+    def _last_user(self) -> int:
+        places = [place for place, turn in enumerate(self.turns) if turn.role == "user"]
+        if not places:
+            raise DataError("you have not said anything yet")
+        return places[-1]
+
+    def _answer(self, turns: list[Message], attempt: int, show: Show, stopped: Stopped) -> Reply:
         """Draw the reply to `turns`, hand its text to `show` as it comes, and add it.
 
         When `stopped()` turns true the reply ends as it is; one of which nothing came is not added. (options.seed,
         the number of turns, the attempt) seed it. Raises DataError when the conversation fills the context: turns are
         never left out.
         """
-        head = self.messages[: len(self.messages) - len(self.turns)]
-        prompt = encode_prompt(self.tokenizer, Prompt(0, messages=(*head, *turns)), tools=self.tools)
+        prompt = encode_prompt(self.tokenizer, Prompt(0, messages=self._with_system(turns)), tools=self.tools)
         room = self.context - len(prompt)
         if room < 1:
             raise DataError(
@@ -168,7 +177,9 @@ class ChatSession:
             )
         limit = min(self.options.max_tokens, room)
         began, cached = time.perf_counter(), self.engine.stats.cached_tokens
-        request = self.engine.add(prompt, self._params(limit), key=len(turns), sample=attempt, stream=True)
+        drawn = {name: getattr(self.options, name) for name in SETTINGS} | {"max_tokens": limit}
+        params = SamplingParams(**drawn, logprobs=min(ALTERNATIVES, self.engine.model.spec.vocab_size))
+        request = self.engine.add(prompt, params, key=len(turns), sample=attempt, stream=True)
         completion = self._follow(request, show, stopped)
         found = self.engine.stats.cached_tokens - cached
         reply = Reply(completion, len(prompt), found, limit, time.perf_counter() - began)
@@ -177,37 +188,18 @@ class ChatSession:
             self.last = reply
         return reply
 
-    def _follow(self, request: int, show: Callable[[str], None], stopped: Callable[[], bool]) -> Completion:
+    def _follow(self, request: int, show: Show, stopped: Stopped) -> Completion:
         finished = False
         try:
             while True:
-                events = self.engine.cancel(request) if stopped() else self.engine.step()
-                for event in events:
+                for event in self.engine.cancel(request) if stopped() else self.engine.step():
                     finished = event.completion is not None or event.error is not None
-                    if (completion := _shown(event, show)) is not None:
-                        return completion
+                    if event.error is not None:
+                        raise event.error
+                    if event.text:
+                        show(event.text)
+                    if event.completion is not None:
+                        return event.completion
         finally:
             if not finished:
                 self.engine.cancel(request)
-
-    def _params(self, limit: int) -> SamplingParams:
-        o = self.options
-        return SamplingParams(
-            max_tokens=limit,
-            temperature=o.temperature,
-            top_k=o.top_k,
-            top_p=o.top_p,
-            min_p=o.min_p,
-            repetition_penalty=o.repetition_penalty,
-            stop=o.stop,
-            seed=o.seed,
-            logprobs=min(ALTERNATIVES, self.engine.model.spec.vocab_size),
-        )
-
-
-def _shown(event: Event, show: Callable[[str], None]) -> Completion | None:
-    if event.error is not None:
-        raise event.error
-    if event.text:
-        show(event.text)
-    return event.completion

@@ -49,17 +49,15 @@ def _names(sources: list[str], first: str | None) -> list[str]:
 
 def _service(name: str, source: str, options: ServeOptions) -> Service:
     """The model with its engine, warmed up: kernels compiled, cache allocated."""
-    from upslope.build import Policy, load_inference
+    from upslope.build import load_inference
     from upslope.commands.decoding import DRAWN, open_engine, suggested
     from upslope.models.files.sources import say
     from upslope.serving.service import Service
     from upslope.types import SamplingParams
 
-    def load(where: str) -> Policy:
-        return load_inference(where, dtype=options.dtype)
-
     say(f"{name}: loading {source}")
     began = time.monotonic()
+    load = partial(load_inference, dtype=options.dtype)
     policy = load(source)
     if words := suggested(policy.folder, DRAWN):
         words = words.replace("--", "")

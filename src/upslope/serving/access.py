@@ -15,26 +15,27 @@ from upslope.serving.errors import ApiError, ClientGone, as_api_error
 from upslope.serving.service import Service
 from upslope.serving.stream import Stream
 
-__all__ = ["encode", "encode_all", "event", "event_stream", "reply", "room", "service_of", "usage", "while_connected"]
+__all__ = ["encode_all", "event", "event_stream", "reply", "room", "service_of", "while_connected"]
 
 T = TypeVar("T")
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def service_of(request: Request, name: str | None) -> Service:
-    """The service of that name, of the first model where no name is given; ApiError 404 for another one."""
+def service_of(request: Request, name: str | None, *, guess: bool = True) -> Service:
+    """The service of that name, of the first model where no name is given; the metrics count the request under it.
+
+    ApiError 404 for another name; 400 for none where there are several models and it may not `guess`.
+    """
     services: Mapping[str, Service] = request.app.state.services
-    if name is None:
-        return next(iter(services.values()))
+    known = ", ".join(services)
+    if name is None and len(services) > 1 and not guess:
+        raise ApiError(400, f"several models are served here: say which one of {known}", "model", "model_missing")
+    name = next(iter(services)) if name is None else name
     if name not in services:
-        known = ", ".join(services)
         raise ApiError(404, f"no model {name[:80]!r} is served here, only {known}", "model", "model_not_found")
+    before = getattr(request.state, "model", name)
+    request.state.model = name if name == before else ""  # what concerns two models counts for none
     return services[name]
-
-
-async def encode(service: Service, text: str, *, special: bool = True) -> list[int]:
-    """The tokens of a text (Service.tokens_of)."""
-    return (await encode_all(service, [text], special=special))[0]
 
 
 async def encode_all(service: Service, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
@@ -86,15 +87,6 @@ def reply(service: Service, body: Mapping[str, Any], *, version: int | None = No
     version = service.version if version is None else version
     named = {**body, "system_fingerprint": service.fingerprint_of(version)}
     return JSONResponse(named, headers={"X-Weight-Version": str(version)})
-
-
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """The usage object of an answer."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
 
 
 def event(data: Mapping[str, Any]) -> str:

@@ -6,19 +6,27 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from pydantic import Field
 
 from upslope.errors import UpslopeError
 from upslope.options.generate import KEY_VARIABLE
 from upslope.serving.access import reply, service_of
-from upslope.serving.bodies import WeightsBody
+from upslope.serving.bodies import ModelBody
+from upslope.serving.engine_thread import Stopped
 from upslope.serving.errors import ApiError
 from upslope.serving.metrics import CONTENT_TYPE
-from upslope.serving.service import Service, Stopped
+from upslope.serving.service import Service
 from upslope.version import __version__
 
 __all__ = ["router"]
 
 router = APIRouter(tags=["server"])
+
+
+class WeightsBody(ModelBody):
+    """/admin/weights: where the new weights are, as `upslope serve` would be told; of several models, for which one."""
+
+    source: str = Field(min_length=1, max_length=4096)
 
 
 @router.get("/health")
@@ -58,14 +66,17 @@ async def model(request: Request, name: str) -> Response:
 
 @router.post("/admin/weights")
 async def weights(request: Request, body: WeightsBody) -> Response:
-    """Replace a model's weights by another folder's of the same network, while requests run; none is dropped."""
+    """Replace a model's weights by another folder's of the same network, while requests run; none is dropped.
+
+    The answer names the model. Where several are served, the request must.
+    """
     if request.app.state.settings.key is None:
         raise ApiError(
             403,
             f"weights can be replaced only where the server has an API key: start it with --api-key or {KEY_VARIABLE}",
             code="no_api_key_configured",
         )
-    service = service_of(request, body.model)
+    service = service_of(request, body.model, guess=False)
     try:
         now = await service.swap(body.source)
     except Stopped:

@@ -16,8 +16,6 @@ from upslope.version import __version__
 
 __all__ = ["create_app"]
 
-LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
-
 
 def create_app(services: Mapping[str, Service], settings: ServeOptions) -> FastAPI:
     """An ASGI application over `services`, which start and stop with it.
@@ -49,12 +47,5 @@ def create_app(services: Mapping[str, Service], settings: ServeOptions) -> FastA
     errors.install(app)
     for room in (admin, completions, chat, embeddings, tokens, page):
         app.include_router(room.router)
-    app.add_middleware(
-        Guard,
-        key=settings.key,
-        hosts=frozenset({*LOOPBACK_NAMES, settings.host}) if settings.on_loopback else None,
-        max_body=int(settings.max_body_mb * 2**20),
-        draining=lambda: app.state.draining,
-        metrics=app.state.metrics,
-    )
+    app.add_middleware(Guard, state=app.state)
     return app

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from fastapi import APIRouter, Request, Response
 
@@ -14,15 +13,15 @@ from upslope.data.lost import LostError
 from upslope.data.messages import message_of, tools_of
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate
+from upslope.data.tool_calls import CLOSE, OPEN
 from upslope.errors import ConfigError, DataError
-from upslope.serving.access import event_stream, reply, room, service_of, while_connected
-from upslope.serving.chat_bodies import ChatBody, NamedTool, SchemaFormat
-from upslope.serving.chat_stream import Asked, chunks, whole
-from upslope.serving.constraints import Constraint, Grammars
+from upslope.serving.access import room, service_of, while_connected
+from upslope.serving.chat_answer import ChatAnswer
+from upslope.serving.chat_bodies import ChatBody, ConversationBody, NamedTool, SchemaFormat
+from upslope.serving.constraints import Constraint, Marks, calls_grammar, offered_grammar
 from upslope.serving.errors import ApiError
 from upslope.serving.sampling import sampling_params
 from upslope.serving.service import Service
-from upslope.serving.tools import CLOSE, OPEN, Marks, calls_grammar, offered_grammar
 from upslope.types import Message
 
 __all__ = ["router"]
@@ -30,7 +29,6 @@ __all__ = ["router"]
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 OWN_VARIABLES = {"conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}
 OWN_VARIABLES |= {"return_assistant_tokens_mask", "continue_final_message"}
-_GRAMMARS: WeakKeyDictionary[Service, Grammars] = WeakKeyDictionary()
 
 router = APIRouter(tags=["chat"])
 
@@ -39,16 +37,11 @@ router = APIRouter(tags=["chat"])
 async def chat_completions(request: Request, body: ChatBody) -> Response:
     """The assistant's next turn: one or several, whole or streamed, free or constrained."""
     service = service_of(request, body.model)
-    size = 2048 + sum(len(message.text) + 512 for message in body.messages)
-    asked = await while_connected(request, service.aside(prepare, service, body, size=size))
-    stream = await service.submit(asked.prompt, asked.params, token_mask=asked.constraint, stream=body.stream)
-    if body.stream:
-        return event_stream(service, chunks(asked, stream), stream)
-    completions = await while_connected(request, stream.completions())
-    return reply(service, whole(asked, completions), version=min(c.version for c in completions))
+    answer = await while_connected(request, service.aside(prepare, service, body, size=body.size))
+    return await answer.respond(request)
 
 
-def prepare(service: Service, body: ChatBody) -> Asked:
+def prepare(service: Service, body: ChatBody) -> ChatAnswer:
     """What a body asks of the engine. ApiError, DataError or ConfigError where that cannot be done."""
     prompt = prompt_tokens(service, body)
     params = sampling_params(
@@ -59,15 +52,17 @@ def prepare(service: Service, body: ChatBody) -> Asked:
     )
     if body.offers_tools and not body.parallel_tool_calls:
         params = replace(params, stop=(*params.stop, CLOSE))
-    return Asked(service, body, prompt, params, constraint(service, body))
+    answer = ChatAnswer(service, body, [prompt], params)
+    answer.mask = constraint(service, body)
+    return answer
 
 
-def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
+def prompt_tokens(service: Service, body: ConversationBody) -> list[int]:
     """The tokens of the conversation, as the trainer would write them, up to where the reply begins."""
     if getattr(service.tokenizer, "chat_template", None) is None:
         raise ApiError(400, f"{service.name} has no chat template; send a prompt to /v1/completions instead", "model")
     messages, tools = conversation_of(service, body)
-    opens = not body.continue_final_message if body.add_generation_prompt is None else body.add_generation_prompt
+    opens = body.add_generation_prompt is not False and not body.continue_final_message
     template = ChatTemplate(service.tokenizer, tools, body.chat_template_kwargs)
     for name in body.chat_template_kwargs:
         if name in OWN_VARIABLES or len(name) > 64 or not re.search(rf"\b{re.escape(name)}\b", template.source):
@@ -89,25 +84,23 @@ def prompt_tokens(service: Service, body: ChatBody) -> list[int]:
     return tokens
 
 
-def conversation_of(service: Service, body: ChatBody) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
+def conversation_of(service: Service, body: ConversationBody) -> tuple[list[Message], Sequence[Mapping[str, Any]]]:
     """Messages and tools through the door that training data goes through.
 
     ApiError 400 also where the model's own tag for a call is a control token, which text does not show.
     """
     given = [message.model_dump(exclude_none=True, exclude={"type"}) for message in body.messages]
+    part = "messages"
     try:
         messages = [message_of(message, f"messages[{k}]", "request") for k, message in enumerate(given)]
-    except DataError as error:
-        raise ApiError(400, str(error), "messages") from error
-    if not body.offers_tools:
-        return messages, ()
-    tokens = service.tokenizer.added_tokens_decoder.values()
-    if any(token.special and token.content == OPEN for token in tokens):
-        raise ApiError(400, f"{service.name} writes calls in a form that is not read here; leave tools out", "tools")
-    try:
+        if not body.offers_tools:
+            return messages, ()
+        part, tokens = "tools", service.tokenizer.added_tokens_decoder.values()
+        if any(token.special and token.content == OPEN for token in tokens):
+            raise DataError(f"{service.name} writes calls in a form that is not read here; leave tools out")
         return messages, tools_of([tool.model_dump(exclude_none=True) for tool in body.tools], "request")
     except DataError as error:
-        raise ApiError(400, str(error), "tools") from error
+        raise ApiError(400, str(error), part) from error
 
 
 def end_of_last(text: str, content: str) -> int:
@@ -123,11 +116,7 @@ def constraint(service: Service, body: ChatBody) -> Constraint | None:
     """The grammar that the reply must follow, compiled; None where it is free."""
     if not body.constrained:
         return None
-    grammars = _GRAMMARS.get(service)
-    if grammars is None:
-        made = Grammars(service.tokenizer, service.vocab_size, service.engine.eos_token_ids)
-        grammars = _GRAMMARS.setdefault(service, made)
-    wanted = body.response_format
+    grammars, wanted = service.grammars, body.response_format
     param = "tools" if wanted.type == "text" else "response_format"
     try:
         if isinstance(wanted, SchemaFormat):

@@ -1,4 +1,4 @@
-"""What may be sent to /v1/chat/completions and /v1/embeddings.
+"""What may be sent to /v1/chat/completions, and of a conversation to /tokenize.
 
 Names and meanings are OpenAI's, with vLLM's extra fields where they are supported. A field that is not listed here is
 refused by name, so that nothing a client asks for is dropped in silence.
@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from upslope.serving.bodies import MAX_LOGPROBS, Body, Items, Prompt, SamplingBody
+from upslope.serving.bodies import Body, Items, ModelBody
+from upslope.serving.sampling import MAX_LOGPROBS, SamplingBody
 
 __all__ = [
     "ChatBody",
     "ChatMessage",
-    "EmbeddingBody",
+    "ConversationBody",
     "FunctionDefinition",
     "FunctionTool",
     "NamedTool",
@@ -114,16 +115,10 @@ class NamedTool(Body):
     function: FunctionName
 
 
-class TextFormat(Body):
-    """Free text."""
+class FreeFormat(Body):
+    """Free text, or some JSON object."""
 
-    type: Literal["text"]
-
-
-class JsonFormat(Body):
-    """Some JSON object."""
-
-    type: Literal["json_object"]
+    type: Literal["text", "json_object"]
 
 
 class NamedSchema(Body):
@@ -142,38 +137,51 @@ class SchemaFormat(Body):
     json_schema: NamedSchema
 
 
-class ChatBody(SamplingBody):
-    """/v1/chat/completions. Without max_tokens or max_completion_tokens a reply may fill the context."""
+class ConversationBody(ModelBody):
+    """A conversation, as the chat template writes it."""
 
     messages: Annotated[list[ChatMessage], Items] = Field(min_length=1, max_length=MAX_MESSAGES)
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The same as max_tokens.")
-    logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     tools: Annotated[list[FunctionTool], Items] = Field([], max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
-    parallel_tool_calls: bool = True
-    response_format: Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")] = TextFormat(
-        type="text"
-    )
     add_generation_prompt: bool | None = Field(None, description="Left out: unless continue_final_message.")
     continue_final_message: bool = Field(False, description="Go on with the last message, the assistant's.")
     chat_template_kwargs: dict[str, Any] = Field({}, description="Further variables of the chat template.")
 
     @property
+    def size(self) -> int:
+        """About how many characters are to be read."""
+        return 2048 + sum(len(message.text) + 512 for message in self.messages)
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the reply may hold calls."""
+        return bool(self.tools)
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> ConversationBody:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two functions have the same name")
+        last = self.messages[-1]
+        if self.continue_final_message and (last.role != "assistant" or not last.text.strip()):
+            raise ValueError("continue_final_message needs a last message of the assistant that has text")
+        return self
+
+
+class ChatBody(ConversationBody, SamplingBody):
+    """/v1/chat/completions. Without max_tokens or max_completion_tokens a reply may fill the context."""
+
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The same as max_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    response_format: Annotated[FreeFormat | SchemaFormat, Field(discriminator="type")] = FreeFormat(type="text")
+
+    @property
     def budget(self) -> int | None:
         """The tokens that a reply may have; None: all that fit."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def wants_usage(self) -> bool:
-        """Whether a stream ends with the counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    @property
-    def drawn(self) -> int:
-        """Samples that are drawn at a time."""
-        return self.n if self.best_of is None else self.best_of
 
     @model_validator(mode="after")
     def _belongs_together(self) -> ChatBody:
@@ -184,17 +192,12 @@ class ChatBody(SamplingBody):
         self._check_tools()
         if self.constrained and self.ignore_eos:
             raise ValueError("ignore_eos does not go with an output that must end where its grammar does")
-        if self.continue_final_message:
-            if self.add_generation_prompt:
-                raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-            if self.messages[-1].role != "assistant" or not self.messages[-1].text.strip():
-                raise ValueError("continue_final_message needs a last message of the assistant that has text")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
         return self
 
     def _check_tools(self) -> None:
         names = [tool.function.name for tool in self.tools]
-        if len(set(names)) < len(names):
-            raise ValueError("tools: two functions have the same name")
         choice = self.tool_choice
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             raise ValueError(f"tool_choice: no function {choice.function.name!r} is among the tools")
@@ -213,13 +216,3 @@ class ChatBody(SamplingBody):
         """Whether a grammar decides what the reply may be."""
         strict = any(tool.function.strict for tool in self.tools)
         return self.response_format.type != "text" or (self.offers_tools and (strict or self.tool_choice != "auto"))
-
-
-class EmbeddingBody(Body):
-    """/v1/embeddings: texts, or texts as tokens."""
-
-    model: str | None = None
-    input: Prompt
-    encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="The first so many numbers, made of length 1 again.")
-    user: str | None = Field(None, description="Accepted and not used: nothing is kept of who asked.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 import traceback
@@ -13,7 +12,7 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from upslope.errors import one_line
-from upslope.serving.errors import RETRY_SECONDS, ApiError
+from upslope.serving.errors import ALWAYS, ApiError, answer
 
 __all__ = ["Connection", "LogLines"]
 
@@ -76,11 +75,10 @@ class Connection(HttpToolsProtocol):
 
     def _refuse(self, error: ApiError) -> None:
         self._stop_waiting()
-        body = json.dumps(error.body).encode()
-        lines = ["content-type: application/json", f"content-length: {len(body)}", "connection: close"]
-        lines += ["x-content-type-options: nosniff", "cache-control: no-store"]
-        lines += [f"retry-after: {RETRY_SECONDS}"] * (error.status == 503)
-        self.transport.write(STATUS_LINE[error.status] + "\r\n".join([*lines, "", ""]).encode() + body)
+        response = answer(error)
+        headers = [*response.raw_headers, *ALWAYS, (b"connection", b"close")]
+        head = b"".join(b"%b: %b\r\n" % pair for pair in headers)
+        self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + response.body)
         self.transport.close()
 
 

@@ -1,5 +1,7 @@
 """Output that follows a grammar: the library llguidance says which tokens may come next, the engine draws from them.
 
+Tool calls have grammars in the form that `data.tool_calls` reads: for calls that must come, and for those that may.
+
 JSON is written on one line with ", " and ": " between its parts, the form that models have seen most; a grammar that
 leaves white space open lets a model fill its budget with it.
 """
@@ -10,15 +12,17 @@ import json
 import re
 import threading
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from upslope.data.tool_calls import CLOSE, OPEN
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
 
-__all__ = ["Constraint", "Grammars", "json_rule"]
+__all__ = ["Constraint", "Grammars", "Marks", "calls_grammar", "offered_grammar"]
 
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _STRICT = {"lenient": False, "coerce_one_of": False}
@@ -63,18 +67,17 @@ class Grammars:
 
     def schema(self, schema: Mapping[str, Any], *, samples: int) -> Constraint:
         """JSON that validates against `schema`, for a request of so many samples. ConfigError: it cannot be."""
-        guidance = require("serve", "llguidance")
-        return self._compile(guidance.LLMatcher.grammar_from_json_schema(_dump(_styled(schema))), samples)
+        return self._compile("grammar_from_json_schema", _dump(_styled(schema)), samples)
 
     def lark(self, grammar: str, *, samples: int) -> Constraint:
         """Text that a grammar in llguidance's Lark dialect accepts. ConfigError: it does not compile."""
-        guidance = require("serve", "llguidance")
-        return self._compile(guidance.LLMatcher.grammar_from_lark(grammar), samples)
+        return self._compile("grammar_from_lark", grammar, samples)
 
-    def _compile(self, grammar: str, samples: int) -> Constraint:
+    def _compile(self, form: str, source: str, samples: int) -> Constraint:
+        guidance = require("serve", "llguidance")
+        grammar = getattr(guidance.LLMatcher, form)(source)
         if len(grammar) > MAX_GRAMMAR:
             raise ConfigError(f"it has {len(grammar)} characters, at most {MAX_GRAMMAR} are taken")
-        guidance = require("serve", "llguidance")
         with self._lock:
             tokenizer = self._tokenizer
         limits = guidance.LLParserLimits(verbose_errors=False)
@@ -127,6 +130,58 @@ class Constraint:
         if len(self._matchers) >= self._samples:
             self._matchers.pop(0)
         return self._fresh.deep_copy(), []
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """How a grammar writes the tags: as text in quotes, or as the token of its own that a tokenizer has for a tag.
+
+    visible: the other tokens that a grammar can only name by number though text shows them, such as `<think>`.
+    """
+
+    open: str
+    close: str
+    visible: str | None
+
+    @classmethod
+    def of(cls, grammars: Grammars) -> Marks:
+        """The marks of the tokenizer that the grammars are for."""
+        own = grammars.named_tokens
+        written = [f"<[{own[tag]}]>" if tag in own else json.dumps(tag) for tag in (OPEN, CLOSE)]
+        others = [str(token) for name, token in own.items() if name not in (OPEN, CLOSE)]
+        return cls(*written, f"<[{','.join(others)}]>" if others else None)
+
+
+Functions = Mapping[str, Mapping[str, Any]]
+"""Names of functions with the JSON Schemas of their arguments."""
+
+
+def calls_grammar(functions: Functions, marks: Marks, *, several: bool) -> str:
+    """The Lark grammar of llguidance for a call, or for several."""
+    start = 'start: call ("\\n" call)*' if several else "start: call"
+    return "\n".join(["%llguidance {}", start, f"call: {marks.open} body", *_body_rules(functions, marks)])
+
+
+def offered_grammar(functions: Functions, marks: Marks, *, several: bool) -> str:
+    """The same where the model may call or not: any text, in which a tag is followed by nothing but a valid call."""
+    lines = ["%llguidance {}", f"start: call{'*' if several else '?'} text"]
+    lines.append("text: TEXT?" if marks.visible is None else f"text: TEXT? ({marks.visible} TEXT?)*")
+    if marks.open.startswith("<["):
+        lines.append(f"call: text {marks.open} body")
+    else:
+        before = "" if marks.visible is None else f"(TEXT? {marks.visible})* "
+        lines += [f"call: {before}opened body", f"opened[lazy]: /(.|\\n)*{OPEN}/"]
+    lines.append(f"TEXT: /(.|\\n)+/ & ~/(.|\\n)*{OPEN}(.|\\n)*/")
+    return "\n".join([*lines, *_body_rules(functions, marks)])
+
+
+def _body_rules(functions: Functions, marks: Marks) -> list[str]:
+    names = [f"call_{i}" for i in range(len(functions))]
+    rules = [f"body: {' | '.join(names)}"]
+    for rule, (name, schema) in zip(names, functions.items(), strict=True):
+        head = json.dumps("\n" + json.dumps({"name": name})[:-1] + ', "arguments": ')
+        rules.append(f'{rule}: {head} {json_rule(schema)} "}}\\n" {marks.close}')
+    return rules
 
 
 def _styled(schema: Mapping[str, Any]) -> dict[str, Any]:

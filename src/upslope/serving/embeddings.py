@@ -9,26 +9,35 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from fastapi import APIRouter, Request, Response
+from pydantic import Field
 
 from upslope.models.attention.context import PackedContext
 from upslope.models.protocol import CausalModel
 from upslope.serving.access import encode_all, reply, service_of, while_connected
-from upslope.serving.chat_bodies import EmbeddingBody
+from upslope.serving.bodies import Prompt, UserBody
 from upslope.serving.errors import ApiError
 from upslope.serving.service import Service
 
-__all__ = ["embed", "router"]
+__all__ = ["EmbeddingBody", "router"]
 
 MAX_INPUTS = 2048
 BATCH_TOKENS = 2048
 """Tokens of one forward pass; between two of them the engine goes on with what others have asked."""
 
 router = APIRouter(tags=["embeddings"])
+
+
+class EmbeddingBody(UserBody):
+    """/v1/embeddings: texts, or texts as tokens."""
+
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="The first so many numbers, made of length 1 again.")
 
 
 @torch.inference_mode()

@@ -13,17 +13,24 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from upslope.errors import ConfigError, DataError, UpslopeError, one_line
-from upslope.serving.service import QueueFull, Stopped
+from upslope.serving.engine_thread import Stopped
+from upslope.serving.service import QueueFull
 
-__all__ = ["RETRY_SECONDS", "ApiError", "ClientGone", "answer", "as_api_error", "install"]
+__all__ = ["ALWAYS", "ApiError", "ClientGone", "answer", "as_api_error", "install"]
 
+ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
+"""Headers of every answer that does not set them itself."""
 RETRY_SECONDS = 1
 GONE = 499  # nginx' number for it; only the metrics see it
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 log = logging.getLogger("upslope.serving")
 
 
 class ApiError(Exception):
-    """A request that is refused: HTTP status, one line that says why, and the parameter that it is about."""
+    """A request that is refused: HTTP status, one line that says why, and the parameter that it is about.
+
+    One that may be sent again later (429, 503) has the header Retry-After.
+    """
 
     def __init__(
         self,
@@ -31,15 +38,15 @@ class ApiError(Exception):
         message: str,
         param: str | None = None,
         code: str | None = None,
-        type: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code = status, code
         self.message = one_line(message, 1000)
         self.param = None if param is None else _short(param, 100)
-        self.type = type or ("invalid_request_error" if status < 500 else "server_error")
-        self.headers = dict(headers or {})
+        self.type = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        self.headers = {"Retry-After": str(RETRY_SECONDS)} if status in (429, 503) else {}
+        self.headers |= headers or {}
 
     @property
     def body(self) -> dict[str, Any]:
@@ -58,13 +65,14 @@ def answer(error: ApiError) -> JSONResponse:
 
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told about an error, whatever it was; what it cannot know of is logged and not told."""
-    retry = {"Retry-After": str(RETRY_SECONDS)}
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, RequestValidationError):
+        return _from_validation(error)
     if isinstance(error, QueueFull):
-        return ApiError(429, str(error), code="queue_full", type="rate_limit_error", headers=retry)
+        return ApiError(429, str(error), code="queue_full")
     if isinstance(error, Stopped):
-        return ApiError(503, str(error), code="shutting_down", headers=retry)
+        return ApiError(503, str(error), code="shutting_down")
     if isinstance(error, ConfigError | DataError):
         named = re.match(r"sampling option (\w+)", str(error))
         return ApiError(400, str(error), param=named[1] if named else None)
@@ -82,26 +90,15 @@ def _short(text: str, length: int) -> str:
 def install(app: FastAPI) -> None:
     """Make every error of the application's routes an answer in this shape."""
 
-    async def refused(request: Request, error: Exception) -> JSONResponse:
+    async def refused(request: Request, error: Exception) -> Response:
+        if isinstance(error, ClientGone):
+            return Response(status_code=GONE)
+        if isinstance(error, HTTPException):
+            return answer(ApiError(error.status_code, _of_http(request, error), headers=error.headers))
         return answer(as_api_error(error))
 
-    async def invalid(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, RequestValidationError)
-        return answer(_from_validation(error))
-
-    async def http(request: Request, error: Exception) -> JSONResponse:
-        assert isinstance(error, HTTPException)
-        return answer(ApiError(error.status_code, _of_http(request, error), headers=error.headers))
-
-    async def gone(request: Request, error: Exception) -> Response:
-        return Response(status_code=GONE)
-
-    app.add_exception_handler(ApiError, refused)
-    app.add_exception_handler(ClientGone, gone)
-    app.add_exception_handler(UpslopeError, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(Exception, refused)
+    for kind in (ApiError, ClientGone, UpslopeError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, refused)
 
 
 _WHERE = ("body", "query", "path", "header")

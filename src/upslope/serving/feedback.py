@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,13 +52,21 @@ class _Judgement(Strict):
         return self
 
 
-class Thumb(_Judgement):
+class _OfOne(_Judgement):
+    model: str
+    weight_version: Version | None = None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its rows say besides the texts."""
+        return {"model": self.model, "weight_version": self.weight_version, **_now(self.id)}
+
+
+class Thumb(_OfOne):
     """A reply found good (true) or bad (false); null withdraws what was said before."""
 
     reply: str
     label: bool | None
-    model: str
-    weight_version: Version | None = None
 
     @model_validator(mode="after")
     def _something_to_judge(self) -> Thumb:
@@ -66,13 +74,11 @@ class Thumb(_Judgement):
         return self
 
 
-class Edit(_Judgement):
+class Edit(_OfOne):
     """A reply and what the reader made of it; an empty original is no rejected side, only the edit is kept."""
 
     original: str
     edited: str
-    model: str
-    weight_version: Version | None = None
 
     @model_validator(mode="after")
     def _something_changed(self) -> Edit:
@@ -115,14 +121,14 @@ class Feedback:
 
     def thumb(self, thumb: Thumb) -> None:
         """A label, and when it is a good one the conversation to imitate."""
-        turns, about = _plain(thumb.messages), _about(thumb)
+        turns, about = _plain(thumb.messages), thumb.about
         label = {"prompt": turns, "completion": _reply(thumb.reply), "label": thumb.label, **about}
         self._put("labels", thumb.id, None if thumb.label is None else label)
         self._put("sft", thumb.id, _imitated(turns, thumb.reply, about) if thumb.label else None)
 
     def edit(self, edit: Edit) -> None:
         """The edit preferred to the original, and the conversation that ends with it to imitate."""
-        turns, about = _plain(edit.messages), _about(edit)
+        turns, about = _plain(edit.messages), edit.about
         if edit.original.strip():
             row = {"prompt": turns, "chosen": _reply(edit.edited), "rejected": _reply(edit.original), **about}
             self._put("preferences", edit.id, row)
@@ -145,18 +151,12 @@ class Feedback:
         counts: dict[tuple[str, str], Counter[str]] = {}
         for number, row in enumerate(self._rows("votes"), start=1):
             try:
-                pair = _pair(row)
-                counts.setdefault(pair, Counter())[row["winner"]] += 1
+                first, second = sorted(row[side]["model"] for side in "ab")
+                counts.setdefault((first, second), Counter())[row["winner"]] += 1
             except (KeyError, TypeError) as error:
                 raise RunError(f"{self._path('votes')}:{number}: not a vote; delete that line") from error
-        return [
-            {
-                "models": list(pair),
-                "wins": [won[pair[0]], won[pair[1]]],
-                "ties": won.total() - won[pair[0]] - won[pair[1]],
-            }
-            for pair, won in sorted(counts.items())
-        ]
+        wins = [(pair, [won[name] for name in pair], won.total()) for pair, won in sorted(counts.items())]
+        return [{"models": list(pair), "wins": won, "ties": total - sum(won)} for pair, won, total in wins]
 
     def counts(self) -> dict[str, int]:
         """The number of rows in each file."""
@@ -203,12 +203,9 @@ def _saving(path: Path) -> Iterator[None]:
 
 def _append(path: Path, row: Mapping[str, Any]) -> None:
     new = not path.exists()
-    lines = MetricLines(path)  # cuts off a line that a kill left torn
-    try:
+    with closing(MetricLines(path)) as lines:  # cuts off a line that a kill left torn
         lines.append(row)
         lines.flush()
-    finally:
-        lines.close()
     if new:
         fsync_folder(path.parent)
 
@@ -219,7 +216,7 @@ def _need_text(value: str, name: str) -> None:
 
 
 def _plain(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    return [{"role": turn.role, "content": turn.content} for turn in turns]
+    return [turn.model_dump() for turn in turns]
 
 
 def _reply(text: str) -> list[dict[str, Any]]:
@@ -248,14 +245,5 @@ def _preferred(vote: Vote) -> dict[str, Any] | None:
     }
 
 
-def _about(judgement: Thumb | Edit) -> dict[str, Any]:
-    return {"model": judgement.model, "weight_version": judgement.weight_version, **_now(judgement.id)}
-
-
 def _now(key: str) -> dict[str, Any]:
     return {"id": key, "time": time.time()}
-
-
-def _pair(row: Mapping[str, Any]) -> tuple[str, str]:
-    first, second = sorted((row["a"]["model"], row["b"]["model"]))
-    return first, second

@@ -13,22 +13,20 @@ import binascii
 import hmac
 import json
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
-from upslope.serving.errors import RETRY_SECONDS, ApiError, answer
-from upslope.serving.metrics import Metrics
+from starlette.datastructures import Headers, State
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Guard", "parse_json", "read_body"]
+from upslope.options import ServeOptions
+from upslope.serving.errors import ALWAYS, ApiError, answer
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+__all__ = ["Guard", "parse_json"]
 
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 OPEN_ROUTES = frozenset({"/health"})
-ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
-"""Headers of every answer that does not set them itself."""
 DRAIN_ROUTES = frozenset({"/health", "/metrics"})
 SMALLER = {"/admin/weights": 2**16, "/tokenize": 2**20, "/detokenize": 2**20}
 """Bytes that these routes take at most, whatever --max-body-mb says: what they do is not bounded by the context."""
@@ -37,31 +35,25 @@ MAX_DEPTH, MAX_PARTS, MAX_VALUES = 100, 25_000, 500_000
 """Objects and lists in one another, and all together (two thousand messages with calls have half of that); values."""
 MAX_HELD = 256 * 2**20
 """Bytes of bodies that are being read at one time."""
+_CLOSE = {"Connection": "close"}
 _LARGE = 2**16  # bytes from which a body is parsed while no other one is
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _DISCARDED = 64 * 2**20  # bytes of a body too large that are read and dropped, so that the client sees the answer
 
 
 class Guard:
-    """ASGI middleware around the whole application.
+    """ASGI middleware around the whole application, by whose `state` it goes: settings, metrics, draining.
 
-    key: asked for on every route but /health, as a bearer token or as the password of HTTP Basic (which a browser asks
-    its user for when a page is opened); None: no key. hosts: the names a Host header may have; None: any. max_body:
-    bytes. `draining` says whether new requests are turned away.
+    The key is asked for on every route but /health, as a bearer token or as the password of HTTP Basic (which a browser
+    asks its user for when a page is opened).
     """
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        key: str | None,
-        hosts: frozenset[str] | None,
-        max_body: int,
-        draining: Callable[[], bool],
-        metrics: Metrics,
-    ) -> None:
-        self.app, self.hosts, self.max_body, self.draining, self.metrics = app, hosts, max_body, draining, metrics
-        self.key = None if key is None else key.strip().encode("utf-8")
+    def __init__(self, app: ASGIApp, state: State) -> None:
+        self.app, self.state = app, state
+        settings: ServeOptions = state.settings
+        self.key = None if settings.key is None else settings.key.strip().encode("utf-8")
+        self.hosts = {*LOOPBACK_NAMES, settings.host} if settings.on_loopback else None  # None: any
+        self.max_body = int(settings.max_body_mb * 2**20)
         self._held, self._parsing = 0, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,37 +67,39 @@ class Guard:
             if message["type"] == "http.response.start":
                 given = {name.lower() for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in ALWAYS if pair[0] not in given)]
-                self.metrics.answered(getattr(scope.get("route"), "path", "other"), message["status"])
+                route, model = getattr(scope.get("route"), "path", "other"), scope.get("state", {}).get("model", "")
+                self.state.metrics.answered(route, message["status"], model)
             await send(message)
 
+        request = Request(scope, receive)
         try:
-            headers = dict(reversed(scope["headers"]))
-            self._check(scope, headers)
-            body = await self._read(scope, headers, receive)
+            self._check(request)
+            body = await self.read(request)
         except ApiError as error:
             return await answer(error)(scope, receive, counted)
         if body is None:
             return None
         return await self.app(scope, _replayed(body, receive), counted)
 
-    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        host = headers.get(b"host", b"").decode("latin-1")
+    def _check(self, request: Request) -> None:
+        headers, path = request.headers, request.scope["path"]
+        host = headers.get("host", "")
         if self.hosts is not None and _name(host) not in self.hosts:
             raise ApiError(403, f"the Host header {host!r} does not name this server", code="bad_host")
-        origin = headers.get(b"origin", b"").decode("latin-1")
-        proxied = headers.get(b"x-forwarded-proto", b"").decode("latin-1")  # a page cannot send it
-        scheme = proxied or scope.get("scheme", "http")
-        if origin and scope["method"] not in ("GET", "HEAD") and origin != f"{scheme}://{host}":
+        origin = headers.get("origin", "")
+        scheme = headers.get("x-forwarded-proto") or request.scope.get(
+            "scheme", "http"
+        )  # a page cannot send that header
+        if origin and request.method not in ("GET", "HEAD") and origin != f"{scheme}://{host}":
             raise ApiError(403, f"a page of {origin!r} may not send requests here", code="bad_origin")
-        path = scope["path"]
         if self.key is not None and path not in OPEN_ROUTES:
-            self._check_key(headers.get(b"authorization", b""), page=b"text/html" in headers.get(b"accept", b""))
-        if path not in DRAIN_ROUTES and self.draining():
-            retry = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
-            raise ApiError(503, "the server is shutting down", code="shutting_down", headers=retry)
+            self._check_key(headers)
+        if path not in DRAIN_ROUTES and self.state.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", headers=_CLOSE)
 
-    def _check_key(self, authorization: bytes, *, page: bool) -> None:
+    def _check_key(self, headers: Headers) -> None:
         assert self.key is not None
+        authorization = headers.get("authorization", "").encode("latin-1")
         scheme, _, given = authorization.partition(b" ")
         if scheme.lower() == b"basic":
             try:
@@ -116,74 +110,52 @@ class Guard:
             given = b""
         if not hmac.compare_digest(given.strip(), self.key):
             says = "wrong API key" if authorization else "no API key: send it as Authorization: Bearer KEY"
+            page = "text/html" in headers.get("accept", "")
             wants = {"WWW-Authenticate": 'Basic realm="upslope", charset="UTF-8"' if page else "Bearer"}
-            raise ApiError(401, says, code="invalid_api_key", type="authentication_error", headers=wants)
+            raise ApiError(401, says, code="invalid_api_key", headers=wants)
 
-    async def _read(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The whole body, well-formed where there is one; None when the client went away before its end."""
-        held = 0
+    async def read(self, request: Request) -> bytes | None:
+        """The whole body, well-formed where there is one; None when the client goes away before its end.
 
-        async def counted() -> Message:
-            nonlocal held
-            message = await receive()
-            more = len(message.get("body", b""))
-            held, self._held = held + more, self._held + more
-            if self._held > MAX_HELD:
-                retry = {"Retry-After": str(RETRY_SECONDS), "Connection": "close"}
-                raise ApiError(503, "too many bodies are being read; send it again", code="busy", headers=retry)
-            return message
-
+        ApiError 413: too large. 408: too slow. 415: no JSON. 503: too many are being read. 400: by parse_json.
+        """
+        most = min(self.max_body, SMALLER.get(request.scope["path"], self.max_body))
+        says = f"the body has more than the {most} bytes that are allowed (--max-body-mb)"
+        hopeless = ApiError(413, says, code="body_too_large", headers=_CLOSE)
+        length = request.headers.get("content-length", "")
+        if length.isascii() and length.isdigit() and len(length) < 20 and int(length) > most + _DISCARDED:
+            raise hopeless
+        parts, size = [], 0
         try:
-            limit = min(self.max_body, SMALLER.get(scope["path"], self.max_body))
-            body = await read_body(headers, counted, limit)
-            if body and len(body) < _LARGE:
-                parse_json(body)
-            elif body:
-                async with self._parsing:  # between two large ones the loop sees to everything else
+            async with asyncio.timeout(BODY_SECONDS):
+                async for part in request.stream():
+                    size, self._held = size + len(part), self._held + len(part)
+                    if self._held > MAX_HELD:
+                        busy = "too many bodies are being read; send it again"
+                        raise ApiError(503, busy, code="busy", headers=_CLOSE)
+                    if size <= most:
+                        parts.append(part)
+                    elif size > most + _DISCARDED:
+                        raise hopeless
+            if size > most:
+                raise ApiError(413, says, code="body_too_large")
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if size and kind != "application/json":
+                raise ApiError(415, f"the body's Content-Type is {kind or 'missing'!r}; send application/json")
+            body = b"".join(parts)
+            async with (
+                self._parsing if size >= _LARGE else nullcontext()
+            ):  # between two the loop sees to everything else
+                if body:
                     parse_json(body)
             return body
+        except ClientDisconnect:
+            return None
+        except TimeoutError as error:
+            says = f"the body did not come within {BODY_SECONDS:g} s"
+            raise ApiError(408, says, code="body_too_slow", headers=_CLOSE) from error
         finally:
-            self._held -= held
-
-
-async def read_body(
-    headers: dict[bytes, bytes], receive: Receive, max_body: int, seconds: float = BODY_SECONDS
-) -> bytes | None:
-    """The body that comes within so many bytes and seconds; None when the client goes away before its end.
-
-    ApiError 413: too large. 408: too slow. 415: something else than JSON.
-    """
-    length = headers.get(b"content-length", b"")
-    declared = int(length) if length.isdigit() and len(length) < 20 else 0
-    if declared > max_body + _DISCARDED:
-        raise _too_large(max_body, close=True)
-    parts, size, more = [], 0, True
-    try:
-        async with asyncio.timeout(seconds):
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    return None
-                size += len(message.get("body", b""))
-                more = message.get("more_body", False)
-                if size <= max_body:
-                    parts.append(message.get("body", b""))
-                elif size > max_body + _DISCARDED:
-                    raise _too_large(max_body, close=True)
-    except TimeoutError as error:
-        says = f"the body did not come within {seconds:g} s"
-        raise ApiError(408, says, code="body_too_slow", headers={"Connection": "close"}) from error
-    if size > max_body:
-        raise _too_large(max_body, close=False)
-    kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
-    if size and kind != "application/json":
-        raise ApiError(415, f"the body's Content-Type is {kind or 'missing'!r}; send application/json")
-    return b"".join(parts)
-
-
-def _too_large(max_body: int, *, close: bool) -> ApiError:
-    message = f"the body has more than the {max_body} bytes that are allowed (--max-body-mb)"
-    return ApiError(413, message, code="body_too_large", headers={"Connection": "close"} if close else {})
+            self._held -= size
 
 
 def parse_json(body: bytes) -> Any:

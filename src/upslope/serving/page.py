@@ -7,7 +7,6 @@ get here: see `limits.Guard`.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,21 +42,15 @@ _TYPES = {
 router = APIRouter()
 
 
-@dataclass(frozen=True)
-class _File:
-    content: bytes
-    media_type: str
-    etag: str
-
-
 @cache
-def _files() -> dict[str, _File]:
+def _files() -> dict[str, Response]:
     """Every file of the page by name. Only these can be asked for, so no path leads out of the folder."""
     files = {}
     for path in STATIC.iterdir():
         if path.suffix in _TYPES:
             content = path.read_bytes()
-            files[path.name] = _File(content, _TYPES[path.suffix], f'"{hashlib.sha256(content).hexdigest()[:32]}"')
+            tag = {"ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"', "Cache-Control": "no-cache"}
+            files[path.name] = Response(content, headers=SECURITY_HEADERS | tag, media_type=_TYPES[path.suffix])
     return files
 
 
@@ -77,10 +70,9 @@ def _answer(request: Request, name: str) -> Response:
     file = _files().get(name)
     if file is None:
         raise ApiError(404, f"the page has no file {name[:80]!r}")
-    headers = {**SECURITY_HEADERS, "ETag": file.etag, "Cache-Control": "no-cache"}
-    if request.headers.get("If-None-Match") == file.etag:
-        return Response(status_code=304, headers=headers)
-    return Response(file.content, media_type=file.media_type, headers=headers)
+    headers = {name: file.headers[name] for name in (*SECURITY_HEADERS, "ETag", "Cache-Control")}
+    unchanged = request.headers.get("If-None-Match") == headers["ETag"]
+    return Response(status_code=304, headers=headers) if unchanged else file
 
 
 def _feedback(request: Request) -> Feedback:

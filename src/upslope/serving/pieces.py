@@ -9,14 +9,15 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 __all__ = ["Offsets", "Pieces"]
 
 
 class Pieces:
-    """What each token of a tokenizer stands for; looked up once per token."""
+    """What each token of a tokenizer stands for, looked up once per token: its bytes (`raw`), its `text`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -26,27 +27,16 @@ class Pieces:
         added = tokenizer.added_tokens_decoder
         self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = frozenset(token_id for token_id, token in added.items() if token.special)
-        self._bytes: dict[int, bytes] = {}
-        self._texts: dict[int, str] = {}
+        self.raw: Callable[[int], bytes] = cache(self._spell)
+        self.text: Callable[[int], str] = cache(self._written)
 
-    def raw(self, token: int) -> bytes:
-        """The bytes that a token adds to the text; those of a special token's name."""
-        found = self._bytes.get(token)
-        if found is None:
-            found = self._bytes[token] = self._spell(token)
-        return found
-
-    def text(self, token: int) -> str:
+    def _written(self, token: int) -> str:
         """The token as text, or as "bytes:\\x.." where its bytes are no whole characters."""
-        found = self._texts.get(token)
-        if found is None:
-            raw = self.raw(token)
-            try:
-                found = raw.decode("utf-8")
-            except UnicodeDecodeError:
-                found = "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-            self._texts[token] = found
-        return found
+        raw = self.raw(token)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def special(self, token: int) -> bool:
         """Whether the token is left out of a completion's text."""
@@ -62,6 +52,7 @@ class Pieces:
         return best
 
     def _spell(self, token: int) -> bytes:
+        """The bytes that a token adds to the text; those of a special token's name."""
         if token in self._added:
             return self._added[token].encode("utf-8")
         piece = self._tokenizer.convert_ids_to_tokens(token)

@@ -1,23 +1,99 @@
-"""From a request's fields to the engine's parameters."""
+"""How tokens are drawn: the fields that say it, and what the engine makes of them."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
+from typing import Annotated, Any
 
-from upslope.serving.bodies import SamplingBody
+from pydantic import BeforeValidator, Field, model_validator
+
+from upslope.serving.bodies import Body, Token, UserBody
 from upslope.serving.errors import ApiError
 from upslope.types import Completion, SamplingParams
 
-__all__ = ["best", "sampling_params"]
+__all__ = ["MAX_LOGPROBS", "SamplingBody", "StreamOptions", "best", "sampling_params"]
+
+MAX_SAMPLES = 128
+MAX_LOGPROBS = 20
+MAX_BIASES = 4096
+_PENALTIES = {"length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+_AS_GIVEN = _PENALTIES | {"temperature", "top_p", "min_p", "ignore_eos"}
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"{len(value)} tokens, at most {MAX_BIASES} are taken")
+    return value
+
+
+class StreamOptions(Body):
+    """include_usage: a last chunk without choices carries the counts of tokens."""
+
+    include_usage: bool = False
+
+
+class SamplingBody(UserBody):
+    """What /v1/completions and /v1/chat/completions have in common: how tokens are drawn.
+
+    A seed makes the text repeat, whatever else is running; without one every answer differs.
+    """
+
+    n: int = Field(1, ge=1, le=MAX_SAMPLES)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: list[Token] = Field([], max_length=256)
+    ignore_eos: bool = False
+    temperature: float = Field(1.0, ge=0, le=100, description="0 is greedy; else at least 0.001.")
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=-1, lt=2**31, description="0 and -1 switch it off.")
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]],
+        BeforeValidator(_few),
+    ] = Field({})
+    best_of: int | None = Field(None, ge=1, le=MAX_SAMPLES, description="Draw so many, answer with the n best.")
+    use_beam_search: bool = Field(False, description="Beam search of width best_of, else n.")
+    length_penalty: float = Field(1.0, ge=-10, le=10, description="Of beam search.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SamplingBody:
+        if 0 < self.temperature < 1e-3:
+            raise ValueError(f"temperature is {self.temperature}; it must be 0 (greedy) or at least 0.001")
+        if self.best_of is not None and self.best_of < self.n:
+            raise ValueError(f"best_of is {self.best_of}, less than n = {self.n}")
+        if self.stream and (self.best_of or 0) > self.n and not self.use_beam_search:
+            raise ValueError("best_of chooses when all is done, so that it cannot be streamed; leave out stream")
+        if self.length_penalty != 1.0 and not self.use_beam_search:
+            raise ValueError("length_penalty belongs to use_beam_search")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options belongs to stream")
+        return self
+
+    @property
+    def drawn(self) -> int:
+        """Samples that are drawn at a time."""
+        return self.n if self.best_of is None else self.best_of
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the counts."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
 
 def sampling_params(
     body: SamplingBody,
     vocab_size: int,
     *,
-    max_tokens: int = 256,
-    logprobs: int | None = None,
+    max_tokens: int,
+    logprobs: int | None,
     prompt_logprobs: int | None = None,
 ) -> SamplingParams:
     """The parameters that a body asks for; a seed is made up where it names none.
@@ -29,28 +105,20 @@ def sampling_params(
         wrong = next((token for token in tokens if token >= vocab_size), None)
         if wrong is not None:
             raise ApiError(400, f"{name}: token {wrong} is outside the vocabulary of {vocab_size} tokens", name)
-    drawn = body.n if body.best_of is None else body.best_of
     if body.use_beam_search:
         _check_beam(body, logprobs)
     return SamplingParams(
         max_tokens=max_tokens,
-        n=body.n if body.use_beam_search else drawn,
-        beam_width=drawn if body.use_beam_search else 1,
-        length_penalty=body.length_penalty,
-        temperature=body.temperature,
+        n=body.n if body.use_beam_search else body.drawn,
+        beam_width=body.drawn if body.use_beam_search else 1,
         top_k=max(body.top_k, 0),
-        top_p=body.top_p,
-        min_p=body.min_p,
-        repetition_penalty=body.repetition_penalty,
-        presence_penalty=body.presence_penalty,
-        frequency_penalty=body.frequency_penalty,
         logit_bias=bias,
         stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
         stop_token_ids=tuple(body.stop_token_ids),
-        ignore_eos=body.ignore_eos,
         seed=secrets.randbits(63) if body.seed is None else body.seed,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        **body.model_dump(include=_AS_GIVEN),
     )
 
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from upslope.engine import Event
 from upslope.types import Completion
-
-if TYPE_CHECKING:
-    from upslope.serving.service import Service
 
 __all__ = ["Served", "Stream", "merged"]
 
@@ -36,34 +31,29 @@ class Stream:
     """The events of one request: `async for` reads them, `async with` frees the slot of one that is left early.
 
     What ended the request is raised: the engine's own error for it, RunError when the engine failed, Stopped.
+    drop: frees what the request holds, called once when it is cancelled. streamed: whether every token is an event.
     """
 
-    def __init__(self, service: Service, prompt_tokens: int, *, streamed: bool) -> None:
-        self.service, self.streamed = service, streamed
+    def __init__(self, drop: Callable[[Stream], None], prompt_tokens: int, *, streamed: bool) -> None:
+        self.streamed = streamed
         self.loop = asyncio.get_running_loop()
         self.request_id = -1
         self.num_prompt_tokens = prompt_tokens
         self.generated_tokens = 0
+        self._drop = drop
         self._asked = time.perf_counter()
         self._first: float | None = None
         self._longest = 0
-        self._items: deque[Event | Exception | None] = deque()
-        self._waiter: asyncio.Future[None] | None = None
+        self._items: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self._done = False
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> Event:
-        while not self._items:
-            if self._done:
-                raise StopAsyncIteration
-            self._waiter = self.loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        item = self._items.popleft()
+        if self._done:
+            raise StopAsyncIteration
+        item = await self._items.get()
         error = item.error if isinstance(item, Event) else item
         if isinstance(item, Event) and error is None:
             return item
@@ -73,9 +63,7 @@ class Stream:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         self.cancel()
 
     async def completions(self) -> list[Completion]:
@@ -91,16 +79,12 @@ class Stream:
         """Stop the request, if it runs, and free its slot."""
         if not self._done:
             self._done = True
-            self._items.clear()
-            self.service.cancel(self)
+            self._drop(self)
 
     def put(self, item: Event | Exception | None) -> None:
         """Add an event, the error that ended the request, or None for its end. Called on the stream's own loop."""
-        if self._done:
-            return
-        self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if not self._done:
+            self._items.put_nowait(item)
 
     def note(self, event: Event, now: float) -> None:
         """Count an event at its time. Called on the engine's thread."""
@@ -127,14 +111,14 @@ async def merged(streams: Sequence[Stream]) -> AsyncGenerator[tuple[int, Event],
     arrived: asyncio.Queue[tuple[int, Event | Exception | None]] = asyncio.Queue()
 
     async def forward(place: int, stream: Stream) -> None:
+        end: Exception | None = None
         try:
             async with stream:
                 async for event in stream:
                     arrived.put_nowait((place, event))
         except Exception as error:
-            arrived.put_nowait((place, error))
-        else:
-            arrived.put_nowait((place, None))
+            end = error
+        arrived.put_nowait((place, end))
 
     tasks = [asyncio.ensure_future(forward(place, stream)) for place, stream in enumerate(streams)]
     try:

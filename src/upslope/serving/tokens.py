@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import fastapi
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Discriminator, Field, Tag, ValidationError
+from pydantic import Discriminator, Tag
 
-from upslope.serving.access import encode, reply, service_of
-from upslope.serving.bodies import Body, Items, Token
+from upslope.serving.access import encode_all, reply, service_of
+from upslope.serving.bodies import Items, ModelBody, Token
 from upslope.serving.chat import prompt_tokens
-from upslope.serving.chat_bodies import MAX_MESSAGES, ChatBody, ChatMessage, FunctionTool
+from upslope.serving.chat_bodies import ConversationBody
 from upslope.serving.errors import ApiError
 
 __all__ = ["router"]
@@ -21,8 +21,7 @@ __all__ = ["router"]
 router = APIRouter(tags=["tokens"])
 
 
-class _Tokenize(Body):
-    model: str | None = None
+class _Tokenize(ModelBody):
     return_token_strs: bool = False
 
 
@@ -33,23 +32,8 @@ class TokenizeTextBody(_Tokenize):
     add_special_tokens: bool = True
 
 
-class TokenizeChatBody(_Tokenize):
+class TokenizeChatBody(_Tokenize, ConversationBody):
     """/tokenize: a conversation, as the chat template writes it."""
-
-    messages: Annotated[list[ChatMessage], Items] = Field(min_length=1, max_length=MAX_MESSAGES)
-    tools: Annotated[list[FunctionTool], Items] = Field([], max_length=128)
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-
-    @property
-    def chat(self) -> ChatBody:
-        """The same conversation as /v1/chat/completions would be sent it. ValidationError where it would be refused."""
-        return ChatBody(
-            messages=self.messages,
-            tools=self.tools,
-            add_generation_prompt=self.add_generation_prompt and not self.continue_final_message,
-            continue_final_message=self.continue_final_message,
-        )
 
 
 def _kind(data: Any) -> str:
@@ -64,10 +48,9 @@ TokenizeBody = Annotated[
 ]
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(ModelBody):
     """/detokenize: tokens."""
 
-    model: str | None = None
     tokens: Annotated[list[Token], Items]
 
 
@@ -76,15 +59,9 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
     """The tokens of a text or of a conversation; with return_token_strs also what each stands for."""
     service = service_of(request, body.model)
     if isinstance(body, TokenizeTextBody):
-        tokens = await encode(service, body.prompt, special=body.add_special_tokens)
+        (tokens,) = await encode_all(service, [body.prompt], special=body.add_special_tokens)
     else:
-        try:
-            chat = body.chat
-        except ValidationError as error:
-            raise ApiError(400, error.errors()[0]["msg"], "messages") from error
-        tokens = await service.aside(
-            prompt_tokens, service, chat, size=2048 + sum(len(m.text) + 512 for m in chat.messages)
-        )
+        tokens = await service.aside(prompt_tokens, service, body, size=body.size)
     names = None
     if body.return_token_strs:
         names = await service.aside(lambda: [service.pieces.text(token) for token in tokens], size=len(tokens))

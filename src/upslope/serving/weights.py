@@ -1,18 +1,22 @@
-"""New weights for a network that runs: whether they fit it, and how they get in."""
+"""New weights for a network that runs: read, found to fit it, copied in."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from upslope.data.pairs import PairTokenizer
 from upslope.engine import Engine
-from upslope.errors import ModelError
+from upslope.errors import ModelError, UpslopeError
 from upslope.models.files.weights import check_shapes
 from upslope.models.protocol import CausalModel
 
-__all__ = ["Loaded", "check_fits", "copy_weights"]
+__all__ = ["Loaded", "copy_weights", "read_fitting"]
+
+log = logging.getLogger("upslope.serving")
 
 # Keys of a configuration that say nothing about what the network computes.
 _ACCIDENTAL = frozenset(
@@ -32,7 +36,23 @@ class Loaded(Protocol):
         ...
 
 
-def check_fits(loaded: Loaded, engine: Engine, tokenizer: Any, source: str) -> None:
+def read_fitting(load: Callable[[str], Loaded], source: str, engine: Engine, tokenizer: Any) -> Loaded:
+    """What `load` reads from the source, when it can take the place of the engine's network.
+
+    UpslopeError or OSError where it cannot be read or does not fit.
+    """
+    try:
+        loaded = load(source)
+        _check_fits(loaded, engine, tokenizer, source)
+    except (UpslopeError, OSError):
+        raise
+    except Exception as error:  # whatever a broken folder makes the libraries raise, bare Exceptions too
+        log.error("new weights cannot be read", exc_info=error)
+        raise ModelError(f"{source}: no model can be read from it: {type(error).__name__}: {error}") from error
+    return loaded
+
+
+def _check_fits(loaded: Loaded, engine: Engine, tokenizer: Any, source: str) -> None:
     """Raise ModelError where the loaded weights are not of the same network, vocabulary and ends of a turn."""
     model = engine.model
     if type(loaded.model) is not type(model):
