@@ -7,9 +7,10 @@ import math
 import sys
 from array import array
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-Kind = Literal["i", "f", "B"]
+_TYPECODES = {"int32": "i", "float32": "f", "uint8": "B"}
 
 
 def as_number(value: Any, name: str) -> int | float:
@@ -52,19 +53,26 @@ def _spelled(value: float) -> str:
     return "Infinity" if value > 0 else "-Infinity"
 
 
-def pack(values: Any, kind: Kind) -> bytes:
-    """Numbers (list, numpy array, tensor) -> little-endian blob of int32 ("i"), float32 ("f") or bytes ("B")."""
+def pack(values: Any, dtype: str) -> bytes:
+    """Numbers (list, numpy array, tensor) -> little-endian blob of "int32", "float32" or "uint8"."""
     items: Iterable[Any] = values.tolist() if hasattr(values, "tolist") else values
-    packed = array(kind, items)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+    return _ordered(array(_TYPECODES[dtype], items)).tobytes()
 
 
-def unpack(blob: bytes, kind: Kind) -> list[Any]:
+def unpack(blob: bytes, dtype: str) -> list[Any]:
     """The inverse of `pack`."""
-    packed = array(kind)
+    packed = array(_TYPECODES[dtype])
     packed.frombytes(blob)
+    return _ordered(packed).tolist()
+
+
+def _ordered(packed: array[Any]) -> array[Any]:
     if sys.byteorder == "big":
         packed.byteswap()
-    return packed.tolist()
+    return packed
+
+
+ENCODINGS = {
+    ("little-endian", dtype): (partial(pack, dtype=dtype), partial(unpack, dtype=dtype)) for dtype in _TYPECODES
+}
+"""(encoding, dtype) of a column of token arrays -> what makes its blobs, and what reads them."""
