@@ -137,6 +137,12 @@ def version_of(path: Path) -> tuple[str, bool]:
     return version, bool(table)
 
 
+def migrate(path: Path) -> None:
+    store = Store(path)
+    store.rewind(STEPS)
+    store.close()
+
+
 def made_of(path: Path) -> list[tuple[str, ...]]:
     raw = sqlite3.connect(path)
     found = raw.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
@@ -169,6 +175,11 @@ def test_an_old_run_is_shown_and_its_file_left_as_it_is(
 @pytest.mark.parametrize("commit", COMMITS)
 def test_an_old_run_is_resumed_as_if_it_were_todays(commit: str, tmp_path: Path) -> None:
     folder, today = make_old(tmp_path / "old", commit), make(tmp_path / "today", STEPS + 1)
+    before = (folder / "run.db").read_bytes()
+    with Run.open(folder) as run:  # and is not continued after all: an option is refused
+        assert (run.verb, run.store.last_step(), len(run.store.rollouts())) == ("ppo", STEPS, STEPS)
+        run.flush()
+    assert (folder / "run.db").read_bytes() == before
     with Run.open(folder) as run:
         run.rewind(2)
         for step in range(3, STEPS + 2):
@@ -233,11 +244,12 @@ def test_a_migration_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pyt
     expected = contents(path)
     with monkeypatch.context() as broken:
         broken.setattr(schema, "MIGRATIONS", [*schema.MIGRATIONS, "DELETE FROM rollouts; SELECT no_such_column;"])
-        with pytest.raises(RunError, match=r"run\.db: cannot open: no such column"):
-            Store(path)
+        for read_only in (True, False):
+            with pytest.raises(RunError, match=r"run\.db: cannot open: no such column"):
+                schema.connect(path, read_only=read_only)
     assert version_of(path) == ("1", False)
     assert contents(path) == expected
-    Store(path).close()
+    migrate(path)
     assert contents(path) == expected
 
 
@@ -259,7 +271,7 @@ def test_a_killed_migration_leaves_the_old_or_the_new(tmp_path: Path) -> None:
         schema._connect.keywords["factory"] = Killed
         from upslope.runs.store import Store
 
-        Store(sys.argv[1])
+        Store(sys.argv[1]).rewind(3)
     """
     path = tmp_path / "run.db"
     write_version_1(path, "82cd030")
@@ -272,7 +284,7 @@ def test_a_killed_migration_leaves_the_old_or_the_new(tmp_path: Path) -> None:
         done = run_process([sys.executable, "-c", textwrap.dedent(program), str(path), str(statements)])
         seen.append(version_of(path))
         assert contents(path) == expected
-        Store(path).close()
+        migrate(path)
         assert version_of(path) == ("2", True)
         assert contents(path) == expected
         if done.returncode == 0:

@@ -138,7 +138,7 @@ class Run:
             on_failure.callback(lines.close)
             run = cls(folder, store=Store(folder / "run.db"), lines=lines, lock=lock)
             on_failure.callback(run.store.close)
-            if verb := run.environment.get("verb"):
+            if (verb := run.environment.get("verb")) not in (None, "", run.verb):
                 run.store.set_meta("verb", verb)
             on_failure.pop_all()
         return run

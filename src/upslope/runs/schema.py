@@ -6,7 +6,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,8 +63,8 @@ MIGRATIONS = [_TABLES, _TOKEN_COLUMNS]
 """What leads from each schema version to the next, the first from an empty file: a released one is never changed.
 
 Statements end with a semicolon, and none holds another. A new array per token is a migration that inserts its row into
-token_columns, and nothing else. A file of an older version is brought up to date when its run is continued; a viewer
-applies what it lacks in memory, beside the file.
+token_columns, and nothing else. A file of an older version is brought up to date by the first thing written to it;
+until then, and for viewers, what it lacks is in memory beside it.
 """
 
 
@@ -177,6 +177,12 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+
+
+def is_older(path: Path) -> bool:
+    """Whether the file has the tables of an older version; not where it has none yet. RunError: damaged, newer."""
+    with database_errors(path, "open"), closing(_connect(path)) as connection:
+        return 0 < _version(connection, path, "main", least=0) < len(MIGRATIONS)
 
 
 def connect(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, dict[str, tuple[Encode, Decode]]]:

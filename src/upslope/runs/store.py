@@ -23,6 +23,7 @@ from upslope.runs.schema import (
     StoredRollout,
     connect,
     database_errors,
+    is_older,
     row_errors,
     transaction,
 )
@@ -41,7 +42,9 @@ class Store:
     def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
-        self._connection, self._columns = connect(self.path, read_only=read_only)
+        # A run that is not continued after all stays as it is, for the program that wrote it.
+        self._untouched = not read_only and self.path.is_file() and is_older(self.path)
+        self._connection, self._columns = connect(self.path, read_only=read_only or self._untouched)
 
     # Writing
 
@@ -115,7 +118,8 @@ class Store:
     def flush(self) -> None:
         """Makes what was written survive a power cut (a kill it survives anyway)."""
         with self._lock, database_errors(self.path, "write"):
-            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            if not self._untouched:
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """May be called twice."""
@@ -193,8 +197,13 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, database_errors(self.path, "write"), transaction(self._connection):
-            yield self._connection
+        with self._lock:
+            if self._untouched:
+                self._connection.close()
+                self._connection, self._columns = connect(self.path, read_only=False)
+                self._untouched = False
+            with database_errors(self.path, "write"), transaction(self._connection):
+                yield self._connection
 
 
 def _where(filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
