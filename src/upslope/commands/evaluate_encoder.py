@@ -11,8 +11,7 @@ from upslope.data.labels import TaggedSentence, read_conll, read_labelled
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.benchmarks import benchmark_figures
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.measurement import Measurement, out_of
+from upslope.evaluation.measurement import Figure, Measurement, out_of
 from upslope.evaluation.metrics import Texts, measure
 from upslope.models.files.kinds import ModelKind
 from upslope.models.files.weights import read_config

@@ -15,9 +15,8 @@ from upslope.commands.evaluate_inputs import Inputs, progress
 from upslope.data.chat import encode_prompt, load_tokenizer
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
-from upslope.evaluation.figures import Figure
 from upslope.evaluation.judge import Comparison, Judge, win_rate
-from upslope.evaluation.measurement import Measurement, out_of
+from upslope.evaluation.measurement import Figure, Measurement, out_of
 from upslope.evaluation.metrics import measure
 from upslope.evaluation.perplexity import perplexity
 from upslope.evaluation.preferences import reward_accuracy

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from upslope.data.kinds import Record
 from upslope.data.preferences import pairs_of
 from upslope.errors import DataError
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.intervals import Interval, bootstrap_mean, wilson
+from upslope.evaluation.intervals import share
+from upslope.evaluation.measurement import Figure
 from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
 
-__all__ = ["RewardJudge", "reward_accuracy", "share"]
+__all__ = ["RewardJudge", "reward_accuracy"]
 
 
 class RewardJudge(Protocol):
@@ -56,13 +56,6 @@ def reward_accuracy(
     if errors:
         detail["first_error"] = errors[0]
     return Figure("reward_accuracy", *share(values, seed), len(values), dataset, detail=detail)
-
-
-def share(values: Sequence[float], seed: int) -> Interval:
-    """The mean of values that are 0, 1 or between: Wilson's interval where none is between, else the bootstrap's."""
-    if all(x in (0.0, 1.0) for x in values):
-        return wilson(int(sum(values)), len(values))
-    return bootstrap_mean(values, seed=seed)
 
 
 def _rollout(example: Example, sample: int) -> Rollout:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
+_SPELLED = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 _TYPECODES = {"int32": "i", "float32": "f", "uint8": "B"}
 
 
@@ -41,16 +42,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | bool | int) or value is None:
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else _spelled(value)
+        return value if math.isfinite(value) else _SPELLED[str(value)]
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return str(value)
-
-
-def _spelled(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
 
 
 def pack(values: Any, dtype: str) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from upslope.runs.encoding import as_number, to_json
@@ -26,7 +26,7 @@ def rollout_records(
     Raises:
         ValueError: arrays that do not fit the rollouts; the message prints both lengths.
     """
-    flat = list(_flat(groups))
+    flat = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     _check_counts(len(flat), arrays, advantages)
     records = []
     for index, (prompt, rollout) in enumerate(flat):
@@ -35,12 +35,6 @@ def rollout_records(
         values = _values(step, split, prompt, rollout, _finite(advantage), wall_time)
         records.append((values, {**_own_arrays(rollout), **extra}))
     return records
-
-
-def _flat(groups: Sequence[RolloutGroup]) -> Iterator[tuple[Prompt, Rollout]]:
-    for group in groups:
-        for rollout in group.rollouts:
-            yield group.prompt, rollout
 
 
 def _check_counts(count: int, arrays: Mapping[str, Sequence[Any]], advantages: Sequence[Any] | None) -> None:
