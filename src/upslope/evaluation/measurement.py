@@ -15,7 +15,7 @@ import numpy as np
 
 from upslope.evaluation.intervals import bootstrap, wilson
 
-__all__ = ["RESAMPLES", "Figure", "Measurement", "mean_of", "out_of", "ratio"]
+__all__ = ["RESAMPLES", "Figure", "Measurement", "mean_of", "noted", "ratio"]
 
 RESAMPLES = 1000
 
@@ -105,9 +105,9 @@ class Measurement:
 Measured = TypeVar("Measured", bound=Measurement | Figure)
 
 
-def out_of(found: Sequence[Measured], total: int) -> list[Measured]:
-    """The same, with how many items what was named holds in detail["of"]: a smaller n is a part, and shown as such."""
-    return [replace(one, detail={**one.detail, "of": total}) for one in found]
+def noted(found: Sequence[Measured], **details: Any) -> list[Measured]:
+    """The same with further details, such as how many items what was named holds (`of`, of which n may be a part)."""
+    return [replace(one, detail={**one.detail, **details}) for one in found]
 
 
 def ratio(sums_K: np.ndarray) -> float:

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,10 @@ def version_of(package: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    try:
+    with suppress(OSError):  # Not Linux: the standard library's own answer is all there is.
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass  # Not Linux: the standard library's own answer is all there is.
     return platform.processor() or platform.machine()
 
 
