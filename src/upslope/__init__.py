@@ -27,7 +27,7 @@ _HOME = {
     "upslope.engine.engine": ("Engine",),
     "upslope.errors": ("ConfigError", "DataError", "ModelError", "RunError", "UpslopeError"),
     "upslope.evaluation.accuracy": ("evaluate",),
-    "upslope.evaluation.figures": ("Figure",),
+    "upslope.evaluation.measurement": ("Figure",),
     "upslope.evaluation.harness": ("UpslopeLM", "run_harness"),
     "upslope.evaluation.scorer": ("Scorer",),
     "upslope.functional.advantages": ("group_centered", "group_normalized", "leave_one_out"),

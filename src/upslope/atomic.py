@@ -110,23 +110,28 @@ def write_atomic(path: Path | str, content: bytes | str | Callable[[IO[bytes]], 
         RunError: unwritable folder or full disk; the old file is untouched.
     """
     path = Path(path)
+    with saving(path), replacing(path) as temporary, open(temporary, "xb") as file:
+        if path.is_file() and not path.is_symlink():
+            os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+        if callable(content):
+            content(file)
+        else:
+            file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a hidden name beside `path`; what the block makes there takes the place of `path`, durably."""
     temporary = _temporary(path)
-    with saving(path):
-        try:
-            with open(temporary, "xb") as file:
-                if path.is_file() and not path.is_symlink():
-                    os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
-                if callable(content):
-                    content(file)
-                else:
-                    file.write(content.encode() if isinstance(content, str) else content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        _remove(temporary, ignore_errors=True)
+        raise
+    fsync_folder(path.parent)
 
 
 @contextmanager
@@ -143,16 +148,10 @@ def publish_folder(target: Path | str) -> Iterator[Path]:
         if target.exists():
             raise RunError(f"{target}: already exists; remove it or choose another name")
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary(target)
-        os.mkdir(temporary)
-        try:
+        with replacing(target) as temporary:
+            os.mkdir(temporary)
             yield temporary
             fsync_tree(temporary)
-            os.rename(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        fsync_folder(target.parent)
 
 
 def remove_folder(path: Path) -> None:
@@ -171,21 +170,14 @@ def point_to(pointer: Path, name: str) -> None:
 
     On a filesystem without symbolic links it is a text file that holds the name; `read_pointer` reads both.
     """
-    temporary = _temporary(pointer)
     with saving(pointer):
         try:
-            os.symlink(name, temporary)
+            with replacing(pointer) as temporary:
+                os.symlink(name, temporary)
         except OSError as error:
             if error.errno not in {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}:
                 raise
             write_atomic(pointer, name + "\n")
-            return
-        try:
-            os.replace(temporary, pointer)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(pointer.parent)
 
 
 def read_pointer(pointer: Path) -> str | None:
@@ -217,12 +209,16 @@ def clean_leftovers(folder: Path, *, exclusive: bool = False) -> list[Path]:
             match = _TEMPORARY.match(path.name)
             if not match or _in_use(int(match[1]), match[2], exclusive):
                 continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            _remove(path)
             removed.append(path)
     return removed
+
+
+def _remove(path: Path, *, ignore_errors: bool = False) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=ignore_errors)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _temporary(path: Path) -> Path:

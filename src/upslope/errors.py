@@ -6,6 +6,9 @@ The command line prints the message and exits with the class's `exit_code`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UpslopeError(Exception):
     """Base of every error raised on purpose by this project."""
@@ -39,6 +42,18 @@ class RunError(UpslopeError, RuntimeError):
     """A run cannot start, continue or save (unwritable folder, full disk, non-finite loss, bad checkpoint)."""
 
     exit_code = 5
+
+
+KINDS = (ConfigError, DataError, ModelError, RunError)
+
+
+@contextmanager
+def located(where: object, kind: type[UpslopeError] = UpslopeError) -> Iterator[None]:
+    """An error of the block, of that kind, becomes one whose message begins with `where`."""
+    try:
+        yield
+    except kind as error:
+        raise next(k for k in KINDS if isinstance(error, k))(f"{where}: {error}") from error
 
 
 def is_rust_error(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from upslope.atomic import replacing
 from upslope.errors import ConfigError, DataError, RunError
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
@@ -81,15 +82,10 @@ def extract_member(wheel: str | Path, member: str, destination: str | Path) -> P
     with open_member(wheel, member) as stream:
         try:
             final.parent.mkdir(parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(prefix=".extract-", dir=final.parent)
-            try:
-                with os.fdopen(handle, "wb") as out:
-                    shutil.copyfileobj(stream, out, _CHUNK)
-                    out.flush()
-                    os.fsync(out.fileno())
-                os.replace(partial, final)
-            finally:
-                Path(partial).unlink(missing_ok=True)
+            with replacing(final) as partial, open(partial, "xb") as out:
+                shutil.copyfileobj(stream, out, _CHUNK)
+                out.flush()
+                os.fsync(out.fileno())
         except OSError as error:
             raise RunError(f"{final}: cannot be written: {error.strerror or error}") from error
     return final
@@ -130,8 +126,5 @@ def _is_wheel_of(path: Path, name: str) -> bool:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -69,7 +69,9 @@ def test_windows_are_as_wide_and_as_far_apart_as_asked_for(model: str, scorer: S
     path = rows(tmp_path / "t.jsonl", *({"text": text} for text in texts))
 
     def by_hand(context: int, stride: int) -> float:
-        logps = [x for t in texts for x in scorer.rolling(scorer.tokenizer.encode(t), stride=stride, context=context)]
+        logps = [
+            x for t in texts for x in scorer.rolling([scorer.tokenizer.encode(t)], stride=stride, context=context)[0]
+        ]
         return math.exp(-math.fsum(logps) / len(logps))
 
     wide, narrow, near = by_hand(512, 512), by_hand(64, 64), by_hand(64, 24)

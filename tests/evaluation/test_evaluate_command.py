@@ -61,7 +61,7 @@ def test_perplexity_of_two_models(models, tmp_path: Path, capsys) -> None:
         scorer = Scorer(policy.model, policy.tokenizer)
         texts = [f"document {i} " * (i + 1) for i in range(5)]
         ids = [scorer.tokenizer.encode(text) for text in texts]
-        logps = [x for one in ids for x in scorer.rolling(one, stride=32, context=64)]
+        logps = [x for one in ids for x in scorer.rolling([one], stride=32, context=64)[0]]
         found = figures(report, place)
         assert found["token_perplexity"]["value"] == pytest.approx(math.exp(-sum(logps) / len(logps)), rel=1e-9)
         assert found["token_perplexity"]["n"] == 5

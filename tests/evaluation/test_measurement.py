@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from upslope.evaluation.figures import Figure
 from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap, wilson
-from upslope.evaluation.measurement import Measurement, mean_of, ratio
+from upslope.evaluation.measurement import Figure, Measurement, mean_of, ratio
 
 
 def test_a_mean_has_the_bootstrap_of_a_mean() -> None:

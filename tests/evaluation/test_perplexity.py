@@ -98,7 +98,7 @@ def test_one_document_is_resampled_in_blocks_that_add_up(scorer: Scorer, tmp_pat
     assert len(rows) >= 20
     assert rows[:, 1:].sum(axis=0).tolist() == [len(text.encode()), len(re.split(r"\s+", text)), len(text.encode())]
     ids = scorer.tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert rows[:, 0].sum() == pytest.approx(math.fsum(scorer.rolling(ids, context=32, stride=16)))
+    assert rows[:, 0].sum() == pytest.approx(math.fsum(scorer.rolling([ids], context=32, stride=16)[0]))
     assert len(set(rows[:-1, 1])) == 1  # all but the last are equally long
     figure = blocks[0].figure(resamples=30)
     assert "blocks of one document" in figure.detail["interval"]

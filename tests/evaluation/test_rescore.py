@@ -12,7 +12,7 @@ from tiny_model import tiny_folder
 
 from upslope.build import load_inference
 from upslope.errors import ConfigError, DataError
-from upslope.evaluation.figures import Figure
+from upslope.evaluation.measurement import Figure
 from upslope.evaluation.metrics import bleu_metric
 from upslope.evaluation.rescore import GRID, NBest, read_nbest, rescore
 from upslope.evaluation.scorer import Scorer

@@ -85,7 +85,7 @@ def test_a_long_context_is_cut_from_the_left_and_counted(folder: Path, oracle) -
 @pytest.mark.parametrize(("stride", "context"), [(8, 8), (3, 8), (1, 24), (24, 24), (5, 7)])
 def test_rolling_is_the_definition_by_hand(scorer: Scorer, oracle, stride: int, context: int) -> None:
     tokens = random_tokens(31, 9)
-    found = scorer.rolling(tokens, stride=stride, context=context)
+    found = scorer.rolling([tokens], stride=stride, context=context)[0]
     whole = [scorer.prefix, *tokens]
     for t in range(len(tokens)):
         # the window that predicts token t ends at the first of context, context + stride, ... beyond t
@@ -121,10 +121,10 @@ def test_no_batch_changes_a_bit(folder: Path) -> None:
 
 def test_documents_are_scored_as_if_alone(scorer: Scorer) -> None:
     documents = [random_tokens(n, n) for n in (30, 1, 9, 45)]
-    together = scorer.rolling_all(documents, stride=5, context=10)
-    assert together == [scorer.rolling(d, stride=5, context=10) for d in documents]
+    together = scorer.rolling(documents, stride=5, context=10)
+    assert together == [scorer.rolling([d], stride=5, context=10)[0] for d in documents]
     assert [len(x) for x in together] == [30, 1, 9, 45]
-    assert scorer.rolling([], stride=5, context=10) == []
+    assert scorer.rolling([[]], stride=5, context=10) == [[]]
 
 
 def test_progress_counts_every_request(folder: Path) -> None:
@@ -135,7 +135,7 @@ def test_progress_counts_every_request(folder: Path) -> None:
     assert len(done) > 1
     assert done == sorted(done)
     assert done[-1] == (7, 7)
-    scorer.rolling(random_tokens(10, 1), stride=3, context=4)
+    scorer.rolling([random_tokens(10, 1)], stride=3, context=4)
     assert done[-1] == (3, 3)
 
 
@@ -150,7 +150,7 @@ def test_refusals_name_the_request(scorer: Scorer) -> None:
         scorer.score([([3], [4, -1])])
     for stride, context in ((0, 5), (6, 5), (5, POSITIONS + 1)):
         with pytest.raises(ConfigError, match=f"stride {stride} and context {context}"):
-            scorer.rolling([3, 4], stride=stride, context=context)
+            scorer.rolling([[3, 4]], stride=stride, context=context)
 
 
 def test_weights_that_are_not_numbers_are_an_error(folder: Path) -> None:

@@ -255,7 +255,7 @@ def test_records_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records = tmp_path / "run" / "metrics.jsonl"
-    durable, published, real_fsync, real_rename = [0], [0], os.fsync, os.rename
+    durable, published, real_fsync, real_rename = [0], [0], os.fsync, os.replace
 
     def fsync(descriptor: int) -> None:
         if records.exists() and os.path.samestat(os.fstat(descriptor), records.stat()):
@@ -269,6 +269,6 @@ def test_records_are_on_the_disk_before_the_checkpoint_that_counts_on_them(
         real_rename(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
     go(tmp_path / "run", Walk([0.0] * 3), max_steps=3, save_every=1)
     assert published == [3]

@@ -109,7 +109,7 @@ def fill_and_fail(target: Path) -> None:
 
 def test_a_folder_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: set[tuple[int, int]] = set()
-    real_fsync, real_rename = os.fsync, os.rename
+    real_fsync, real_rename = os.fsync, os.replace
 
     def identity(status: os.stat_result) -> tuple[int, int]:
         return status.st_dev, status.st_ino
@@ -126,7 +126,7 @@ def test_a_folder_is_durable_before_it_has_its_name(tmp_path: Path, monkeypatch:
         real_rename(source, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
     with publish_folder(tmp_path / "folder") as inside:
         (inside / "sub").mkdir()
         (inside / "sub" / "a").write_text("a")

@@ -239,8 +239,10 @@ float32 = st.floats(width=32, allow_nan=False)
 @settings(max_examples=50, deadline=None)
 @given(st.lists(float32), st.lists(st.integers(-(2**31), 2**31 - 1)))
 def test_packing_keeps_every_bit(floats: list[float], integers: list[int]) -> None:
-    assert [struct.pack("<f", x) for x in unpack(pack(floats, "f"), "f")] == [struct.pack("<f", x) for x in floats]
-    assert unpack(pack(np.array(integers, dtype=np.int64), "i"), "i") == integers
+    assert [struct.pack("<f", x) for x in unpack(pack(floats, "float32"), "float32")] == [
+        struct.pack("<f", x) for x in floats
+    ]
+    assert unpack(pack(np.array(integers, dtype=np.int64), "int32"), "int32") == integers
 
 
 def test_json_is_strict() -> None:

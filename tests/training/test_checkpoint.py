@@ -259,18 +259,22 @@ def test_retention_keeps_the_newest_and_the_best(
     assert [each.path.name for each in list_checkpoints(folder)][-1] == saved[-1]
 
 
-@pytest.mark.parametrize("where", ["save_file", "fsync", "rename", "replace"])
+@pytest.mark.parametrize("where", ["save_file", "fsync", "publish", "replace"])
 def test_a_full_disk_leaves_the_previous_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     store(tmp_path, 1, best=True)
+    real_replace = os.replace
 
-    def full(*_: object, **__: object) -> None:
+    def full(*given: Any, **_: object) -> None:
         if where == "save_file":
             raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        if where == "publish" and not given[1].name.startswith("step-"):
+            return real_replace(*given)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint if where == "save_file" else os, where, full)
+    place = checkpoint if where == "save_file" else os
+    monkeypatch.setattr(place, "replace" if where == "publish" else where, full)
     with pytest.raises(RunError, match=r"step-00000002.*disk is full.*--resume") as caught:
         store(tmp_path, 2)
     monkeypatch.undo()

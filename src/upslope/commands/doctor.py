@@ -20,7 +20,7 @@ from upslope.cache import cache_root
 from upslope.devices.hardware import choose_dtype, cpu_features, matmul_gflops
 from upslope.models.attention.gpu import fused_attention
 from upslope.options import DoctorOptions
-from upslope.runs.environment import describe_environment
+from upslope.runs.environment import describe_environment, usable_cpus, version_of
 from upslope.version import __version__
 
 DEMO_MEMORY_GB = 6.0
@@ -133,25 +133,17 @@ def _python() -> Check:
 
 def _parts() -> list[Check]:
     """Every core dependency against the version this project declares."""
-    declared = importlib.metadata.requires("upslope") if _has_distribution("upslope") else None
+    declared = importlib.metadata.requires("upslope") if version_of("upslope") else None
     if declared is None:
         return [Check("parts", "warn", "upslope runs from source, uninstalled", "pip install -e .")]
     requirements = [Requirement(line) for line in declared]
     return [_part(item) for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
 
 
-def _has_distribution(name: str) -> bool:
-    try:
-        importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def _part(requirement: Requirement) -> Check:
-    if not _has_distribution(requirement.name):
+    version = version_of(requirement.name)
+    if version is None:
         return Check(requirement.name, "fail", "not installed", f"pip install '{requirement}'")
-    version = importlib.metadata.version(requirement.name)
     if requirement.specifier.contains(version, prereleases=True):
         return Check(requirement.name, "ok", version)
     return Check(requirement.name, "fail", f"{version}, needed {requirement.specifier}", f"pip install '{requirement}'")
@@ -194,8 +186,7 @@ def _threads() -> Check:
 
 
 def _usable_cores() -> float:
-    affinity = getattr(os, "sched_getaffinity", None)
-    cores = float(len(affinity(0)) if affinity else os.cpu_count() or 1)
+    cores = float(usable_cpus())
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
     except (OSError, ValueError):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 from upslope.atomic import write_atomic
 from upslope.commands.evaluate_inputs import Inputs, check_kind
 from upslope.commands.evaluate_model import judge_answers, measure_language_model, measure_reward_model
-from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError
+from upslope.errors import located
 from upslope.evaluation.samples import read_hypotheses
 from upslope.evaluation.table import Results, as_json, compared, write
 from upslope.models.files.config_json import kind_of
@@ -21,8 +22,6 @@ from upslope.options import EvalOptions
 from upslope.version import __version__
 
 __all__ = ["evaluate", "run"]
-
-_ERRORS = (ConfigError, DataError, ModelError, RunError)
 
 
 def run(options: EvalOptions) -> int:
@@ -55,7 +54,7 @@ def evaluate(options: EvalOptions) -> list[Results]:
         inputs.read_all()
     measured = []
     for place, (source, folder, kind) in enumerate(zip(options.models, folders, kinds, strict=True)):
-        try:
+        with located(source) if len(folders) > 1 else nullcontext():
             if kind == "reward model":
                 measured.append(measure_reward_model(folder, inputs))
             elif kind == "language model":
@@ -64,11 +63,6 @@ def evaluate(options: EvalOptions) -> list[Results]:
                 from upslope.commands.evaluate_encoder import measure_encoder  # seconds of imports that others spare
 
                 measured.append(measure_encoder(kind, folder, inputs))
-        except UpslopeError as error:
-            if len(folders) == 1:
-                raise
-            kind_of_error = next(k for k in _ERRORS if isinstance(error, k))
-            raise kind_of_error(f"{source}: {error}") from error
     return compared(options.models, measured, seed=options.seed)
 
 

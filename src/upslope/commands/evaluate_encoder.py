@@ -9,8 +9,7 @@ from upslope.data.labels import read_conll, read_labelled
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.benchmarks import benchmark_figures
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.measurement import Measurement, out_of
+from upslope.evaluation.measurement import Figure, Measurement, noted
 from upslope.evaluation.metrics import Texts, measure
 from upslope.models.encoder.labellers import load_classifier, tags_of
 from upslope.models.files.config_json import ModelKind
@@ -41,7 +40,7 @@ def measure_encoder(kind: ModelKind, folder: Path, inputs: Inputs) -> list[Measu
         else:
             texts = _labelled(folder, inputs) if kind == "classifier" else _tagged(folder, inputs)
             found += measure(o.metrics or names, texts)
-        found = out_of(found, inputs.available[str(o.data)])
+        found = noted(found, of=inputs.available[str(o.data)])
     if o.benchmark:
         classifier = load_classifier(str(folder), dtype=o.dtype)
         for spec in o.benchmark:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +15,8 @@ from upslope.data.chat import encode_prompt, load_tokenizer
 from upslope.devices.hardware import device_of_machine
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
-from upslope.evaluation.figures import Figure
 from upslope.evaluation.judge import Comparison, PairJudge, win_rate
-from upslope.evaluation.measurement import Measurement, out_of
+from upslope.evaluation.measurement import Figure, Measurement, noted
 from upslope.evaluation.metrics import measure
 from upslope.evaluation.perplexity import perplexity
 from upslope.evaluation.preferences import reward_accuracy
@@ -59,7 +57,7 @@ def measure_reward_model(folder: Path, inputs: Inputs) -> Measured:
     return [
         figure
         for path, rows in inputs.preferences.items()
-        for figure in out_of([reward_accuracy(model, rows, dataset=path, seed=seed)], inputs.available[path])
+        for figure in noted([reward_accuracy(model, rows, dataset=path, seed=seed)], of=inputs.available[path])
     ]
 
 
@@ -72,7 +70,7 @@ def judge_answers(texts: Sequence[str], inputs: Inputs) -> Measured:
         name, url = o.judge_at
         with PairJudge(url, name, api_key=os.environ.get(KEY_VARIABLE)) as judge:
             found.append(win_rate(judge, rows, dataset=str(o.data), seed=o.seed))
-    return out_of(found, inputs.available[str(o.data)])
+    return noted(found, of=inputs.available[str(o.data)])
 
 
 def _comparison(sample: Sample, text: str) -> Comparison:
@@ -112,7 +110,7 @@ def _rescored(policy: Policy, inputs: Inputs) -> Measured:
             weight=o.score_weight,
             seed=o.seed,
         )
-    return out_of(found, inputs.available[o.rescore])
+    return noted(found, of=inputs.available[o.rescore])
 
 
 def _benchmarks(policy: Policy, inputs: Inputs) -> Measured:
@@ -148,7 +146,7 @@ def _tasks(policy: Policy, inputs: Inputs) -> Measured:
         with make_scorer(task) as judge, progress(f"task {spec}", "completion") as shown:
             reporting = SimpleNamespace(generate=partial(engine.generate, on_progress=shown))
             groups, _ = collect(reporting, policy.tokenizer, judge, prompts, params)
-        found += _held_out(task, out_of(verdicts(groups, spec), inputs.available[spec]))
+        found += _held_out(task, noted(verdicts(groups, spec), of=inputs.available[spec]))
     return found
 
 
@@ -157,7 +155,7 @@ def _held_out(task: Task, found: Sequence[Measurement]) -> list[Measurement]:
     sizes = [task.size(split) for split in SPLITS]
     if not task.divided or None in sizes:
         return list(found)
-    return [replace(one, detail={**one.detail, "divided": sum(filter(None, sizes))}) for one in found]
+    return noted(found, divided=sum(filter(None, sizes)))
 
 
 def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
@@ -175,7 +173,4 @@ def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, sample_rows(inputs.samples, texts))
     cut = sum(c.finish_reason == "length" for c in completions)
-    return [
-        replace(one, detail={**one.detail, "cut": cut, "completions": len(texts)})
-        for one in judge_answers(texts, inputs)
-    ]
+    return noted(judge_answers(texts, inputs), cut=cut, completions=len(texts))

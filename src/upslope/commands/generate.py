@@ -13,7 +13,7 @@ from upslope.commands.generate_rows import Asked, RowFile, ask, ask_file, row_of
 from upslope.data.chat import encode_prompt
 from upslope.engine import Engine
 from upslope.engine.request import check_prompt
-from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.errors import ConfigError, DataError, located
 from upslope.options import GenerateOptions
 from upslope.runs.encoding import to_json
 from upslope.runs.progress import Progress
@@ -101,16 +101,10 @@ def _text(options: GenerateOptions) -> str:
 def _encode(policy: Policy, asked: Asked) -> list[int]:
     """The prompt's tokens, of which the model must be able to take all."""
     spec = policy.model.spec
-    try:
+    with located(asked.where, DataError):
         tokens = encode_prompt(policy.tokenizer, asked.prompt, tools=asked.tools)
         policy.model.check_prompt(check_prompt(tokens, spec.input_vocab_size, spec.max_positions))
-    except DataError as error:
-        raise _at(asked.where, error) from error
     return tokens
-
-
-def _at(where: str, error: UpslopeError) -> UpslopeError:
-    return type(error)(f"{where}: {error}")
 
 
 def _answer_one(engine: Engine, asked: Asked, tokens: list[int], options: GenerateOptions) -> None:
@@ -203,13 +197,15 @@ def _answers(
     opened = written = done
     while written < len(asked):
         while opened < len(asked) and opened - written < window:
-            place_of[_add(engine, asked[opened], encoded[opened], params, opened)] = opened
+            with located(asked[opened].where):
+                place_of[engine.add(encoded[opened], params, key=opened)] = opened
             opened += 1
         changed = set()
         for event in engine.step():
             place = place_of[event.request_id]
             if event.error is not None:
-                raise _at(asked[place].where, event.error)
+                with located(asked[place].where):
+                    raise event.error
             if event.completion is not None:
                 found.setdefault(place, {})[event.sample] = event.completion
                 changed.add(place)
@@ -224,10 +220,3 @@ def _answers(
             written += 1
         if ready:
             yield ready
-
-
-def _add(engine: Engine, asked: Asked, tokens: list[int], params: SamplingParams, key: int) -> int:
-    try:
-        return engine.add(tokens, params, key=key)
-    except UpslopeError as error:
-        raise _at(asked.where, error) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from upslope.data.template import Tools
 from upslope.errors import DataError, RunError
 from upslope.options import GenerateOptions
 from upslope.runs.lines import MetricLines, read_lines
+from upslope.runs.lock import granted
 from upslope.types import Completion, Message, Prompt
 
 __all__ = ["Asked", "RowFile", "ask", "ask_file", "row_of"]
@@ -128,49 +130,36 @@ class RowFile:
             if self.path.exists() and not options.resume:
                 raise RunError(f"{self.path}: exists; go on with it by --resume, or choose another --output")
             refuse_other_than_file(self.path)
-            self._lock = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._lines: MetricLines | None = None
-        try:
-            self._take_lock()
-            self._lines = MetricLines(self.path)
+            lock = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with ExitStack() as opened:
+            opened.callback(os.close, lock)
+            if not granted(fcntl.flock, lock, fcntl.LOCK_EX):
+                raise RunError(f"{self.path}: another process is writing it; wait until it ends, or stop it")
+            self._lines = opened.enter_context(closing(MetricLines(self.path)))
             self.done = _check_rows(self.path, asked)
             if self.done:
                 _check_options(options, made_with)
             else:
                 write_atomic(made_with, dump(replace(options, resume=False)))
-        except BaseException:
-            self.close()
-            raise
+            self._opened = opened.pop_all()
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row."""
-        assert self._lines is not None
         self._lines.append(row)
 
     def sync(self) -> None:
         """Make what was appended durable."""
-        assert self._lines is not None
         self._lines.flush()
 
     def close(self) -> None:
         """May be called twice."""
-        if self._lines is not None:
-            self._lines.close()
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
+        self._opened.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{self.path}: another process is writing it; wait until it ends, or stop it") from None
 
 
 def _check_rows(path: Path, asked: Sequence[Asked]) -> int:

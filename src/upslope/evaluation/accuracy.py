@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypedDict
 
 from upslope.errors import DataError
+from upslope.evaluation.intervals import wilson
 from upslope.types import Reward, RolloutGroup
 
 
@@ -28,15 +29,9 @@ def accuracy(rewards: Iterable[Reward], *, threshold: float | None = None) -> Ac
 
     Raises DataError: nothing was judged, or a reward carries no verdict and no threshold is given.
     """
-    from upslope.evaluation.intervals import wilson
-
-    verdicts: list[bool] = []
-    errors: list[str] = []
-    for reward in rewards:
-        if reward.value is None:
-            errors.append(reward.error or "not judged")
-        else:
-            verdicts.append(_verdict(reward, threshold))
+    given = list(rewards)
+    errors = [reward.error or "not judged" for reward in given if reward.value is None]
+    verdicts = [_verdict(reward, reward.value, threshold) for reward in given if reward.value is not None]
     if not verdicts:
         detail = f"; the first error: {errors[0]}" if errors else ""
         raise DataError(f"no completion was judged, so there is no accuracy{detail}")
@@ -44,10 +39,9 @@ def accuracy(rewards: Iterable[Reward], *, threshold: float | None = None) -> Ac
     return Accuracy(value=value, low=low, high=high, n=len(verdicts), errors=len(errors))
 
 
-def _verdict(reward: Reward, threshold: float | None) -> bool:
+def _verdict(reward: Reward, value: float, threshold: float | None) -> bool:
     if threshold is not None:
-        assert reward.value is not None
-        return reward.value >= threshold
+        return value >= threshold
     if reward.correct is None:
         raise DataError("the rewards carry no verdicts; return Reward(value, correct=...) or pass a threshold")
     return reward.correct

@@ -13,8 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from upslope.errors import DataError
-from upslope.evaluation.intervals import Interval, bootstrap_mean, wilson
-from upslope.evaluation.resampling import bootstrap
+from upslope.evaluation.intervals import Interval, bootstrap, bootstrap_mean, wilson
 from upslope.extras import require
 from upslope.rewards.overlap import squad_words
 

@@ -20,8 +20,8 @@ from upslope.data.glue import Form, Item, Items, Split, labelled, read_items
 from upslope.data.labels import LabelledText
 from upslope.errors import ConfigError, ModelError
 from upslope.evaluation import benchmark_metrics as metrics
-from upslope.evaluation.figures import Figure
 from upslope.evaluation.intervals import Interval
+from upslope.evaluation.measurement import Figure
 from upslope.evaluation.scorer import Request, Scorer
 
 __all__ = ["PROMPTS", "Classifier", "Prompt", "benchmark_figures", "encode_pair"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -32,13 +33,13 @@ def classification_report(truth: Sequence[str], predicted: Sequence[str], labels
     _check(truth, predicted)
     metrics = require("eval", "sklearn.metrics")
     names = list(labels)
-    columns = metrics.precision_recall_fscore_support(truth, predicted, labels=names, average=None, zero_division=0)
+    scores = partial(metrics.precision_recall_fscore_support, truth, predicted, labels=names, zero_division=0)
     right = sum(t == p for t, p in zip(truth, predicted, strict=True))
     value, low, high = wilson(right, len(truth))
     return {
         "accuracy": {"value": value, "low": low, "high": high, "n": len(truth)},
-        "labels": {name: _row(*values) for name, *values in zip(names, *columns, strict=True)},
-        "averages": _averages(metrics, truth, predicted, names),
+        "labels": {name: _row(*values) for name, *values in zip(names, *scores(average=None), strict=True)},
+        "averages": {average: _row(*scores(average=average)[:3], len(truth)) for average in AVERAGES},
         "confusion": {"labels": names, "counts": metrics.confusion_matrix(truth, predicted, labels=names).tolist()},
     }
 
@@ -110,16 +111,6 @@ def format_report(report: Mapping[str, Any], *, title: str | None = None) -> str
         for name, row in rows
     ]
     return "\n".join(lines)
-
-
-def _averages(metrics: Any, truth: Sequence[str], predicted: Sequence[str], names: list[str]) -> dict[str, Any]:
-    out = {}
-    for average in AVERAGES:
-        values = metrics.precision_recall_fscore_support(
-            truth, predicted, labels=names, average=average, zero_division=0
-        )
-        out[average] = _row(*values[:3], len(truth))
-    return out
 
 
 def _counted(right: int, said: int, gold: int) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from upslope.config import suggestion
 from upslope.data.chat import encode_text
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError, one_line
-from upslope.evaluation.figures import Figure
 from upslope.evaluation.harness_figures import group_figures, task_figures
+from upslope.evaluation.measurement import Figure
 from upslope.evaluation.scorer import Scorer
 from upslope.extras import require
 from upslope.models.attention.context import BLOCK
@@ -138,7 +138,7 @@ class UpslopeLM(TemplateLM):  # type: ignore[misc, valid-type]
         """Log-prob of every whole text, in nats: disjoint windows of the model's context, the last one filled up."""
         texts = [request.args[0] for request in requests]
         width = self.max_length
-        found = self.scorer.rolling_all([self.tok_encode(text) for text in texts], stride=width, context=width)
+        found = self.scorer.rolling([self.tok_encode(text) for text in texts], stride=width, context=width)
         totals = [math.fsum(logprobs) for logprobs in found]
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.intervals import Interval
-from upslope.evaluation.preferences import share
-from upslope.evaluation.resampling import bootstrap
+from upslope.evaluation.intervals import Interval, bootstrap, share
+from upslope.evaluation.measurement import Figure
 
 __all__ = ["group_figures", "task_figures"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -74,6 +74,31 @@ def paired_bootstrap(
         raise ValueError(f"paired values must be equally many, got {len(after)} and {len(before)}")
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
     return bootstrap_mean(difference.tolist(), confidence=confidence, resamples=resamples, seed=seed)
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], float], n: int, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
+) -> Interval:
+    """Percentile bootstrap (Efron 1979) of `statistic`, a function of the places 0..n-1 of the items to be counted.
+
+    Items are drawn as in `bootstrap_mean`, so the same seed gives the same interval anywhere. A resample in
+    which the statistic is undefined (NaN) is left out of the quantiles. ValueError: no items, resamples < 1.
+    """
+    if n < 1 or resamples < 1:
+        raise ValueError(f"need at least one item and one resample, got {n} and {resamples}")
+    value = float(statistic(np.arange(n)))
+    found = [float(statistic(_draws(np.array([k], dtype=np.uint64), n, seed)[0])) for k in range(resamples)]
+    tail = (1 - confidence) / 2
+    kept = [x for x in found if x == x]
+    low, high = np.quantile(kept, [tail, 1 - tail]) if kept else (value, value)
+    return Interval(value, float(low), float(high))
+
+
+def share(values: Sequence[float], seed: int) -> Interval:
+    """The mean of values that are 0, 1 or between: Wilson's interval where none is between, else the bootstrap's."""
+    if all(x in (0.0, 1.0) for x in values):
+        return wilson(int(sum(values)), len(values))
+    return bootstrap_mean(values, seed=seed)
 
 
 def _check_confidence(confidence: float) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from upslope.errors import ConfigError, DataError, RunError
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.preferences import share
+from upslope.evaluation.intervals import share
+from upslope.evaluation.measurement import Figure
 from upslope.extras import require
 
 __all__ = ["INSTRUCTIONS", "Comparison", "PairJudge", "Verdict", "win_rate"]

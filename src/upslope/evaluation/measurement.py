@@ -1,4 +1,4 @@
-"""A figure as a function of per-item statistics: what makes its bootstrap, and the paired one of two models, possible.
+"""A number with its interval, as a function of per-item statistics: so its bootstrap and the paired one are possible.
 
 BLEU is not a mean over sentences, but it is a function of sums over sentences, and so is every other measure here
 (Koehn 2004, "Statistical significance tests for machine translation evaluation", resamples these sums).
@@ -8,18 +8,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.intervals import wilson
-from upslope.evaluation.resampling import bootstrap
+from upslope.evaluation.intervals import bootstrap, wilson
 
-__all__ = ["RESAMPLES", "Measurement", "mean_of", "out_of", "ratio"]
+__all__ = ["RESAMPLES", "Figure", "Measurement", "mean_of", "noted", "ratio"]
 
 RESAMPLES = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """`value` with its 95% interval low to high over n independent items (documents, problems, pairs).
+
+    name: of the metric in the field's own words ("bleu", "accuracy", "token_perplexity"); dataset: what it was
+    measured on; better: "higher" or "lower". detail: whatever makes the number repeatable, such as sacrebleu's
+    signature, counts, or the error line of what could not be judged.
+    """
+
+    name: str
+    value: float
+    low: float
+    high: float
+    n: int
+    dataset: str = ""
+    better: str = "higher"
+    detail: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> dict[str, Any]:
+        """The figure as a JSON object; a number that is not finite becomes null, which JSON has and infinity is not."""
+        fields = {**asdict(self), "detail": dict(self.detail)}
+        numbers = {name: fields[name] for name in ("value", "low", "high")}
+        return fields | {name: x if math.isfinite(x) else None for name, x in numbers.items()}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,9 +105,9 @@ class Measurement:
 Measured = TypeVar("Measured", bound=Measurement | Figure)
 
 
-def out_of(found: Sequence[Measured], total: int) -> list[Measured]:
-    """The same, with how many items what was named holds in detail["of"]: a smaller n is a part, and shown as such."""
-    return [replace(one, detail={**one.detail, "of": total}) for one in found]
+def noted(found: Sequence[Measured], **details: Any) -> list[Measured]:
+    """The same with further details, such as how many items what was named holds (`of`, of which n may be a part)."""
+    return [replace(one, detail={**one.detail, **details}) for one in found]
 
 
 def ratio(sums_K: np.ndarray) -> float:

@@ -41,6 +41,11 @@ class Texts:
     where: Sequence[str]
     language: str = "en"
 
+    @property
+    def pairs(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Each hypothesis with its references."""
+        return list(zip(self.hypotheses, self.references, strict=True))
+
     def single(self, metric: str) -> list[str]:
         """The one reference of each. DataError where there are several."""
         for where, references in zip(self.where, self.references, strict=True):
@@ -121,7 +126,7 @@ def _rouge(name: str, texts: Texts) -> Measurement:
     scorer = scorer_of([name], use_stemmer=False, **({} if english else {"tokenizer": _Words()}))
     values = [
         max(float(scorer.score(reference, text)[name].fmeasure) for reference in references)
-        for text, references in zip(texts.hypotheses, texts.references, strict=True)
+        for text, references in texts.pairs
     ]
     words = "rouge-score's words ([a-z0-9]+)" if english else "words of any alphabet, characters of Chinese"
     return mean_of(name, values, dataset=texts.dataset, unit="texts", detail={"tokenizer": words, "measure": "F1"})
@@ -131,7 +136,7 @@ def _exact_match(name: str, texts: Texts) -> Measurement:
     """Whether the answer is one of the right ones, both as `squad_words`."""
     values = [
         float(any(squad_words(text) == squad_words(reference) for reference in references))
-        for text, references in zip(texts.hypotheses, texts.references, strict=True)
+        for text, references in texts.pairs
     ]
     return mean_of(name, values, dataset=texts.dataset, unit="answers", detail={"normalised": "SQuAD"})
 
@@ -198,7 +203,7 @@ def _entity_f1(name: str, texts: Texts) -> Measurement:
 def _error_rate(name: str, texts: Texts) -> Measurement:
     """Edits over reference length (Levenshtein 1966), against the nearest reference, of words or characters."""
     unit = "characters" if name == "cer" else "words"
-    pairs = [nearest(t, r, unit=unit) for t, r in zip(texts.hypotheses, texts.references, strict=True)]
+    pairs = [nearest(t, r, unit=unit) for t, r in texts.pairs]
     if not sum(length for _, length in pairs):
         raise DataError(f"{texts.dataset}: the references are empty, so there is no error rate")
     rows = np.array(pairs, dtype=np.float64)

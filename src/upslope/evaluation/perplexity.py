@@ -139,7 +139,7 @@ def perplexity(scorer: Scorer, documents: Documents, *, context: int, stride: in
     for document, (ids, _) in zip(documents.texts, encoded, strict=True):
         if not ids:
             raise DataError(f"{document.where}: the text has no tokens; remove it")
-    scored = scorer.rolling_all([ids for ids, _ in encoded], stride=stride, context=context)
+    scored = scorer.rolling([ids for ids, _ in encoded], stride=stride, context=context)
     if len(encoded) == 1:
         rows, unit = _blocks(documents.texts[0].text, encoded[0][1], scored[0]), "blocks of one document"
     else:

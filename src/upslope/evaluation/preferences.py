@@ -8,12 +8,12 @@ from typing import Any
 from upslope.data.examples import pairs_of
 from upslope.data.records import Record
 from upslope.errors import DataError
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.intervals import Interval, bootstrap_mean, wilson
+from upslope.evaluation.intervals import share
+from upslope.evaluation.measurement import Figure
 from upslope.rewards.summands import NetworkReward
 from upslope.types import Example, Prompt, Rollout, RolloutGroup
 
-__all__ = ["reward_accuracy", "share"]
+__all__ = ["reward_accuracy"]
 
 
 def reward_accuracy(
@@ -47,13 +47,6 @@ def reward_accuracy(
     if errors:
         detail["first_error"] = errors[0]
     return Figure("reward_accuracy", *share(values, seed), len(values), dataset, detail=detail)
-
-
-def share(values: Sequence[float], seed: int) -> Interval:
-    """The mean of values that are 0, 1 or between: Wilson's interval where none is between, else the bootstrap's."""
-    if all(x in (0.0, 1.0) for x in values):
-        return wilson(int(sum(values)), len(values))
-    return bootstrap_mean(values, seed=seed)
 
 
 def _rollout(example: Example, sample: int) -> Rollout:

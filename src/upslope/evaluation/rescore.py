@@ -16,9 +16,8 @@ from typing import Any, Literal
 from upslope.data.batching import data_order
 from upslope.data.chat import encode_completion, encode_document, with_eos
 from upslope.data.readers import rows_of
-from upslope.errors import ConfigError, DataError
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.measurement import Measurement
+from upslope.errors import ConfigError, DataError, located
+from upslope.evaluation.measurement import Figure, Measurement
 from upslope.evaluation.metrics import SPACELESS, Texts, bleu_metric, measure
 from upslope.evaluation.scorer import Request, Scorer
 from upslope.rewards.overlap import nearest
@@ -152,10 +151,8 @@ def _logprobs(scorer: Scorer, lists: Sequence[NBest], length_normalized: bool) -
 def _request(scorer: Scorer, entry: NBest, place: int) -> Request:
     """A text's tokens and EOS, after the source or the prefix token alone. DataError names the row."""
     where = f"{entry.where}: hypotheses[{place}]"
-    try:
+    with located(where, DataError):
         request = _tokens(scorer, entry, entry.hypotheses[place].text)
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from error
     scorer.fitted(*request, where=where)
     return request
 

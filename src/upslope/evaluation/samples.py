@@ -13,7 +13,7 @@ from upslope.data.readers import json_of, rows_of, text_of
 from upslope.data.records import record_of
 from upslope.data.template import Tools
 from upslope.engine.engine import Engine
-from upslope.errors import DataError
+from upslope.errors import DataError, located
 from upslope.types import Completion, Message, Prompt, SamplingParams
 
 __all__ = ["Sample", "encode_samples", "generate", "read_hypotheses", "read_samples", "sample_rows"]
@@ -136,10 +136,8 @@ def encode_samples(tokenizer: Any, samples: Sequence[Sample]) -> list[list[int]]
     for sample in samples:
         if sample.prompt is None:
             raise DataError(f"{sample.where}: has no prompt to answer; give rows with prompt, or --hypotheses")
-        try:
+        with located(sample.where, DataError):
             tokens.append(encode_prompt(tokenizer, sample.prompt, tools=sample.tools))
-        except DataError as error:
-            raise DataError(f"{sample.where}: {error}") from error
     return tokens
 
 
@@ -159,10 +157,8 @@ def generate(
                 f"{sample.where}: a prompt of {len(prompt)} tokens leaves no room in the model's {spec.max_positions} "
                 "positions; shorten it"
             )
-        try:
+        with located(sample.where, DataError):
             engine.model.check_prompt(prompt)
-        except DataError as error:
-            raise DataError(f"{sample.where}: {error}") from error
     keys = [sample.prompt.key for sample in samples if sample.prompt is not None]
     return [found[0] for found in engine.generate(tokens, params, keys=keys, on_progress=on_progress)]
 

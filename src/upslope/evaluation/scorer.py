@@ -106,17 +106,13 @@ class Scorer:
                 found += [scored[i] for i in range(len(slab))]
         return found
 
-    def rolling(self, tokens: Sequence[int], *, stride: int, context: int) -> list[float]:
-        """The log-prob of every token of a text, in nats.
+    def rolling(self, documents: Sequence[Sequence[int]], *, stride: int, context: int) -> list[list[float]]:
+        """The log-prob of every token of each text, in nats; their windows are batched together.
 
         Windows of at most `context` tokens read; each after the first predicts the next `stride` tokens, so with
         stride = context the windows are disjoint (lm-evaluation-harness's definition) and a smaller stride gives
         every token more to look back on. ConfigError: not 1 <= stride <= context <= the model's max_positions.
         """
-        return self.rolling_all([tokens], stride=stride, context=context)[0]
-
-    def rolling_all(self, documents: Sequence[Sequence[int]], *, stride: int, context: int) -> list[list[float]]:
-        """`rolling` of several texts, their windows batched together."""
         if self.model.whole_prompts:
             raise ModelError("an encoder-decoder predicts a target from a source: it has no log-probs of plain text")
         if not 1 <= stride <= context <= self.model.spec.max_positions:

@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from upslope.evaluation.figures import Figure
-from upslope.evaluation.measurement import Measurement
+from upslope.evaluation.measurement import Figure, Measurement
 
 __all__ = ["Results", "as_json", "compared", "write"]
 
@@ -126,6 +125,21 @@ def _part(n: int, of: int) -> str:
     return str(n) if of == n else f"{n} of {of}"
 
 
+_COUNTED = (
+    ("errors", "{errors} could not be judged, the first: {first_error}"),
+    ("cut", "{cut} of {completions} completions were cut at the longest length"),
+    ("truncated", "{truncated} contexts were cut from the left to fit the model"),
+    ("cut_contexts", "{cut_contexts} contexts were cut from the left to fit the model"),
+    ("broken_rows", "{broken_rows} rows are broken and left out"),
+    (
+        "divided",
+        "only the {of} of the file's {divided} different rows that are held out by content (eval_fraction) are "
+        "measured",
+    ),
+)
+"""What is said of a dataset where the count of this name is not 0."""
+
+
 def _notes(figure: Figure) -> Iterator[str]:
     detail = figure.detail
     if "signature" in detail:
@@ -137,20 +151,7 @@ def _notes(figure: Figure) -> Iterator[str]:
             f"{detail['words']} words, {detail['bytes']} bytes, in windows of {detail['context']}, "
             f"stride {detail['stride']}"
         )
-    if detail.get("errors"):
-        yield f"{figure.dataset}: {detail['errors']} could not be judged, the first: {detail['first_error']}"
-    if detail.get("cut"):
-        yield f"{figure.dataset}: {detail['cut']} of {detail['completions']} completions were cut at the longest length"
-    for count in ("truncated", "cut_contexts"):
-        if detail.get(count):
-            yield f"{figure.dataset}: {detail[count]} contexts were cut from the left to fit the model"
-    if detail.get("broken_rows"):
-        yield f"{figure.dataset}: {detail['broken_rows']} rows are broken and left out"
-    if "divided" in detail:
-        yield (
-            f"{figure.dataset}: only the {detail['of']} of the file's {detail['divided']} different rows that are held "
-            "out by content (eval_fraction) are measured"
-        )
+    yield from (f"{figure.dataset}: {said.format(**detail)}" for name, said in _COUNTED if detail.get(name))
     if figure.name == "reward_accuracy":
         yield f"{figure.dataset}: {detail['ties']} ties, which count half"
     if figure.name == "win_rate":

@@ -7,9 +7,11 @@ import math
 import sys
 from array import array
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
-Kind = Literal["i", "f", "B"]
+_SPELLED = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+_TYPECODES = {"int32": "i", "float32": "f", "uint8": "B"}
 
 
 def as_number(value: Any, name: str) -> int | float:
@@ -40,31 +42,32 @@ def _plain(value: Any) -> Any:
     if isinstance(value, str | bool | int) or value is None:
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else _spelled(value)
+        return value if math.isfinite(value) else _SPELLED[str(value)]
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return str(value)
 
 
-def _spelled(value: float) -> str:
-    if math.isnan(value):
-        return "NaN"
-    return "Infinity" if value > 0 else "-Infinity"
-
-
-def pack(values: Any, kind: Kind) -> bytes:
-    """Numbers (list, numpy array, tensor) -> little-endian blob of int32 ("i"), float32 ("f") or bytes ("B")."""
+def pack(values: Any, dtype: str) -> bytes:
+    """Numbers (list, numpy array, tensor) -> little-endian blob of "int32", "float32" or "uint8"."""
     items: Iterable[Any] = values.tolist() if hasattr(values, "tolist") else values
-    packed = array(kind, items)
-    if sys.byteorder == "big":
-        packed.byteswap()
-    return packed.tobytes()
+    return _ordered(array(_TYPECODES[dtype], items)).tobytes()
 
 
-def unpack(blob: bytes, kind: Kind) -> list[Any]:
+def unpack(blob: bytes, dtype: str) -> list[Any]:
     """The inverse of `pack`."""
-    packed = array(kind)
+    packed = array(_TYPECODES[dtype])
     packed.frombytes(blob)
+    return _ordered(packed).tolist()
+
+
+def _ordered(packed: array[Any]) -> array[Any]:
     if sys.byteorder == "big":
         packed.byteswap()
-    return packed.tolist()
+    return packed
+
+
+ENCODINGS = {
+    ("little-endian", dtype): (partial(pack, dtype=dtype), partial(unpack, dtype=dtype)) for dtype in _TYPECODES
+}
+"""(encoding, dtype) of a column of token arrays -> what makes its blobs, and what reads them."""

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ def describe_environment() -> dict[str, Any]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
         "folder": os.getcwd(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
         "platform": platform.platform(),
         "host": platform.node(),
         "cpu": _cpu_model(),
-        "cpus": _usable_cpus(),
+        "cpus": usable_cpus(),
         "threads": _threads(),
         "memory_gb": _memory_gb(),
         "git": _git(),
@@ -34,7 +35,8 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None where it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -42,16 +44,15 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_model() -> str:
-    try:
+    with suppress(OSError):  # Not Linux: the standard library's own answer is all there is.
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
-    except OSError:
-        pass  # Not Linux: the standard library's own answer is all there is.
     return platform.processor() or platform.machine()
 
 
-def _usable_cpus() -> int:
+def usable_cpus() -> int:
+    """How many processors this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -63,7 +64,7 @@ def _threads() -> int:
     if torch is not None:
         return int(torch.get_num_threads())
     wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    return int(wanted) if wanted.isdigit() and int(wanted) else _usable_cpus()
+    return int(wanted) if wanted.isdigit() and int(wanted) else usable_cpus()
 
 
 def _memory_gb() -> float | None:

@@ -86,18 +86,14 @@ class Run:
         else:
             folder = _new_folder(Path(root), verb, name)
         _refuse_foreign(folder)
-        lock = FolderLock(folder)
-        try:
+        with ExitStack() as on_failure:
+            lock = FolderLock(folder)
+            on_failure.callback(lock.release)
             _refuse_occupied(folder)  # Again: another process may have been faster.
-        except BaseException:
-            lock.release()
-            raise
-        run = cls._start(folder, lock, {"verb": verb, **(environment or {})})
-        try:
+            run = cls._start(folder, lock, {"verb": verb, **(environment or {})})
+            on_failure.callback(run.close)
             write_atomic(folder / "config.toml", config_toml)
-        except BaseException:
-            run.close()
-            raise
+            on_failure.pop_all()
         return run
 
     @classmethod
@@ -138,7 +134,7 @@ class Run:
             on_failure.callback(lines.close)
             run = cls(folder, store=Store(folder / "run.db"), lines=lines, lock=lock)
             on_failure.callback(run.store.close)
-            if verb := run.environment.get("verb"):
+            if (verb := run.environment.get("verb")) not in (None, "", run.verb):
                 run.store.set_meta("verb", verb)
             on_failure.pop_all()
         return run
@@ -235,19 +231,11 @@ class Run:
         lines.append({"step": step, "time": round(now, 3), **numbers})
         self.store.add_metrics(step, numbers, wall_time=now)
 
-    def record_rollouts(
-        self,
-        step: int,
-        groups: Sequence[RolloutGroup],
-        *,
-        split: str = "train",
-        arrays: Mapping[str, Sequence[Any]] | None = None,
-        advantages: Sequence[float | None] | None = None,
-    ) -> None:
+    def record_rollouts(self, step: int, groups: Sequence[RolloutGroup], **details: Any) -> None:
         """Stores rollouts with their token arrays; the arguments are those of `Store.add_rollouts`."""
         self._writable()
         _check_step(step)
-        self.store.add_rollouts(step, groups, split=split, arrays=arrays, advantages=advantages)
+        self.store.add_rollouts(step, groups, **details)
 
     def record_evaluation(
         self, step: int, name: str, metrics: Mapping[str, float | Mapping[str, Any]], *, measure: str | None = None

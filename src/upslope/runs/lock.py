@@ -16,6 +16,7 @@ import os
 import socket
 import stat
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,23 +67,17 @@ class FolderLock:
 
     def _lock_folder(self) -> bool:
         try:
-            fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return granted(fcntl.flock, self._folder, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno in _BUSY:
-                return False
             if error.errno not in _NO_FOLDER_LOCK:
                 raise
-        return True
+            return True
 
     def _lock_file(self) -> bool:
         if self._file < 0:
             self._file = open_own(self._path, os.O_RDWR)
-        try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in _BUSY:
-                return False
-            raise
+        if not granted(fcntl.lockf, self._file, fcntl.LOCK_EX):
+            return False
         # In this order a kill in between leaves a signature, too; it is on the disk before what it accounts for.
         signature = json.dumps(self.owner).encode()
         os.pwrite(self._file, signature, 0)
@@ -124,6 +119,17 @@ class FolderLock:
         self._file = self._folder = -1
 
 
+def granted(lock: Callable[[int, int], object], descriptor: int, kind: int) -> bool:
+    """Whether the kernel gives a lock at once (fcntl's `flock` or `lockf`); False where somebody else has it."""
+    try:
+        lock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _BUSY:
+            raise
+        return False
+    return True
+
+
 def _disown() -> None:
     """In a forked child: the folder's lock, unlike the file's, would be the child's as well."""
     for lock in _HELD.values():
@@ -148,13 +154,7 @@ def writer_of(folder: Path) -> dict[str, Any] | None:
         except FileNotFoundError:
             return None
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in _BUSY:
-                raise
-            return owner_of(folder)
-        else:
-            return None
+            return None if granted(fcntl.lockf, descriptor, fcntl.LOCK_SH) else owner_of(folder)
         finally:
             os.close(descriptor)
 

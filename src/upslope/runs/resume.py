@@ -21,10 +21,11 @@ def check_resume(old: Mapping[str, Any], new: Mapping[str, Any], may_change: fro
         ConfigError: names every refused key with both values.
     """
     before, after = _flatten(old), _flatten(new)
+    both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in sorted(before.keys() | after.keys())}
     refused = [
-        f"{key} ({_show(before.get(key, _ABSENT))} -> {_show(after.get(key, _ABSENT))})"
-        for key in sorted(before.keys() | after.keys())
-        if not _equal(before.get(key, _ABSENT), after.get(key, _ABSENT)) and not _free(key, may_change)
+        f"{key} ({_show(then)} -> {_show(now)})"
+        for key, (then, now) in both.items()
+        if not _equal(then, now) and not _free(key, may_change)
     ]
     if refused:
         allowed = ", ".join(sorted(may_change)) or "nothing"

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from upslope.runs.encoding import as_number, pack, to_json
-from upslope.runs.schema import array_kind
+from upslope.runs.encoding import as_number, to_json
 from upslope.types import Prompt, Rollout, RolloutGroup, storable
 
-_OWN_ARRAYS = {"prompt_tokens", "tokens", "mask", "sampling_logprobs", "policy_logprobs"}
+OWN_ARRAYS = ("prompt_tokens", "tokens", "mask", "sampling_logprobs", "policy_logprobs")
+"""The columns of token arrays that are a rollout's own fields."""
 
 
 def rollout_records(
@@ -20,32 +20,26 @@ def rollout_records(
     arrays: Mapping[str, Sequence[Any]],
     advantages: Sequence[float | None] | None,
     wall_time: float,
-) -> list[tuple[tuple[Any, ...], dict[str, bytes]]]:
-    """(column values in the table's order without the id, array name -> blob) for every rollout.
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """(column values in the table's order without the id, array name -> its numbers) for every rollout.
 
     Raises:
         ValueError: arrays that do not fit the rollouts; the message prints both lengths.
     """
-    flat = list(_flat(groups))
+    flat = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
     _check_counts(len(flat), arrays, advantages)
     records = []
     for index, (prompt, rollout) in enumerate(flat):
         extra = {name: _spread(name, rows[index], rollout) for name, rows in arrays.items() if rows[index] is not None}
         advantage = advantages[index] if advantages is not None else _mean(extra.get("advantages"), rollout.mask)
         values = _values(step, split, prompt, rollout, _finite(advantage), wall_time)
-        records.append((values, _blobs(rollout, extra)))
+        records.append((values, {**_own_arrays(rollout), **extra}))
     return records
-
-
-def _flat(groups: Sequence[RolloutGroup]) -> Iterator[tuple[Prompt, Rollout]]:
-    for group in groups:
-        for rollout in group.rollouts:
-            yield group.prompt, rollout
 
 
 def _check_counts(count: int, arrays: Mapping[str, Sequence[Any]], advantages: Sequence[Any] | None) -> None:
     for name, rows in arrays.items():
-        if name in _OWN_ARRAYS:
+        if name in OWN_ARRAYS:
             raise ValueError(f"array {name!r} comes from the rollout itself; give the trainer's another name")
         if len(rows) != count:
             raise ValueError(f"array {name!r} has {len(rows)} entries for {count} rollouts")
@@ -86,18 +80,12 @@ def _prompt_text(prompt: Prompt) -> str:
     return "\n\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
 
 
-def _blobs(rollout: Rollout, extra: Mapping[str, list[float]]) -> dict[str, bytes]:
-    own: dict[str, Sequence[Any]] = {
-        "prompt_tokens": rollout.prompt_tokens,
-        "tokens": rollout.tokens,
-        "mask": [int(sampled) for sampled in rollout.mask],
-        "sampling_logprobs": rollout.sampling_logprobs,
-        "policy_logprobs": rollout.policy_logprobs,
-    }
+def _own_arrays(rollout: Rollout) -> dict[str, Sequence[Any]]:
+    own = {name: getattr(rollout, name) for name in OWN_ARRAYS}
     for name in ("mask", "sampling_logprobs", "policy_logprobs"):
         if len(own[name]) != len(rollout.tokens):
             raise ValueError(f"a rollout of {len(rollout.tokens)} tokens has {len(own[name])} values in {name!r}")
-    return {name: pack(values, array_kind(name)) for name, values in {**own, **extra}.items()}
+    return own
 
 
 def _spread(name: str, values: Any, rollout: Rollout) -> list[float]:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from upslope.atomic import open_own, refuse_other_than_file, saving
 from upslope.errors import RunError
-from upslope.runs.encoding import Kind
+from upslope.runs.encoding import ENCODINGS
 
-SCHEMA_VERSION = 1
+Encode = Callable[[Any], bytes]
+Decode = Callable[[bytes], list[Any]]
+_connect = partial(sqlite3.connect, timeout=30.0, isolation_level=None, check_same_thread=False)
+_CHANGED = re.compile(r"\b(?:ALTER TABLE|UPDATE|INTO|DELETE FROM) (\w+)")
 
 # Token arrays lie in a table of their own, so that listing and filtering rollouts never reads their pages.
-TABLES = f"""
+_TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS metrics (
     name TEXT NOT NULL, step INTEGER NOT NULL, value REAL, time REAL NOT NULL,
@@ -37,15 +42,34 @@ CREATE TABLE IF NOT EXISTS token_arrays (
 CREATE TABLE IF NOT EXISTS evaluations (
     name TEXT NOT NULL, metric TEXT NOT NULL, step INTEGER NOT NULL, value REAL, low REAL, high REAL, n INTEGER,
     details TEXT NOT NULL, time REAL NOT NULL, PRIMARY KEY (name, metric, step)) WITHOUT ROWID;
-INSERT OR IGNORE INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}');
+"""
+_TOKEN_COLUMNS = """
+CREATE TABLE token_columns (name TEXT PRIMARY KEY, dtype TEXT NOT NULL, encoding TEXT NOT NULL) WITHOUT ROWID;
+INSERT INTO token_columns VALUES
+    ('prompt_tokens', 'int32', 'little-endian'),
+    ('tokens', 'int32', 'little-endian'),
+    ('mask', 'uint8', 'little-endian'),
+    ('sampling_logprobs', 'float32', 'little-endian'),
+    ('policy_logprobs', 'float32', 'little-endian'),
+    ('trainer_logprobs', 'float32', 'little-endian'),
+    ('ref_logprobs', 'float32', 'little-endian'),
+    ('values', 'float32', 'little-endian'),
+    ('advantages', 'float32', 'little-endian'),
+    ('returns', 'float32', 'little-endian'),
+    ('divergence', 'float32', 'little-endian');
 """
 
-INTEGER_ARRAYS: dict[str, Kind] = {"prompt_tokens": "i", "tokens": "i", "mask": "B"}
+MIGRATIONS = [_TABLES, _TOKEN_COLUMNS]
+"""What leads from each schema version to the next, the first from an empty file: a released one is never changed.
+
+Statements end with a semicolon, and none holds another. A new array per token is a migration that inserts its row into
+token_columns, and nothing else. A file of an older version is brought up to date by the first thing written to it;
+until then, and for viewers, what it lacks is in memory beside it.
+"""
 
 
-def array_kind(name: str) -> Kind:
-    """int32 for token ids, one byte for the mask, float32 for everything else."""
-    return INTEGER_ARRAYS.get(name, "f")
+UNDECLARED = ENCODINGS["little-endian", "float32"]
+"""Of an array without a row in token_columns, which version 1 took under any name."""
 
 
 class MetricPoint(NamedTuple):
@@ -56,7 +80,7 @@ class MetricPoint(NamedTuple):
     time: float
 
 
-class Evaluation(NamedTuple):
+class StoredEvaluation(NamedTuple):
     """One evaluated number with its interval and sample size, where it has them."""
 
     step: int
@@ -142,21 +166,49 @@ def row_errors(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: a row cannot be read ({error}); the file is damaged: restore it") from error
 
 
-def connect(path: Path, *, read_only: bool) -> sqlite3.Connection:
-    """An open connection whose schema this program understands.
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All of the block, or nothing of it where it raises or the process is killed."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+
+
+def is_older(path: Path) -> bool:
+    """Whether the file has the tables of an older version; not where it has none yet. RunError: damaged, newer."""
+    with database_errors(path, "open"), closing(_connect(path)) as connection:
+        return 0 < _version(connection, path, "main", least=0) < len(MIGRATIONS)
+
+
+def connect(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, dict[str, tuple[Encode, Decode]]]:
+    """An open connection in which all tables are this program's, whatever version the file has.
+
+    Also every column of token arrays by name, with what makes its blobs and what reads them.
 
     Raises:
         RunError: missing, damaged, newer than this program, locked, or on a full disk.
     """
     with database_errors(path, "open"):
         connection = _open_reader(path) if read_only else _open_writer(path)
-    try:
-        with database_errors(path, "read"):
-            _check_version(connection, path)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+    with _closed_on_failure(connection), database_errors(path, "read"):
+        return connection, _token_columns(connection, path)
+
+
+def _token_columns(connection: sqlite3.Connection, path: Path) -> dict[str, tuple[Encode, Decode]]:
+    found = {}
+    for name, dtype, encoding in connection.execute("SELECT name, dtype, encoding FROM token_columns"):
+        if (encoding, dtype) not in ENCODINGS:
+            raise RunError(
+                f"{path}: token_columns has {name!s:.40} as {dtype!s:.40}, {encoding!s:.40}, which this program does "
+                "not read; the file is damaged: restore it"
+            )
+        found[name] = ENCODINGS[encoding, dtype]
+    return found
 
 
 def _open_writer(path: Path) -> sqlite3.Connection:
@@ -165,19 +217,21 @@ def _open_writer(path: Path) -> sqlite3.Connection:
     if not path.exists():
         with saving(path):
             os.close(open_own(path, os.O_RDWR))
-    connection = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
-    try:
+    connection = _connect(path)
+    with _closed_on_failure(connection):
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = NORMAL")
         connection.execute("PRAGMA foreign_keys = ON")
-        connection.executescript(TABLES)
-    except BaseException:
-        connection.close()
-        raise
+        with transaction(connection):
+            pending = MIGRATIONS[_version(connection, path, "main", least=0) :]
+            _apply(connection, pending)
+            if pending:
+                connection.execute("INSERT OR REPLACE INTO meta VALUES ('schema_version', ?)", (str(len(MIGRATIONS)),))
     return connection
 
 
 def _open_reader(path: Path) -> sqlite3.Connection:
+    """The file beside an empty database in memory: a table that is not there is the file's."""
     if not path.is_file():
         raise RunError(f"{path}: no such file; is this a run folder?")
     address = path.resolve().as_uri()
@@ -185,25 +239,53 @@ def _open_reader(path: Path) -> sqlite3.Connection:
     log = path.with_name(path.name + "-wal")
     modes = ["mode=ro"] if log.exists() and log.stat().st_size else ["mode=ro", "mode=ro&immutable=1"]
     for mode in modes:
-        connection = sqlite3.connect(f"{address}?{mode}", uri=True, timeout=30.0, check_same_thread=False)
+        connection = _connect(":memory:", uri=True)
         try:
-            connection.execute("SELECT count(*) FROM sqlite_master")
-            return connection
+            with _closed_on_failure(connection):
+                connection.execute("ATTACH ? AS stored", (f"{address}?{mode}",))
+                _apply_beside(connection, MIGRATIONS[_version(connection, path, "stored", least=1) :])
+                return connection
         except sqlite3.OperationalError:
-            connection.close()
             if mode == modes[-1]:
                 raise
-        except BaseException:
-            connection.close()
-            raise
     raise AssertionError("unreachable")
 
 
-def _check_version(connection: sqlite3.Connection, path: Path) -> None:
-    row = connection.execute("SELECT value FROM meta WHERE key = 'schema_version'").fetchone()
-    version = row[0] if row else 0
-    if str(version) != str(SCHEMA_VERSION):
+def _version(connection: sqlite3.Connection, path: Path, schema: str, *, least: int) -> int:
+    """The file's schema version, 0 where its making was cut off. RunError: not from `least` to this program's."""
+    row = None
+    if connection.execute(f"SELECT 1 FROM {schema}.sqlite_master WHERE name = 'meta'").fetchone():
+        row = connection.execute(f"SELECT value FROM {schema}.meta WHERE key = 'schema_version'").fetchone()
+    found = "0" if row is None else str(row[0])
+    known = {str(version): version for version in range(least, len(MIGRATIONS) + 1)}
+    if found not in known:
         raise RunError(
-            f"{path}: schema version {version!s:.40}, this program reads {SCHEMA_VERSION}; "
+            f"{path}: schema version {found:.40}, this program reads 1 to {len(MIGRATIONS)}; "
             "use the version of upslope named in the run's env.json"
         )
+    return known[found]
+
+
+def _apply(connection: sqlite3.Connection, scripts: Sequence[str]) -> None:
+    for script in scripts:
+        for statement in script.split(";"):
+            connection.execute(statement)
+
+
+def _apply_beside(connection: sqlite3.Connection, scripts: Sequence[str]) -> None:
+    """The migrations of a file that is only read: its tables that they change are copied into memory first."""
+    for table in sorted(set(_CHANGED.findall("".join(scripts)))):
+        query = "SELECT sql FROM stored.sqlite_master WHERE tbl_name = ? AND sql IS NOT NULL ORDER BY type DESC"
+        if made := connection.execute(query, (table,)).fetchall():
+            _apply(connection, [sql for (sql,) in made])
+            connection.execute(f"INSERT INTO main.{table} SELECT * FROM stored.{table}")
+    _apply(connection, scripts)
+
+
+@contextmanager
+def _closed_on_failure(connection: sqlite3.Connection) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        connection.close()
+        raise

@@ -13,17 +13,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from upslope.runs.encoding import as_number, unpack
+from upslope.runs.encoding import as_number
 from upslope.runs.rollout_rows import rollout_records
 from upslope.runs.schema import (
-    Evaluation,
+    UNDECLARED,
     MetricPoint,
     RolloutRow,
+    StoredEvaluation,
     StoredRollout,
-    array_kind,
     connect,
     database_errors,
+    is_older,
     row_errors,
+    transaction,
 )
 from upslope.types import RolloutGroup
 
@@ -40,7 +42,9 @@ class Store:
     def __init__(self, path: Path | str, *, read_only: bool = False) -> None:
         self.path = Path(path)
         self._lock = threading.RLock()
-        self._connection = connect(self.path, read_only=read_only)
+        # A run that is not continued after all stays as it is, for the program that wrote it.
+        self._untouched = not read_only and self.path.is_file() and is_older(self.path)
+        self._connection, self._columns = connect(self.path, read_only=read_only or self._untouched)
 
     # Writing
 
@@ -71,22 +75,25 @@ class Store:
             step: the update they are used in.
             groups: judged rollouts, in (prompt, sample) order.
             split: "train", or the name of an evaluation.
-            arrays: name -> one array per rollout (B = number of rollouts, in the order of `groups`): values per token
+            arrays: column -> one array per rollout (B = number of rollouts, in the order of `groups`): values per token
                 after the prompt, or per sampled token (spread by the mask, NaN elsewhere); None where there is none.
             advantages: one scalar per rollout; default: the mean of arrays["advantages"] over the sampled tokens.
 
         Raises:
-            ValueError: an array that fits neither length, or not one entry per rollout.
+            ValueError: an array that is no column (see `schema.MIGRATIONS`), one that fits neither length, or not one
+                entry per rollout.
         """
+        if undeclared := sorted(set(arrays or ()) - set(self._columns)):
+            raise ValueError(f"array {undeclared[0]!r} is no column of run.db; those are {', '.join(self._columns)}")
         records = rollout_records(step, groups, split, arrays or {}, advantages, time.time())
         names = ", ".join(_COLUMNS[1:])
         marks = ", ".join("?" * (len(_COLUMNS) - 1))
         with self._transaction() as connection:
             if split != "train":
                 connection.execute("DELETE FROM rollouts WHERE step = ? AND split = ?", (step, split))
-            for values, blobs in records:
+            for values, own in records:
                 rollout = connection.execute(f"INSERT INTO rollouts ({names}) VALUES ({marks})", values).lastrowid
-                rows = [(rollout, name, blob) for name, blob in blobs.items()]
+                rows = [(rollout, name, self._columns[name][0](array)) for name, array in own.items()]
                 connection.executemany("INSERT INTO token_arrays VALUES (?, ?, ?)", rows)
 
     def add_evaluation(self, step: int, name: str, metrics: Mapping[str, float | Mapping[str, Any]]) -> None:
@@ -111,7 +118,8 @@ class Store:
     def flush(self) -> None:
         """Makes what was written survive a power cut (a kill it survives anyway)."""
         with self._lock, database_errors(self.path, "write"):
-            self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+            if not self._untouched:
+                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def close(self) -> None:
         """May be called twice."""
@@ -168,15 +176,18 @@ class Store:
             raise KeyError(f"{self.path}: no rollout {rollout_id}")
         blobs = self._rows("SELECT name, data FROM token_arrays WHERE rollout = ? ORDER BY name", [rollout_id])
         with row_errors(self.path):
-            return StoredRollout(_row(rows[0]), {name: unpack(blob, array_kind(name)) for name, blob in blobs})
+            read = {name: self._columns.get(name, UNDECLARED)[1](blob) for name, blob in blobs}
+            return StoredRollout(_row(rows[0]), read)
 
-    def evaluations(self, name: str | None = None) -> list[Evaluation]:
+    def evaluations(self, name: str | None = None) -> list[StoredEvaluation]:
         """All evaluated numbers, or those of one evaluation, by step."""
         where, values = ("WHERE name = ?", [name]) if name is not None else ("", [])
         query = f"SELECT step, name, metric, value, low, high, n, details, time FROM evaluations {where}"
         rows = self._rows(query + " ORDER BY step, name, metric", values)
         with row_errors(self.path):
-            return [Evaluation._make([*row[:3], _nan(row[3]), *row[4:7], json.loads(row[7]), row[8]]) for row in rows]
+            return [
+                StoredEvaluation._make([*row[:3], _nan(row[3]), *row[4:7], json.loads(row[7]), row[8]]) for row in rows
+            ]
 
     # Plumbing
 
@@ -186,15 +197,13 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, database_errors(self.path, "write"):
-            self._connection.execute("BEGIN IMMEDIATE")
-            try:
+        with self._lock:
+            if self._untouched:
+                self._connection.close()
+                self._connection, self._columns = connect(self.path, read_only=False)
+                self._untouched = False
+            with database_errors(self.path, "write"), transaction(self._connection):
                 yield self._connection
-                self._connection.execute("COMMIT")
-            except BaseException:
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
-                raise
 
 
 def _where(filters: Mapping[str, Any]) -> tuple[str, list[Any]]:

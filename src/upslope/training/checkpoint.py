@@ -89,7 +89,8 @@ def save(
     folder = Path(folder)
     if keep_last is not None and keep_last < 1:
         raise ValueError(f"keep_last must be >= 1 or None, not {keep_last}")
-    text = _state_text(state)
+    text = json.dumps(state)
+    _check_keys(state, "state")
     serial = 1 + max((each.serial for each in list_checkpoints(folder)), default=0)
     target = _free_name(folder, step)
     with publish_folder(target) as inside:
@@ -247,12 +248,6 @@ def _free_name(folder: Path, step: int) -> Path:
         revision += 1
         name = f"step-{step:08d}.{revision}"
     return folder / name
-
-
-def _state_text(state: Mapping[str, Any]) -> str:
-    text = json.dumps(state)
-    _check_keys(state, "state")
-    return text
 
 
 def _check_keys(value: Any, where: str) -> None:

@@ -49,15 +49,14 @@ def rate_at(options: RunOptions, step: int) -> float:
 
 
 def _check(step: int, base: float, total_steps: int, warmup_steps: int, kind: str) -> None:
-    if kind not in get_args(ScheduleKind):
-        raise ConfigError(f"learning-rate schedule {kind!r} is not one of {', '.join(get_args(ScheduleKind))}")
-    if step < 0:
-        raise ConfigError(f"step {step} must be >= 0")
-    if not (math.isfinite(base) and base >= 0.0):
-        raise ConfigError(f"learning rate {base} must be finite and >= 0")
-    if total_steps < 1:
-        raise ConfigError(f"total_steps {total_steps} must be >= 1")
-    if warmup_steps < 0:
-        raise ConfigError(f"warmup_steps {warmup_steps} must be >= 0")
-    if warmup_steps > total_steps:
-        raise ConfigError(f"warmup_steps {warmup_steps} exceeds the run's {total_steps} updates")
+    kinds = get_args(ScheduleKind)
+    for wrong, said in (
+        (kind not in kinds, f"learning-rate schedule {kind!r} is not one of {', '.join(kinds)}"),
+        (step < 0, f"step {step} must be >= 0"),
+        (not (math.isfinite(base) and base >= 0.0), f"learning rate {base} must be finite and >= 0"),
+        (total_steps < 1, f"total_steps {total_steps} must be >= 1"),
+        (warmup_steps < 0, f"warmup_steps {warmup_steps} must be >= 0"),
+        (warmup_steps > total_steps, f"warmup_steps {warmup_steps} exceeds the run's {total_steps} updates"),
+    ):
+        if wrong:
+            raise ConfigError(said)

@@ -176,13 +176,17 @@ class StopWhen:
         is_best = self.patience.update(value, loss)
         if is_best:
             self.best_step = self.steps
-        if self.target is not None and self.target.reached(value):
-            self._by_evaluation = f"target: {value:g} reached {self.target.value:g}"
-        elif self.patience.exhausted:
-            self._by_evaluation = (
-                f"patience: no improvement on {self.patience.best} in {self.patience.waited} evaluations"
-            )
+        # What an evaluation said is not taken back by a later one.
+        self._by_evaluation = self._judged(value) or self._by_evaluation
         return is_best
+
+    def _judged(self, value: float | None) -> str | None:
+        """Why the run ends with an evaluation of this value, in words, or None."""
+        if self.target is not None and value is not None and self.target.reached(value):
+            return f"target: {value:g} reached {self.target.value:g}"
+        if self.patience.exhausted:
+            return f"patience: no improvement on {self.patience.best} in {self.patience.waited} evaluations"
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint must hold (JSON). Why a run ended is not part of it: a resumed run may have new limits."""
@@ -203,12 +207,7 @@ class StopWhen:
         # Of an older version: whatever was evaluated by then is recorded.
         self.evaluated = state.get("evaluated", self.steps)
         self.best_step = state.get("best_step")
-        self._by_evaluation = None
-        best = self.patience.best
-        if self.target is not None and best is not None and self.target.reached(best):
-            self._by_evaluation = f"target: {best:g} reached {self.target.value:g}"
-        elif self.patience.exhausted:
-            self._by_evaluation = f"patience: no improvement on {best} in {self.patience.waited} evaluations"
+        self._by_evaluation = self._judged(self.patience.best)
 
 
 class GracefulInterrupt:

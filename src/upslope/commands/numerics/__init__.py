@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,20 +11,10 @@ import torch
 from upslope.commands.numerics import maths, networks
 from upslope.commands.numerics.result import CheckFunction, Finding
 
-__all__ = ["CHECKS", "Outcome", "run_checks"]
+__all__ = ["CHECKS", "run_checks"]
 
 CHECKS: dict[str, CheckFunction] = {**maths.CHECKS, **networks.CHECKS}
 """Every check by name, cheapest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What one check found; `detail` holds its figure."""
-
-    name: str
-    passed: bool
-    detail: str
-    seconds: float
 
 
 def run_checks(
@@ -35,21 +24,17 @@ def run_checks(
 
     Takes some ten seconds on an idle machine. The global random state is left as it was.
     """
-    outcomes = []
+    outcomes: list[dict[str, Any]] = []
     with torch.random.fork_rng(devices=[]):
         for name, check in (CHECKS if checks is None else checks).items():
             announce(name)
             torch.manual_seed(0)
             start = time.perf_counter()
-            finding = _finding_of(check)
+            try:
+                finding = check()
+            except Exception as error:  # the report is the boundary: whatever a check dies of is its finding
+                finding = Finding(False, f"{type(error).__name__}: {' '.join(str(error).split())}")
             seconds = round(time.perf_counter() - start, 3)
-            outcomes.append(Outcome(name, finding.passed, finding.detail, seconds))
-    passed = sum(outcome.passed for outcome in outcomes)
-    return {"passed": passed, "failed": len(outcomes) - passed, "checks": [asdict(outcome) for outcome in outcomes]}
-
-
-def _finding_of(check: CheckFunction) -> Finding:
-    try:
-        return check()
-    except Exception as error:  # the report is the boundary: whatever a check dies of is its finding
-        return Finding(False, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            outcomes.append({"name": name, **finding._asdict(), "seconds": seconds})
+    passed = sum(outcome["passed"] for outcome in outcomes)
+    return {"passed": passed, "failed": len(outcomes) - passed, "checks": outcomes}
