@@ -9,12 +9,14 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from upslope import cli, options
+from upslope.config import coerce, hints_of, metadata_of, names_of
 
 RECIPES = {"SFTOptions", "PPOOptions", "GRPOOptions"}
 OPTIONS = [item for item in vars(options).values() if dataclasses.is_dataclass(item) and isinstance(item, type)]
@@ -75,6 +77,20 @@ def test_options_are_frozen_and_documented(root: Path) -> None:
         assert set(cls.__dataclass_fields__) <= known, set(cls.__dataclass_fields__) - known
         assert cls.__dataclass_params__.frozen, cls
         assert callable(cls.validate), cls
+
+
+@pytest.mark.parametrize("cls", OPTIONS, ids=lambda cls: cls.__name__)
+def test_what_is_said_of_options_is_of_options(cls: Any) -> None:
+    """Other spellings are nobody's name, and what help shows first or an option needs is there, with such a value."""
+    hints = hints_of(cls)
+    assert len(names_of(cls)) == len(hints) + sum("also" in metadata_of(cls, name) for name in hints)
+    assert set(cls.FIRST.split()) <= set(hints)
+    assert len(cls.FIRST.split()) <= 12
+    for name in hints:
+        other, _, values = metadata_of(cls, name).get("needs", "").partition("=")
+        for value in filter(None, values.split(",")):
+            coerce(other, value, hints[other], name)
+        assert not other or other in hints
 
 
 def test_every_options_class_has_a_verb() -> None:

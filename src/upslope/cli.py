@@ -282,7 +282,7 @@ def _help_of_option(options_class: type[Any], field: str, text: str, settings: M
     flags = [f"--{_kebab(spelling)}" for spelling in known if known[spelling] == field]
     flags += [f"--no-{_kebab(field)}"] if _is_switch(hint) else []
     value = settings[field].value if field in settings else options_class.__dataclass_fields__[field].default
-    if value not in (None, (), "") or "default: " not in text:
+    if value not in (None, (), "") or "default" not in text:
         shown = " ".join(value) if isinstance(value, tuple) else value if isinstance(value, str) else str(value).lower()
         text += f" (default: {shown or 'none'})"
     left = f"  {', '.join(flags)}" + ("" if _is_switch(hint) else f" {_kind(hint)}")

@@ -100,4 +100,4 @@ def test_a_layer_that_is_not_there_and_an_alpha_for_nothing_are_refused(capsys: 
         "--lora-target-modules: no linear layer is called 'query'; this model has down_proj, gate_proj, k_proj" in said
     )
     assert main([*sft, "--lora-alpha", "2"]) == 2
-    assert "lora_alpha is about adapters: give lora_rank" in capsys.readouterr().err
+    assert "lora_alpha goes with lora_rank: give lora_rank" in capsys.readouterr().err

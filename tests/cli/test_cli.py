@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from upslope import cli, options
+from upslope.config import load, read_toml
 from upslope.errors import ConfigError, DataError, ModelError, RunError
 from upslope.version import __version__
 
@@ -80,6 +81,40 @@ def test_verb_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> Non
         assert f"--{name.replace('_', '-')}" in printed
 
 
+def test_help_begins_with_what_one_sets_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["ppo", "--help"]) == 0
+    first, *others = re.findall(r"^(\S.*):\n((?:  .*\n?)+)", capsys.readouterr().out, re.MULTILINE)
+    wanted = "task model reward learning-rate num-prompts num-generations max-completion-length max-steps output-dir"
+    assert first[0] == "What one sets first"
+    assert re.findall(r"^  --([a-z-]+)", first[1], re.MULTILINE) == [*wanted.split(), "kl-coef"]
+    headings = [heading for heading, _ in others]
+    assert {"Options of ppo", "Returns and critic", "KL to the reference model", "Sampling", "Launch"} <= set(headings)
+    assert len(headings) == len(set(headings))
+    assert "  --critic-learning-rate FLOAT|none\n" in dict(others)["Returns and critic"]
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_names_every_option_once(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    kind = getattr(options, cli.VERBS[verb].options)
+    assert cli.main([verb, "--help"]) == 0
+    printed = capsys.readouterr().out
+    shown = re.findall(r"^  --([a-z-]+)", printed, re.MULTILINE)
+    assert sorted(shown) == sorted(name.replace("_", "-") for name in kind.__dataclass_fields__)
+    assert "left out:" not in printed.lower()
+
+
+def test_help_shows_other_spellings_and_the_files_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.toml").write_text("kl_coef = 0.25\nreward = ['a', 'b']\n")
+    assert cli.main(["grpo", "-c", f"{tmp_path}/a.toml", "--json", "-h"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "--beta, --kl-coef FLOAT Weight of the KL divergence to the reference model in the loss" in printed
+    assert "no reference is loaded. (default: 0.25)" in printed
+    assert "(default: a b)" in printed
+    assert "--json, --no-json Print what comes out as one JSON object on standard output. (default: true)" in printed
+    assert "(default: none)" in printed.partition("--patience INT|none")[2]
+    assert "--lora-alpha FLOAT|none Scale of the adapters; default: twice the rank. --lora" in printed
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -104,6 +139,11 @@ def test_verb_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> Non
         (["ppo", "--config"], "--config wants the path of a TOML file"),
         (["ppo", "-c", "no-such-file.toml"], "no-such-file.toml: no such file"),
         (["sft"], "give exactly one of --data and --task"),
+        (["grpo", "--beta", "1", "--kl-coef=2"], "--kl-coef: '--kl-coef' is given twice, also at --beta"),
+        (["grpo", "--kl-coef", "-1"], "--kl-coef: beta is -1.0; it must be at least 0"),
+        (["grpo", "--kl-coeff", "1"], "did you mean '--kl-coef'?"),
+        (["expert", "--threshold", "nan"], "--threshold: threshold is nan; it must be finite"),
+        (["sft", "--data", "x", "--max-steps", "1" + "0" * 400, "--target"], "Missing value for argument '--target'"),
         (["ppo", "--top-k", "3"], "name the correction"),
     ],
 )
@@ -161,10 +201,72 @@ def test_a_flag_repairs_a_bad_value_of_the_file(tmp_path: Path) -> None:
         (["--target=-5e-1"], "target", -0.5),
         (["--output-dir", "runs/a b"], "output_dir", "runs/a b"),
         (["--output-dir=--odd"], "output_dir", "--odd"),
+        (["--target", "-5e-1"], "target", -0.5),
+        (["--output-dir", "-odd"], "output_dir", "-odd"),
     ],
 )
 def test_spellings(arguments: list[str], name: str, value: object) -> None:
     assert getattr(parse(*arguments), name) == value
+
+
+SPELLINGS = [
+    ("grpo", "kl_coef", "beta", 0.5),
+    ("grpo", "num_epochs", "num_iterations", 3),
+    ("sft", "num_train_prompts", "num_examples", 7),
+    ("seq2seq", "num_train_prompts", "num_examples", 7),
+    ("seq2seq", "num_generations", "num_samples", 5),
+    ("seq2seq", "num_beams", "beam_width", 2),
+    ("pretrain", "stride", "eval_stride", 8),
+    ("generate", "max_completion_length", "max_tokens", 9),
+    ("chat", "max_completion_length", "max_tokens", 9),
+    ("generate", "num_generations", "num_return_sequences", 2),
+    ("generate", "beam_width", "num_beams", 2),
+    ("eval", "context_length", "context", 32),
+    ("eval", "eval_stride", "stride", 16),
+    ("eval", "eval_samples", "limit", 4),
+    ("eval", "model", "models", ("a",)),
+    ("export", "output_dir", "output", "x"),
+]
+
+
+@pytest.mark.parametrize(("verb", "other", "name", "value"), SPELLINGS)
+def test_an_option_has_the_spelling_of_the_other_verbs(
+    verb: str, other: str, name: str, value: object, tmp_path: Path
+) -> None:
+    kind = getattr(options, cli.VERBS[verb].options)
+    words = list(value) if isinstance(value, tuple) else [str(value)]
+    given = {key: cli._read(verb, kind, [f"--{key.replace('_', '-')}", *words])[0] for key in (other, name)}
+    assert given[other][name].value == given[name][name].value == value
+    path = tmp_path / "a.toml"
+    path.write_text(f"{other} = {list(value) if isinstance(value, tuple) else value!r}\n")
+    assert read_toml(kind, path)[name].value == value
+    path.write_text(f"{other} = {list(value) if isinstance(value, tuple) else value!r}\n" * 2)
+    path.write_text(path.read_text().replace(other, name, 1))
+    with pytest.raises(ConfigError, match=f"a.toml:2: '{other}' is given twice, also at .*a.toml:1"):
+        read_toml(kind, path)
+
+
+def test_a_later_source_wins_by_either_spelling(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text("beta = 1\n")
+    made = cli.parse("grpo", options.GRPOOptions, ["-c", f"{tmp_path}/a.toml", "--kl-coef", "2"])
+    assert made == options.GRPOOptions(beta=2.0)
+    with pytest.raises(ConfigError, match="--kl-coef: 'kl_coef' is given twice, also at --beta"):
+        load(options.GRPOOptions, overrides={"beta": 1, "kl_coef": 2})
+    assert load(options.GRPOOptions, tmp_path / "a.toml", overrides={"kl_coef": 2}) == made
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ("--whiten-advantages", True),
+        ("--no-whiten-advantages", False),
+        ("--whiten-advantages true", True),
+        ("--whiten-advantages=none", None),
+    ],
+)
+def test_a_switch_that_may_have_no_value(words: str, value: bool | None) -> None:
+    made = cli.parse("reinforce", options.ReinforceOptions, words.split())
+    assert made == options.ReinforceOptions(whiten_advantages=value)
 
 
 @pytest.mark.parametrize(

@@ -484,7 +484,7 @@ def test_values_beyond_float16_name_the_tensor(tmp_path: Path, capsys: pytest.Ca
         (["--output", "x", "--dtype", "int4"], "dtype"),
         (["--output", "x", "--max-shard-gb", "0"], "above 0"),
         (["--output", "x", "--max-shard-gb", "nan"], "above 0"),
-        (["--output", "x", "--pre-tokenizer", "qwen2"], "pre_tokenizer is for"),
+        (["--output", "x", "--pre-tokenizer", "qwen2"], "pre_tokenizer belongs to format = gguf"),
         (["--output", "x", "--base", "y"], "--base is for adapters"),
         ([], "output is missing"),
     ],

@@ -444,5 +444,5 @@ def test_a_score_of_ones_own_table(bert: Path, tmp_path: Path, capsys: pytest.Ca
     stsb = lines(tmp_path / "t.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1}])
     with pytest.raises(ConfigError, match="are numbers: set objective = squared_error"):
         _prepare(ClassifyOptions(data=f"stsb:{stsb}", **shared), None)
-    with pytest.raises(ConfigError, match="rewards are of labels with names"):
+    with pytest.raises(ConfigError, match=r"rewards belongs to objective = cross_entropy or .*, not squared_error"):
         ClassifyOptions(data="x.csv", objective="squared_error", rewards="r.json").validate()

@@ -127,7 +127,7 @@ def test_what_trains_on_its_own_samples_has_none(kind: Any) -> None:
     [
         ({"lora_rank": 2, "lora_dropout": 1.0}, r"lora_dropout is 1\.0; it must be between 0 and 0\.99"),
         ({"lora_rank": 2, "lora_dropout": float("nan")}, "lora_dropout is nan"),
-        ({"lora_dropout": 0.1}, "lora_dropout is about adapters: give lora_rank"),
+        ({"lora_dropout": 0.1}, "lora_dropout goes with lora_rank: give lora_rank"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(changes: dict[str, Any], said: str) -> None:

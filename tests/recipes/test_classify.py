@@ -391,7 +391,7 @@ def test_the_command_end_to_end(bert: Path, data: Path, tmp_path: Path, capsys: 
     [
         ({"data": ""}, ConfigError, "data is missing"),
         ({"max_length": 65}, ConfigError, "max_length is 65, but the model reads 64 tokens"),
-        ({"objective": "policy_gradient", "label_smoothing": 0.1}, ConfigError, "belongs to cross_entropy"),
+        ({"objective": "policy_gradient", "label_smoothing": 0.1}, ConfigError, "belongs to objective = cross_entropy"),
         ({"objective": "policy_gradient_sampled", "num_samples": 1}, ConfigError, "needs num_samples of at least 2"),
         ({"eval_share": 0.0}, ConfigError, "eval_share is 0.0"),
         ({"label_column": "lable"}, DataError, r"train.csv:1: no column 'lable' .*did you mean 'label'"),

@@ -287,7 +287,7 @@ BAD: dict[str, tuple[dict[str, Any], type[UpslopeError], str]] = {
     "adapters on nothing": ({"lora_rank": 4}, ConfigError, "lora_rank"),
     "small vocabulary": ({"vocab_size": 100}, ConfigError, "at least 257"),
     "unknown tokenizer": ({"tokenizer": "bpee", "vocab_size": None}, ConfigError, "'bpee'"),
-    "sizes of a model that has its own": ({"model": "{tmp}"}, ConfigError, "describes a new model"),
+    "sizes of a model that has its own": ({"model": "{tmp}"}, ConfigError, "belongs to model = scratch, not "),
     "masked from a decoder": (FOLLOWED | {"objective": "masked"}, ConfigError, "is no encoder"),
     "mask share of a decoder": ({"objective": "causal", "mask_probability": 0.2}, ConfigError, "mask_probability"),
     "stride": ({"eval_stride": 48}, ConfigError, "eval_stride"),

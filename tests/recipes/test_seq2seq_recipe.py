@@ -312,7 +312,7 @@ def test_dry_run_says_what_will_happen(
         ({"alpha": 1.0}, "minimum_risk"),
         ({"objective": "minimum_risk"}, "dropout"),
         ({"objective": "minimum_risk", "dropout": None, "label_smoothing": 0.1}, "label_smoothing"),
-        ({"model": "somewhere"}, "somewhere has its own"),
+        ({"model": "somewhere"}, "belongs to model = scratch, not somewhere"),
         ({"beam_width": 0}, "beam_width"),
         ({"label_smoothing": 1.0}, "label_smoothing"),
     ],

@@ -53,7 +53,7 @@ class Options:
                 wanted = values.replace(",", " or ")
                 raise ConfigError(f"{name} belongs to {other} = {wanted}, not {now}: leave it out")
             if other and not values and not now:
-                raise ConfigError(f"{name} goes with {other}, which is not given")
+                raise ConfigError(f"{name} goes with {other}: give {other}, too, or leave {name} out")
         for kind in type(self).__mro__:
             vars(kind).get("_check", lambda _: None)(self)
 

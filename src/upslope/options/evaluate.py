@@ -61,7 +61,7 @@ class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
 
     models: tuple[str, ...] = option((), also="model")
     """What to measure, as in `upslope eval runs/a runs/b`: folders, runs, hub ids, .gguf files, the alias."""
-    hypotheses: tuple[str, ...] = option((), needs="data")
+    hypotheses: tuple[str, ...] = ()
     """Finished answers to --data in place of models: .txt with one a line, or rows with the key completion."""
     rescore: str | None = None
     """N-best lists to put into the model's order: rows {reference, hypotheses: [{text, score}], source}."""

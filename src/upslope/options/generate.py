@@ -122,6 +122,8 @@ KEY_VARIABLE = "UPSLOPE_API_KEY"
 class ServeOptions(EngineOptions):
     """An OpenAI-compatible server and a chat page on loopback, over the engine that training samples with."""
 
+    FIRST = "model host port api_key"
+
     served_model_name: str | None = None
     """The model's name in requests and in /v1/models; default: the last part of --model."""
     compare: str | None = None

@@ -18,7 +18,7 @@ from upslope.options.common import (
 )
 
 
-class SFTOptions(RunOptions, RowOrTaskOptions, BatchOptions):
+class SFTOptions(RowOrTaskOptions, BatchOptions, RunOptions):
     """Supervised fine-tuning: maximum likelihood of completions, token-masked and packed."""
 
     FIRST = "data task model learning_rate batch_size num_epochs max_steps max_length lora_rank output_dir"
@@ -33,7 +33,7 @@ class SFTOptions(RunOptions, RowOrTaskOptions, BatchOptions):
     """Longest reply in tokens when --task accuracy is measured."""
 
 
-class DistillOptions(SampledOptions, RowOrTaskOptions):
+class DistillOptions(RowOrTaskOptions, SampledOptions):
     """On-policy distillation: the student writes, the teacher grades every token's distribution (GKD, MiniLLM)."""
 
     FIRST = (

@@ -13,7 +13,7 @@ BETA = {"dpo": 0.1, "ipo": 0.1, "kto": 0.1, "orpo": 0.1, "simpo": 2.5}
 SIMPO_MARGIN = 1.375
 
 
-class PreferenceData(RunOptions, RowOptions, BatchOptions):
+class PreferenceData(RowOptions, BatchOptions, RunOptions):
     """Data."""
 
     FIRST = "data model learning_rate batch_size num_epochs max_steps max_length lora_rank output_dir"

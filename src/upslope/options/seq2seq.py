@@ -11,7 +11,7 @@ from upslope.options.common import BatchOptions, Named, RowOrTaskOptions, RunOpt
 SCRATCH = "scratch"
 
 
-class Seq2SeqOptions(RunOptions, RowOrTaskOptions, BatchOptions):
+class Seq2SeqOptions(RowOrTaskOptions, BatchOptions, RunOptions):
     """An encoder-decoder on pairs of texts, by maximum likelihood or by minimum risk, from random weights or on."""
 
     FIRST = "data task model hidden_size num_layers learning_rate batch_size num_epochs max_steps output_dir"

@@ -64,6 +64,8 @@ class RunsOptions(JsonOptions):
 class CompareOptions(FolderOptions):
     """Run recipes from the same weights on the same budget with several seeds, and write one report."""
 
+    FIRST = "configs max_seconds max_tokens seeds model task output_dir"
+
     configs: tuple[str, ...] = ()
     """Two or more TOML files called VERB_name.toml, as in `upslope compare sft_a.toml ppo_b.toml`."""
     seeds: int = option(5, 1)
@@ -92,6 +94,8 @@ class CompareOptions(FolderOptions):
 
 class ExportOptions(JsonOptions):
     """Write a model for use elsewhere: adapters merged, cast, in shards, with a model card; or as GGUF."""
+
+    FIRST = "model output format dtype verify"
 
     model: str = ""
     """What to export: a run folder, a checkpoint, a model folder, adapters, a hub id or a .gguf file."""
