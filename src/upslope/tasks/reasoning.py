@@ -91,7 +91,9 @@ class ReasoningTask(Task):
 
     def judge(self, prompt: Prompt, text: str) -> Reward:
         """1 and correct for a full score; below that 0 if strict, else the verifier's score."""
-        score = graders.score(self._verifier, self.name, _entry(prompt), text.strip())
+        known = prompt.metadata
+        entry = {"question": known["question"], "answer": prompt.answer, "metadata": known["entry"]}
+        score = graders.score(self._verifier, self.name, entry, text.strip())
         correct = score >= 1.0
         return Reward(value=float(correct) if self.strict else score, correct=correct)
 
@@ -138,10 +140,6 @@ class ReasoningTask(Task):
             raise ConfigError(f"task '{self.name}': reasoning-gym refuses {self.config}: {detail}") from error
 
 
-def _entry(prompt: Prompt) -> dict[str, Any]:
-    return {"question": prompt.metadata["question"], "answer": prompt.answer, "metadata": prompt.metadata["entry"]}
-
-
 def _checked_config(name: str, config: dict[str, Any]) -> dict[str, Any]:
     from reasoning_gym.factory import DATASETS
 
@@ -176,13 +174,10 @@ json.dump([dataset[index] for index in range(size)], answer)
 
 
 def _entries_apart(name: str, config: dict[str, Any], seed: int, size: int) -> list[dict[str, Any]]:
+    fixed = {**os.environ, "PYTHONHASHSEED": "0"}
     call = [sys.executable, "-c", _APART, json.dumps([sys.path, name, config, seed, size])]
-    done = subprocess.run(call, capture_output=True, text=True, env=_fixed_hash_environment(), check=False)
+    done = subprocess.run(call, capture_output=True, text=True, env=fixed, check=False)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DataError(f"task '{name}': writing its problems failed: {last}")
     return json.loads(done.stdout)
-
-
-def _fixed_hash_environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONHASHSEED": "0"}

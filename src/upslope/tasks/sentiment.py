@@ -6,6 +6,7 @@ reward on language models (1909.08593, section 3.1), with a lexicon in the place
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,7 +51,6 @@ class Sentiment(Task):
         self.openings, self.divided = openings, bool(openings)
         self.chat, self.open_ended = chat, not chat
         self.eval_fraction = checked_fraction(eval_fraction)
-        self._analyzer: Any = None
         require("tasks", "vaderSentiment")
 
     def size(self, split: Split) -> int:
@@ -66,18 +66,20 @@ class Sentiment(Task):
 
     def judge(self, prompt: Prompt, text: str) -> Reward:
         """The compound score, its sign turned for the target 'negative'."""
-        score = (1.0 if self.target == "positive" else -1.0) * self._compound(text)
+        compound = float(self._analyzer.polarity_scores(text[:MAX_CHARACTERS])["compound"])
+        score = compound if self.target == "positive" else -compound
         return Reward(value=score, correct=score >= THRESHOLD)
 
     def _all(self) -> list[str]:
-        return _read_openings(self.openings) if self.openings else built_in_openings()
+        if not self.openings:
+            return built_in_openings()
+        return [line.strip() for _, line in lines_of(Path(self.openings).expanduser())]
 
-    def _compound(self, text: str) -> float:
-        if self._analyzer is None:
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    @cached_property
+    def _analyzer(self) -> Any:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-            self._analyzer = SentimentIntensityAnalyzer()
-        return float(self._analyzer.polarity_scores(text[:MAX_CHARACTERS])["compound"])
+        return SentimentIntensityAnalyzer()
 
     def _prompt(self, opening: str) -> Prompt:
         metadata = {"opening": opening}
@@ -90,7 +92,3 @@ class Sentiment(Task):
 def built_in_openings() -> list[str]:
     """Every pairing of a subject and a turn that VADER finds exactly neutral words for: 300 openings."""
     return [f"{subject} {turn}" for subject in _SUBJECTS for turn in _TURNS]
-
-
-def _read_openings(path: str) -> list[str]:
-    return [line.strip() for _, line in lines_of(Path(path).expanduser())]

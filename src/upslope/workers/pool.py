@@ -195,21 +195,19 @@ class Pool(AbstractContextManager[Any]):
                 self._lose(worker, f"{TIMED_OUT} after {self.timeout_s if worker.ready else START_LIMIT_S:g} s")
 
     def _send(self, worker: _Worker, job: Job) -> None:
-        if worker.channel.unread or wait([worker.channel], 0):  # nothing was asked: rubbish, or its end
-            self._replace_idle(worker, job)
+        if worker.channel.unread or wait([worker.channel], 0):
+            # Nothing was asked: rubbish, or its end. What broke between jobs (out of memory, say) costs nothing; one
+            # after the other is an error.
+            died = self._replace(worker, DYING_S)
+            self._jobs.appendleft(job)
+            self._idle_deaths += 1
+            if self._idle_deaths >= MAX_IDLE_DEATHS:
+                raise RunError(f"reward workers keep breaking while idle ({died}); look at what the task file starts")
             return
         message = job.message()
         worker.job, worker.number = job, next(self._numbers)
         worker.deadline = time.monotonic() + self.timeout_s + GRACE_S
         worker.channel.put(worker.number, message)
-
-    def _replace_idle(self, worker: _Worker, job: Job) -> None:
-        """A worker that broke between jobs (out of memory, say) costs nothing; one after the other is an error."""
-        died = self._replace(worker, DYING_S)
-        self._jobs.appendleft(job)
-        self._idle_deaths += 1
-        if self._idle_deaths >= MAX_IDLE_DEATHS:
-            raise RunError(f"reward workers keep breaking while idle ({died}); look at what the task file starts")
 
     def _receive(self, worker: _Worker) -> None:
         try:
