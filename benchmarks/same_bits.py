@@ -4,11 +4,11 @@
     python benchmarks/same_bits.py main HEAD --only 'ppo*'      one recipe
     python benchmarks/same_bits.py main . --keep /tmp/kept      main's results are kept for the next comparison
 
-Both run the cases of benchmarks/same_bits_cases.py (`--list`), one process and one thread each, on the CPU, with this
-interpreter. Compared are all tensors of all checkpoints (bits, dtype, shape), their states and the configurations of
-their models, metrics.jsonl, run.db (its token arrays decoded), summary.json, and whatever else a run writes; not what
-tells times, speeds or memory (TIMES), nor IGNORED files. Options and names that a later revision spells otherwise stand
-in WORDS and NAMES of the cases' file.
+Both run the cases of benchmarks/same_bits_cases.py (`--list`) as `python -m upslope VERB ...`, one process and one
+thread each, on the CPU, with this interpreter and its packages. Compared are all tensors of all checkpoints (bits,
+dtype, shape), their states and the configurations of their models, metrics.jsonl, run.db (its token arrays decoded),
+summary.json, and whatever else a run writes; not what tells times, speeds or memory (TIMES), nor IGNORED files. Options
+and names that a later revision spells otherwise stand in WORDS and NAMES of the cases' file.
 
 Exit code 0: every case ran in both revisions, was found to hold tensors and metrics, and is the same. 1: anything else.
 What `--keep` holds is of one machine; a commit's case is run again when its words, its data, torch or Python changed.
@@ -21,11 +21,14 @@ import argparse
 import fnmatch
 import hashlib
 import importlib.metadata
+import importlib.util
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
 import sqlite3
@@ -51,12 +54,18 @@ TIMEOUT_S = 300
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
     "NO_COLOR": "1",
     "COLUMNS": "200",
 }
+FORKS = multiprocessing.get_context("forkserver")
+PRELOADED = ["torch._dynamo", "transformers.modeling_utils", "transformers.masking_utils", "peft", "tyro"]
+PRELOADED += ["rich.progress", "sklearn.metrics"]
+PRELOADED += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3", "bert", "roberta")]
+"""Modules of other packages that every run would import for itself: five of its six seconds."""
 IGNORED = re.compile(r"(^|/)(log|\.lock|env\.json|config(\.\d+)?\.toml|manifest\.json|run\.db-\w+|cache/.*)$")
 TIMES = re.compile(
     r"(^|[ /_.])(time|seconds|clock|tokens_per_second|peak_memory_gb|reward_seconds|commands)($|[/.\[ ])"
@@ -261,32 +270,28 @@ class Revision:
         scratch.mkdir()
         (scratch / "data").symlink_to(data)
         self.source = ROOT / "src"
+        self.helps: dict[str, str] = {}
         if name != ".":
             archive = subprocess.run(["git", "archive", name, "src"], cwd=ROOT, capture_output=True, check=True)
             subprocess.run(["tar", "-x", "-C", str(scratch)], input=archive.stdout, check=True)
             self.source = scratch / "src"
-        imported = self.python("-c", "import upslope; print(upslope.__file__)").stdout.strip()
-        if not Path(imported).is_relative_to(self.source):
-            raise SystemExit(f"{name}: upslope is imported from {imported or 'nowhere'}, not from {self.source}")
-        self.helps: dict[str, str] = {}
 
-    def python(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run this interpreter on the revision's source."""
-        return subprocess.run(
-            [sys.executable, *words],
-            cwd=self.scratch,
-            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(self.source)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+    def upslope(self, words: Sequence[str], log: Path) -> int | None:
+        """Run the command with these words, what it says appended to a file; its exit code, None: it takes too long."""
+        process = FORKS.Process(target=_upslope, args=(list(words), self.source, self.scratch, log))
+        process.start()
+        process.join(TIMEOUT_S)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            return None
+        return process.exitcode
 
     def lacks(self, verb: str, words: str) -> bool:
         """Whether `upslope VERB --help` does not have the last of these words."""
         if verb not in self.helps:
-            self.helps[verb] = self.python("-m", "upslope", verb, "--help").stdout
+            self.upslope([verb, "--help"], log := self.scratch / f"help-{verb}")
+            self.helps[verb] = log.read_text(encoding="utf-8")
         return not re.search(rf"(?<![\w-]){re.escape(words.split()[-1])}(?![\w-])", self.helps[verb])
 
     def commands(self, case: str) -> list[list[str]]:
@@ -313,20 +318,32 @@ class Revision:
         folder = self.scratch / "runs" / case
         folder.mkdir(parents=True)
         for words in commands:
-            try:
-                done = self.python("-m", "upslope", *words)
-            except subprocess.TimeoutExpired:
-                return folder, f"upslope {words[0]} took longer than {TIMEOUT_S} s"
-            with (folder / "log").open("a", encoding="utf-8") as log:
-                log.write(f"$ upslope {shlex.join(words)}\n{done.stdout}{done.stderr}")
-            if done.returncode:
-                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-                return folder, f"exit code {done.returncode} of upslope {words[0]}: {last}"
+            code = self.upslope(words, log := folder / "log")
+            if code != 0:
+                last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+                ended = f"took longer than {TIMEOUT_S} s" if code is None else f"ended with exit code {code}"
+                return folder, f"upslope {words[0]} {ended}: {last}"
         if kept and not kept.is_dir():
             kept.parent.mkdir(parents=True, exist_ok=True)
             os.replace(folder, kept)
             return kept, ""
         return folder, ""
+
+
+def _upslope(words: list[str], source: Path, workplace: Path, log: Path) -> None:
+    """`python -m upslope WORDS` in a process forked off one that has the heavy parts of other packages in memory."""
+    os.chdir(workplace)
+    os.environ["PYTHONPATH"] = str(source)
+    sys.path[:] = [str(source), *(path for path in sys.path if path not in (str(ROOT), str(ROOT / "benchmarks")))]
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    print(f"$ upslope {shlex.join(words)}", flush=True)
+    sys.argv = ["upslope", *words]
+    found = importlib.util.find_spec("upslope")
+    if found is None or not Path(found.origin or "").is_relative_to(source):
+        raise SystemExit(f"upslope is imported from {found and found.origin}, not from {source}")
+    runpy.run_module("upslope", run_name="__main__", alter_sys=True)
 
 
 def lines_of(case: str) -> tuple[str, ...]:
@@ -404,6 +421,8 @@ def main() -> int:
     if len(arguments.revisions) != 2 or not cases:
         parser.error("name two revisions, as in: main ." if cases else f"no case is called {arguments.only}")
     began = time.monotonic()
+    os.environ |= ENVIRONMENT
+    FORKS.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory(prefix="same-bits-") as temporary:
         keep = (arguments.keep or Path(temporary) / "keep").resolve()
         keep.mkdir(parents=True, exist_ok=True)

@@ -180,6 +180,9 @@ CHATML = (
 def make_data(folder: Path) -> None:
     """Write every model and file that a case names into `folder`, the same bytes each time."""
     write_rows(folder)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     byte, pieces = byte_tokenizer(), word_tokenizer()
     for name, family, seed in (("llama", "Llama", 0), ("teacher", "Llama", 1), ("qwen", "Qwen3", 2)):
         decoder(folder / name, family, seed, byte)
