@@ -14,50 +14,34 @@ from upslope.build import Policy, load_policy, make_engine
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO
-from upslope.recipes.policy_gradient import PolicyGradient
 from upslope.recipes.ppo import PPO
 from upslope.types import RolloutGroup, SamplingParams
 
 TASK = f"{Path(__file__).with_name('task.py')}:Stories"
 
 
-class Watched(PolicyGradient):
-    """Reports the steps of the learner it is mixed into; `fixed` lets no token end a completion."""
+def watch(learner: GRPO | PPO, steps: protocol.Steps, *, fixed: bool) -> None:
+    """Report the learner's sampling and its steps to `steps`; `fixed` lets no token end a completion."""
+    if fixed:
+        learner.engine.eos_token_ids = frozenset()
+    sample, step = learner.sampler.sample, learner.step
 
-    steps: protocol.Steps
-
-    def watch(self, steps: protocol.Steps, *, fixed: bool) -> None:
-        """Report to `steps` from now on."""
-        self.steps = steps
-        if fixed:
-            self.engine.eos_token_ids = frozenset()
-
-    def sample(
-        self, step: int, *, round_: int = 0, count: int | None = None
+    def reported(
+        index: int, *, round_: int = 0, count: int | None = None
     ) -> tuple[list[RolloutGroup], dict[str, float]]:
-        """The learner's own, reported."""
-        groups, metrics = super().sample(step, round_=round_, count=count)
+        groups, metrics = sample(index, round_=round_, count=count)
         rollouts = [r for g in groups for r in g.rollouts]
-        self.steps.add("rollout", metrics["seconds/rollout"])
-        self.steps.add("reward", metrics["seconds/reward"])
-        self.steps.note(
-            prompt_tokens=sum(len(r.prompt_tokens) for r in rollouts), lengths=[len(r.tokens) for r in rollouts]
-        )
+        steps.add("rollout", metrics["seconds/rollout"])
+        steps.add("reward", metrics["seconds/reward"])
+        steps.note(prompt_tokens=sum(len(r.prompt_tokens) for r in rollouts), lengths=[len(r.tokens) for r in rollouts])
         return groups, metrics
 
-    def step(self, step: int) -> StepResult:
-        """The learner's own, reported."""
-        result = super().step(step)  # type: ignore[misc]
-        self.steps.end()
+    def stepped(index: int) -> StepResult:
+        result = step(index)
+        steps.end()
         return result
 
-
-class WatchedGRPO(Watched, GRPO):
-    """GRPO, reported."""
-
-
-class WatchedPPO(Watched, PPO):
-    """PPO, reported."""
+    learner.sampler.sample, learner.step = reported, stepped  # type: ignore[method-assign]
 
 
 def shared_options(asked: dict[str, Any]) -> dict[str, Any]:
@@ -84,10 +68,10 @@ def shared_options(asked: dict[str, Any]) -> dict[str, Any]:
 
 def train_steps(asked: dict[str, Any], steps: protocol.Steps) -> None:
     """Steps of GRPO, or of PPO with the reward network as reward and as the critic's start."""
-    learner: WatchedGRPO | WatchedPPO
+    learner: GRPO | PPO
     if asked["kind"] == "grpo":
         options = GRPOOptions(**shared_options(asked))
-        learner = WatchedGRPO(options, load_policy(options))
+        learner = GRPO(options, load_policy(options))
     else:
         options = PPOOptions(
             **shared_options(asked),
@@ -98,8 +82,8 @@ def train_steps(asked: dict[str, Any], steps: protocol.Steps) -> None:
             kl_coef=asked["kl_coef"],
             value_clip=0.2,
         )
-        learner = WatchedPPO(options, load_policy(options))
-    learner.watch(steps, fixed=asked["fixed"])
+        learner = PPO(options, load_policy(options))
+    watch(learner, steps, fixed=asked["fixed"])
     with begin(options) as begun, closing(learner):
         steps.begin()
         train(asked["kind"], options, learner, begun)

@@ -89,7 +89,7 @@ def record(run: Run, step: int) -> None:
     judged = Reward(1.0, correct=True)
     rollout = Rollout([1, 2], [3, 4], [True, False], [-1.0, math.nan], [-1.5, math.nan], "stop", "4!", 0, reward=judged)
     prompt = Prompt(2**63 if step == 1 else step, messages=(Message("user", "2 + 2 = ?"),), answer="4")
-    names = ("trainer_logprobs", "ref_logprobs", "values", "advantages", "returns")
+    names = ("old_logprobs", "ref_logprobs", "values", "advantages", "returns")
     arrays = {name: [[value]] for name, value in zip(names, (-1.25, -1.75, 0.5, 0.25, 0.75), strict=True)}
     run.log(step, {"reward": step / 4})
     run.record_rollouts(step, [RolloutGroup(prompt, [rollout])], arrays=arrays)

@@ -51,7 +51,7 @@ INSERT INTO token_columns VALUES
     ('mask', 'uint8', 'little-endian'),
     ('sampling_logprobs', 'float32', 'little-endian'),
     ('policy_logprobs', 'float32', 'little-endian'),
-    ('trainer_logprobs', 'float32', 'little-endian'),
+    ('old_logprobs', 'float32', 'little-endian'),
     ('ref_logprobs', 'float32', 'little-endian'),
     ('values', 'float32', 'little-endian'),
     ('advantages', 'float32', 'little-endian'),
@@ -68,6 +68,8 @@ until then, and for viewers, what it lacks is in memory beside it.
 """
 
 
+RENAMED = {"trainer_logprobs": "old_logprobs"}
+"""What version 1 called an array that has another name since."""
 UNDECLARED = ENCODINGS["little-endian", "float32"]
 """Of an array without a row in token_columns, which version 1 took under any name."""
 

@@ -16,6 +16,7 @@ from typing import Any
 from upslope.runs.encoding import as_number
 from upslope.runs.rollout_rows import rollout_records
 from upslope.runs.schema import (
+    RENAMED,
     UNDECLARED,
     MetricPoint,
     RolloutRow,
@@ -176,7 +177,8 @@ class Store:
             raise KeyError(f"{self.path}: no rollout {rollout_id}")
         blobs = self._rows("SELECT name, data FROM token_arrays WHERE rollout = ? ORDER BY name", [rollout_id])
         with row_errors(self.path):
-            read = {name: self._columns.get(name, UNDECLARED)[1](blob) for name, blob in blobs}
+            named = [(RENAMED.get(name, name), blob) for name, blob in blobs]
+            read = {name: self._columns.get(name, UNDECLARED)[1](blob) for name, blob in named}
             return StoredRollout(_row(rows[0]), read)
 
     def evaluations(self, name: str | None = None) -> list[StoredEvaluation]:
