@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError
-from upslope.loop.encoder_objective import Objective
+from upslope.loop.encoder import Objective
 from upslope.models.encoder.items import groups_of, item_logits, padded_batch
 from upslope.models.encoder.labellers import load_start
 from upslope.options import ClassifyOptions

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from upslope.cli import main
-from upslope.loop.held_out import tell_task
+from upslope.loop.kept import tell_task
 from upslope.tasks.loading import load_task
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from upslope.loop.last_words import last_words
+from upslope.loop.closing import last_words
 from upslope.options import (
     DistillOptions,
     ExpertOptions,

@@ -16,9 +16,7 @@ from upslope.engine.engine import Engine
 from upslope.functional.supervised_losses import nll
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import NO_DATA
-from upslope.loop.results import Evaluation, StepResult
 from upslope.loop.sampler import Sampler
-from upslope.loop.steps import in_steps
 from upslope.loop.updater import Updater
 from upslope.options import RLOptions
 from upslope.rewards.judge import reward_metrics
@@ -26,7 +24,9 @@ from upslope.rollout.collect import length_metrics
 from upslope.runs.folder import Run
 from upslope.training.experience import Experience
 from upslope.training.optim import Group, MasterAdamW
+from upslope.training.schedule import in_steps
 from upslope.training.step import Forward, Loss, Outputs
+from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example, RolloutGroup
 
 __all__ = [

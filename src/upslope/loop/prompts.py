@@ -11,8 +11,7 @@ from upslope.data.chat import encode_prompt
 from upslope.data.template import Tools
 from upslope.engine.request import check_prompt
 from upslope.errors import ConfigError, DataError
-from upslope.loop.held_out import tell_task
-from upslope.loop.kept import DataAccount, Kept
+from upslope.loop.kept import DataAccount, Kept, tell_task
 from upslope.options import RLOptions
 from upslope.runs.progress import counted
 from upslope.tasks.base import Task

@@ -18,7 +18,6 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import mean_of
 from upslope.functional.advantages import has_signal
 from upslope.loop.prompts import ask
-from upslope.loop.results import Evaluation
 from upslope.loop.rollout_queue import RolloutQueue, Sampled
 from upslope.models.decoder.activations import Activations
 from upslope.options import GRPOOptions, RLOptions
@@ -29,6 +28,7 @@ from upslope.runs.folder import Run
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
 from upslope.training.experience import Experience, shaped_rewards, trainable
+from upslope.training.stopping import Evaluation
 from upslope.types import Prompt, Reward, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
 

@@ -20,11 +20,9 @@ from torch import Tensor
 from upslope.config import OBJECT, dump
 from upslope.errors import RunError, UpslopeError
 from upslope.loop import fingerprint
-from upslope.loop.closing import commands_of, measured, opening_words, told_when_stopped
-from upslope.loop.last_words import last_words
+from upslope.loop.closing import commands_of, last_words, measured, opening_words, told_when_stopped
 from upslope.loop.launch import Begun, begin, of_run, open_run, state_errors
 from upslope.loop.learner import Learner
-from upslope.loop.results import Evaluation, StepResult
 from upslope.options import RunOptions
 from upslope.runs.folder import HELD_OUT, Run
 from upslope.runs.lines import in_words
@@ -32,7 +30,7 @@ from upslope.runs.progress import Progress, told
 from upslope.training import checkpoint
 from upslope.training.optim import MasterAdamW
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
-from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
+from upslope.training.stopping import Budget, Evaluation, GracefulInterrupt, Patience, StepResult, StopWhen, Target
 
 __all__ = ["Begun", "Evaluation", "Learner", "StepResult", "begin", "train"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from upslope import options as kinds
-from upslope.loop.steps import in_steps
 from upslope.options import RLOptions, RunOptions
+from upslope.training.schedule import in_steps
 
 __all__ = ["Plan", "plan_of"]
 

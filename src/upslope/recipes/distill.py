@@ -31,8 +31,7 @@ from upslope.errors import ModelError
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.distillation import linear_divergence
 from upslope.loop.fingerprint import prompt_row
-from upslope.loop.held_out import per_token
-from upslope.loop.kept import within_context
+from upslope.loop.kept import per_token, within_context
 from upslope.loop.learner import PolicyLearner, weighted
 from upslope.loop.prompts import held_out_of
 from upslope.loop.session import Evaluation, StepResult, begin, train

@@ -11,8 +11,7 @@ from upslope.data.examples import example_of
 from upslope.data.records import Content, Record, read_records
 from upslope.data.template import Tools
 from upslope.errors import ConfigError
-from upslope.loop.held_out import tell_task
-from upslope.loop.kept import DataAccount, Kept, shared_out, too_long
+from upslope.loop.kept import DataAccount, Kept, shared_out, tell_task, too_long
 from upslope.loop.prompts import fitting
 from upslope.options import DistillOptions
 from upslope.recipes.sft import demonstrations

@@ -33,8 +33,8 @@ from upslope.loop.advantages import AdvantageInput, estimate
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
 from upslope.loop.policy_losses import policy_loss
 from upslope.loop.reference import Reference
-from upslope.loop.scoring import score_before_update
 from upslope.loop.session import StepResult, begin, train
+from upslope.loop.updater import score_before_update
 from upslope.options import GRPOOptions
 from upslope.options.policy import GROUP_ADVANTAGES, LOSSES
 from upslope.training.experience import Experience, Normalizer, shaped_rewards, token_rewards

@@ -19,8 +19,7 @@ from upslope.errors import ConfigError, DataError
 from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import Measurement
 from upslope.loop.fingerprint import prompt_row
-from upslope.loop.held_out import tell_task
-from upslope.loop.kept import BEYOND, DataAccount, Split, too_long
+from upslope.loop.kept import BEYOND, DataAccount, Split, tell_task, too_long
 from upslope.loop.learner import PolicyLearner, weighted
 from upslope.loop.session import Evaluation
 from upslope.models.files.loading import save_model

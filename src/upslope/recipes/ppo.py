@@ -35,8 +35,8 @@ from upslope.loop.critic import Critic
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
 from upslope.loop.policy_losses import policy_loss
 from upslope.loop.reference import Reference
-from upslope.loop.scoring import score_before_update
 from upslope.loop.session import StepResult, begin, train
+from upslope.loop.updater import score_before_update
 from upslope.options import PPOOptions
 from upslope.options.policy import CRITIC_ADVANTAGES, LOSSES
 from upslope.training.experience import Experience, shaped_rewards, token_rewards

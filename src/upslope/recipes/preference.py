@@ -17,8 +17,7 @@ from upslope.data.examples import Encoded
 from upslope.data.records import read_records
 from upslope.evaluation.intervals import wilson
 from upslope.evaluation.preferences import share
-from upslope.loop.held_out import tell_plain
-from upslope.loop.kept import DataAccount, Kept, shared_out, too_long
+from upslope.loop.kept import DataAccount, Kept, shared_out, tell_plain, too_long
 from upslope.loop.learner import PolicyLearner
 from upslope.loop.session import Evaluation, StepResult
 from upslope.options.preference import PreferenceData

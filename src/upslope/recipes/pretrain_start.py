@@ -16,8 +16,7 @@ from upslope.data.corpus import Corpus, TokenStream, corpus_files, open_corpus, 
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, KINDS, MASKED_SPECIALS, train_tokenizer
 from upslope.devices.hardware import choose_dtype, device_of_machine
 from upslope.errors import ConfigError, DataError, ModelError
-from upslope.loop.held_out import tell_part
-from upslope.loop.kept import DataAccount, Split
+from upslope.loop.kept import DataAccount, Split, tell_part
 from upslope.models.decoder.network import Decoder, DecoderConfig
 from upslope.models.encoder.network import Encoder, load_encoder, new_encoder
 from upslope.models.files.folders import read_config

@@ -33,8 +33,8 @@ from upslope.loop.critic import Critic
 from upslope.loop.learner import RolloutLearner, rollout_metrics
 from upslope.loop.reference import Reference
 from upslope.loop.rollout_queue import Sampled
-from upslope.loop.scoring import score_before_update
 from upslope.loop.session import StepResult, begin, train
+from upslope.loop.updater import score_before_update
 from upslope.options import ReinforceOptions
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs

@@ -23,8 +23,7 @@ from upslope.data.examples import examples_of
 from upslope.data.records import read_records
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
-from upslope.loop.held_out import per_token, tell_plain, tell_task
-from upslope.loop.kept import DataAccount, Kept, shared_out, too_long, within_context
+from upslope.loop.kept import DataAccount, Kept, per_token, shared_out, tell_plain, tell_task, too_long, within_context
 from upslope.loop.learner import PolicyLearner, likelihood, weighted
 from upslope.loop.prompts import held_out_of
 from upslope.loop.session import Evaluation, StepResult, begin, train

@@ -27,7 +27,7 @@ from upslope.errors import ConfigError, RunError
 from upslope.evaluation.behaviour import calibration
 from upslope.evaluation.diversity import distinct_n, self_bleu
 from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap
-from upslope.loop.held_out import tell_task
+from upslope.loop.kept import tell_task
 from upslope.options import CompareOptions, RunOptions
 from upslope.preview.plan import plan_of
 from upslope.recipes.verbs import CLASSES, recipe_of

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from dataclasses import replace
+from typing import Any, Literal, get_args
 
 from upslope.errors import ConfigError
-from upslope.options import RunOptions
+from upslope.options import ExpertOptions, RLOptions, RunOptions
+
+__all__ = ["in_steps"]
+
 
 ScheduleKind = Literal["constant", "linear", "cosine"]
 
@@ -60,3 +64,13 @@ def _check(step: int, base: float, total_steps: int, warmup_steps: int, kind: st
     ):
         if wrong:
             raise ConfigError(said)
+
+
+def in_steps(options: Any, items: int | None = None) -> Any:
+    """The options with max_steps in place of num_epochs (passes over `items`) or of an expert's num_rounds."""
+    if isinstance(options, ExpertOptions) and options.num_rounds is not None:
+        return replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
+    if items is None or isinstance(options, RLOptions) or getattr(options, "num_epochs", None) is None:
+        return options
+    steps = max(1, round(options.num_epochs * items / options.batch_size))
+    return replace(options, max_steps=steps, num_epochs=None)

@@ -7,12 +7,15 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal, Self
 
 from upslope.errors import ConfigError
+
+__all__ = ["Evaluation", "StepResult"]
+
 
 Mode = Literal["max", "min"]
 
@@ -256,3 +259,29 @@ class GracefulInterrupt:
         # A terminal that has gone away must not cost the checkpoint.
         with contextlib.suppress(OSError):
             os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step reports: metrics for the log, trained tokens for the budget."""
+
+    metrics: Mapping[str, float]
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """A held-out measurement; `best`, patience and target go by the metric called `measure`.
+
+    loss: of two evaluations of equal value the one with the lower loss is the better one; None: the earlier.
+    """
+
+    measure: str
+    metrics: Mapping[str, Any]
+    loss: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The number of `measure`."""
+        found = self.metrics[self.measure]
+        return float(found["value"] if isinstance(found, Mapping) else found)
