@@ -34,7 +34,6 @@ __all__ = [
     "Part",
     "PolicyLearner",
     "RolloutLearner",
-    "likelihood",
     "means_of",
     "rollout_metrics",
     "stored",
@@ -125,13 +124,26 @@ class PolicyLearner(Learner):
         self.updater = Updater(self.options, policy, extra=extra)
         self.optimizer = self.updater.optimizer
 
-    def learning_rate(self, step: int) -> float:
-        """The schedule at this step."""
-        return self.updater.learning_rate(step)
-
     def update(self, step: int, batches: Iterable[Batch], loss: Loss, forward: Forward = Forward()) -> dict[str, float]:
         """One optimizer step of the policy in training mode, as `training.step.update`."""
         return self.updater.update(step, batches, loss, forward)
+
+    def imitate(self, step: int, examples: Sequence[Example], *, feed_last: bool = False) -> StepResult:
+        """One update on the mean of `loss` over the trained tokens of these sequences."""
+        started = time.perf_counter()
+        trained, tokens = sum(sum(e.mask) for e in examples), sum(len(e.tokens) for e in examples)
+        batches, _ = self.micro_batches(weighted(examples, 1 / trained), feed_last=feed_last)
+        smoothed = getattr(self.options, "label_smoothing", 0.0) > 0
+        metrics = self.update(step, batches, self.loss, Forward(mean_logp=smoothed))
+        rate = tokens / (time.perf_counter() - started)
+        return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": rate}, trained)
+
+    def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Negative log-likelihood of each trained token; with label_smoothing the plain one is logged beside it."""
+        share = getattr(self.options, "label_smoothing", 0.0)
+        if share:
+            return nll(out.logp_N, share, out.mean_logp_N), {"loss/nll": -out.logp_N}
+        return nll(out.logp_N), {}
 
     def updated(self) -> None:
         """The weights have moved: what the engine cached of the old ones is void."""
@@ -236,10 +248,3 @@ def means_of(made: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def weighted(examples: Sequence[Example], weight: float) -> list[Example]:
     """The examples with this weight in the loss of each of their trained tokens."""
     return [Example(e.tokens, e.mask, {"weight": torch.full((sum(e.mask),), weight)}) for e in examples]
-
-
-def likelihood(out: Outputs, label_smoothing: float) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Negative log-likelihood of each trained token; with smoothing the plain one is logged beside it."""
-    if label_smoothing:
-        return nll(out.logp_N, label_smoothing, out.mean_logp_N), {"loss/nll": -out.logp_N}
-    return nll(out.logp_N), {}

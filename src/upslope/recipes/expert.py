@@ -32,14 +32,13 @@ from upslope.data.batching import PromptStream
 from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
 from upslope.loop.kept import DataAccount, within_context
-from upslope.loop.learner import RolloutLearner, likelihood
+from upslope.loop.learner import RolloutLearner
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import ExpertOptions
 from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.rewards.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.schedule import rate_at
-from upslope.training.step import Outputs
 from upslope.types import Batch, Example, RolloutGroup
 
 __all__ = ["Expert", "expert", "make_learner"]
@@ -81,7 +80,7 @@ class Expert(RolloutLearner):
         started = time.perf_counter()
         rows, new = self._rows_of_batch(round_, place)
         trained = sum(sum(row.example.mask) for row in rows)
-        metrics |= self.update(step, self._batches(rows, new, trained), _loss)
+        metrics |= self.update(step, self._batches(rows, new, trained), self.loss)
         self.updated()
         metrics["round"] = round_ + 1.0
         metrics["seconds/update"] = time.perf_counter() - started
@@ -194,10 +193,6 @@ class Expert(RolloutLearner):
             rows = read_rows(self.run.folder / self.file["name"], self.file["sha256"])
             self.kept = [row for row in rows if row.origin["source"] == "sample"]
             self.corpus = [row for row in rows if row.origin["source"] == "corpus"]
-
-
-def _loss(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-    return likelihood(out, 0.0)
 
 
 def _report(candidates: Sequence[Candidate], chosen: Sequence[Candidate], *, seed: int) -> dict[str, float]:

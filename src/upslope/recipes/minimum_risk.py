@@ -30,7 +30,7 @@ from upslope.rewards.judge import reward_metrics
 from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect, length_metrics
 from upslope.training.experience import Experience, group_rewards
-from upslope.training.step import Outputs, score, update
+from upslope.training.step import Outputs, score
 from upslope.types import Batch, Prompt, Rollout, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
 
@@ -133,14 +133,7 @@ class MinimumRisk(PairLearner):
         experience.slope = experience.per_sequence(weight_PG.flatten()[place_B].float())
         experience.weight = torch.full((experience.num_trained,), 1 / count)
         batches, _ = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
-        metrics = update(
-            model,
-            self.optimizer,
-            batches,
-            self._loss,
-            learning_rate=self.learning_rate(step),
-            max_grad_norm=o.max_grad_norm,
-        )
+        metrics = self.update(step, batches, self._loss)
         self.updated()
         return metrics | {"loss": float(risk_P.mean())}
 

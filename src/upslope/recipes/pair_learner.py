@@ -20,7 +20,7 @@ from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import Measurement
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import BEYOND, DataAccount, Split, tell_task, too_long
-from upslope.loop.learner import PolicyLearner, weighted
+from upslope.loop.learner import PolicyLearner
 from upslope.loop.session import Evaluation
 from upslope.models.files.loading import save_model
 from upslope.models.seq2seq.config import Seq2SeqConfig
@@ -35,7 +35,7 @@ from upslope.tasks.loading import load_task, prompts_of
 from upslope.tasks.pairs import Pairs, count_pairs
 from upslope.training import checkpoint
 from upslope.training.step import score
-from upslope.types import Batch, Example, Prompt, Reward, RolloutGroup, SamplingParams
+from upslope.types import Example, Prompt, Reward, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
 
 __all__ = ["PairData", "PairLearner", "start_policy"]
@@ -218,17 +218,12 @@ class PairLearner(PolicyLearner):
         source, lent = (self.data.sources[0], self.data.lent) if name == "train" else (self.data.sources[1], 0)
         return Split(source, kept, {**self.data.dropped[name], **dropped}, notes, lent)
 
-    def batches(self, examples: list[Example]) -> list[Batch]:
-        """Packed micro-batches whose trained tokens share one denominator."""
-        trained = sum(sum(e.mask) for e in examples)
-        return self.micro_batches(weighted(examples, 1 / trained), feed_last=True)[0]
-
     def evaluate(self, step: int) -> Evaluation | None:
         """Loss per token of the first references; accuracy and edit rate of greedy (or beam) decoding."""
         if not self.held_out:
             return None
         o = self.options
-        out = score(self.policy.model, self.batches(self.eval_examples))
+        out = score(self.policy.model, self.micro_batches(self.eval_examples, feed_last=True)[0])
         params = SamplingParams(max_tokens=o.max_completion_length, temperature=0.0, beam_width=o.beam_width)
         groups = self.decode(self.held_out, params)
         if self.run is not None:

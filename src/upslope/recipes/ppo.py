@@ -105,7 +105,7 @@ class PPO(RolloutLearner):
     def descend(self, x: Experience, members: list[int], step: int, *, first: bool) -> dict[str, float]:
         """One optimizer step of the critic and, once value_pretraining_steps are over, of the policy."""
         o, head = self.options, self.critic.head
-        metrics = self.critic.update(x, members, self.value_loss, self.learning_rate(step))
+        metrics = self.critic.update(x, members, self.value_loss, self.updater.learning_rate(step))
         loss = self.loss
         forward = Forward(o.temperature, entropy=o.entropy_coef > 0, head=head, detach_trunk=o.vf_coef == 0)
         if step < o.value_pretraining_steps:

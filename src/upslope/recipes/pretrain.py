@@ -15,23 +15,20 @@ from __future__ import annotations
 
 import math
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from upslope.build import Policy
 from upslope.errors import DataError
-from upslope.loop.learner import PolicyLearner, likelihood, weighted
+from upslope.loop.learner import PolicyLearner
 from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.pretrain_masked import MaskedPretrain
 from upslope.recipes.pretrain_start import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
-from upslope.training.step import Forward, Outputs, score
-from upslope.types import Batch, Example
+from upslope.training.step import score
+from upslope.types import Example
 
 __all__ = ["Pretrain", "make_learner", "pretrain"]
 
@@ -85,16 +82,10 @@ class Pretrain(PolicyLearner):
 
     def step(self, step: int) -> StepResult:
         """One batch of windows, one update."""
-        o, started = self.options, time.perf_counter()
-        windows = [self.texts.train.window(i, o.context_length) for i in self.order.take(o.batch_size)]
-        trained = sum(len(w) - 1 for w in windows)
-        batches, _ = self.micro_batches(weighted([_example(w) for w in windows], 1 / trained))
-        metrics = self.update(step, batches, self._loss, Forward(mean_logp=o.label_smoothing > 0))
-        seconds = time.perf_counter() - started
-        return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": trained / seconds}, trained)
-
-    def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return likelihood(out, self.options.label_smoothing)
+        o = self.options
+        return self.imitate(
+            step, [_example(self.texts.train.window(i, o.context_length)) for i in self.order.take(o.batch_size)]
+        )
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Perplexity per token and bits per byte of the held-out text."""

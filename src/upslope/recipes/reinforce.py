@@ -125,7 +125,7 @@ class Reinforce(RolloutLearner):
 
         everything = list(range(x.size))
         x.set_weights(everything, o.normalizer, constant=o.max_completion_length)
-        metrics |= penalties | critic.update(x, everything, self.value_loss, self.learning_rate(step))
+        metrics |= penalties | critic.update(x, everything, self.value_loss, self.updater.learning_rate(step))
         forward = Forward(o.temperature, entropy=o.entropy_coef > 0, head=critic.head, detach_trunk=o.vf_coef == 0)
         metrics |= self.updater.update_on(x, everything, step, self.loss, forward, sampler=sampler, first=True)
         return self.finish(step, sampled.groups, x, {**metrics, "optimizer_steps": 1.0}, started)

@@ -12,22 +12,16 @@ The network is Vaswani et al. 2017 (1706.03762), the objective Sutskever et al. 
 from __future__ import annotations
 
 import tempfile
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from upslope.build import Policy
-from upslope.loop.learner import likelihood
 from upslope.loop.session import StepResult, begin, train
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
-from upslope.training.step import Forward, Outputs
-from upslope.types import Batch
 
 __all__ = ["MaximumLikelihood", "make_learner", "seq2seq"]
 
@@ -54,13 +48,7 @@ class MaximumLikelihood(PairLearner):
 
     def step(self, step: int) -> StepResult:
         """One batch of pairs, one update."""
-        o, started = self.options, time.perf_counter()
-        examples = [self.examples[i] for i in self.order.take(o.batch_size)]
-        metrics = self.update(step, self.batches(examples), self._loss, Forward(mean_logp=o.label_smoothing > 0))
+        examples = [self.examples[i] for i in self.order.take(self.options.batch_size)]
+        result = self.imitate(step, examples, feed_last=True)
         self.updated()
-        trained, tokens = sum(sum(e.mask) for e in examples), sum(len(e.tokens) for e in examples)
-        seconds = time.perf_counter() - started
-        return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": tokens / seconds}, trained)
-
-    def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
-        return likelihood(out, self.options.label_smoothing)
+        return result

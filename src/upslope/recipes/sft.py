@@ -10,7 +10,6 @@ for each batch of sequences:
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from upslope.data.records import read_records
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.loop.kept import DataAccount, Kept, per_token, shared_out, tell_plain, tell_task, too_long, within_context
-from upslope.loop.learner import PolicyLearner, likelihood, weighted
+from upslope.loop.learner import PolicyLearner
 from upslope.loop.prompts import held_out_of
 from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
@@ -32,7 +31,7 @@ from upslope.rollout.collect import collect
 from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
-from upslope.training.step import Forward, Outputs, score
+from upslope.training.step import Outputs, score
 from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
 
@@ -65,29 +64,19 @@ class SFT(PolicyLearner):
 
     def step(self, step: int) -> StepResult:
         """One batch, one update."""
-        o, started = self.options, time.perf_counter()
-        examples = [self.train_examples[i] for i in self.order.take(o.batch_size)]
-        trained = sum(sum(e.mask) for e in examples)
-        batches = self._batches(examples, trained)
-        metrics = self.update(step, batches, self._loss, Forward(mean_logp=o.label_smoothing > 0))
-        seconds = time.perf_counter() - started
-        tokens = sum(len(e.tokens) for e in examples)
-        return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": tokens / seconds}, trained)
+        return self.imitate(step, [self.train_examples[i] for i in self.order.take(self.options.batch_size)])
 
-    def _batches(self, examples: list[Example], trained: int) -> list[Batch]:
-        return self.micro_batches(weighted(examples, 1 / trained))[0]
-
-    def _loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """The likelihood, or that of dynamic fine-tuning."""
         if self.options.loss != "dft":
-            return likelihood(out, self.options.label_smoothing)
+            return super().loss(batch, out)
         return dft(out.logp_N), {"loss/nll": -out.logp_N}
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Held-out loss per token; with a task also greedy accuracy on its held-out problems."""
         metrics: dict[str, Any] = {}
         if self.eval_examples:
-            trained = sum(sum(e.mask) for e in self.eval_examples)
-            batches = self._batches(self.eval_examples, trained)
+            batches, _ = self.micro_batches(self.eval_examples)
             out = score(self.policy.model, batches)
             metrics |= {"eval_loss": per_token(-out.logp_N, batches), "eval_rows": len(self.eval_examples)}
         if self.task is not None and self.options.eval_samples:
