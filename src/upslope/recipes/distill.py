@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_policy, make_engine
-from upslope.data.chat import encode_prompt, load_tokenizer
+from upslope.data.chat import load_tokenizer
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError
 from upslope.evaluation.accuracy import evaluate
@@ -43,7 +43,7 @@ from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
 from upslope.recipes.distill_data import Item, load_items, with_room
 from upslope.recipes.sft import held_out_groups
-from upslope.rollout.collect import length_metrics, sampling_keys
+from upslope.rollout.collect import length_metrics, sample
 from upslope.runs.progress import told
 from upslope.tasks.loading import load_task
 from upslope.training.step import Forward, Outputs
@@ -147,22 +147,10 @@ class Distill(PolicyLearner):
             temperature=o.temperature if temperature is None else temperature,
             seed=seed,
         )
-        encoded = [self._prompt_tokens(item) for item in items]
-        keys = sampling_keys([item.prompt for item in items if item.prompt is not None])
         self.policy.model.eval()
+        prompts = [item.prompt for item in items if item.prompt is not None]
         with torch.no_grad():
-            completions = self.engine.generate(encoded, params, keys=keys)
-        groups = []
-        for item, tokens, some in zip(items, encoded, completions, strict=True):
-            assert item.prompt is not None
-            groups.append(
-                RolloutGroup(item.prompt, [Rollout.from_completion(tokens, c, i) for i, c in enumerate(some)])
-            )
-        return groups
-
-    def _prompt_tokens(self, item: Item) -> list[int]:
-        assert item.prompt is not None
-        return encode_prompt(self.policy.tokenizer, item.prompt, tools=item.tools)
+            return sample(self.engine, self.policy.tokenizer, prompts, params, [item.tools for item in items])
 
     def _loss(self, batch: Batch, out: Outputs, values: list[Tensor]) -> tuple[Tensor, Mapping[str, Tensor]]:
         o = self.options

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from upslope.data.chat import encode_prompt
+from upslope.data.template import Tools
 from upslope.rewards.judge import Judge
 from upslope.tasks.base import KEY_BITS
 from upslope.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
 
-__all__ = ["Generator", "collect", "length_metrics", "sampling_keys"]
+__all__ = ["Generator", "collect", "length_metrics", "sample", "sampling_keys"]
 
 
 class Generator(Protocol):
@@ -28,13 +29,24 @@ def collect(
     engine: Generator, tokenizer: Any, judge: Judge, prompts: Sequence[Prompt], params: SamplingParams
 ) -> tuple[list[RolloutGroup], dict[str, float]]:
     """Sample `params.n` completions of each prompt and judge them."""
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    groups = sample(engine, tokenizer, prompts, params)
+    return groups, judge.judge(groups)
+
+
+def sample(
+    engine: Generator, tokenizer: Any, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Tools] = ()
+) -> list[RolloutGroup]:
+    """`params.n` completions of each prompt, not judged; they depend on (seed, prompt, sample) only.
+
+    tools: what each prompt offers, where one does.
+    """
+    offered = tools or [()] * len(prompts)
+    encoded = [encode_prompt(tokenizer, prompt, tools=own) for prompt, own in zip(prompts, offered, strict=True)]
     completions = engine.generate(encoded, params, keys=sampling_keys(prompts))
-    groups = [
-        RolloutGroup(prompt, [Rollout.from_completion(tokens, c, sample) for sample, c in enumerate(samples)])
+    return [
+        RolloutGroup(prompt, [Rollout.from_completion(tokens, c, i) for i, c in enumerate(samples)])
         for prompt, tokens, samples in zip(prompts, encoded, completions, strict=True)
     ]
-    return groups, judge.judge(groups)
 
 
 def sampling_keys(prompts: Sequence[Prompt]) -> list[int]:
