@@ -15,9 +15,9 @@ from tiny_model import tiny_folder, tiny_tokenizer
 from upslope.cli import main
 from upslope.commands.evaluate_inputs import Inputs
 from upslope.errors import ConfigError, DataError
+from upslope.loop.expert_rows import load_mix
+from upslope.loop.pairs import PairData
 from upslope.options import EvalOptions, ExpertOptions, GenerateOptions, Seq2SeqOptions
-from upslope.recipes.expert_data import load_mix
-from upslope.recipes.pair_learner import PairData
 from upslope.tasks.loading import load_task
 
 PAIRS = [{"prompt": word, "completion": word[::-1]} for word in WORDS]

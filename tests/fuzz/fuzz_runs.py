@@ -18,9 +18,9 @@ from upslope.build import load_inference
 from upslope.cli import main
 from upslope.commands.export_origin import origin_of
 from upslope.errors import ConfigError, DataError, ModelError, RunError
+from upslope.loop.expert_rows import groups_of_run
 from upslope.manifest import write_manifest
 from upslope.models.files.sources import resolve
-from upslope.recipes.expert_data import groups_of_run
 from upslope.runs.folder import Run
 from upslope.types import Message, Prompt, Reward, Rollout, RolloutGroup
 

@@ -22,6 +22,9 @@ from torch import Tensor
 
 from upslope.build import Policy, load_policy
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, MASKED_SPECIALS, train_tokenizer
+from upslope.loop import pairs as pair_learner
+from upslope.loop.pairs import PairData
+from upslope.loop.texts import start_encoder, start_policy
 from upslope.models.attention.context import PackedContext
 from upslope.models.encoder.labellers import Start, load_start
 from upslope.models.encoder.network import Kind
@@ -29,11 +32,9 @@ from upslope.models.protocol import CausalModel
 from upslope.options import ClassifyOptions, PretrainOptions, Seq2SeqOptions, SFTOptions, TagOptions
 from upslope.options.common import RunOptions
 from upslope.options.encoder import EncoderOptions
-from upslope.recipes import classify, pair_learner, tag
-from upslope.recipes.pair_learner import PairData
+from upslope.recipes import classify, tag
 from upslope.recipes.pretrain import Pretrain, causal_texts
 from upslope.recipes.pretrain_masked import MaskedPretrain
-from upslope.recipes.pretrain_start import start_encoder, start_policy
 from upslope.recipes.seq2seq import MaximumLikelihood
 from upslope.recipes.sft import SFT
 

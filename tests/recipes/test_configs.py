@@ -9,7 +9,7 @@ import pytest
 from upslope import options
 from upslope.config import load
 from upslope.preview.plan import plan_of
-from upslope.recipes.verbs import CLASSES
+from upslope.recipes import CLASSES
 from upslope.tasks.loading import load_task
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.toml"))

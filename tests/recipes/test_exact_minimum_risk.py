@@ -24,9 +24,9 @@ from plain_kit import (
 )
 from torch import Tensor
 
+from upslope.loop.pairs import PairData, start_policy
 from upslope.options import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
-from upslope.recipes.pair_learner import PairData, start_policy
 from upslope.types import Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")

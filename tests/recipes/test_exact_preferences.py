@@ -26,10 +26,10 @@ from plain_kit import (
 from torch import Tensor
 
 from upslope.evaluation.intervals import bootstrap_mean
+from upslope.loop.preferences import right_of
 from upslope.models.protocol import CausalModel
 from upslope.options import DPOOptions
 from upslope.recipes.dpo import DPO
-from upslope.recipes.preference import right_of
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from upslope.data.masking import Masking
 from upslope.errors import ConfigError
+from upslope.loop.texts import objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.models.protocol import CausalModel
-from upslope.recipes.pretrain_start import objective_of, start_encoder, start_policy, start_tokenizer
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 

@@ -18,12 +18,12 @@ from upslope.build import load_policy
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.functional.policy_losses import reinforce
 from upslope.loop import fingerprint
+from upslope.loop.expert_rows import Candidate, row_of, select
 from upslope.models.files.weights import load as load_weights
 from upslope.options import ExpertOptions, GRPOOptions
 from upslope.preview.dry_run import run as dry_run
 from upslope.recipes import expert as expert_module
 from upslope.recipes.expert import Expert, expert
-from upslope.recipes.expert_data import Candidate, row_of, select
 from upslope.recipes.grpo import grpo
 from upslope.runs import Run
 from upslope.training.experience import Experience

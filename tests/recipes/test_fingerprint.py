@@ -30,9 +30,9 @@ from upslope.cli import main
 from upslope.config import PLUGINS, hints_of
 from upslope.errors import ConfigError, RunError
 from upslope.loop import fingerprint, launch
+from upslope.loop.distill_items import load_items
 from upslope.manifest import read_manifest, write_manifest
 from upslope.options import DistillOptions, DPOOptions, GRPOOptions, RunOptions, SFTOptions
-from upslope.recipes.distill_data import load_items
 from upslope.recipes.dpo import dpo
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import load_examples, sft

@@ -21,9 +21,9 @@ from upslope.cli import main, parse
 from upslope.config import check, load
 from upslope.errors import ConfigError, DataError, ModelError, RunError
 from upslope.options import GRPOOptions, PPOOptions, SFTOptions
+from upslope.recipes import CLASSES
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import sft
-from upslope.recipes.verbs import CLASSES
 from upslope.tasks.loading import load_task
 from upslope.workers.rewards import make_scorer
 

@@ -15,10 +15,10 @@ from upslope.build import Policy, load_policy
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.functional.supervised_losses import minimum_risk
+from upslope.loop.pairs import PairData, PairLearner, start_policy
 from upslope.models.seq2seq.network import Seq2Seq
 from upslope.options import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk, distinct, risk_weights
-from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 from upslope.recipes.seq2seq import MaximumLikelihood, seq2seq
 from upslope.runs import Run
 from upslope.training.experience import Experience

@@ -9,7 +9,7 @@ from upslope.config import load
 from upslope.errors import ConfigError
 from upslope.options import DemoOptions, ExplainOptions
 from upslope.preview.plan import plan_of
-from upslope.recipes.verbs import CLASSES
+from upslope.recipes import CLASSES
 
 
 def run(options: ExplainOptions) -> int:

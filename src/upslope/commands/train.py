@@ -8,7 +8,7 @@ import sys
 from upslope.loop.closing import closing_words
 from upslope.options import RunOptions
 from upslope.preview import dry_run
-from upslope.recipes.verbs import recipe_of, verb_of
+from upslope.recipes import recipe_of, verb_of
 from upslope.training.stopping import GracefulInterrupt
 
 

@@ -30,6 +30,7 @@ from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.distillation import linear_divergence
+from upslope.loop.distill_items import Item, load_items, with_room
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import per_token, within_context
 from upslope.loop.learner import PolicyLearner, weighted
@@ -41,7 +42,6 @@ from upslope.models.files.sources import resolve
 from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
-from upslope.recipes.distill_data import Item, load_items, with_room
 from upslope.recipes.sft import held_out_groups
 from upslope.rollout.collect import length_metrics, sample
 from upslope.runs.progress import told

@@ -34,10 +34,10 @@ from upslope.data.examples import Judged, Pair, judged_of, pairs_of
 from upslope.functional.supervised_losses import dpo as dpo_loss
 from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.loop.kept import DataAccount, within_context
+from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
 from upslope.loop.session import begin, train
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
-from upslope.recipes.preference import PreferenceLearner, read_rows, right_of
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches

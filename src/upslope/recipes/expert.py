@@ -31,11 +31,11 @@ from upslope.build import Policy, load_policy
 from upslope.data.batching import PromptStream
 from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
+from upslope.loop.expert_rows import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.learner import RolloutLearner
 from upslope.loop.session import StepResult, begin, train
 from upslope.options import ExpertOptions
-from upslope.recipes.expert_data import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.rewards.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.schedule import rate_at

@@ -24,9 +24,9 @@ from upslope.build import Policy
 from upslope.errors import DataError
 from upslope.loop.learner import PolicyLearner
 from upslope.loop.session import Evaluation, StepResult, begin, train
+from upslope.loop.texts import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.pretrain_masked import MaskedPretrain
-from upslope.recipes.pretrain_start import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.training.step import score
 from upslope.types import Example
 

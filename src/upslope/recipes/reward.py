@@ -28,6 +28,7 @@ from upslope.build import Policy, load_policy
 from upslope.data.examples import Pair, Solution, pairs_of, solutions_of
 from upslope.functional.supervised_losses import bradley_terry
 from upslope.loop.kept import DataAccount, within_context
+from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
 from upslope.loop.session import begin, train
 from upslope.models.files.config_json import SCORE
 from upslope.models.files.reward_folder import (
@@ -40,7 +41,6 @@ from upslope.models.files.reward_folder import (
 from upslope.models.files.weights import load as load_weights
 from upslope.models.heads import ScalarHead
 from upslope.options import RewardOptions
-from upslope.recipes.preference import PreferenceLearner, read_rows, right_of
 from upslope.training.optim import Group
 from upslope.training.step import Forward, Loss, Outputs
 from upslope.training.units import Unit, after_tokens

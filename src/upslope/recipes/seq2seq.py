@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from upslope.build import Policy
+from upslope.loop.pairs import PairData, PairLearner, start_policy
 from upslope.loop.session import StepResult, begin, train
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
-from upslope.recipes.pair_learner import PairData, PairLearner, start_policy
 
 __all__ = ["MaximumLikelihood", "make_learner", "seq2seq"]
 

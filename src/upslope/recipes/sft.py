@@ -10,30 +10,24 @@ for each batch of sequences:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from upslope.build import Policy, load_policy, make_engine
-from upslope.data.chat import TooLongError, encode_completion, encode_conversation
-from upslope.data.examples import examples_of
-from upslope.data.records import read_records
+from upslope.build import Policy, load_policy
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
-from upslope.loop.kept import DataAccount, Kept, per_token, shared_out, tell_plain, tell_task, too_long, within_context
+from upslope.loop.kept import DataAccount, per_token, shared_out, tell_task, within_context
 from upslope.loop.learner import PolicyLearner
 from upslope.loop.prompts import held_out_of
+from upslope.loop.rows import demonstrations, encoded, held_out_groups
 from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.options import SFTOptions
-from upslope.rollout.collect import collect
-from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.step import Outputs, score
-from upslope.types import Batch, Example, Prompt, RolloutGroup, SamplingParams
-from upslope.workers.rewards import make_scorer
+from upslope.types import Batch, Example
 
 __all__ = ["SFT", "make_learner", "sft"]
 
@@ -111,45 +105,3 @@ def load_examples(
         return shared_out(data, held_out, held=0, samples=o.eval_samples or None)
     # whatever eval_samples is: a resumed run may change that, not what it trains on
     return shared_out(data, None, held=len(data.rows) // 10, samples=o.eval_samples)
-
-
-def demonstrations(tokenizer: Any, task: Task, prompts: list[Prompt], max_length: int) -> Kept[tuple[Prompt, Example]]:
-    """Each prompt with the training sequence of its demonstration: a conversation, or a text and its continuation.
-
-    Those that are too long are left out and counted.
-    """
-    found, lengths = [], []
-    for prompt in prompts:
-        turns = task.demonstration(prompt)
-        try:
-            if prompt.text is not None:
-                example = encode_completion(tokenizer, prompt.text, turns[-1].content, max_length=max_length)
-            else:
-                example = encode_conversation(tokenizer, turns, max_length=max_length)
-        except TooLongError as error:
-            lengths.append(error.length)
-            continue
-        found.append((prompt, example))
-    return Kept(f"task {task.name}", found, *too_long(lengths, max_length))
-
-
-def encoded(source: str, tokenizer: Any, max_length: int, columns: Sequence[str] = ()) -> Kept[Example]:
-    """The training sequences of a file's rows; those that are too long are left out and counted."""
-    with told(f"reading {source}"):
-        records = read_records(source, columns=columns)
-    tell_plain(records, tokenizer, source)
-    found = examples_of(counted(records, f"encoding {source}"), tokenizer, max_length=max_length)
-    return Kept(source, found.examples, *too_long([length for _, length in found.too_long], max_length))
-
-
-def held_out_groups(policy: Policy, task: Task, samples: int, max_tokens: int) -> list[RolloutGroup]:
-    """Greedy, judged replies to the task's held-out problems."""
-    found, longest = held_out_of(task, policy, samples, max_tokens)
-    prompts = found.rows if found is not None else []
-    engine = make_engine(policy, sequences=samples, longest=longest + max_tokens)
-    policy.model.eval()
-    with make_scorer(task) as judge, torch.no_grad():
-        groups, _ = collect(
-            engine, policy.tokenizer, judge, prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0)
-        )
-    return groups

@@ -30,7 +30,7 @@ from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap
 from upslope.loop.kept import tell_task
 from upslope.options import CompareOptions, RunOptions
 from upslope.preview.plan import plan_of
-from upslope.recipes.verbs import CLASSES, recipe_of
+from upslope.recipes import CLASSES, recipe_of
 from upslope.rollout.collect import collect
 from upslope.runs.folder import Run
 from upslope.studies.comparison import write_report
