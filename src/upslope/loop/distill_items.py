@@ -13,8 +13,8 @@ from upslope.data.template import Tools
 from upslope.errors import ConfigError
 from upslope.loop.kept import DataAccount, Kept, shared_out, tell_task, too_long
 from upslope.loop.prompts import fitting
+from upslope.loop.rows import demonstrations
 from upslope.options import DistillOptions
-from upslope.recipes.sft import demonstrations
 from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.tasks.loading import prompts_of
