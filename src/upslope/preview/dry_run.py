@@ -17,13 +17,13 @@ from typing import Any
 from upslope.data.chat import encode_prompt
 from upslope.evaluation.accuracy import evaluate
 from upslope.loop.expert_rows import groups_of_run
+from upslope.loop.rows import held_out_groups
 from upslope.loop.session import begin
 from upslope.options import DistillOptions, ExpertOptions, PretrainOptions, RLOptions, RunOptions, SFTOptions
 from upslope.preview.plan import plan_of
 from upslope.preview.probe import predict
 from upslope.preview.rows import mask_view, statistics
 from upslope.recipes import recipe_of, verb_of
-from upslope.recipes.sft import held_out_groups
 from upslope.types import Example, Reward
 
 __all__ = ["run"]

@@ -35,6 +35,7 @@ from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import per_token, within_context
 from upslope.loop.learner import PolicyLearner, weighted
 from upslope.loop.prompts import held_out_of
+from upslope.loop.rows import held_out_groups
 from upslope.loop.session import Evaluation, StepResult, begin, train
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.loading import load_model
@@ -42,7 +43,6 @@ from upslope.models.files.sources import resolve
 from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
-from upslope.recipes.sft import held_out_groups
 from upslope.rollout.collect import length_metrics, sample
 from upslope.runs.progress import told
 from upslope.tasks.loading import load_task

@@ -16,10 +16,11 @@ from upslope.atomic import write_atomic
 from upslope.build import load_policy
 from upslope.errors import RunError
 from upslope.evaluation.accuracy import evaluate
+from upslope.loop.rows import held_out_groups
 from upslope.loop.session import peak_memory_gb
 from upslope.options import DemoOptions, PPOOptions, SFTOptions
 from upslope.recipes.ppo import ppo
-from upslope.recipes.sft import held_out_groups, sft
+from upslope.recipes.sft import sft
 from upslope.runs.folder import Run
 from upslope.tasks.loading import load_task
 from upslope.types import RolloutGroup
