@@ -128,6 +128,8 @@ def test_row36_has_signal() -> None:
     assert has_signal(rewards, ~rewards.isnan()).tolist() == [False, True, False, False]
     rewards = torch.randint(2, (50, 4))
     assert torch.equal(has_signal(rewards), (group_centered(rewards) != 0).any(1))
+    close = torch.tensor([0.3, 0.3]).nextafter(torch.tensor([0.3, 1.0]))  # equal but for the last bit of a float32
+    assert bool(has_signal(close[None])) is bool(close.max() > close.min()) is True
 
 
 def test_negative_eps_is_refused() -> None:

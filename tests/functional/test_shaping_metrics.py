@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from upslope.functional.metrics import approx_kl, clip_fraction, explained_variance
+from upslope.functional.metrics import approx_kl, clip_fraction, explained_variance, token_ratios
 from upslope.functional.policy_losses import clipped_surrogate
 from upslope.functional.shaping import at_last_token, soft_overlong_penalty
 
@@ -61,6 +61,22 @@ def test_clip_fraction_counts_the_tokens_without_gradient() -> None:
     assert fraction.item() == pytest.approx((logp.grad == 0).float().mean().item())
     assert 0 < fraction < 1
     assert not fraction.requires_grad
+
+
+def test_token_ratios_are_what_the_clip_sees_before_any_mean() -> None:
+    logp, old, a = torch.randn(3, 400)
+    logp.requires_grad_()
+    clipped_surrogate(logp, old, a, clip_low=0.2, clip_high=0.28).sum().backward()
+    found = token_ratios(logp, old, a, clip_low=0.2, clip_high=0.28)
+    log_ratio = logp.detach() - old
+    assert torch.equal(found.ratio, log_ratio.exp())
+    assert torch.equal(found.approx_kl, log_ratio.exp() - 1 - log_ratio)
+    assert torch.equal(found.clipped, logp.grad == 0)
+    assert not any(x.requires_grad for x in found)
+    fraction = clip_fraction(logp, old, a, torch.ones(400), clip_low=0.2, clip_high=0.28)
+    assert fraction == found.clipped.float().mean()
+    with pytest.raises(ValueError, match="shapes must be equal"):
+        token_ratios(logp, old[:1], a, clip_low=0.2, clip_high=0.28)
 
 
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -1e9])

@@ -55,7 +55,8 @@ class BlockPool:
             block = self._block_of.get(key)
             if block is None:
                 break
-            self._take(block)
+            self._idle.pop(block, None)
+            self.owners[block] += 1
             seq.blocks.append(block)
         seq.committed = len(seq.blocks)
         seq.cached = seq.committed * self.block_size
@@ -144,10 +145,6 @@ class BlockPool:
             self._forget(block)
         self.owners[block] = 1
         return block
-
-    def _take(self, block: int) -> None:
-        self._idle.pop(block, None)
-        self.owners[block] += 1
 
     def _drop(self, block: int) -> None:
         self.owners[block] -= 1

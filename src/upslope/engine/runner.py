@@ -117,7 +117,10 @@ class Runner:
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         """Hidden states [n, D] of the last token of every chunk that completes its sequence."""
         if self._capturable(chunks):
-            return self._captured(chunks)
+            if self._graphs is None:
+                self._graphs = DecodeGraphs(self.model, self.cache, self.max_batch)
+            tokens = [c.seq.tokens[c.start] for c in chunks]
+            return self._graphs.step(tokens, [c.start for c in chunks], [c.seq.blocks for c in chunks])
         context = PagedContext(
             self.cache,
             [c.seq.blocks for c in chunks],
@@ -146,14 +149,6 @@ class Runner:
         """Whether these are one next token each, and of a network whose steps can be captured."""
         decoding = all(c.count == 1 and c.last and not c.seq.request.needs_prompt_scores for c in chunks)
         return decoding and len(chunks) <= self.max_batch and self.activations is None and can_capture(self.model)
-
-    def _captured(self, chunks: list[Chunk]) -> Tensor:
-        """`_forward` by a graph."""
-        cache = self.cache
-        if self._graphs is None:
-            self._graphs = DecodeGraphs(self.model, cache, self.max_batch)
-        tokens = [c.seq.tokens[c.start] for c in chunks]
-        return self._graphs.step(tokens, [c.start for c in chunks], [c.seq.blocks for c in chunks])
 
     def finished(self, seq: Sequence) -> None:
         """A sequence has ended: what is kept of it can be found from now on."""

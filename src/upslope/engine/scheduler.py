@@ -134,7 +134,7 @@ class Scheduler:
     def _continue(self, seq: Sequence, plan: Plan) -> None:
         count = self._share(seq, plan)
         while count and self.pool.needed(seq, count) > self.pool.free:
-            victim = self._victim(seq)
+            victim = self._idle_holder(seq) or max(self.running, key=lambda s: s.order)
             self._preempt(victim)
             if victim is seq:
                 return
@@ -173,9 +173,6 @@ class Scheduler:
         plan.copies += self.pool.cover(seq, count)
         chunk = Chunk(seq, seq.cached, count)
         (plan.decode if count == 1 else plan.prefill).append(chunk)
-
-    def _victim(self, seq: Sequence) -> Sequence:
-        return self._idle_holder(seq) or max(self.running, key=lambda s: s.order)
 
     def _idle_holder(self, but: Sequence) -> Sequence | None:
         """The newest sequence that holds blocks without running."""

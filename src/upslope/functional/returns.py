@@ -13,6 +13,8 @@ Results are differentiable, because nothing here detaches; the losses detach the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,7 @@ def discounted_returns(
     ValueError: shapes do not fit, gamma outside [0, 1].
     """
     (rewards_BT,), mask_BT, carry_B = _prepare(mask_BT, bootstrap_B, gamma, rewards_BT=rewards_BT)
-    returns: list[Tensor] = []
-    for t in reversed(range(rewards_BT.shape[1])):
-        carry_B = torch.where(mask_BT[:, t], rewards_BT[:, t] + gamma * carry_B, carry_B)
-        returns.append(carry_B)
-    return _stack(returns, mask_BT, rewards_BT)
+    return _backwards(lambda t, carry_B: (rewards_BT[:, t] + gamma * carry_B,), mask_BT, rewards_BT, carry_B)
 
 
 def lambda_returns(
@@ -52,15 +50,11 @@ def lambda_returns(
         mask_BT, bootstrap_B, gamma, rewards_BT=rewards_BT, values_BT=values_BT
     )
     lam = _lam(lam, rewards_BT)
-    carry_B = next_value_B
-    returns: list[Tensor] = []
-    for t in reversed(range(rewards_BT.shape[1])):
-        on_B = mask_BT[:, t]
-        target_B = rewards_BT[:, t] + gamma * ((1 - lam) * next_value_B + lam * carry_B)
-        carry_B = torch.where(on_B, target_B, carry_B)
-        next_value_B = torch.where(on_B, values_BT[:, t], next_value_B)
-        returns.append(carry_B)
-    return _stack(returns, mask_BT, rewards_BT)
+
+    def step(t: int, carry_B: Tensor, next_value_B: Tensor) -> tuple[Tensor, Tensor]:
+        return rewards_BT[:, t] + gamma * ((1 - lam) * next_value_B + lam * carry_B), values_BT[:, t]
+
+    return _backwards(step, mask_BT, rewards_BT, next_value_B, next_value_B)
 
 
 def n_step_advantages(
@@ -114,15 +108,12 @@ def gae(
         mask_BT, bootstrap_B, gamma, rewards_BT=rewards_BT, values_BT=values_BT
     )
     lam = _lam(lam, rewards_BT)
-    carry_B = torch.zeros_like(next_value_B)
-    advantages: list[Tensor] = []
-    for t in reversed(range(rewards_BT.shape[1])):
-        on_B = mask_BT[:, t]
+
+    def step(t: int, carry_B: Tensor, next_value_B: Tensor) -> tuple[Tensor, Tensor]:
         delta_B = rewards_BT[:, t] + gamma * next_value_B - values_BT[:, t]
-        carry_B = torch.where(on_B, delta_B + gamma * lam * carry_B, carry_B)
-        next_value_B = torch.where(on_B, values_BT[:, t], next_value_B)
-        advantages.append(carry_B)
-    return _stack(advantages, mask_BT, rewards_BT)
+        return delta_B + gamma * lam * carry_B, values_BT[:, t]
+
+    return _backwards(step, mask_BT, rewards_BT, torch.zeros_like(next_value_B), next_value_B)
 
 
 def vtrace(
@@ -155,18 +146,17 @@ def vtrace(
     )
     ratio_BT = log_ratio_BT.detach().exp()
     rho_BT, c_BT = ratio_BT.clamp(max=rho_clip), lam * ratio_BT.clamp(max=c_clip)
-    next_target_B = next_value_B
     advantages: list[Tensor] = []
-    targets: list[Tensor] = []
-    for t in reversed(range(rewards_BT.shape[1])):
-        on_B, value_B, rho_B = mask_BT[:, t], values_BT[:, t], rho_BT[:, t]
+
+    def step(t: int, next_target_B: Tensor, next_value_B: Tensor) -> tuple[Tensor, Tensor]:
+        value_B, rho_B = values_BT[:, t], rho_BT[:, t]
         delta_B = rho_B * (rewards_BT[:, t] + gamma * next_value_B - value_B)
         target_B = value_B + delta_B + gamma * c_BT[:, t] * (next_target_B - next_value_B)
         advantages.append(rho_B * (rewards_BT[:, t] + gamma * next_target_B - value_B))
-        next_target_B = torch.where(on_B, target_B, next_target_B)
-        next_value_B = torch.where(on_B, value_B, next_value_B)
-        targets.append(next_target_B)
-    return _stack(advantages, mask_BT, rewards_BT), _stack(targets, mask_BT, rewards_BT)
+        return target_B, value_B
+
+    targets_BT = _backwards(step, mask_BT, rewards_BT, next_value_B, next_value_B)
+    return _stack(advantages, mask_BT, rewards_BT), targets_BT
 
 
 def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
@@ -208,6 +198,16 @@ def _lam(lam: float | Tensor, like_BT: Tensor) -> float | Tensor:
     if not bool(((lam >= 0) & (lam <= 1)).all()):
         raise ValueError(f"lam must lie in [0, 1], got values from {lam.min()} to {lam.max()}")
     return lam.to(like_BT)
+
+
+def _backwards(step: Callable[..., tuple[Tensor, ...]], mask_BT: Tensor, like_BT: Tensor, *carry: Tensor) -> Tensor:
+    """The first of what step(t, *carry) gives at every t, from the last on; skipped positions carry it on. [B, T]."""
+    found: list[Tensor] = []
+    for t in reversed(range(like_BT.shape[1])):
+        on_B = mask_BT[:, t]
+        carry = tuple(torch.where(on_B, new, old) for new, old in zip(step(t, *carry), carry, strict=True))
+        found.append(carry[0])
+    return _stack(found, mask_BT, like_BT)
 
 
 def _stack(steps: list[Tensor], mask_BT: Tensor, like_BT: Tensor) -> Tensor:

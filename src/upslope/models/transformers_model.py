@@ -11,7 +11,6 @@ packed sequences shows when it is compared with the library's own attention on e
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +180,11 @@ class TransformersModel(CausalModel):
         tokens = _probe_tokens(self.spec.vocab_size, self.device)
         context = PackedContext(_PROBE_LENGTHS, device=self.device)
         ours = self.logits(self(tokens, context)).float().log_softmax(-1)
-        with _attention(self.network, "eager"):
+        self.network.set_attn_implementation("eager")
+        try:
             parts = [self.network(input_ids=t[None], use_cache=False).logits[0] for t in tokens.split(_PROBE_LENGTHS)]
+        finally:
+            self.network.set_attn_implementation(ATTENTION)
         theirs = torch.cat(parts).float().log_softmax(-1)
         best = theirs.argmax(-1, keepdim=True)
         gap = (ours.gather(1, best) - theirs.gather(1, best)).abs().mean().item()
@@ -260,15 +262,6 @@ def _measured_spec(model: TransformersModel) -> ModelSpec:
 def _probe_tokens(vocab_size: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab_size, (sum(_PROBE_LENGTHS),), generator=generator).to(device)
-
-
-@contextmanager
-def _attention(network: PreTrainedModel, kind: str) -> Any:
-    network.set_attn_implementation(kind)
-    try:
-        yield
-    finally:
-        network.set_attn_implementation(ATTENTION)
 
 
 def _enable_checkpointing(network: PreTrainedModel) -> None:

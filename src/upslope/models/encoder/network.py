@@ -218,7 +218,9 @@ def load_encoder(
             trunk = network.base_model.state_dict()
             network = _auto_class(kind).from_config(_with_labels(config, chosen))
             network.base_model.load_state_dict(trunk, strict=False)
-            missing = sorted({*missing, *(n for n, _ in network.named_parameters() if _outside_trunk(network, n))})
+            trunk_prefix = f"{network.base_model_prefix}."
+            fresh = (name for name, _ in network.named_parameters() if not name.startswith(trunk_prefix))
+            missing = sorted({*missing, *fresh})
     encoder = Encoder(
         network, kind, labels=chosen if kind != "masked" else (), dropout=dropout, source=path, fresh=missing
     )
@@ -280,10 +282,6 @@ def new_encoder(
     if gradient_checkpointing:
         _enable_checkpointing(network)
     return Encoder(network, kind, labels=labels or (), dropout=dropout)
-
-
-def _outside_trunk(network: PreTrainedModel, name: str) -> bool:
-    return not name.startswith(f"{network.base_model_prefix}.")
 
 
 def _load(path: Path, config: PretrainedConfig, kind: Kind) -> tuple[PreTrainedModel, list[str]]:

@@ -92,10 +92,6 @@ class Seq2Seq(CausalModel):
         return (self.model.shared if self.config.source_vocab_size is None else self.model.decoder.embed_tokens).weight
 
     @property
-    def _source_embedding(self) -> Tensor:
-        return (self.model.shared if self.config.source_vocab_size is None else self.model.encoder.embed_tokens).weight
-
-    @property
     def output_weight(self) -> Tensor:
         """The target embedding [V, D], with the constant bias (if any) as its last column."""
         weight = self._embedding
@@ -146,7 +142,8 @@ class Seq2Seq(CausalModel):
         if self.config.source_offset and int(ids.min()) < 0:
             raise ModelError(f"a source holds a target token: source ids start at {self.config.source_offset}")
         context = PackedContext(layout.source_lengths, causal=False, device=tokens_T.device)
-        x = self._embed(self._source_embedding, ids, layout.source_positions, drop)
+        weight = self._embedding if self.config.source_vocab_size is None else self.model.encoder.embed_tokens.weight
+        x = self._embed(weight, ids, layout.source_positions, drop)
         for layer in self.model.encoder.layers:
             x = self.run(layer, x, context, drop)
         return self._last_norm(self.model.encoder, x)
