@@ -309,10 +309,10 @@ def _read(said: Any) -> Reward:
         raise _Unusable("no verdict (returned None)")
     if isinstance(said, Mapping):
         must = "every part must be a finite number"
-        parts = {str(key): _finite(part, f"part '{key}' is {_shown(part)}; {must}") for key, part in said.items()}
+        parts = {str(key): _finite(part, f"part '{key}' is {{}}; {must}") for key, part in said.items()}
         return Reward(_finite(sum(parts.values()) if parts else None, f"no parts; {must}"), parts)
     if not isinstance(said, Reward):
-        return Reward(_finite(said, f"returned {_shown(said)}; a finite number is needed"))
+        return Reward(_finite(said, "returned {}; a finite number is needed"))
     if said.value is None:
         raise _Unusable(one_line(said.error or "a Reward without a value"))
     what = "a Reward with a value that is not a finite number"
@@ -325,10 +325,11 @@ def _read(said: Any) -> Reward:
 
 
 def _finite(value: Any, otherwise: str) -> float:
-    """The number; _Unusable with the message `otherwise` where it is none."""
-    if isinstance(value, str | bytes | complex) or not hasattr(value, "__float__") or not math.isfinite(float(value)):
-        raise _Unusable(otherwise)
-    return float(value)
+    """The number; _Unusable with the message `otherwise`, {} standing for the value, where it is none."""
+    is_number = hasattr(value, "__float__") and not isinstance(value, str | bytes | complex)
+    if not is_number or not math.isfinite(number := float(value)):
+        raise _Unusable(otherwise.replace("{}", _shown(value)))
+    return number
 
 
 def _described(error: BaseException) -> str:
