@@ -86,7 +86,7 @@ def test_explain_says_it_in_words(tmp_path: Path) -> None:
     "options",
     [
         PPOOptions(num_epochs=3, num_minibatches=4, rollout_lag=2, value_pretraining_steps=5, truncated="bootstrap"),
-        GRPOOptions(dynamic_sampling=True, truncated="mask", num_iterations=2),
+        GRPOOptions(dynamic_sampling=True, truncated="mask", num_iterations=2, max_steps=1),
         ExpertOptions(num_rounds=3, keep="top", threshold=0.5),
         ExpertOptions(from_run="run", mix_data="rows.jsonl", mix_ratio=0.5),
         PretrainOptions(data=("texts/",), context_length=256, num_epochs=3.0),

@@ -30,9 +30,9 @@ __all__ = ["run"]
 
 Items = list[list[Example]]
 
-_LITTLE = {"batch_size": 8, "num_prompts": 4, "num_generations": 4, "train_steps": 1, "max_steps": 2}
+_LITTLE = {"batch_size": 8, "num_prompts": 4, "num_generations": 4, "train_steps": 1}
 _LITTLE |= {"num_iterations": 1, "num_minibatches": 1, "value_pretraining_steps": 0, "rollout_lag": 1}
-"""The most that the small run, of two steps at most, has of what an option counts."""
+"""The most that the small run has of what an option counts."""
 
 
 def run(options: RunOptions) -> int:
@@ -67,7 +67,7 @@ def run(options: RunOptions) -> int:
     for line in [*lines, *(_judgement(judged) if judged is not None else ())]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(
-        f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.2g} s per step, "
+        f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.2f} s per step, "
         f"{prediction.run_seconds / 60:.1f} min without evaluation."
     )
     return 0
@@ -79,6 +79,7 @@ def little(options: Any) -> Any:
     A few completions may all be cut off, or none be good enough to imitate: none of them is left out.
     """
     changes: dict[str, Any] = {n: min(most, getattr(options, n)) for n, most in _LITTLE.items() if hasattr(options, n)}
+    changes["max_steps"] = 2
     if hasattr(options, "num_epochs"):
         changes["num_epochs"] = 1 if isinstance(options, RLOptions) else None
     if isinstance(options, PretrainOptions):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -51,6 +52,8 @@ class _Watch:
 
     def lap(self) -> float:
         """Seconds since the last event."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         last, self.mark = self.mark, time.perf_counter()
         return self.mark - last
 
