@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upslope.studies.charts import _median, _ticks, line_chart
+from upslope.studies.report import _median, _ticks, line_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 

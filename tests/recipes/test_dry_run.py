@@ -10,6 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from upslope.config import check
+from upslope.options import ExpertOptions, GRPOOptions, PPOOptions, PretrainOptions, RLOptions, Seq2SeqOptions
+from upslope.preview.dry_run import little
+from upslope.preview.plan import plan_of
+from upslope.preview.probe import _Watch
 
 SUMS = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"
 RUNS = {
@@ -72,3 +80,41 @@ def test_explain_says_it_in_words(tmp_path: Path) -> None:
     plan = json.loads(done.stdout)
     assert plan["sequences_per_step"] == 128
     assert any("no reference model" in line for line in plan["words"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        PPOOptions(num_epochs=3, num_minibatches=4, rollout_lag=2, value_pretraining_steps=5, truncated="bootstrap"),
+        GRPOOptions(dynamic_sampling=True, truncated="mask", num_iterations=2, max_steps=1),
+        ExpertOptions(num_rounds=3, keep="top", threshold=0.5),
+        ExpertOptions(from_run="run", mix_data="rows.jsonl", mix_ratio=0.5),
+        PretrainOptions(data=("texts/",), context_length=256, num_epochs=3.0),
+        Seq2SeqOptions(data="pairs.jsonl", objective="minimum_risk"),
+        Seq2SeqOptions(data="pairs.jsonl", num_epochs=2.0),
+    ],
+)
+def test_the_little_run_is_one_the_recipe_takes(options: Any) -> None:
+    """Same data and models, a small first step of one update, and nothing that a few unlucky samples could end."""
+    small = little(options)
+    check(small)
+    plan = plan_of(small, examples=1000)
+    assert plan.sequences_per_step <= 40
+    assert (plan.optimizer_steps_per_step, plan.optimizer_steps) == (1, 2)
+    for name in ("data", "model", "task", "num_train_prompts", "eval_samples", "max_completion_length", "lora_rank"):
+        assert getattr(small, name, None) == getattr(options, name, None)
+    if isinstance(options, RLOptions):
+        assert small.truncated != "mask"
+        assert bool(small.rollout_lag) == bool(options.rollout_lag)
+
+
+def test_a_step_is_told_apart_by_what_autograd_keeps() -> None:
+    """Weights stay and are no activations; of two passes the larger counts; what lies between them is the update's."""
+    weight = torch.nn.Parameter(torch.ones(8, 1000))
+    watch = _Watch()
+    with saved_tensors_hooks(watch.keep, watch.give):
+        for rows in (5, 3):
+            torch.randn(rows, 8).matmul(weight).exp().sum().backward()
+    watch.update += watch.lap()
+    assert watch.activation_bytes == 4 * 5 * (8 + 1000)
+    assert min(watch.before, watch.passes, watch.update) > 0

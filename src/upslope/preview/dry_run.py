@@ -1,6 +1,6 @@
 """`--dry-run`: look at data, mask, shapes, memory and time before a run is paid for.
 
-The learner is made as the run makes it, for a step of a few rows or prompts; one such step is really made, and memory
+The learner is made as the run makes it, for steps of a few rows or prompts; one of them is really made, and memory
 and time are extrapolated from it.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from itertools import chain
 from math import ceil
 from typing import Any
@@ -21,18 +21,18 @@ from upslope.loop.rows import held_out_groups
 from upslope.loop.session import begin
 from upslope.options import DistillOptions, ExpertOptions, PretrainOptions, RLOptions, RunOptions, SFTOptions
 from upslope.preview.plan import plan_of
-from upslope.preview.probe import predict
+from upslope.preview.probe import Trial
 from upslope.preview.rows import mask_view, statistics
 from upslope.recipes import recipe_of, verb_of
-from upslope.types import Example, Reward
+from upslope.types import Example
 
 __all__ = ["run"]
 
 Items = list[list[Example]]
 
-_LITTLE = {"batch_size": 4, "num_prompts": 4, "num_generations": 2, "train_steps": 1, "max_steps": 1}
+_LITTLE = {"batch_size": 8, "num_prompts": 4, "num_generations": 4, "train_steps": 1}
 _LITTLE |= {"num_iterations": 1, "num_minibatches": 1, "value_pretraining_steps": 0, "rollout_lag": 1}
-"""The most that the small step has of what an option counts."""
+"""The most that the small run has of what an option counts."""
 
 
 def run(options: RunOptions) -> int:
@@ -42,14 +42,14 @@ def run(options: RunOptions) -> int:
         items = _SHOWN.get(verb, _prompts)(learner)
         judged = _judged(learner) if isinstance(options, RLOptions) else None
         _check(options, learner)
-        prediction = predict(options, small, learner, items)
+        prediction = Trial(options, small, learner, items).predict()
     account, plan = learner.account, plan_of(options, examples=learner.order.n)
     held_out = sum(split.rows for name, split in account.splits.items() if name in ("eval", "dev"))
     model, tokenizer, facts = _model(learner)
     if options.json:
         said: dict[str, Any] = {"prediction": asdict(prediction), "plan": asdict(plan), "model": facts}
         said |= {"parameters": facts["parameters"], "held_out": held_out, "data": account.facts()}
-        said |= {"train_prompts": len(items), "judged": judged.as_json()} if judged is not None else {}
+        said |= {"train_prompts": len(items), "judged": judged} if judged is not None else {}
         print(json.dumps(said))
         return 0
     from rich.console import Console
@@ -64,10 +64,10 @@ def run(options: RunOptions) -> int:
         console.print(f"- {line.replace(f'up to {options.eval_samples} samples', held)}")
     facts = account.facts() if account.further else {}
     lines = [*(f"{name}: {value}" for name, value in facts.items()), *account.lines(), *_words(learner, items)]
-    for line in [*lines, *(judged.words if judged is not None else ())]:
+    for line in [*lines, *(_judgement(judged) if judged is not None else ())]:
         console.print(f"- {line}", markup=False, soft_wrap=True)
     console.print(
-        f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.2g} s per step, "
+        f"- Predicted: {prediction.memory_gb:.1f} GB at the peak, {prediction.step_seconds:.2f} s per step, "
         f"{prediction.run_seconds / 60:.1f} min without evaluation."
     )
     return 0
@@ -79,6 +79,7 @@ def little(options: Any) -> Any:
     A few completions may all be cut off, or none be good enough to imitate: none of them is left out.
     """
     changes: dict[str, Any] = {n: min(most, getattr(options, n)) for n, most in _LITTLE.items() if hasattr(options, n)}
+    changes["max_steps"] = 2
     if hasattr(options, "num_epochs"):
         changes["num_epochs"] = 1 if isinstance(options, RLOptions) else None
     if isinstance(options, PretrainOptions):
@@ -175,36 +176,23 @@ def _model(learner: Any) -> tuple[str, Any, dict[str, Any]]:
     return f"model: {encoder.config.model_type}, {parameters:,} parameters, {dtype}", learner.tokenizer, facts
 
 
-@dataclass(frozen=True, slots=True)
-class _Judged:
-    """The judgement of real completions of one prompt: the first that was judged, and how many could not be."""
+def _judged(learner: Any) -> dict[str, Any]:
+    """One prompt's completions, sampled and judged as the run will: the first that was judged, how many could not be.
 
-    completion: str
-    reward: Reward
-    judged: int
-    errors: int
-    first_error: str
-    seconds: float
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """For the terminal."""
-        parts = ", ".join(f"{name} {value:.4g}" for name, value in self.reward.parts.items())
-        found = f"Reward of the completion {self.completion!r:.80}: {self.reward.value:.4g}" + (
-            f" ({parts})" if parts else ""
-        )
-        timed = f"{found}; {self.judged} judged in {self.seconds:.2f} s."
-        return (timed, f"{self.errors} of them could not be judged: {self.first_error}") if self.errors else (timed,)
-
-    def as_json(self) -> dict[str, Any]:
-        """For --json."""
-        return {**asdict(self), "reward": self.reward.value, "parts": dict(self.reward.parts)}
-
-
-def _judged(learner: Any) -> _Judged:
-    """One prompt's completions, sampled and judged as the run will. DataError: not one of them could be."""
+    DataError: not one of them could be.
+    """
     (group,), said = learner.sampler.sample(0, count=1)
     known = next(r for r in group.rollouts if r.reward.value is not None)
     errors = [r.reward.error or "not judged" for r in group.rollouts if r.reward.value is None]
-    rollouts = len(group.rollouts)
-    return _Judged(known.text, known.reward, rollouts, len(errors), "".join(errors[:1]), said["seconds/reward"])
+    found = {"completion": known.text, "reward": known.reward.value, "parts": dict(known.reward.parts)}
+    counts = {"judged": len(group.rollouts), "errors": len(errors), "first_error": "".join(errors[:1])}
+    return {**found, **counts, "seconds": said["seconds/reward"]}
+
+
+def _judgement(found: Mapping[str, Any]) -> list[str]:
+    """What `_judged` found, in words."""
+    parts = ", ".join(f"{name} {value:.4g}" for name, value in found["parts"].items())
+    said = f"Reward of the completion {found['completion']!r:.80}: {found['reward']:.4g}" + f" ({parts})" * bool(parts)
+    lines = [f"{said}; {found['judged']} judged in {found['seconds']:.2f} s."]
+    lost = f"{found['errors']} of them could not be judged: {found['first_error']}"
+    return [*lines, lost] if found["errors"] else lines

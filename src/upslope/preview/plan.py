@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from upslope import options as kinds
@@ -22,12 +22,14 @@ class Plan:
     optimizer_steps: int
     passes_per_sequence: int
     new_tokens_per_step: int
-    words: tuple[str, ...]
+    words: Sequence[str]
 
 
 def plan_of(options: RunOptions, *, examples: int | None = None) -> Plan:
     """The plan of a training configuration; `examples` is the size of the supervised data where known."""
-    return next(plan for kind, plan in _PLANS.items() if isinstance(options, kind))(options, examples)
+    plan = next(planner for kind, planner in _PLANS.items() if isinstance(options, kind))(options, examples)
+    steps = plan.optimizer_steps // plan.optimizer_steps_per_step
+    return replace(plan, words=(*plan.words, *_common(options, steps)))
 
 
 def _steps(o: Any, examples: int | None, words: list[str], items: str, whole: str = "the data") -> int:
@@ -52,7 +54,7 @@ def _pretrain(o: kinds.PretrainOptions, examples: int | None) -> Plan:
     if o.label_smoothing:
         words.append(f"{o.label_smoothing:.0%} of every target is spread evenly over the vocabulary.")
     steps = _steps(o, examples, words, "windows", "the text")
-    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o, steps)))
+    return Plan(o.batch_size, 1, steps, 1, 0, words)
 
 
 def _sft(o: kinds.SFTOptions, examples: int | None) -> Plan:
@@ -62,7 +64,7 @@ def _sft(o: kinds.SFTOptions, examples: int | None) -> Plan:
     if o.label_smoothing:
         words.append(f"{o.label_smoothing:.0%} of every target is spread evenly over the vocabulary.")
     steps = _steps(o, examples, words, "sequences")
-    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o, steps)))
+    return Plan(o.batch_size, 1, steps, 1, 0, words)
 
 
 def _encoder(o: kinds.EncoderOptions, examples: int | None) -> Plan:
@@ -84,7 +86,7 @@ def _encoder(o: kinds.EncoderOptions, examples: int | None) -> Plan:
         words.append("The test rows are scored once, at the end, with the checkpoint that was best on dev.")
     if o.lora_rank:
         words.append("The head is trained in full beside the adapters.")
-    return Plan(o.batch_size, 1, steps, 1, 0, tuple(words + _common(o, steps)))
+    return Plan(o.batch_size, 1, steps, 1, 0, words)
 
 
 def _preference(o: kinds.DPOOptions | kinds.RewardOptions, examples: int | None) -> Plan:
@@ -106,7 +108,7 @@ def _preference(o: kinds.DPOOptions | kinds.RewardOptions, examples: int | None)
             "The language head is left out; a scalar head is read at the end of each "
             + ("step." if o.kind == "process" else "answer.")
         )
-    return Plan(width * o.batch_size, 1, steps, 1, 0, tuple(words + _common(o, steps)))
+    return Plan(width * o.batch_size, 1, steps, 1, 0, words)
 
 
 def _expert(o: kinds.ExpertOptions, _: int | None) -> Plan:
@@ -128,7 +130,7 @@ def _expert(o: kinds.ExpertOptions, _: int | None) -> Plan:
         words.append(f"The first round samples nothing: it takes the rollouts of {o.from_run}.")
     if o.mix_data is not None:
         words.append(f"{o.mix_ratio:.0%} of each batch are rows of {o.mix_data}.")
-    return Plan(o.batch_size, 1, o.max_steps, 1, samples * o.max_completion_length, tuple(words + _common(o)))
+    return Plan(o.batch_size, 1, o.max_steps, 1, samples * o.max_completion_length, words)
 
 
 def _distill(o: kinds.DistillOptions, _: int | None) -> Plan:
@@ -142,8 +144,7 @@ def _distill(o: kinds.DistillOptions, _: int | None) -> Plan:
         f"The loss is {loss[o.divergence]} per token, exact over the vocabulary, at temperature {o.temperature:g}.",
         f"The teacher {o.teacher} is loaded beside the student, frozen, in its compute dtype.",
     ]
-    new = round(own * o.num_generations) * o.max_completion_length
-    return Plan(sequences, 1, o.max_steps, 1, new, tuple(words + _common(o)))
+    return Plan(sequences, 1, o.max_steps, 1, round(own * o.num_generations) * o.max_completion_length, words)
 
 
 def _seq2seq(o: kinds.Seq2SeqOptions, examples: int | None) -> Plan:
@@ -159,7 +160,7 @@ def _seq2seq(o: kinds.Seq2SeqOptions, examples: int | None) -> Plan:
     steps = _steps(o, examples, words, "sources" if risk else "pairs")
     sequences = o.batch_size * (o.num_samples + o.include_reference if risk else 1)
     new_tokens = o.batch_size * o.num_samples * o.max_completion_length if risk else 0
-    return Plan(sequences, 1, steps, 1 + risk, new_tokens, tuple(words + _common(o, steps)))
+    return Plan(sequences, 1, steps, 1 + risk, new_tokens, words)
 
 
 def _policy_gradient(o: RLOptions, _: int | None) -> Plan:
@@ -169,10 +170,11 @@ def _policy_gradient(o: RLOptions, _: int | None) -> Plan:
     )
     minibatches = min(o.num_minibatches, o.num_prompts) if isinstance(o, kinds.PPOOptions | kinds.GRPOOptions) else 1
     updates = epochs * minibatches
+    lag = [f"It trains on what was sampled {o.rollout_lag} step{'s' * (o.rollout_lag > 1)} before."]
     words = [
         f"Each step samples {o.num_prompts} prompts x {o.num_generations} completions = {sequences} sequences of at "
         f"most {o.max_completion_length} new tokens, from the weights as they are at that moment.",
-        *_lag_words(o),
+        *(lag if o.rollout_lag else []),
         f"The step passes over them {epochs} time{'s' * (epochs > 1)} in {minibatches} "
         f"minibatch{'es' * (minibatches > 1)} of about {sequences // minibatches} sequences: "
         f"{updates} optimizer step{'s' * (updates > 1)}.",
@@ -182,40 +184,20 @@ def _policy_gradient(o: RLOptions, _: int | None) -> Plan:
     if updates == 1 and not isinstance(o, kinds.ReinforceOptions):
         words.append("One optimizer step per batch: every ratio is 1 and clipping never acts (plain policy gradient).")
     if isinstance(o, kinds.ReinforceOptions):
-        words += _reinforce_words(o)
+        words += [_baseline_words(o), _reference_words(o.kl_coef, "kl_coef", o.lora_rank)]
     if isinstance(o, kinds.PPOOptions):
-        words += _ppo_words(o)
+        words += [_critic_words(o.critic), _reference_words(o.kl_coef, "kl_coef", o.lora_rank)]
+        if o.gamma == 1 and o.lam == 1:
+            words.append("gamma = lam = 1: the advantage is the whole later reward minus the value.")
+        if o.value_pretraining_steps:
+            words.append(f"The first {o.value_pretraining_steps} steps train the critic only.")
     if isinstance(o, kinds.GRPOOptions):
         words.append(_reference_words(o.beta, "beta", o.lora_rank))
         if o.dynamic_sampling:
             words.append(
                 "Prompts whose rewards are all equal are replaced, so a step may sample several times as many."
             )
-    return Plan(
-        sequences_per_step=sequences,
-        optimizer_steps_per_step=updates,
-        optimizer_steps=updates * o.max_steps,
-        passes_per_sequence=epochs,
-        new_tokens_per_step=sequences * o.max_completion_length,
-        words=tuple(words + _common(o)),
-    )
-
-
-def _lag_words(o: RLOptions) -> list[str]:
-    if not o.rollout_lag:
-        return []
-    return [f"It trains on what was sampled {o.rollout_lag} step{'s' * (o.rollout_lag > 1)} before."]
-
-
-def _reinforce_words(o: kinds.ReinforceOptions) -> list[str]:
-    baseline = {
-        "none": "Nothing is subtracted from the return.",
-        "moving": "The baseline is a moving mean of past rewards.",
-        "learned": _critic_words(o.critic),
-        "greedy": f"The baseline is the reward of a greedy reply: {o.num_prompts} more completions per step.",
-        "reinforce++": "The returns are whitened over all tokens of the step.",
-    }[o.baseline]
-    return [baseline, _reference_words(o.kl_coef, "kl_coef", o.lora_rank)]
+    return Plan(sequences, updates, updates * o.max_steps, epochs, sequences * o.max_completion_length, words)
 
 
 def _critic_words(critic: str) -> str:
@@ -225,13 +207,14 @@ def _critic_words(critic: str) -> str:
     }.get(critic, f"The critic starts from the reward model {critic}, with its own optimizer.")
 
 
-def _ppo_words(o: kinds.PPOOptions) -> list[str]:
-    words = [_critic_words(o.critic), _reference_words(o.kl_coef, "kl_coef", o.lora_rank)]
-    if o.gamma == 1 and o.lam == 1:
-        words.append("gamma = lam = 1: the advantage is the whole later reward minus the value.")
-    if o.value_pretraining_steps:
-        words.append(f"The first {o.value_pretraining_steps} steps train the critic only.")
-    return words
+def _baseline_words(o: kinds.ReinforceOptions) -> str:
+    return {
+        "none": "Nothing is subtracted from the return.",
+        "moving": "The baseline is a moving mean of past rewards.",
+        "learned": _critic_words(o.critic),
+        "greedy": f"The baseline is the reward of a greedy reply: {o.num_prompts} more completions per step.",
+        "reinforce++": "The returns are whitened over all tokens of the step.",
+    }[o.baseline]
 
 
 def _reference_words(weight: float, name: str, lora_rank: int) -> str:
@@ -242,8 +225,8 @@ def _reference_words(weight: float, name: str, lora_rank: int) -> str:
     return "The reference model is a frozen copy of the start model, in the compute dtype."
 
 
-def _common(o: RunOptions, steps: int | None = None) -> list[str]:
-    steps = steps or o.max_steps
+def _common(o: RunOptions, steps: int) -> list[str]:
+    """What is said of every run."""
     words = [
         f"Micro-batches hold at most {o.micro_batch_tokens:,} packed tokens; their number does not change the gradient."
     ]

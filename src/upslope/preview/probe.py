@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -26,7 +27,7 @@ from upslope.recipes.dpo import REFERENCED
 from upslope.training.units import Unit
 from upslope.types import Example
 
-__all__ = ["Prediction", "predict"]
+__all__ = ["Prediction", "Trial"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,8 @@ class _Watch:
 
     def lap(self) -> float:
         """Seconds since the last event."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         last, self.mark = self.mark, time.perf_counter()
         return self.mark - last
 
@@ -79,89 +82,103 @@ class _Watch:
         return max(sum(n for storage, n in kept.values() if storage.expired()) for kept in self.kept)
 
 
-def predict(options: RunOptions, little: Any, learner: Any, items: Sequence[Sequence[Example]]) -> Prediction:
-    """Memory and time of a run from the first step of its learner, which was made with the options of a `little` one.
+@dataclass(frozen=True)
+class Trial:
+    """A run's options, those of a `little` one, its learner, and the rows it trains on, each with its sequences.
 
-    items: rows to train on, each with its sequences, or prompts.
+    The rows of a learner that samples are prompts.
     """
-    watch = _Watch()
-    with saved_tensors_hooks(watch.keep, watch.give):
-        metrics = learner.step(0).metrics
-    watch.update += watch.lap()
-    plan, done = plan_of(options, examples=learner.order.n), plan_of(little, examples=learner.order.n)
-    tokens, done_tokens = _tokens(options, little, learner, items, metrics)
-    scale = tokens / done_tokens
-    # completions without advantage were left out of the small step's update, and need not be of another one's
-    trained = scale / (1 - metrics.get("rollout/skipped", 0.0))
-    passes = watch.passes * trained * plan.passes_per_sequence / done.passes_per_sequence
-    # the first update starts from what sampling computed: two thirds of the work; the others cannot
-    replayed = metrics.get("rollout/replayed", 0.0)
-    passes *= (3 - replayed / plan.optimizer_steps_per_step) / (3 - replayed)
-    rollout, reward = (metrics.get(f"seconds/{name}", 0.0) for name in ("rollout", "reward"))
-    scoring = max(0.0, watch.before - rollout - reward)
-    more = plan.new_tokens_per_step / max(1, done.new_tokens_per_step)
-    # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
-    sampling = (rollout * more**0.75 + reward * more) / (1 + getattr(little, "rollout_lag", 0))
-    if isinstance(options, ExpertOptions):
-        sampling /= options.train_steps  # a round's, spread over its steps
-    step = sampling + scoring * scale + passes + watch.update * plan.optimizer_steps_per_step
-    steps = plan.optimizer_steps / plan.optimizer_steps_per_step
-    run = step * steps
-    if isinstance(options, DPOOptions) and options.loss in REFERENCED:  # every row that is met is read once beforehand
-        run += passes / 3 * min(steps, len(items) / options.batch_size)
-    micro, little_micro = (min(options.micro_batch_tokens, count) for count in (tokens, done_tokens))
-    update = watch.activation_bytes * (micro / little_micro * trained / scale - 1)
-    grown = _kept_more(options, learner, items, tokens, done_tokens)
-    if plan.new_tokens_per_step:  # the engine sleeps while the weights are trained: the larger of the two counts
-        cache, little_cache = (_cache_bytes(o, p, learner, items) for o, p in ((options, plan), (little, done)))
-        update = max(update, cache - little_cache)
-    # freed memory is kept (devices.hardware.keep_freed_memory): what is resident now is the step's peak
-    return Prediction(max(peak_memory_gb(), resident_memory_gb() + (update + grown) / 1e9), step, run)
 
+    options: Any
+    little: Any
+    learner: Any
+    items: Sequence[Sequence[Example]]
 
-def _tokens(
-    options: Any, little: Any, learner: Any, items: Sequence[Sequence[Example]], metrics: Any
-) -> tuple[float, float]:
-    """Tokens that a step of the run computes, and those that the small one did."""
-    if hasattr(options, "batch_size") and not plan_of(options).new_tokens_per_step:
-        sizes = [Unit(tuple(item)).tokens for item in items]
-        met = range(little.batch_size)
-        drawn = [sizes[learner.order.at(i) if len(sizes) == learner.order.n else i % len(sizes)] for i in met]
-        return options.batch_size * sum(sizes) / len(sizes), sum(drawn)
-    prompt, given = (
-        sum(sum(trained == flag for e in item for trained in e.mask) for item in items) / len(items)
-        for flag in (False, True)
-    )
-    completion = metrics.get("completions/mean_length", given or options.max_completion_length)
-    shared = isinstance(options, RLOptions) and not isinstance(options, ExpertOptions)
-    both = []
-    for o in (options, little):
-        sequences = plan_of(o).sequences_per_step
-        # A prompt's tokens are computed once for all its completions.
-        both.append(sequences * completion + (o.num_prompts if shared else sequences) * prompt)
-    return both[0], both[1]
+    def plan(self, options: RunOptions) -> Plan:
+        """The plan of either options."""
+        return plan_of(options, examples=self.learner.order.n)
 
+    def predict(self) -> Prediction:
+        """Memory and time of the run from a step of the little one."""
+        o, (number, watch, metrics) = self.options, self._watched()
+        plan, done = self.plan(o), self.plan(self.little)
+        tokens, done_tokens = self._tokens(number, metrics)
+        scale = tokens / done_tokens
+        # completions without advantage were left out of the small step's update, and need not be of another one's
+        kept = 1 - metrics.get("rollout/skipped", 0.0)
+        passes = watch.passes * scale / kept * plan.passes_per_sequence / done.passes_per_sequence
+        # the first update starts from what sampling computed: two thirds of the work; the others cannot
+        replayed = metrics.get("rollout/replayed", 0.0)
+        passes *= (3 - replayed / plan.optimizer_steps_per_step) / (3 - replayed)
+        rollout, reward = (metrics.get(f"seconds/{name}", 0.0) for name in ("rollout", "reward"))
+        scoring = max(0.0, watch.before - rollout - reward)
+        more = plan.new_tokens_per_step / max(1, done.new_tokens_per_step)
+        # Decoding more rows costs less than in proportion: the weights are read once per token whatever the batch.
+        sampling = rollout * more**0.75 + reward * more
+        if isinstance(o, ExpertOptions):  # a round's, spread over its steps
+            before = (sampling + scoring * more) / o.train_steps
+        else:
+            batches = 1 if number else 1 + getattr(self.little, "rollout_lag", 0)
+            before = sampling / batches + scoring * scale
+        step = before + passes + watch.update * plan.optimizer_steps_per_step
+        steps = plan.optimizer_steps / plan.optimizer_steps_per_step
+        run = step * steps
+        if isinstance(o, DPOOptions) and o.loss in REFERENCED:  # every row that is met is read once beforehand
+            run += passes / 3 * min(steps, len(self.items) / o.batch_size)
+        micro = [min(o.micro_batch_tokens, count) for count in (tokens, done_tokens)]
+        grown = watch.activation_bytes * (micro[0] / micro[1] / kept - 1)
+        if plan.new_tokens_per_step:  # the engine sleeps while the weights are trained: the larger of the two counts
+            grown = max(grown, self._cache_bytes(plan) - self._cache_bytes(done))
+        grown += self._taken_over(tokens) - self._taken_over(done_tokens)
+        # freed memory is kept (devices.hardware.keep_freed_memory): what is resident now is the step's peak
+        return Prediction(max(peak_memory_gb(), resident_memory_gb() + grown / 1e9), step, run)
 
-def _longest(options: Any, items: Sequence[Sequence[Example]]) -> int:
-    return max(len(e.tokens) - sum(e.mask) for item in items for e in item) + options.max_completion_length
+    def _watched(self) -> tuple[int, _Watch, Mapping[str, float]]:
+        """A step's number, parts and metrics: the second's where a first one is so short that its beginnings count."""
+        for number in range(2):
+            watch = _Watch()
+            with saved_tensors_hooks(watch.keep, watch.give):
+                metrics = self.learner.step(number).metrics
+            watch.update += watch.lap()
+            if watch.before + watch.passes + watch.update > 1:
+                break
+        return number, watch, metrics
 
+    def _tokens(self, number: int, metrics: Mapping[str, float]) -> tuple[float, float]:
+        """Tokens that a step of the run computes, and those that the little run's step of this number did."""
+        o, order, size = self.options, self.learner.order, getattr(self.little, "batch_size", 0)
+        if size and not self.plan(o).new_tokens_per_step:
+            sizes = [Unit(tuple(item)).tokens for item in self.items]
+            met = range(number * size, (number + 1) * size)
+            drawn = [sizes[order.at(i) if len(sizes) == order.n else i % len(sizes)] for i in met]
+            return o.batch_size * sum(sizes) / len(sizes), sum(drawn)
+        masks = [flag for item in self.items for e in item for flag in e.mask]
+        given, every = (count / len(self.items) for count in (sum(masks), len(masks)))
+        completion = metrics.get("completions/mean_length", given or o.max_completion_length)
+        shared = isinstance(o, RLOptions) and not isinstance(o, ExpertOptions)
 
-def _cache_bytes(options: Any, plan: Plan, learner: Any, items: Sequence[Sequence[Example]]) -> float:
-    """What the engine's cache takes while a step's (or a round's) sequences are sampled."""
-    model = learner.policy.model
-    sequences = plan.new_tokens_per_step // options.max_completion_length
-    blocks = min(sequences, 256) * math.ceil((_longest(options, items) + 1) / BLOCK)
-    return min(blocks * KVCache.bytes_per_block(model.spec, model.dtype), 1e9)
+        def tokens(options: Any) -> float:
+            # A prompt's tokens are computed once for all its completions.
+            sequences = self.plan(options).sequences_per_step
+            return sequences * completion + (options.num_prompts if shared else sequences) * (every - given)
 
+        return tokens(o), tokens(self.little)
 
-def _kept_more(
-    options: Any, learner: Any, items: Sequence[Sequence[Example]], tokens: float, done_tokens: float
-) -> float:
-    """Bytes of the sampler's activations that are kept for the update, beyond those of the small step."""
-    if getattr(getattr(learner, "sampler", None), "activations", None) is None:
-        return 0.0
-    longest = _longest(options, items) - options.max_completion_length
-    room = room_for_activations(options, learner.policy, longest)
-    capacity = 0 if room is None else room.capacity
-    each = bytes_per_token(learner.sampler.activations.decoder.config, learner.policy.model.dtype)
-    return max(0.0, min(capacity, tokens) - done_tokens) * each
+    @property
+    def _longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(e.tokens) - sum(e.mask) for item in self.items for e in item)
+
+    def _cache_bytes(self, plan: Plan) -> float:
+        """What the engine's cache takes while a step's (or a round's) sequences are sampled."""
+        model, length = self.learner.policy.model, self.options.max_completion_length
+        blocks = min(plan.new_tokens_per_step // length, 256) * math.ceil((self._longest + length + 1) / BLOCK)
+        return min(blocks * KVCache.bytes_per_block(model.spec, model.dtype), 1e9)
+
+    def _taken_over(self, tokens: float) -> float:
+        """Bytes of so many tokens' activations that the run's sampler keeps for the update."""
+        if getattr(getattr(self.learner, "sampler", None), "activations", None) is None:
+            return 0.0
+        room = room_for_activations(self.options, self.learner.policy, self._longest)
+        each = bytes_per_token(self.learner.sampler.activations.decoder.config, self.learner.policy.model.dtype)
+        return min(room.capacity, tokens) * each if room is not None else 0.0

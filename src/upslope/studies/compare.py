@@ -14,6 +14,7 @@ import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations, count, product
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ from upslope.preview.plan import plan_of
 from upslope.recipes import CLASSES, recipe_of
 from upslope.rollout.collect import collect
 from upslope.runs.folder import Run
-from upslope.studies.comparison import write_report
+from upslope.studies import new_folder
+from upslope.studies.report import write_report
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.experience import Experience
@@ -70,7 +72,6 @@ def compare(o: CompareOptions) -> dict[str, Any]:
     task = load_task(_shared(entries, "task"))
     prompts = prompts_of(task, "eval", o.eval_samples, seed=0)
     tell_task(task, len(prompts))
-    start_options = entries[0].options
     longest = max(_reply_length(e.options) for e in entries)
     result: dict[str, Any] = {
         "task": _shared(entries, "task"),
@@ -83,24 +84,17 @@ def compare(o: CompareOptions) -> dict[str, Any]:
     }
     start = _kept(folder / "start.json")
     if start is None:
-        policy = load_policy(start_options)
-        start = measure(policy, None, task, prompts, longest, shown=o.samples_shown)
-        del policy
+        start = measure(load_policy(entries[0].options), None, task, prompts, longest, shown=o.samples_shown)
         _keep(folder / "start.json", start)
     result["start"] = start
-    for seed in result["seeds"]:
-        for entry in entries:
-            measured = _run_one(entry, seed, folder, task, prompts, longest, o)
-            if measured is None:
-                result["stopped"] = "interrupted"
-                break
-            result["runs"].setdefault(entry.label, {})[str(seed)] = measured
-            gc.collect()
-        if result["stopped"] == "interrupted":
+    for seed, entry in product(result["seeds"], entries):
+        measured = _run_one(entry, seed, folder, task, prompts, longest, o)
+        if measured is None:
+            result["stopped"] = "interrupted"
             break
-    result["recipes"] = summarise(result)
-    result["pairs"] = pairs(result)
-    result["folder"] = str(folder)
+        result["runs"].setdefault(entry.label, {})[str(seed)] = measured
+        gc.collect()
+    result |= {"recipes": summarise(result), "pairs": pairs(result), "folder": str(folder)}
     write_atomic(folder / "compare.json", json.dumps(result, indent=1) + "\n")
     if result["runs"]:
         write_report(folder / "report.html", result)
@@ -148,16 +142,9 @@ def _folder(o: CompareOptions) -> Path:
         if not folder.is_dir():
             raise RunError(f"{folder}: no comparison to resume there")
         return folder
-    if o.output_dir is None:
-        number = 1
-        while (folder := Path("runs") / f"compare-{number}").exists():
-            number += 1
-    else:
-        folder = Path(o.output_dir)
-    if folder.exists() and any(folder.iterdir()):
-        raise RunError(f"{folder}: not empty; choose another --output-dir, or --resume it")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    free = (folder for n in count(1) if not (folder := Path("runs") / f"compare-{n}").exists())
+    folder = Path(o.output_dir) if o.output_dir is not None else next(free)
+    return new_folder(folder, "choose another --output-dir, or --resume it")
 
 
 def _run_one(
@@ -176,13 +163,8 @@ def _run_one(
     if summary["stopped"] == "interrupted":
         return None
     measured = measure(policy, options, task, prompts, longest, shown=o.samples_shown)
-    measured |= {
-        "steps": summary["steps"],
-        "trained_tokens": summary["trained_tokens"],
-        "seconds": summary["seconds"],
-        "stopped": summary["stopped"],
-        "curve": curve(place, plan_of(options).sequences_per_step),
-    }
+    measured |= {name: summary[name] for name in ("steps", "trained_tokens", "seconds", "stopped")}
+    measured["curve"] = curve(place, plan_of(options).sequences_per_step)
     _keep(place / "measured.json", measured)
     return measured
 
@@ -269,14 +251,12 @@ def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     start = result["start"]["quality"]
     for label, runs in {"start": {"": result["start"]}, **result["runs"]}.items():
         quality = _per_problem(runs)
-        value = bootstrap_mean(quality)
         gain = paired_bootstrap(quality, start)
-        each = [statistics.fmean(r["quality"]) for r in runs.values()]
         row: dict[str, Any] = {
             "label": label,
-            "quality": {"value": value.value, "low": value.low, "high": value.high, "n": len(quality)},
-            "by_seed": each,
-            "gain": {"value": gain.value, "low": gain.low, "high": gain.high},
+            "quality": {**bootstrap_mean(quality)._asdict(), "n": len(quality)},
+            "by_seed": [statistics.fmean(r["quality"]) for r in runs.values()],
+            "gain": gain._asdict(),
         }
         for name in ("kl", "distinct_1", "distinct_2", "self_bleu", "seconds", "trained_tokens", "steps"):
             found = [r[name] for r in runs.values() if name in r]
@@ -290,13 +270,8 @@ def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 def pairs(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every recipe against every later one: the mean difference over problems with its paired bootstrap interval."""
     quality = {label: _per_problem(runs) for label, runs in result["runs"].items()}
-    labels = list(quality)
-    found = []
-    for i, a in enumerate(labels):
-        for b in labels[i + 1 :]:
-            difference = paired_bootstrap(quality[b], quality[a])
-            found.append({"a": a, "b": b, "value": difference.value, "low": difference.low, "high": difference.high})
-    return found
+    differences = {(a, b): paired_bootstrap(quality[b], quality[a]) for a, b in combinations(quality, 2)}
+    return [{"a": a, "b": b, **found._asdict()} for (a, b), found in differences.items()]
 
 
 def _per_problem(runs: Mapping[str, Mapping[str, Any]]) -> list[float]:

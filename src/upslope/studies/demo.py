@@ -14,7 +14,6 @@ from typing import Any
 
 from upslope.atomic import write_atomic
 from upslope.build import load_policy
-from upslope.errors import RunError
 from upslope.evaluation.accuracy import evaluate
 from upslope.loop.rows import held_out_groups
 from upslope.loop.session import peak_memory_gb
@@ -22,6 +21,7 @@ from upslope.options import DemoOptions, PPOOptions, SFTOptions
 from upslope.recipes.ppo import ppo
 from upslope.recipes.sft import sft
 from upslope.runs.folder import Run
+from upslope.studies import new_folder
 from upslope.tasks.loading import load_task
 from upslope.types import RolloutGroup
 
@@ -41,50 +41,39 @@ def run(options: DemoOptions) -> int:
 def sft_options(o: DemoOptions, folder: Path) -> SFTOptions:
     """A little supervision: enough to teach the form of the answer, not enough to exhaust the task."""
     return SFTOptions(
+        **_shared(o, folder / "sft", o.sft_steps, warmup=5),
         model=o.model,
-        task=o.task,
-        output_dir=str(folder / "sft"),
         num_examples=16 * o.sft_steps,
         batch_size=16,
-        max_steps=o.sft_steps,
         learning_rate=3e-5,
         lr_scheduler_type="constant",
-        warmup_steps=min(5, o.sft_steps),
-        eval_every=0,
-        eval_samples=o.eval_samples,
-        max_completion_length=8,
-        keep_last=1,
-        save_every=max(o.sft_steps, 1),
-        seed=o.seed,
     )
 
 
 def ppo_options(o: DemoOptions, folder: Path, model: str) -> PPOOptions:
     """PPO from the supervised weights, with a critic on the policy's trunk."""
     return PPOOptions(
+        **_shared(o, folder / "ppo", o.ppo_steps, warmup=2),
         model=model,
-        task=o.task,
-        output_dir=str(folder / "ppo"),
         num_train_prompts=2000,
         num_prompts=32,
         num_generations=4,
-        max_completion_length=8,
-        max_steps=o.ppo_steps,
         learning_rate=2e-5,
         lr_scheduler_type="linear",
-        warmup_steps=min(2, o.ppo_steps),
         num_epochs=1,
         num_minibatches=2,
         gamma=1.0,
         lam=0.95,
         vf_coef=0.1,
         micro_batch_tokens=640,
-        eval_every=0,
-        eval_samples=o.eval_samples,
-        keep_last=1,
-        save_every=max(o.ppo_steps, 1),
-        seed=o.seed,
     )
+
+
+def _shared(o: DemoOptions, folder: Path, steps: int, *, warmup: int) -> dict[str, Any]:
+    """What both stages have: measured at the end only, and the last checkpoint alone is kept."""
+    length = {"max_steps": steps, "warmup_steps": min(warmup, steps), "save_every": max(steps, 1), "keep_last": 1}
+    measured = {"eval_every": 0, "eval_samples": o.eval_samples, "max_completion_length": 8}
+    return {"task": o.task, "output_dir": str(folder), "seed": o.seed, **length, **measured}
 
 
 def demo(o: DemoOptions) -> dict[str, Any]:
@@ -132,14 +121,7 @@ def demo(o: DemoOptions) -> dict[str, Any]:
 
 def _folder(o: DemoOptions) -> Path:
     folder = Path(o.output_dir) if o.output_dir else Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = next(folder.iterdir(), None)
-    except OSError as error:
-        raise RunError(f"{folder}: {error.strerror}; choose another folder with --output-dir") from None
-    if occupied:
-        raise RunError(f"{folder}: is not empty; choose another folder with --output-dir")
-    return folder
+    return new_folder(folder, "choose another folder with --output-dir")
 
 
 def _shown(groups: list[RolloutGroup]) -> list[dict[str, Any]]:

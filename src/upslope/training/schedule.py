@@ -7,7 +7,8 @@ from dataclasses import replace
 from typing import Any, Literal, get_args
 
 from upslope.errors import ConfigError
-from upslope.options import ExpertOptions, RLOptions, RunOptions
+from upslope.options import EncoderOptions, ExpertOptions, PretrainOptions, RunOptions, Seq2SeqOptions, SFTOptions
+from upslope.options.preference import PreferenceData
 
 __all__ = ["in_steps"]
 
@@ -66,11 +67,15 @@ def _check(step: int, base: float, total_steps: int, warmup_steps: int, kind: st
             raise ConfigError(said)
 
 
+_IN_PASSES = PretrainOptions | SFTOptions | Seq2SeqOptions | EncoderOptions | PreferenceData
+"""Whose num_epochs are passes over the data, and not over a step's rollouts."""
+
+
 def in_steps(options: Any, items: int | None = None) -> Any:
     """The options with max_steps in place of num_epochs (passes over `items`) or of an expert's num_rounds."""
     if isinstance(options, ExpertOptions) and options.num_rounds is not None:
         return replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
-    if items is None or isinstance(options, RLOptions) or getattr(options, "num_epochs", None) is None:
+    if items is None or not isinstance(options, _IN_PASSES) or options.num_epochs is None:
         return options
     steps = max(1, round(options.num_epochs * items / options.batch_size))
     return replace(options, max_steps=steps, num_epochs=None)
