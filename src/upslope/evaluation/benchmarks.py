@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from upslope.data.chat import encode_text
-from upslope.data.glue import Form, Item, Items, Split, labelled, read_items
+from upslope.data.glue import Form, Item, Items, labelled, read_items
 from upslope.data.labels import LabelledText
 from upslope.errors import ConfigError, ModelError
 from upslope.evaluation import benchmark_metrics as metrics
@@ -56,7 +56,7 @@ class Prompt:
 
 
 def benchmark_figures(
-    model: Scorer | Classifier, spec: str, *, limit: int | None = None, seed: int = 0, split: Split = "validation"
+    model: Scorer | Classifier, spec: str, *, limit: int | None = None, seed: int = 0
 ) -> list[Figure]:
     """The official figures of one task, the leading one first.
 
@@ -67,7 +67,7 @@ def benchmark_figures(
     """
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1")
-    read = read_items(spec, split=split)
+    read = read_items(spec)
     items = _chosen(read, limit, seed)
     said, detail = _by_likelihood(model, items) if isinstance(model, Scorer) else _by_label(model, items)
     detail["of"] = len({x.group for x in read.items}) if read.items[0].group else len(read.items)

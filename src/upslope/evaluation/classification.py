@@ -97,11 +97,11 @@ def entity_report(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[s
     return {"title": "entity level, strict IOB2", "labels": rows, "averages": averages}
 
 
-def format_report(report: Mapping[str, Any], *, title: str | None = None) -> str:
+def format_report(report: Mapping[str, Any]) -> str:
     """A report as a plain table: label, precision, recall, F1, support, then the averages."""
     rows = [*report["labels"].items(), *((f"{a} average", row) for a, row in report["averages"].items())]
     width = max(len("label"), *(len(str(name)) for name, _ in rows))
-    lines = [title or report.get("title") or "one label per row"]
+    lines = [report.get("title") or "one label per row"]
     if "accuracy" in report:
         a = report["accuracy"]
         lines.append(f"accuracy {a['value']:.4f} [{a['low']:.4f}, {a['high']:.4f}] n={a['n']}")

@@ -24,10 +24,10 @@ def task_figures(name: str, task: Any, results: Mapping[str, Any], seed: int) ->
             continue
         rows = [s[metric] for s in results["samples"][name] if s["filter"] == kind and metric in s]
         interval = _interval(rows, float(value), task.aggregation().get(metric), seed)
-        better = results["higher_is_better"].get(name, {}).get(metric)
+        better = "lower" if results["higher_is_better"].get(name, {}).get(metric) is False else "higher"
         detail = {"filter": kind, "num_fewshot": results["n-shot"].get(name, 0), "version": version}
         detail["of"] = results["n-samples"][name]["original"]
-        made.append(Figure(metric, float(value), interval.low, interval.high, len(rows), name, _better(better), detail))
+        made.append(Figure(metric, float(value), interval.low, interval.high, len(rows), name, better, detail))
     return made
 
 
@@ -66,7 +66,3 @@ def group_figures(results: Mapping[str, Any], figures: Sequence[Figure]) -> list
 def _leaves(group: str, children: Mapping[str, Sequence[str]]) -> set[str]:
     found = {name for child in children.get(group, ()) for name in _leaves(child, children)}
     return found or {group}
-
-
-def _better(higher: bool | None) -> str:
-    return "lower" if higher is False else "higher"

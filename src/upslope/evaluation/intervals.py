@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+_TAILS = [(1 - 0.95) / 2, 1 - (1 - 0.95) / 2]  # of the bootstrap: 95%
+
 
 class Interval(NamedTuple):
     """An estimate and its confidence limits; unpacks as (value, low, high)."""
@@ -26,7 +28,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """
     if n < 1 or not 0 <= successes <= n:
         raise ValueError(f"need n >= 1 and 0 <= successes <= n, got successes={successes}, n={n}")
-    _check_confidence(confidence)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     p = successes / n
     scale = 1 + z * z / n
@@ -38,32 +41,28 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(p, low, high)
 
 
-def bootstrap_mean(
-    values: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
-) -> Interval:
+def bootstrap_mean(values: Sequence[float], *, resamples: int = 10_000, seed: int = 0) -> Interval:
     """Percentile bootstrap of a mean (Efron 1979).
 
     Which items resample k draws depends on (seed, k, position) alone: no generator has state, and a longer run
-    repeats the shorter one's resamples. ValueError: no values, a value not finite, resamples < 1, confidence.
+    repeats the shorter one's resamples. ValueError: no values, a value not finite, resamples < 1.
     """
     x = np.asarray(values, dtype=np.float64)
     if x.ndim != 1 or x.size == 0 or not np.isfinite(x).all():
         raise ValueError(f"need at least one value, all finite, in one dimension; got shape {list(x.shape)}")
     if resamples < 1:
         raise ValueError(f"resamples must be at least 1, got {resamples}")
-    _check_confidence(confidence)
     means = np.empty(resamples)
     rows = max(1, 1_000_000 // x.size)
     for start in range(0, resamples, rows):
         ids = np.arange(start, min(start + rows, resamples), dtype=np.uint64)
         means[start : start + rows] = x[_draws(ids, x.size, seed)].mean(axis=1)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(means, _TAILS)
     return Interval(float(x.mean()), float(low), float(high))
 
 
 def paired_bootstrap(
-    after: Sequence[float], before: Sequence[float], *, confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    after: Sequence[float], before: Sequence[float], *, resamples: int = 10_000, seed: int = 0
 ) -> Interval:
     """Bootstrap of mean(after - before), both measured on the same problems in the same order.
 
@@ -73,12 +72,10 @@ def paired_bootstrap(
     if len(after) != len(before):
         raise ValueError(f"paired values must be equally many, got {len(after)} and {len(before)}")
     difference = np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
-    return bootstrap_mean(difference.tolist(), confidence=confidence, resamples=resamples, seed=seed)
+    return bootstrap_mean(difference.tolist(), resamples=resamples, seed=seed)
 
 
-def bootstrap(
-    statistic: Callable[[np.ndarray], float], n: int, *, confidence: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> Interval:
+def bootstrap(statistic: Callable[[np.ndarray], float], n: int, *, resamples: int = 1000, seed: int = 0) -> Interval:
     """Percentile bootstrap (Efron 1979) of `statistic`, a function of the places 0..n-1 of the items to be counted.
 
     Items are drawn as in `bootstrap_mean`, so the same seed gives the same interval anywhere. A resample in
@@ -88,9 +85,8 @@ def bootstrap(
         raise ValueError(f"need at least one item and one resample, got {n} and {resamples}")
     value = float(statistic(np.arange(n)))
     found = [float(statistic(_draws(np.array([k], dtype=np.uint64), n, seed)[0])) for k in range(resamples)]
-    tail = (1 - confidence) / 2
     kept = [x for x in found if x == x]
-    low, high = np.quantile(kept, [tail, 1 - tail]) if kept else (value, value)
+    low, high = np.quantile(kept, _TAILS) if kept else (value, value)
     return Interval(value, float(low), float(high))
 
 
@@ -99,11 +95,6 @@ def share(values: Sequence[float], seed: int) -> Interval:
     if all(x in (0.0, 1.0) for x in values):
         return wilson(int(sum(values)), len(values))
     return bootstrap_mean(values, seed=seed)
-
-
-def _check_confidence(confidence: float) -> None:
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
 
 
 def _draws(resample_ids: np.ndarray, n: int, seed: int) -> np.ndarray:

@@ -30,6 +30,7 @@ INSTRUCTIONS = (
 _MARKS: Mapping[str, float] = {"[[A]]": 1.0, "[[B]]": 0.0, "[[C]]": 0.5}
 _RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
 _LONGEST_WAIT = 60.0
+_MAX_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +55,7 @@ class Verdict:
 class PairJudge:
     """A chat model behind an OpenAI-compatible URL. A context manager that closes its connections.
 
-    base_url: up to and with /v1. api_key: sent as a bearer token. max_tokens: of a reply. timeout: seconds within which
+    base_url: up to and with /v1. api_key: sent as a bearer token. timeout: seconds within which
     an answer is complete, however slowly. retries: after a request that failed for a passing reason (connection,
     408, 429, 5xx), with waits of 1, 2, 4, ... s or what Retry-After says, 60 s at most. concurrency: requests under way
     at once. max_failures: requests lost in spite of their retries before the whole comparison stops. sleep: replaced in
@@ -67,20 +68,13 @@ class PairJudge:
         model: str,
         *,
         api_key: str | None = None,
-        instructions: str = INSTRUCTIONS,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
         timeout: float = 120.0,
         retries: int = 4,
         concurrency: int = 8,
         max_failures: int = 8,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        for name, value, least in (
-            ("retries", retries, 0),
-            ("concurrency", concurrency, 1),
-            ("max_tokens", max_tokens, 1),
-        ):
+        for name, value, least in (("retries", retries, 0), ("concurrency", concurrency, 1)):
             if value < least:
                 raise ConfigError(f"judge option {name} is {value}; it must be at least {least}")
         self._httpx = require("eval", "httpx")
@@ -90,8 +84,7 @@ class PairJudge:
             raise ConfigError(f"judge URL {base_url!r}: {error}") from error
         if url.scheme not in ("http", "https") or not url.host:
             raise ConfigError(f"judge URL {base_url!r}: must be http:// or https://, a host, and end with /v1")
-        self.base_url, self.model, self.instructions = base_url.rstrip("/"), model, instructions
-        self.temperature, self.max_tokens, self.retries, self.timeout = temperature, max_tokens, retries, timeout
+        self.base_url, self.model, self.retries, self.timeout = base_url.rstrip("/"), model, retries, timeout
         self.concurrency, self.max_failures, self._sleep = concurrency, max_failures, sleep
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = self._httpx.Client(headers=headers, timeout=timeout)
@@ -110,9 +103,9 @@ class PairJudge:
         asked = f"Request:\n{prompt}\n\nAnswer A:\n{first}\n\nAnswer B:\n{second}"
         body = {
             "model": self.model,
-            "messages": [{"role": "system", "content": self.instructions}, {"role": "user", "content": asked}],
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
+            "messages": [{"role": "system", "content": INSTRUCTIONS}, {"role": "user", "content": asked}],
+            "temperature": 0.0,
+            "max_tokens": _MAX_TOKENS,
         }
         error, wait = "", 0.0
         for attempt in range(self.retries + 1):

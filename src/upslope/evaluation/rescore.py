@@ -51,7 +51,7 @@ class NBest:
         return max(range(len(self.hypotheses)), key=lambda i: (self.hypotheses[i].score or 0.0, -i))
 
 
-def read_nbest(path: str, *, limit: int | None = None) -> list[NBest]:
+def read_nbest(path: str) -> list[NBest]:
     """Rows {reference, hypotheses: [{text, score?}], id?, source?}; `references` lists several, `prompt` is `source`.
 
     Scores stand in every hypothesis of the file or in none. DataError naming file, row, key and remedy.
@@ -64,7 +64,7 @@ def read_nbest(path: str, *, limit: int | None = None) -> list[NBest]:
             raise DataError(f"{where}: some hypotheses have a 'score' and others none; give it everywhere or nowhere")
     if not found:
         raise DataError(f"{path}: holds no rows")
-    return found[:limit]
+    return found
 
 
 def _nbest(where: str, row: Mapping[str, Any]) -> NBest:

@@ -29,8 +29,8 @@ class Sample:
     tools: Tools = ()
 
 
-def read_samples(path: str, *, limit: int | None = None, columns: Sequence[str] = ()) -> list[Sample]:
-    """The rows of a file, at most the first `limit`.
+def read_samples(path: str, *, columns: Sequence[str] = ()) -> list[Sample]:
+    """The rows of a file.
 
     A row has a prompt (`prompt`, a text taken as it stands or messages) and what is right: `references` (a list of
     texts), `reference`, `completion` or `answer`, the first of these it has; or it is a conversation `messages` whose
@@ -38,11 +38,11 @@ def read_samples(path: str, *, limit: int | None = None, columns: Sequence[str] 
     key and remedy.
     """
     if Path(path).name.lower().removesuffix(".gz").endswith(".txt") and not columns:
-        return [Sample(f"{path}:{i}", (line,)) for i, line in enumerate(_lines(path), 1)][:limit]
+        return [Sample(f"{path}:{i}", (line,)) for i, line in enumerate(_lines(path), 1)]
     found = [_sample(i, where, row) for i, (where, row) in enumerate(rows_of(path, columns=columns))]
     if not found:
         raise DataError(f"{path}: holds no rows")
-    return found[:limit]
+    return found
 
 
 def _sample(key: int, where: str, row: Mapping[str, Any]) -> Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -130,28 +131,14 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 def _repair(path: Path) -> None:
     """Completes a last line that lacks only its newline, and cuts off one that lacks more."""
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         return
     with open(path, "r+b") as file:
-        start = _last_line_start(file)
-        file.seek(start)
-        tail = file.read()
-        if not tail:
-            return
-        if _parse(tail) is None:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            start = content.rfind(b"\n") + 1
+            tail = content[start:]
+        if tail and _parse(tail) is None:
             file.truncate(start)
-        else:
+        elif tail:
+            file.seek(0, os.SEEK_END)
             file.write(b"\n")
-
-
-def _last_line_start(file: IO[bytes], chunk: int = 65536) -> int:
-    """The offset after the last newline (0 when there is none)."""
-    end = file.seek(0, os.SEEK_END)
-    while end > 0:
-        begin = max(0, end - chunk)
-        file.seek(begin)
-        newline = file.read(end - begin).rfind(b"\n")
-        if newline >= 0:
-            return begin + newline + 1
-        end = begin
-    return 0

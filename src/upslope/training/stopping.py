@@ -227,12 +227,10 @@ class GracefulInterrupt:
     """
 
     exit_code = 130
+    message = "finishing this step, then saving; Ctrl-C again stops at once, without saving"
 
-    def __init__(
-        self, message: str = "finishing this step, then saving; Ctrl-C again stops at once, without saving"
-    ) -> None:
+    def __init__(self) -> None:
         self.requested = False
-        self._message = message
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
@@ -258,7 +256,7 @@ class GracefulInterrupt:
         # os.write: a handler may run in the middle of another print, where sys.stderr cannot be entered again.
         # A terminal that has gone away must not cost the checkpoint.
         with contextlib.suppress(OSError):
-            os.write(2, f"\n{signal.Signals(number).name}: {self._message}\n".encode())
+            os.write(2, f"\n{signal.Signals(number).name}: {self.message}\n".encode())
 
 
 @dataclass(frozen=True, slots=True)
