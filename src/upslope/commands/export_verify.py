@@ -112,6 +112,7 @@ def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str
     if config.get("model_type") == LSTM_TYPE:
         theirs = [_logprobs(load_model(written), ids) for ids in tokens]
         return [_gap("upslope itself, which alone has this network, float32", ours, theirs, (0.0, 0.0))]
+    likely = [x.topk(min(_TOP, x.shape[-1])) for x in ours]
     gaps = []
     for kind in dict.fromkeys(("float32", dtype)):
         network = _transformers(written, getattr(torch, kind))
@@ -121,10 +122,9 @@ def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str
             if not _stops(network, tokens[0], token):
                 raise RunError(f"transformers does not stop at token {token}, which ends a turn of this model")
         name = f"transformers, {kind}"
-        likely = [x.topk(min(_TOP, x.shape[-1])).indices for x in ours]
-        pairs = [(a.gather(1, i), b.gather(1, i)) for a, b, i in zip(ours, theirs, likely, strict=True)]
         shown = name if kind == dtype else f"{name} from {dtype}"
-        gaps.append(_gap(shown, [a for a, _ in pairs], [b for _, b in pairs], _BOUNDS[name]))
+        found = [x.gather(1, top.indices) for x, top in zip(theirs, likely, strict=True)]
+        gaps.append(_gap(shown, [top.values for top in likely], found, _BOUNDS[name]))
     return gaps
 
 

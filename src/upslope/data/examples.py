@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from upslope.data.chat import TooLongError, check_length, encode_completion, encode_conversation, encode_document
@@ -36,7 +36,7 @@ class EncodedRecords:
 
     examples: list[Example]
     kept: list[int]
-    too_long: list[tuple[int, int]] = field(default_factory=list)
+    too_long: list[tuple[int, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +68,12 @@ class Solution:
     where: str
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Encoded(Generic[Row]):
     """The rows that fit, and the number of tokens of each one left out for its length."""
 
-    rows: list[Row] = field(default_factory=list)
-    too_long: list[int] = field(default_factory=list)
+    rows: list[Row]
+    too_long: list[int]
 
 
 def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Example:

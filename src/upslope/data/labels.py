@@ -248,15 +248,12 @@ def _split(
 def stratified_choice(rows: Sequence[LabelledText], *, per_label: int, seed: int) -> list[LabelledText]:
     """At most `per_label` different texts of each label, by a hash of seed and content, in the order of the rows."""
     taken: Counter[str] = Counter()
-    chosen: set[int] = set()
-    seen: set[str] = set()
-    for index in sorted(range(len(rows)), key=lambda i: (_hash(rows[i].content, seed), i)):
-        row = rows[index]
-        if taken[row.label] < per_label and row.content not in seen:
+    chosen: dict[str, LabelledText] = {}
+    for row in shuffled_by_content(rows, seed=seed):
+        if taken[row.label] < per_label and row.content not in chosen:
             taken[row.label] += 1
-            seen.add(row.content)
-            chosen.add(index)
-    return [row for index, row in enumerate(rows) if index in chosen]
+            chosen[row.content] = row
+    return [row for row in rows if chosen.get(row.content) is row]
 
 
 def shuffled_by_content(rows: Sequence[Any], *, seed: int) -> list[Any]:

@@ -29,6 +29,7 @@ LIBRARY_ERRORS = (
 """What transformers raises over a configuration or weights that it cannot make a network of."""
 
 _Range = tuple[type, float, float]
+_LAYERS = "num_hidden_layers encoder_layers decoder_layers n_layer n_layers num_layers"
 _SLACK = 1 << 24  # elements of a new head, which no file holds
 
 
@@ -40,7 +41,7 @@ TABLE: dict[str, _Range] = {
     **_all("vocab_size decoder_vocab_size", int, 1, 2**24),
     **_all("hidden_size d_model n_embd dim embedding_size", int, 1, 2**17),
     **_all("intermediate_size encoder_ffn_dim decoder_ffn_dim ffn_dim n_inner hidden_dim d_inner", int, 1, 2**20),
-    **_all("num_hidden_layers encoder_layers decoder_layers n_layer n_layers num_layers", int, 1, 4096),
+    **_all(_LAYERS, int, 1, 4096),
     **_all("num_attention_heads encoder_attention_heads decoder_attention_heads n_head n_heads", int, 1, 4096),
     **_all("num_key_value_heads", int, 1, 4096),
     **_all("head_dim", int, 1, 2**13),
@@ -139,7 +140,7 @@ def check_sizes(
 
     Every layer has a tensor; `elements`: of the network built without memory, against those in the files.
     """
-    for key in ("num_hidden_layers", "encoder_layers", "decoder_layers", "n_layer", "n_layers", "num_layers"):
+    for key in _LAYERS.split():
         layers = raw.get(key)
         if type(layers) is int and layers > len(shapes):
             raise ModelError(

@@ -182,7 +182,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(dict(value), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def listed(kind: str, items: Sequence[str], shown: int = 4) -> str:
-    """How many there are of a kind, and the first of them."""
-    more = f" and {len(items) - shown} more" if len(items) > shown else ""
-    return f"{len(items)} {kind} ({', '.join(items[:shown])}{more})"
+def listed(kind: str, items: Sequence[str]) -> str:
+    """How many there are of a kind, and the first four of them."""
+    more = f" and {len(items) - 4} more" if len(items) > 4 else ""
+    return f"{len(items)} {kind} ({', '.join(items[:4])}{more})"

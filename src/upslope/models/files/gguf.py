@@ -236,7 +236,10 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any
         raise ModelError(f"{path}: the tokenizer's pre-split {split!r} is unknown; tokens would be silently wrong")
     with tempfile.TemporaryDirectory() as alone:
         # Alone in a folder, so that no config or tokenizer file beside the GGUF is taken for its own.
-        _link(path, Path(alone) / path.name)
+        try:
+            os.symlink(path.resolve(), Path(alone, path.name))
+        except OSError:
+            shutil.copyfile(path, Path(alone, path.name))
         with one_model_error(f"{path}: the tokenizer cannot be converted"):
             rebuilt = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
     if byte_level and split in _DIGIT_SPLITS:
@@ -272,13 +275,6 @@ class _Portable:
         config = json.loads(path.read_text(encoding="utf-8"))
         config = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only", "backend")}
         write_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.symlink(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _generation_config(metadata: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:

