@@ -29,7 +29,8 @@ from typing import Any
 
 from benchmarks.harness import Outcome
 from upslope.build import load_policy
-from upslope.loop.session import begin, train
+from upslope.loop.launch import begin
+from upslope.loop.session import train
 from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import ppo

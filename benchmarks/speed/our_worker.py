@@ -11,10 +11,12 @@ import torch
 
 from benchmarks.speed import protocol
 from upslope.build import Policy, load_policy, make_engine
-from upslope.loop.session import StepResult, begin, train
+from upslope.loop.launch import begin
+from upslope.loop.session import train
 from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import PPO
+from upslope.training.stopping import StepResult
 from upslope.types import RolloutGroup, SamplingParams
 
 TASK = f"{Path(__file__).with_name('task.py')}:Stories"

@@ -3,8 +3,6 @@
 The public names, loaded when first used (docs/api.md shows a whole PPO loop written with them).
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

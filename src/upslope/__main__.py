@@ -1,7 +1,5 @@
 """`python -m upslope` is the command `upslope`."""
 
-from __future__ import annotations
-
 import sys
 
 from upslope.cli import main

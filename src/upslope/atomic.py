@@ -4,8 +4,6 @@ The recipe is the usual one: write under a hidden temporary name in the same fol
 A killed process leaves only hidden temporary entries behind; `clean_leftovers` removes those of dead processes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import itertools

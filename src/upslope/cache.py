@@ -1,12 +1,8 @@
 """Where upslope keeps what it can make or fetch again: models, corpora, compiled kernels."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
-
-__all__ = ["cache_root"]
 
 
 def cache_root() -> Path:

@@ -4,8 +4,6 @@ A verb is an options dataclass and the function that takes it. Every failure tha
 stderr and the exit code of its error class; 2 for a wrong command line, 130 for Ctrl-C.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import difflib

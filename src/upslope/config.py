@@ -5,8 +5,6 @@ line, the string "none" means no value for an option that may have none, and an 
 Free of torch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import json
@@ -22,24 +20,6 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
 
 from upslope.atomic import check_plain
 from upslope.errors import ConfigError
-
-__all__ = [
-    "OBJECT",
-    "PLUGINS",
-    "Setting",
-    "build",
-    "check",
-    "coerce",
-    "dump",
-    "from_text",
-    "hints_of",
-    "load",
-    "metadata_of",
-    "names_of",
-    "option",
-    "read_toml",
-    "suggestion",
-]
 
 NONE = "none"
 LAUNCH = {"output_dir": None, "resume": False, "allow_changed_data": False, "dry_run": False, "json": False}

@@ -4,8 +4,6 @@ Every message is one line that says where (file, row, key), what, and what to do
 The command line prints the message and exits with the class's `exit_code`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Optional parts: which extra brings which module, and one clear message when it is missing. Free of torch."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import sys

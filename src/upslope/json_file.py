@@ -1,7 +1,5 @@
 """JSON files that others wrote: one object within bounds, or one line that says what is wrong with the file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,8 +7,6 @@ from typing import Any
 
 from upslope.atomic import check_plain
 from upslope.errors import UpslopeError
-
-__all__ = ["read_object"]
 
 LARGEST = 1 << 28  # bytes; the largest tokenizers have some 35 MB
 DEEPEST = 64

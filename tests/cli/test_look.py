@@ -11,8 +11,8 @@ import pytest
 from upslope import cli
 from upslope.config import load
 from upslope.errors import ConfigError
+from upslope.loop.launch import begin
 from upslope.loop.look import look
-from upslope.loop.session import begin
 from upslope.options import EvalOptions, ExpertOptions, GRPOOptions, PretrainOptions, SFTOptions
 from upslope.tasks.base import Task
 from upslope.tasks.key_door import KeyDoor

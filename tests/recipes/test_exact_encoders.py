@@ -33,8 +33,10 @@ from torch import Tensor
 
 from upslope.engine.sampling import draw, uniforms
 from upslope.loop.encoder import finish
-from upslope.loop.session import Evaluation, begin, train
+from upslope.loop.launch import begin
+from upslope.loop.session import train
 from upslope.models.encoder.network import Encoder
+from upslope.training.stopping import Evaluation
 from upslope.types import SamplingParams
 
 pytestmark = pytest.mark.usefixtures("in_float64")

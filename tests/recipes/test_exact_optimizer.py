@@ -17,10 +17,12 @@ from test_exact_encoders import text_losses
 from torch import Tensor
 
 from upslope.loop.kept import DataAccount
-from upslope.loop.session import Evaluation, StepResult, begin, train
+from upslope.loop.launch import begin
+from upslope.loop.session import train
 from upslope.options import SFTOptions
 from upslope.preview.plan import plan_of
 from upslope.training.checkpoint import list_checkpoints, resolve
+from upslope.training.stopping import Evaluation, StepResult
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 

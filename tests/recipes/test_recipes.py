@@ -298,7 +298,8 @@ def test_non_finite_training_stops_and_keeps_the_last_checkpoint(tiny: Path, tas
         return original(step)
 
     learner.step = poisoned  # type: ignore[method-assign]
-    from upslope.loop.session import begin, train
+    from upslope.loop.launch import begin
+    from upslope.loop.session import train
 
     with begin(options) as begun, pytest.raises(UpslopeError):
         train("ppo", options, learner, begun)
@@ -315,7 +316,8 @@ def test_a_failing_evaluation_still_saves_the_last_step(tiny: Path, task: str, t
         raise DataError("the judge is ill")
 
     learner.evaluate = broken  # type: ignore[method-assign]
-    from upslope.loop.session import begin, train
+    from upslope.loop.launch import begin
+    from upslope.loop.session import train
 
     with begin(options) as begun, pytest.raises(DataError, match="ill"):
         train("ppo", options, learner, begun)

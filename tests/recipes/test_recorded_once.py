@@ -22,6 +22,7 @@ from upslope.recipes.classify import Classify, classify
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.sft import SFT, sft
 from upslope.runs import Run
+from upslope.training.stopping import Evaluation
 
 SHARED: dict[str, Any] = {"dtype": "float32", "learning_rate": 1e-2, "max_steps": 3, "eval_every": 2, "save_every": 1}
 SAMPLED: dict[str, Any] = {"num_train_prompts": 6, "num_prompts": 2, "num_generations": 2, "max_completion_length": 3}
@@ -187,8 +188,6 @@ def test_of_equally_good_checkpoints_the_one_with_the_lower_loss_is_the_best(
 ) -> None:
     options, train, learner = VERBS[verb]
     losses = {0: 0.1, 1: 0.9, 2: 0.3, 3: 0.4}
-    monkeypatch.setattr(
-        learner, "evaluate", lambda self, step: session.Evaluation("accuracy", {"accuracy": 0.5}, losses[step])
-    )
+    monkeypatch.setattr(learner, "evaluate", lambda self, step: Evaluation("accuracy", {"accuracy": 0.5}, losses[step]))
     train(options(tmp_path, output_dir=str(tmp_path / "run"), eval_every=1, patience=2))
     assert recorded(tmp_path / "run")["best"] == "step-00000002"

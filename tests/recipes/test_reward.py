@@ -207,7 +207,8 @@ def test_a_padding_token_of_its_own_is_kept_and_batches_agree(tmp_path: Path) ->
 def test_adapters_are_merged_into_the_folder(tiny: Path, tmp_path: Path) -> None:
     o = options(tiny, write(tmp_path / "rows.jsonl", pair_rows(40)), tmp_path / "run", lora_rank=4, max_steps=10)
     learner = RewardLearner(o, load_policy(o))
-    from upslope.loop.session import begin, train
+    from upslope.loop.launch import begin
+    from upslope.loop.session import train
 
     with begin(o) as begun:
         summary = train("reward", o, learner, begun)

@@ -24,11 +24,12 @@ from torch import Tensor
 from upslope.errors import RunError
 from upslope.loop import session
 from upslope.loop.kept import NO_DATA
-from upslope.loop.session import Evaluation, StepResult, begin, train
+from upslope.loop.launch import begin
+from upslope.loop.session import train
 from upslope.options import SFTOptions
 from upslope.runs.folder import Run
 from upslope.training import checkpoint
-from upslope.training.stopping import StopWhen
+from upslope.training.stopping import Evaluation, StepResult, StopWhen
 
 
 class Walk:

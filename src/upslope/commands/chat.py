@@ -1,14 +1,10 @@
 """`upslope chat`: talk to a model in the terminal, or through a pipe."""
 
-from __future__ import annotations
-
 from upslope.commands.chat_commands import COMMANDS, Chat
 from upslope.commands.chat_screen import Screen
 from upslope.commands.chat_session import ChatSession
 from upslope.errors import UpslopeError
 from upslope.options import ChatOptions
-
-__all__ = ["run"]
 
 
 def run(options: ChatOptions) -> int:

@@ -1,7 +1,5 @@
 """The commands of `upslope chat`, lines that begin with /, and the conversation that they work on."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import shlex
@@ -16,8 +14,6 @@ from upslope.commands.chat_session import SETTINGS, ChatSession, Reply, Show, St
 from upslope.data.records import read_records
 from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.runs.lines import MetricLines
-
-__all__ = ["COMMANDS", "Chat", "Command"]
 
 
 @dataclass(frozen=True, slots=True)

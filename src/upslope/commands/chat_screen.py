@@ -1,7 +1,5 @@
 """Where a chat is read from and written to: a terminal with line editing and history, or pipes."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -14,8 +12,6 @@ from typing import Any
 from upslope.cache import cache_root
 from upslope.commands.decoding import shown
 from upslope.errors import DataError
-
-__all__ = ["Screen", "stop_on_ctrl_c"]
 
 HISTORY_LENGTH = 1000
 _COLOURS = ((0.5, "green"), (0.1, "yellow"), (0.0, "red"))

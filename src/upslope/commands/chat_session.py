@@ -3,8 +3,6 @@
 The engine keeps the keys and values of what was said, so a later turn costs only what is new in it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,8 +18,6 @@ from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.attention.context import BLOCK
 from upslope.options import ChatOptions
 from upslope.types import Completion, Message, Prompt, SamplingParams
-
-__all__ = ["SETTINGS", "ChatSession", "Reply", "Show", "Stopped"]
 
 Show = Callable[[str], None]
 Stopped = Callable[[], bool]

@@ -1,7 +1,5 @@
 """What `generate` and `chat` share: an engine for their options, text that is safe to show."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,8 +12,6 @@ from upslope.models.attention.context import BLOCK, KVCache
 from upslope.models.files.folders import GENERATION_CONFIG
 from upslope.models.files.sources import say
 from upslope.options.generate import DecodingOptions
-
-__all__ = ["DRAWN", "has_template", "open_engine", "say_suggested", "shown", "suggested"]
 
 # A model's text may hold escape sequences, which a terminal would obey: retitle, recolour, overwrite what was said.
 _HARMLESS = {ord("\n"), ord("\t")}

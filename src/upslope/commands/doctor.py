@@ -1,7 +1,5 @@
 """`upslope doctor`: what this machine has, what would run on it, and what to do where something is amiss."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import json
 import os

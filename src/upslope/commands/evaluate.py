@@ -1,7 +1,5 @@
 """`upslope eval`: measure models, or finished answers, and show their figures side by side."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -20,8 +18,6 @@ from upslope.models.files.folders import is_adapter
 from upslope.models.files.sources import resolve
 from upslope.options import EvalOptions
 from upslope.version import __version__
-
-__all__ = ["evaluate", "run"]
 
 
 def run(options: EvalOptions) -> int:

@@ -1,7 +1,5 @@
 """What `upslope eval` measures of a trained encoder: labels of texts, tags of words, tasks in GLUE form."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from upslope.commands.evaluate_inputs import Inputs
@@ -14,8 +12,6 @@ from upslope.evaluation.metrics import Texts, measure
 from upslope.models.encoder.labellers import load_classifier, tags_of
 from upslope.models.files.config_json import ModelKind
 from upslope.models.files.folders import read_config
-
-__all__ = ["measure_encoder"]
 
 _LABELS = {"classifier": ("accuracy", "macro_f1"), "tagger": ("entity_f1",)}
 

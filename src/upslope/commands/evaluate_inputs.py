@@ -1,7 +1,5 @@
 """What `upslope eval` reads before any model is loaded, so that a mistake in a file costs seconds."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +20,6 @@ from upslope.runs.progress import Progress
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.types import Prompt
-
-__all__ = ["Inputs", "check_kind", "progress"]
 
 TASK_PROBLEMS = 200
 Row = TypeVar("Row")

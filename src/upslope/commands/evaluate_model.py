@@ -1,7 +1,5 @@
 """What `upslope eval` measures of a language model, and of a reward model: load it, ask it, give its figures."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -30,8 +28,6 @@ from upslope.rollout.collect import collect
 from upslope.tasks.base import SPLITS, Task
 from upslope.types import Message, SamplingParams
 from upslope.workers.rewards import make_scorer
-
-__all__ = ["KEY_VARIABLE", "Measured", "judge_answers", "measure_language_model", "measure_reward_model"]
 
 KEY_VARIABLE = "UPSLOPE_JUDGE_API_KEY"
 LONGEST_WINDOW = 2048

@@ -1,7 +1,5 @@
 """`upslope explain`: what a configuration would do, in words. Nothing is loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

@@ -4,8 +4,6 @@ A whole model's weights are written as they are stored, cast; adapters are merge
 program that the format is for loads the result before it gets its name: what fails is not published.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from dataclasses import dataclass

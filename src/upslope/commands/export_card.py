@@ -3,8 +3,6 @@
 The head is YAML as the hub reads it; every configuration is written beside the card, so that its command can be run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

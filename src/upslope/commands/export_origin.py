@@ -1,7 +1,5 @@
 """Where an exported model comes from, as far as its files say: the runs that trained it, and what they started from."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from contextlib import suppress

@@ -1,14 +1,10 @@
 """`upslope fetch`: bring a model into the cache now, for work offline later."""
 
-from __future__ import annotations
-
 import json
 
 from upslope.models.files.folders import provenance
 from upslope.models.files.sources import resolve
 from upslope.options import FetchOptions
-
-__all__ = ["run"]
 
 
 def run(options: FetchOptions) -> int:

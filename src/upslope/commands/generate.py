@@ -1,7 +1,5 @@
 """`upslope generate`: complete one prompt, or a file of prompts to JSONL."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -18,8 +16,6 @@ from upslope.options import GenerateOptions
 from upslope.runs.encoding import to_json
 from upslope.runs.progress import Progress
 from upslope.types import Completion, SamplingParams
-
-__all__ = ["run"]
 
 
 def run(options: GenerateOptions) -> int:

@@ -1,7 +1,5 @@
 """The rows of `upslope generate`: what was asked, what came, and the file in which a killed run goes on."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Mapping, Sequence
@@ -19,8 +17,6 @@ from upslope.options import GenerateOptions
 from upslope.runs.lines import MetricLines, read_lines
 from upslope.runs.lock import granted
 from upslope.types import Completion, Message, Prompt
-
-__all__ = ["Asked", "RowFile", "ask", "ask_file", "row_of"]
 
 OWN = ("prompt", "completion", "completions", "reference", "finish_reason", "tokens", "logprobs", "top_logprobs")
 # What may differ between the two halves of a resumed file: it changes no reply, or (prompts) each row is compared.

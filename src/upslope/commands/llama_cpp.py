@@ -4,8 +4,6 @@ The binding (xllamacpp) runs llama.cpp's own server; attention and cache are set
 is the file and llama.cpp's products, and no setting.
 """
 
-from __future__ import annotations
-
 import json
 import urllib.error
 import urllib.request

@@ -1,7 +1,5 @@
 """`upslope runs`: the runs of a folder and what came out, or one run in full."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -15,8 +15,6 @@ from upslope.options import ServeOptions
 if TYPE_CHECKING:
     from upslope.serving.service import Service
 
-__all__ = ["run"]
-
 
 def run(options: ServeOptions) -> int:
     """Serve until SIGTERM or Ctrl-C; one line on standard output says where, when requests can come."""

@@ -1,7 +1,5 @@
 """The training verbs: what `--dry-run` shows, or the run and what came out of it."""
 
-from __future__ import annotations
-
 import json
 import sys
 

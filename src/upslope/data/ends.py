@@ -22,7 +22,6 @@ from upslope.types import Message
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["closing_tokens", "turn_ends", "write_ends"]
 
 _GENERATION, _CONFIG = "generation_config.json", "config.json"
 _COPIED = ("bos_token_id", "pad_token_id", "decoder_start_token_id")

@@ -3,8 +3,6 @@
 Nothing is skipped, guessed or repaired: what is wrong is one DataError with the file and the line. Free of torch.
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 from collections import Counter

@@ -9,8 +9,6 @@ the text in their order, as they are or escaped (JSON, HTML). White space and wh
 template's own.
 """
 
-from __future__ import annotations
-
 import html
 import json
 import re

@@ -5,14 +5,10 @@ for. The choice is a pure function of (seed, counter), by raw outputs of a Philo
 unchanged between versions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-__all__ = ["Masking"]
 
 _WORD = 2**64 - 1
 

@@ -5,8 +5,6 @@ content as one text, "developer" as "system", a bare {name, arguments} as a func
 refused by name, never dropped. Free of torch.
 """
 
-from __future__ import annotations
-
 import difflib
 import json
 import math

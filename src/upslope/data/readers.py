@@ -1,7 +1,5 @@
 """Rows of a data file, each with the words that say where it stands. No row is skipped or guessed at."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import io

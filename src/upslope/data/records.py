@@ -1,7 +1,5 @@
 """Records of files and hub data sets: which kind a row is, by its keys, and whether its values are what it needs."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

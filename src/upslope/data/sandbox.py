@@ -23,8 +23,6 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import TemplateRuntimeError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["FAULTS", "budget", "compiled", "line_of"]
-
 UNITS, UNITS_PER_CHARACTER = 40_000_000, 40
 SECONDS = 10.0
 BLOCK, CALL, PART = 8, 200, 40

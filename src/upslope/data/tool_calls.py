@@ -4,14 +4,10 @@ The format is the common one (Hermes, Qwen, SmolLM): `<tool_call>{"name": ..., "
 object per pair of tags or a list of them. What stands between the tags and is not such JSON stays text.
 """
 
-from __future__ import annotations
-
 import json
 import uuid
 from dataclasses import dataclass, field
 from typing import Any
-
-__all__ = ["CLOSE", "OPEN", "ToolCall", "ToolReader", "calls_in"]
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"

@@ -1,7 +1,5 @@
 """What this processor multiplies fast, and the compute dtype that follows from it."""
 
-from __future__ import annotations
-
 import ctypes
 import sys
 import time
@@ -12,8 +10,6 @@ import torch
 
 from upslope.errors import ConfigError
 from upslope.kernels.products import onednn_bfloat16
-
-__all__ = ["choose_dtype", "cpu_features", "device_of_machine", "keep_freed_memory", "matmul_gflops"]
 
 BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 

@@ -1,12 +1,8 @@
 """Threads that leave nothing behind."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from typing import TypeVar
-
-__all__ = ["apart"]
 
 T = TypeVar("T")
 

@@ -11,8 +11,6 @@ outputs     what a step brings forth
 engine      the engine: add, step, generate, stream, cancel
 """
 
-from __future__ import annotations
-
 from upslope.engine.engine import Engine
 from upslope.engine.request import Event, TokenMask
 from upslope.engine.runner import Stats

@@ -7,14 +7,10 @@ live on. The search stops when no live beam can still beat the n-th best finishe
 best reachable score is bounded by its present sum over the largest (or, for a negative penalty, the next) length.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from upslope.engine.request import Request, Sequence
 from upslope.types import FinishReason
-
-__all__ = ["Beam", "Candidate"]
 
 
 @dataclass(frozen=True, slots=True)

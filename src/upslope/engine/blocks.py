@@ -7,15 +7,11 @@ leaves it is kept, and the least recently used of these is given away only when 
 (PagedAttention: Kwon et al. 2023, arXiv 2309.06180.)
 """
 
-from __future__ import annotations
-
 import hashlib
 from array import array
 from collections import OrderedDict
 
 from upslope.engine.request import Sequence
-
-__all__ = ["BlockPool", "OutOfBlocks"]
 
 
 class OutOfBlocks(RuntimeError):

@@ -4,8 +4,6 @@ Every token comes with two log-probs. On a CPU they are bit for bit those of the
 whatever else is in the batch, however the prompt was shared, chunked, preempted or found in the prefix cache.
 """
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -26,8 +24,6 @@ from upslope.models.attention.context import BLOCK, KVCache
 from upslope.models.decoder.activations import Activations
 from upslope.models.protocol import CausalModel
 from upslope.types import Completion, SamplingParams
-
-__all__ = ["Engine"]
 
 
 class Engine:

@@ -4,8 +4,6 @@ A graph reads tokens, positions and block tables from memory that stays where it
 of rows are rounded up, and the rows that fill up write to a block of the cache that nobody owns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,8 +12,6 @@ from torch import Tensor
 from upslope.models.attention.context import BLOCK, KVCache, StepContext
 from upslope.models.attention.gpu import fused_on
 from upslope.models.protocol import CausalModel
-
-__all__ = ["DecodeGraphs", "can_capture", "captured", "rounded_rows"]
 
 _STEP = 16
 

@@ -1,7 +1,5 @@
 """What a step brings forth: tokens drawn from logits, groups split, stops found, completions handed out."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -16,8 +14,6 @@ from upslope.engine.scheduler import Scheduler
 from upslope.engine.text import TextStream, Tokenizer
 from upslope.errors import DataError, ModelError, UpslopeError
 from upslope.types import FinishReason
-
-__all__ = ["OutputProcessor"]
 
 
 class OutputProcessor:

@@ -15,8 +15,6 @@ from typing import Any
 from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.types import Completion, FinishReason, SamplingParams
 
-__all__ = ["Event", "Request", "Sequence", "TokenMask", "check_params", "check_prompt"]
-
 TokenMask = Callable[[list[int], list[int]], Any]
 """(prompt tokens, generated tokens) -> the allowed token ids, or a bool per vocabulary entry, or None for all."""
 

@@ -1,7 +1,5 @@
 """Runs a plan on the model: block copies, the packed forward calls, and the logits of the rows to draw from."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 
@@ -18,8 +16,6 @@ from upslope.models.decoder.activations import Activations
 from upslope.models.decoder.prepared import PreparedDecoder
 from upslope.models.linear import PackedWeights
 from upslope.models.protocol import CausalModel
-
-__all__ = ["Runner", "Stats"]
 
 _SCORED_ROWS = 128
 

@@ -10,8 +10,6 @@ top-k: Fan et al. 2018 (arXiv 1805.04833); top-p: Holtzman et al. 2020 (arXiv 19
 OpenAI API's definition, logit - count * frequency - (count > 0) * presence; splitmix64: Steele et al. 2014.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -25,19 +23,6 @@ from upslope.engine.beam import Candidate
 from upslope.functional.logprobs import log_softmax
 from upslope.kernels import usable, vocabulary
 from upslope.types import SamplingParams
-
-__all__ = [
-    "Drawn",
-    "Row",
-    "adjust",
-    "beam_candidates",
-    "draw",
-    "keep_filtered",
-    "policy_temperature",
-    "sample",
-    "top_alternatives",
-    "uniforms",
-]
 
 _CHUNK = 256
 _CANDIDATES = 256

@@ -6,15 +6,11 @@ the newest running sequence is sent back to wait and will be recomputed. The old
 advances, and the pool is large enough for any one of them (the engine checks), so nobody starves.
 """
 
-from __future__ import annotations
-
 import bisect
 from dataclasses import dataclass, field
 
 from upslope.engine.blocks import BlockPool
 from upslope.engine.request import Request, Sequence
-
-__all__ = ["Chunk", "Plan", "Scheduler"]
 
 
 @dataclass(frozen=True, slots=True)

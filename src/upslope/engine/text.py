@@ -1,10 +1,6 @@
 """Tokens to text while they arrive: whole characters only, stop strings found across token borders. No torch."""
 
-from __future__ import annotations
-
 from typing import Protocol
-
-__all__ = ["TextStream", "Tokenizer"]
 
 
 class Tokenizer(Protocol):

@@ -1,7 +1,5 @@
 """Accuracy of judged completions with its 95% interval, in the form that summaries store."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import TypedDict
 

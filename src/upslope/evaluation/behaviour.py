@@ -1,12 +1,8 @@
 """What a policy's replies tell besides being right: how sure it is of them, and how far it has moved."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import TypedDict
-
-__all__ = ["Bin", "Calibration", "calibration"]
 
 
 class Bin(TypedDict):

@@ -4,8 +4,6 @@ Every function takes what is right and what was said in the order of the items, 
 correlations over [-1, 1]): Wilson's for shares, else the percentile bootstrap over independent items.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,19 +14,6 @@ from upslope.errors import DataError
 from upslope.evaluation.intervals import Interval, bootstrap, bootstrap_mean, wilson
 from upslope.extras import require
 from upslope.rewards.overlap import squad_words
-
-__all__ = [
-    "accuracy",
-    "binary_f1",
-    "cloze_exact",
-    "cloze_f1",
-    "grouped_exact",
-    "grouped_f1",
-    "macro_f1",
-    "matthews",
-    "pearson",
-    "spearman",
-]
 
 
 def accuracy(truth: Sequence[int], said: Sequence[int]) -> Interval:

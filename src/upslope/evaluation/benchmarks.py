@@ -7,8 +7,6 @@ them the other way round), and stsb, which it does not have, asks for a number f
 six numbers under their probabilities. Nothing is shown before the item, and no chat template is applied.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,8 +21,6 @@ from upslope.evaluation import benchmark_metrics as metrics
 from upslope.evaluation.intervals import Interval
 from upslope.evaluation.measurement import Figure
 from upslope.evaluation.scorer import Request, Scorer
-
-__all__ = ["PROMPTS", "Classifier", "Prompt", "benchmark_figures", "encode_pair"]
 
 
 class Classifier(Protocol):

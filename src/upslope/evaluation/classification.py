@@ -4,8 +4,6 @@ Accuracy carries Wilson's 95% interval (rows taken as independent). Entities are
 strict IOB2 (the package seqeval's name for it): an entity is right when its type and both its ends are.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,8 +14,6 @@ from typing import Any
 from upslope.errors import DataError
 from upslope.evaluation.intervals import wilson
 from upslope.extras import require
-
-__all__ = ["TOKEN_TITLE", "classification_report", "entities_of", "entity_report", "format_report", "token_report"]
 
 AVERAGES = ("micro", "macro", "weighted")
 TOKEN_TITLE = "token level, includes O"

@@ -3,14 +3,10 @@
 What reinforcement and imitation take away first is variety; these numbers show it before the quality does.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-
-__all__ = ["bleu", "distinct_n", "diversity", "self_bleu", "unique_share"]
 
 Gram = tuple[str, ...]
 

@@ -8,8 +8,6 @@ what a token of the context is, how a long text is cut into windows, and where a
 figures those of its `hf` model. Importing this module needs the extra `harness`.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -35,7 +33,6 @@ require("harness", "lm_eval.models")  # it fills the registry with the harness's
 TemplateLM = require("harness", "lm_eval.api.model").TemplateLM
 register_model = require("harness", "lm_eval.api.registry").register_model
 
-__all__ = ["UpslopeLM", "remote_model", "run_harness"]
 
 _PASSED = ("top_p", "top_k", "min_p", "repetition_penalty", "length_penalty")
 

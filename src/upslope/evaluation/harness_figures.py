@@ -1,7 +1,5 @@
 """What lm-evaluation-harness measured, as figures with intervals; its own standard errors are not used."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,8 +8,6 @@ import numpy as np
 
 from upslope.evaluation.intervals import Interval, bootstrap, share
 from upslope.evaluation.measurement import Figure
-
-__all__ = ["group_figures", "task_figures"]
 
 
 def task_figures(name: str, task: Any, results: Mapping[str, Any], seed: int) -> list[Figure]:

@@ -1,7 +1,5 @@
 """Confidence intervals for what an evaluation counts. Free of torch; the same seed gives the same interval anywhere."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from statistics import NormalDist

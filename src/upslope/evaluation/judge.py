@@ -20,8 +20,6 @@ from upslope.evaluation.intervals import share
 from upslope.evaluation.measurement import Figure
 from upslope.extras import require
 
-__all__ = ["INSTRUCTIONS", "Comparison", "PairJudge", "Verdict", "win_rate"]
-
 INSTRUCTIONS = (
     "You compare two answers to the same request. Judge helpfulness, correctness and clarity; neither the order of the "
     "answers nor their length matters. Think briefly, then end your reply with a line that holds your verdict and "

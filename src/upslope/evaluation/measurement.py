@@ -15,8 +15,6 @@ import numpy as np
 
 from upslope.evaluation.intervals import bootstrap, wilson
 
-__all__ = ["RESAMPLES", "Figure", "Measurement", "mean_of", "noted", "ratio"]
-
 RESAMPLES = 1000
 
 

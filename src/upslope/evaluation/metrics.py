@@ -5,8 +5,6 @@ and two systems on the same items a paired difference. BLEU, chrF and TER stand 
 others on 0 to 1.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,6 @@ from upslope.extras import require
 from upslope.plugins import suggest
 from upslope.rewards.overlap import nearest, squad_words, token_f1
 from upslope.types import Prompt
-
-__all__ = ["METRICS", "SPACELESS", "Texts", "bleu_metric", "check_metrics", "measure", "squad_words"]
 
 MECAB = {"ja": "ja-mecab", "ko": "ko-mecab"}
 SPACELESS = ("zh", "ja")

@@ -6,8 +6,6 @@ The log-probs are of the tokens of the text as it stands; words (runs between wh
 in that same text, whatever the tokenizer made of it, so that these figures compare models of different vocabularies.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
@@ -24,8 +22,6 @@ from upslope.data.records import record_of
 from upslope.errors import DataError, ModelError
 from upslope.evaluation.measurement import Measurement
 from upslope.evaluation.scorer import Scorer
-
-__all__ = ["FORMS", "Document", "Documents", "count_words", "perplexity", "read_documents"]
 
 FORMS = ("file", "line", "wikitext")
 """What a text file can be named as, before its path and a colon."""

@@ -1,7 +1,5 @@
 """How often a reward model prefers the answer that people preferred."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +10,6 @@ from upslope.evaluation.intervals import share
 from upslope.evaluation.measurement import Figure
 from upslope.rewards.summands import NetworkReward
 from upslope.types import Example, Prompt, Rollout, RolloutGroup
-
-__all__ = ["reward_accuracy"]
 
 
 def reward_accuracy(

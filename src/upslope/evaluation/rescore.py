@@ -6,8 +6,6 @@ log p counts the end-of-sequence token, so that a hypothesis is judged as a whol
 list's own scores, else its first entry), after, and of the oracle (the best entry there is).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +19,6 @@ from upslope.evaluation.measurement import Figure, Measurement
 from upslope.evaluation.metrics import SPACELESS, Texts, bleu_metric, measure
 from upslope.evaluation.scorer import Request, Scorer
 from upslope.rewards.overlap import nearest
-
-__all__ = ["GRID", "Hypothesis", "NBest", "read_nbest", "rescore"]
 
 GRID = (0.0, *(round(10 ** (e / 4), 4) for e in range(-8, 9)))
 """Weights that are tried: 0, and 0.01 to 100 in four steps per power of ten."""

@@ -1,7 +1,5 @@
 """What is judged: rows with their references, and the texts that answer them, generated now or read from a file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +13,6 @@ from upslope.data.template import Tools
 from upslope.engine.engine import Engine
 from upslope.errors import DataError, located
 from upslope.types import Completion, Message, Prompt, SamplingParams
-
-__all__ = ["Sample", "encode_samples", "generate", "read_hypotheses", "read_samples", "sample_rows"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,6 @@ lm-evaluation-harness, so that figures agree with it: what does not fit is cut f
 first token of a text is predicted from the tokenizer's BOS (where it has none, from EOS).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +21,6 @@ from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.training.step import Forward
 from upslope.types import Batch, Example
-
-__all__ = ["Request", "Scored", "Scorer", "rolling_windows"]
 
 Request = tuple[Sequence[int], Sequence[int]]
 """(context tokens, continuation tokens); an empty context stands for the prefix token."""

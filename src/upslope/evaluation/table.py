@@ -1,15 +1,11 @@
 """The figures of several systems side by side: a table on a terminal, one line per figure elsewhere, and JSON."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from upslope.evaluation.measurement import Figure, Measurement
-
-__all__ = ["Results", "as_json", "compared", "write"]
 
 
 @dataclass(slots=True)

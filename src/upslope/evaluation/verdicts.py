@@ -1,15 +1,11 @@
 """What a task's judge said of one or several samples per problem: accuracy, pass@k, mean reward."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
 from upslope.errors import DataError
 from upslope.evaluation.measurement import Measurement, mean_of
 from upslope.types import Reward, RolloutGroup
-
-__all__ = ["pass_at_k", "verdicts"]
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:

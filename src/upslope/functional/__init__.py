@@ -14,8 +14,6 @@ metrics            approximate KL, clip fraction, explained variance
 Notation and numeric conventions: docs/notation.md.
 """
 
-from __future__ import annotations
-
 from . import (
     advantages,
     distillation,

@@ -1,7 +1,5 @@
 """Argument checks shared by the package: every message prints the shapes or the values that are wrong."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from functools import reduce

@@ -5,8 +5,6 @@ such entries may hold NaN, count for nothing, and get advantage 0. A group whose
 single valid reward, gets exactly 0. Statistics are computed in float64.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Divergence between two networks' next-token distributions, from their hidden states, a few rows at a time."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import torch

@@ -16,8 +16,6 @@ importance_k1     KL(pi || ref)                gradient of KL(pi || ref) at each
 it. No gradient flows into ref_logp or old_logp. Results are element-wise; a NaN input gives NaN with gradient 0.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from ._checks import aligned, check_range, clean_rows, floats, nan_unless, safe_exp, safe_expm1, select

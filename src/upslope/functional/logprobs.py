@@ -5,8 +5,6 @@ temperature. `linear_token_logprobs` gives the same bits as `token_logprobs` on 
 a tensor of the logits of all rows. On CPUs in float32 and bfloat16 all of it is done by upslope.kernels.vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any, Literal, overload
 

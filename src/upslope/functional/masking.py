@@ -5,8 +5,6 @@ nor the gradient. Masks are booleans, or numbers that are 0 or 1, of the same sh
 float, half precisions to float32.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """What a run reports about an update, over the trained tokens only (padding does not dilute it). No gradients."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -6,8 +6,6 @@ no mask: a NaN input gives NaN there, with gradient 0, so that selecting the tra
 (`masking.masked_sum`) is safe. Where a ratio overflows the loss is infinite and shows; it is not clamped silently.
 """
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

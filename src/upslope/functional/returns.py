@@ -11,8 +11,6 @@ there, the critic's estimate where it was only cut off (Pardo et al. 2018, arXiv
 Results are differentiable, because nothing here detaches; the losses detach the advantages and targets they are given.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """From what a judge says about a sequence to rewards along its tokens."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -4,8 +4,6 @@ Reference log-probs, targets and teacher logits are constants: no gradient flows
 the sum over its completion tokens, "mean_logp" that sum divided by their number.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

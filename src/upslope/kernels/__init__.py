@@ -5,8 +5,6 @@ decoding, scoring and training, in the same order of operations per row: the sam
 (`upslope doctor` says why) the torch code runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from typing import Any

@@ -19,15 +19,6 @@ from torch.autograd.function import once_differentiable
 
 from upslope.kernels import Functions, addresses, kind_of
 
-__all__ = [
-    "attention_step",
-    "describe",
-    "packed_attention",
-    "packed_attention_gradient",
-    "paged_attention",
-    "write_cache",
-]
-
 _lib = Functions(
     attention_packed=[c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int, c_float],
     attention_packed_backward=[c_int, *[c_void_p] * 10, *[c_int64] * 4, c_int, c_float],

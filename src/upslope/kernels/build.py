@@ -4,8 +4,6 @@ The sources need nothing but a compiler: no headers of torch or Python. A librar
 compiler and processor, so that a change of any makes another one.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os
@@ -18,8 +16,6 @@ from functools import cache
 from pathlib import Path
 
 from upslope.cache import cache_root
-
-__all__ = ["Unavailable", "library"]
 
 _HERE = Path(__file__).parent
 # no contraction: where a multiply-add is fused is written in the sources, so that every caller gets the same bits

@@ -17,8 +17,6 @@ from torch import Tensor
 from upslope.kernels import Functions, addresses
 from upslope.kernels.products import Reordered
 
-__all__ = ["BlockWeights", "DecoderBlocks", "DecoderShape", "KeptRows"]
-
 
 class DecoderShape(Structure):
     """The sizes of the blocks (d of a head), the eps of their norms, and what scales their scores."""

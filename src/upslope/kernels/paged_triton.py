@@ -7,14 +7,10 @@ et al. 2023, arXiv 2309.06180). How many blocks a tile reads stands in memory, s
 Shapes: T query tokens, H query heads, K key/value heads, d head width, S sequences, n tiles.
 """
 
-from __future__ import annotations
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-__all__ = ["paged_attention_gpu", "tile_tokens"]
 
 _ROWS = 64
 _LEAST_ROWS = 16  # of a product on tensor cores

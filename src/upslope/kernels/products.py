@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 from upslope.kernels import Functions, addresses, usable
 
-__all__ = ["Reordered", "least_rows", "onednn_bfloat16", "pad_rows", "padded_row_count"]
-
 _COLUMNS = 32  # of a group, as in products.cpp
 _STRIDE = 64  # boundaries of blocks are multiples of it
 _ROWS = 64  # of the products that are compared

@@ -4,8 +4,6 @@ Shapes: T rows, D width, F feed-forward width, H query heads, K key/value heads,
 one dtype, float32 or bfloat16; arithmetic is float32.
 """
 
-from __future__ import annotations
-
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import Any
 
@@ -15,21 +13,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from upslope.kernels import Functions, addresses, kind_of
-
-__all__ = [
-    "add_rms_norm",
-    "join_rotate",
-    "norm",
-    "norm_gradient",
-    "norm_into",
-    "rms_norm",
-    "split",
-    "split_rotate",
-    "swiglu",
-    "swiglu_gradient",
-    "swiglu_into",
-    "swiglu_linear",
-]
 
 _SLABS = 16
 _lib = Functions(

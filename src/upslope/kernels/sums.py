@@ -1,14 +1,10 @@
 """Gradients of several micro-batches or chunks, added up in float32 on the CPU (sums.cpp)."""
 
-from __future__ import annotations
-
 from ctypes import c_int, c_int64, c_void_p
 
 from torch import Tensor
 
 from upslope.kernels import Functions, addresses, kind_of, usable
-
-__all__ = ["accumulate_"]
 
 _lib = Functions(accumulate=[c_int, c_void_p, c_void_p, c_int64])
 

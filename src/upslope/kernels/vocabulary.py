@@ -16,8 +16,6 @@ from torch import Tensor
 
 from upslope.kernels import Functions, addresses, kind_of
 
-__all__ = ["Statistics", "log_softmax", "logits_gradient_", "sample", "statistics"]
-
 _SIZES = [c_int64, c_int64, c_int64, c_float]
 _lib = Functions(
     log_softmax=[c_int, *[c_void_p] * 2, *_SIZES],

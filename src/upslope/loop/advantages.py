@@ -5,8 +5,6 @@ returns advantages [B, T] or, one for all tokens of a sequence, [B]; with a crit
 instead: what the critic is to say, else advantages + values.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +18,6 @@ from upslope.functional.returns import gae as generalized
 from upslope.functional.returns import n_step_advantages
 from upslope.functional.returns import vtrace as v_trace
 from upslope.training.experience import Experience, group_rewards
-
-__all__ = ["Advantage", "AdvantageInput", "estimate"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """What a run says when it ends: how far it came, what was measured before and after, and the commands to go on with."""
 
-from __future__ import annotations
-
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +16,6 @@ from upslope.runs.folder import Run
 from upslope.runs.lines import in_words
 from upslope.training import checkpoint
 from upslope.training.stopping import StopWhen
-
-__all__ = ["closing_words", "commands_of", "last_words", "measured", "opening_words", "told_when_stopped"]
 
 
 def opening_words(options: RunOptions, learner: Any) -> str:

@@ -1,7 +1,5 @@
 """The critic: values of states, from a head on the policy's trunk or from a network of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +15,6 @@ from upslope.training.experience import Experience
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 from upslope.training.step import Forward, Loss, Outputs, score, update
 from upslope.types import Batch
-
-__all__ = ["Critic"]
 
 
 class Critic:

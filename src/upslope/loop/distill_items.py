@@ -1,7 +1,5 @@
 """What is distilled on: prompts for the student to answer, and completions where the data has them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +17,6 @@ from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.tasks.loading import prompts_of
 from upslope.types import Example, Prompt
-
-__all__ = ["Item", "load_items", "with_room"]
 
 
 @dataclass(frozen=True, slots=True)

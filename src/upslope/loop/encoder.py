@@ -44,18 +44,6 @@ from upslope.training.schedule import rate_at
 from upslope.training.step import update
 from upslope.training.stopping import StepResult
 
-__all__ = [
-    "Data",
-    "EncoderLearner",
-    "LabelLearner",
-    "Objective",
-    "Rows",
-    "account_of",
-    "finish",
-    "rewards_of",
-    "tell_counts",
-]
-
 
 class EncoderLearner(Learner):
     """A learner that trains an encoder; head_lr_factor: of the learning rate of its head."""

@@ -1,7 +1,5 @@
 """What expert iteration trains on: which samples are kept, where each row came from, and its file in the run folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -20,8 +18,6 @@ from upslope.loop.kept import NO_DATA, DataAccount, Split, too_long
 from upslope.options import ExpertOptions
 from upslope.runs.folder import Run
 from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
-
-__all__ = ["Candidate", "Row", "groups_of_run", "load_mix", "read_rows", "row_of", "select", "write_rows"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,6 @@ The rows as they are trained on are hashed in full, whatever gave them: what no 
 split, a task that draws other problems, a change between the blocks) shows there.
 """
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import hashlib
@@ -31,8 +29,6 @@ from upslope.models.files.places import lies_in_run, model_of_run
 from upslope.plugins import parse_spec
 from upslope.rewards.summands import parse_rewards
 from upslope.types import Prompt
-
-__all__ = ["FILES", "MODELS", "ROWS", "accepted", "changed", "of_files", "of_learner", "prompt_row", "refuse"]
 
 FILES = ("data", "eval_data", "test_data", "mix_data", "rewards")
 """Options that name a file of rows, or some (a hub data set shows in the rows)."""

@@ -23,23 +23,6 @@ from upslope.evaluation.measurement import Measurement, ratio
 from upslope.tasks.base import Task
 from upslope.types import Batch
 
-__all__ = [
-    "BEYOND",
-    "NO_DATA",
-    "TOO_LONG",
-    "DataAccount",
-    "Kept",
-    "Split",
-    "per_token",
-    "shared_out",
-    "tell_part",
-    "tell_plain",
-    "tell_task",
-    "too_long",
-    "within_context",
-]
-
-
 TOO_LONG = "longer than max_length"
 BEYOND = "beyond eval_samples"
 

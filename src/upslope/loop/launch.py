@@ -1,7 +1,5 @@
 """How a run begins or is taken up: its options and files looked at, its folder made or opened."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,8 +22,6 @@ from upslope.runs.folder import Run
 from upslope.runs.resume import check_resume
 from upslope.tasks.loading import made_first
 from upslope.training import checkpoint
-
-__all__ = ["MAY_CHANGE", "Begun", "begin", "now", "of_run", "open_run", "state_errors"]
 
 MAY_CHANGE = frozenset(
     {"output_dir", "resume", "allow_changed_data", "dry_run", "json", "max_steps", "max_tokens", "max_seconds"}

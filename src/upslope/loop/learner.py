@@ -1,7 +1,5 @@
 """What recipes hold and are: a policy, its updater, an order of items, parts with a state; what a checkpoint holds."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,17 +26,6 @@ from upslope.training.schedule import in_steps
 from upslope.training.step import Forward, Loss, Outputs
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example, RolloutGroup
-
-__all__ = [
-    "Learner",
-    "Part",
-    "PolicyLearner",
-    "RolloutLearner",
-    "means_of",
-    "rollout_metrics",
-    "stored",
-    "weighted",
-]
 
 
 class Part(Protocol):

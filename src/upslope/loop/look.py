@@ -3,8 +3,6 @@
 A name that may be a hub's, an alias or a pattern is left to whatever reads it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator
@@ -20,8 +18,6 @@ from upslope.models.files.places import is_path, near_names
 from upslope.options import DistillOptions, DPOOptions, RewardOptions, RunOptions, SFTOptions
 from upslope.plugins import check_file, parse_spec
 from upslope.rewards.summands import check_reward, parse_rewards
-
-__all__ = ["look"]
 
 ROWS = "data eval_data test_data mix_data rewards prompts rescore hypotheses preferences perplexity benchmark configs"
 MODELS = "model models compare teacher critic base tokenizer"

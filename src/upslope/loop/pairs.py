@@ -21,7 +21,6 @@ from upslope.evaluation.measurement import Measurement
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import BEYOND, DataAccount, Split, tell_task, too_long
 from upslope.loop.learner import PolicyLearner
-from upslope.loop.session import Evaluation
 from upslope.models.files.loading import save_model
 from upslope.models.seq2seq.config import Seq2SeqConfig
 from upslope.models.seq2seq.network import Seq2Seq
@@ -35,10 +34,9 @@ from upslope.tasks.loading import load_task, prompts_of
 from upslope.tasks.pairs import Pairs, count_pairs
 from upslope.training import checkpoint
 from upslope.training.step import score
+from upslope.training.stopping import Evaluation
 from upslope.types import Example, Prompt, Reward, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
-
-__all__ = ["PairData", "PairLearner", "start_policy"]
 
 _DROPOUT = 0.1
 _SPECIALS = ("</s>", "<pad>")

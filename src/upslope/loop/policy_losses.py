@@ -24,8 +24,6 @@ from upslope.functional.policy_losses import (
 from upslope.training.step import Outputs
 from upslope.types import Batch
 
-__all__ = ["LossInput", "PolicyLoss", "policy_loss"]
-
 
 @dataclass(frozen=True, slots=True)
 class LossInput:

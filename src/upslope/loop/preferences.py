@@ -3,8 +3,6 @@
 The losses themselves are in the recipes' own files.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,14 +17,12 @@ from upslope.evaluation.intervals import wilson
 from upslope.evaluation.preferences import share
 from upslope.loop.kept import DataAccount, Kept, shared_out, tell_plain, too_long
 from upslope.loop.learner import PolicyLearner
-from upslope.loop.session import Evaluation, StepResult
 from upslope.options.preference import PreferenceData
 from upslope.runs.progress import told
 from upslope.training.optim import Group
 from upslope.training.step import Forward, Loss
+from upslope.training.stopping import Evaluation, StepResult
 from upslope.training.units import Unit, measure, unit_batches, weighted_mean
-
-__all__ = ["PreferenceLearner", "read_rows", "right_of"]
 
 Row = TypeVar("Row")
 

@@ -1,7 +1,5 @@
 """A run's prompts, all of them encoded before its first step: those that leave no room for the reply are left out."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,8 +15,6 @@ from upslope.runs.progress import counted
 from upslope.tasks.base import Task
 from upslope.tasks.loading import prompts_of
 from upslope.types import Prompt
-
-__all__ = ["NO_ROOM", "Asked", "ask", "fitting", "held_out_of"]
 
 NO_ROOM = "too long for the context"
 Row = TypeVar("Row")

@@ -1,7 +1,5 @@
 """The reference model that a policy is held to, and the weight of the KL divergence to it."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,8 +10,6 @@ from upslope.functional.kl import AdaptiveKL, k1
 from upslope.options import RunOptions
 from upslope.training.experience import Experience
 from upslope.training.step import Forward, score
-
-__all__ = ["Reference"]
 
 
 class Reference:

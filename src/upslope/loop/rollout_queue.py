@@ -4,8 +4,6 @@ With a lag of L the rollouts of step t were sampled by the weights as they were 
 batches all by the start weights). What waits is part of a checkpoint, so that a resumed run repeats bit for bit.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,8 +13,6 @@ import torch
 from torch import Tensor
 
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
-
-__all__ = ["RolloutQueue", "Sampled"]
 
 
 @dataclass(slots=True)

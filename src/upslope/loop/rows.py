@@ -1,7 +1,5 @@
 """Training sequences of demonstrations and of files, and greedy replies to held-out problems."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,8 +16,6 @@ from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.types import Example, Prompt, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
-
-__all__ = ["demonstrations", "encoded", "held_out_groups"]
 
 
 def demonstrations(tokenizer: Any, task: Task, prompts: list[Prompt], max_length: int) -> Kept[tuple[Prompt, Example]]:

@@ -1,7 +1,5 @@
 """The judged trajectories of every step: what a policy answers to its task's prompts, and what that is worth."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -31,8 +29,6 @@ from upslope.training.experience import Experience, shaped_rewards, trainable
 from upslope.training.stopping import Evaluation
 from upslope.types import Prompt, Reward, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
-
-__all__ = ["Sampler", "judge_of", "room_for_activations", "samples_exactly"]
 
 
 class Sampler:

@@ -21,7 +21,7 @@ from upslope.config import OBJECT, dump
 from upslope.errors import RunError, UpslopeError
 from upslope.loop import fingerprint
 from upslope.loop.closing import commands_of, last_words, measured, opening_words, told_when_stopped
-from upslope.loop.launch import Begun, begin, of_run, open_run, state_errors
+from upslope.loop.launch import Begun, of_run, open_run, state_errors
 from upslope.loop.learner import Learner
 from upslope.options import RunOptions
 from upslope.runs.folder import HELD_OUT, Run
@@ -30,9 +30,7 @@ from upslope.runs.progress import Progress, told
 from upslope.training import checkpoint
 from upslope.training.optim import MasterAdamW
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
-from upslope.training.stopping import Budget, Evaluation, GracefulInterrupt, Patience, StepResult, StopWhen, Target
-
-__all__ = ["Begun", "Evaluation", "Learner", "StepResult", "begin", "train"]
+from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
 
 def train(verb: str, options: RunOptions, learner: Learner, begun: Begun) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What pretraining starts from: the texts, a tokenizer (trained, taken over, or the model's), and a network."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,6 @@ from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.protocol import CausalModel
 from upslope.options.pretrain import PretrainOptions
 from upslope.runs.progress import counted, told
-
-__all__ = ["Texts", "load_texts", "objective_of", "start_encoder", "start_policy", "start_tokenizer"]
 
 Objective = Literal["causal", "masked"]
 

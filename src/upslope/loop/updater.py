@@ -1,7 +1,5 @@
 """One optimizer step of a policy, on examples or on a step's trajectories."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,8 +15,6 @@ from upslope.training.optim import Group
 from upslope.training.schedule import rate_at
 from upslope.training.step import Forward, Loss, Outputs, gap_metrics, score, update
 from upslope.types import Batch
-
-__all__ = ["Updater", "score_before_update"]
 
 
 class Updater:

@@ -3,12 +3,8 @@
 Shapes: N rows, D width.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
-
-__all__ = ["ScalarHead"]
 
 
 class ScalarHead(nn.Module):

@@ -9,8 +9,6 @@ oneDNN's. Only bfloat16 on a CPU: there a row's bits are those of `F.linear`, wh
 another library. Where `F.linear` is not oneDNN's either, no copy is kept.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +18,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from upslope.kernels.products import Reordered, onednn_bfloat16
-
-__all__ = ["PackedWeights", "joined", "joined_linear", "lay_end_to_end", "linear"]
 
 
 class PackedWeights:

@@ -1,7 +1,5 @@
 """LoRA layers (Hu et al. 2021, arXiv 2106.09685): which layers get them, and the folder that peft itself loads."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from upslope.models.files.adapters import PREFIX, WEIGHTS
 from upslope.models.files.folders import ADAPTER_CONFIG, provenance, write_json
 from upslope.models.lora_dropout import drop_inputs
 from upslope.models.protocol import CausalModel
-
-__all__ = ["ALL", "add_adapters", "inject", "save_adapters", "target_layers"]
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "gate_proj", "up_proj", "down_proj", "fc1", "fc2")
 ALL = "all-linear"

@@ -6,8 +6,6 @@ micro-batches, the packing and the order, and again where activations are recomp
 Shapes: T packed tokens, S segments, B padded texts of T tokens, D width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,8 +17,6 @@ from torch.nn import functional as F
 
 from upslope.errors import ModelError
 from upslope.types import Batch
-
-__all__ = ["AdapterDropout", "drop_inputs", "dropping", "packed_keys", "padded_keys"]
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -34,8 +34,6 @@ from upslope.errors import ModelError
 from upslope.kernels.products import pad_rows, padded_row_count
 from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment
 
-__all__ = ["LSTM", "MODEL_TYPE", "LSTMConfig"]
-
 MODEL_TYPE = "upslope_lstm"
 _SIZES = ("vocab_size", "hidden_size", "num_hidden_layers")
 

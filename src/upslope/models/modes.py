@@ -1,13 +1,9 @@
 """Networks as they are in use and not in training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-
-__all__ = ["evaluating"]
 
 
 @contextmanager

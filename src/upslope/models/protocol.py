@@ -3,8 +3,6 @@
 Shapes: T tokens laid end to end, H query heads, K key/value heads, d head width, D model width, V vocabulary.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from upslope.errors import ModelError
 from upslope.kernels.products import least_rows, pad_rows
 from upslope.models.linear import PackedWeights
-
-__all__ = ["CausalModel", "Context", "ModelSpec", "Segment", "check_rows"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,6 @@ from upslope.models.files.weights import check_finite, read_shapes
 from upslope.models.linear import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec
 
-__all__ = ["TransformersModel", "load_network", "sliding_window"]
-
 ATTENTION = "upslope"
 _DROPPED = ("drop", "jitter")
 _PROBE_LENGTHS = (7, 12)

@@ -5,8 +5,6 @@ RLOptions; a recipe's own class adds what its paper has. The string under a fiel
 file and options on the command line are these names (on the command line with dashes).
 """
 
-from __future__ import annotations
-
 from upslope.options.common import Dtype, RLOptions, RunOptions
 from upslope.options.encoder import ClassifyOptions, EncoderOptions, TagOptions
 from upslope.options.evaluate import EvalOptions

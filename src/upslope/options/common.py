@@ -3,8 +3,6 @@
 A class is a heading of `--help`: its docstring's first line, over the options that it is the first to have.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Options of training an encoder: one label per text, one tag per word."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from upslope.config import option

@@ -1,7 +1,5 @@
 """Options of `upslope eval`."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from upslope.config import option

@@ -1,7 +1,5 @@
 """Options of `upslope generate`, `chat` and `serve`."""
 
-from __future__ import annotations
-
 import ipaddress
 import math
 import os

@@ -1,7 +1,5 @@
 """Options of what imitates: rows, a teacher, or the best of its own samples."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

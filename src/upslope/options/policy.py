@@ -1,7 +1,5 @@
 """Options of the policy gradients: REINFORCE, PPO with a critic, and the group as baseline."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from upslope.config import option

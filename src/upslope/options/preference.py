@@ -1,7 +1,5 @@
 """Options of what learns from preferences: the policy directly, or a reward model."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from upslope.config import option

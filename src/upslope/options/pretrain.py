@@ -1,7 +1,5 @@
 """Options of pretraining: a tokenizer and a model from text files."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from upslope.config import option

@@ -1,7 +1,5 @@
 """Options of encoder-decoders trained on pairs of texts."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from upslope.config import option

@@ -1,7 +1,5 @@
 """Options of the verbs that train nothing by themselves."""
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 

@@ -4,8 +4,6 @@ The learner is made as the run makes it, for steps of a few rows or prompts; one
 and time are extrapolated from it.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -17,16 +15,14 @@ from typing import Any
 from upslope.data.chat import encode_prompt
 from upslope.evaluation.accuracy import evaluate
 from upslope.loop.expert_rows import groups_of_run
+from upslope.loop.launch import begin
 from upslope.loop.rows import held_out_groups
-from upslope.loop.session import begin
 from upslope.options import DistillOptions, ExpertOptions, PretrainOptions, RLOptions, RunOptions, SFTOptions
 from upslope.preview.plan import plan_of
 from upslope.preview.probe import Trial
 from upslope.preview.rows import mask_view, statistics
 from upslope.recipes import recipe_of, verb_of
 from upslope.types import Example
-
-__all__ = ["run"]
 
 Items = list[list[Example]]
 

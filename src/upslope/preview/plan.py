@@ -1,7 +1,5 @@
 """The arithmetic of a configuration, in numbers and in words: what one step does and what the whole run adds up to."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +7,6 @@ from typing import Any
 from upslope import options as kinds
 from upslope.options import RLOptions, RunOptions
 from upslope.training.schedule import in_steps
-
-__all__ = ["Plan", "plan_of"]
 
 
 @dataclass(frozen=True, slots=True)

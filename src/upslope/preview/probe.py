@@ -4,8 +4,6 @@ What autograd keeps and gives back marks the parts of a step: before the first t
 scores; from there to the last one given back are the passes; the rest is the optimizer's.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -26,8 +24,6 @@ from upslope.preview.plan import Plan, plan_of
 from upslope.recipes.dpo import REFERENCED
 from upslope.training.units import Unit
 from upslope.types import Example
-
-__all__ = ["Prediction", "Trial"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """One file, one algorithm box: the training verbs, each a module with a function of its name."""
 
-from __future__ import annotations
-
 import importlib
 from types import ModuleType
 

@@ -31,15 +31,14 @@ from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.classification import classification_report
 from upslope.extras import require
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
-from upslope.loop.session import Evaluation, begin, train
+from upslope.loop.launch import begin
+from upslope.loop.session import train
 from upslope.models.encoder.items import Input
 from upslope.models.encoder.labellers import Start, check_length, inputs_of, load_start
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import ClassifyOptions
 from upslope.runs.progress import told
-
-__all__ = ["Classify", "classify", "make_learner"]
-
+from upslope.training.stopping import Evaluation
 
 NUMBER = ("score",)
 """The one label of a head that gives a number."""

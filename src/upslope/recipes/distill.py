@@ -33,10 +33,11 @@ from upslope.functional.distillation import linear_divergence
 from upslope.loop.distill_items import Item, load_items, with_room
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import per_token, within_context
+from upslope.loop.launch import begin
 from upslope.loop.learner import PolicyLearner, weighted
 from upslope.loop.prompts import held_out_of
 from upslope.loop.rows import held_out_groups
-from upslope.loop.session import Evaluation, StepResult, begin, train
+from upslope.loop.session import train
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.loading import load_model
 from upslope.models.files.sources import resolve
@@ -47,9 +48,8 @@ from upslope.rollout.collect import length_metrics, sample
 from upslope.runs.progress import told
 from upslope.tasks.loading import load_task
 from upslope.training.step import Forward, Outputs
+from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
-
-__all__ = ["Distill", "distill", "load_teacher", "make_learner"]
 
 
 def make_learner(options: DistillOptions, policy: Policy | None = None) -> Distill:

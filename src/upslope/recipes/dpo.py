@@ -34,16 +34,15 @@ from upslope.data.examples import Judged, Pair, judged_of, pairs_of
 from upslope.functional.supervised_losses import dpo as dpo_loss
 from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.loop.kept import DataAccount, within_context
+from upslope.loop.launch import begin
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
-from upslope.loop.session import begin, train
+from upslope.loop.session import train
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches
 from upslope.types import Batch
-
-__all__ = ["DPO", "dpo", "make_learner"]
 
 REFERENCED = ("dpo", "ipo", "kto")
 

@@ -33,15 +33,15 @@ from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
 from upslope.loop.expert_rows import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.loop.kept import DataAccount, within_context
+from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner
-from upslope.loop.session import StepResult, begin, train
+from upslope.loop.session import train
 from upslope.options import ExpertOptions
 from upslope.rewards.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.schedule import rate_at
+from upslope.training.stopping import StepResult
 from upslope.types import Batch, Example, RolloutGroup
-
-__all__ = ["Expert", "expert", "make_learner"]
 
 
 def make_learner(options: ExpertOptions, policy: Policy | None = None) -> Expert:

@@ -30,18 +30,18 @@ from upslope import plugins
 from upslope.build import Policy, load_policy
 from upslope.functional.kl import importance_k1
 from upslope.loop.advantages import AdvantageInput, estimate
+from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
 from upslope.loop.policy_losses import policy_loss
 from upslope.loop.reference import Reference
-from upslope.loop.session import StepResult, begin, train
+from upslope.loop.session import train
 from upslope.loop.updater import score_before_update
 from upslope.options import GRPOOptions
 from upslope.options.policy import GROUP_ADVANTAGES, LOSSES
 from upslope.training.experience import Experience, Normalizer, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
+from upslope.training.stopping import StepResult
 from upslope.types import Batch
-
-__all__ = ["GRPO", "grpo", "make_learner"]
 
 
 def make_learner(options: GRPOOptions, policy: Policy | None = None) -> GRPO:

@@ -12,8 +12,6 @@ from them the weight d loss / d log P(y); the second backpropagates weight * log
 loss's own gradient, whatever the micro-batches. Dropout is off: Q must be the distribution that sampled.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Mapping
@@ -24,17 +22,15 @@ from torch import Tensor
 from upslope.build import Policy
 from upslope.functional.supervised_losses import minimum_risk
 from upslope.loop.pairs import PairData, PairLearner
-from upslope.loop.session import StepResult
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.rewards.judge import reward_metrics
 from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect, length_metrics
 from upslope.training.experience import Experience, group_rewards
 from upslope.training.step import Outputs, score
+from upslope.training.stopping import StepResult
 from upslope.types import Batch, Prompt, Rollout, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
-
-__all__ = ["MinimumRisk", "distinct", "risk_weights"]
 
 
 def risk_weights(

@@ -32,18 +32,18 @@ from upslope.functional.masking import whiten
 from upslope.functional.supervised_losses import value_loss
 from upslope.loop.advantages import AdvantageInput, estimate
 from upslope.loop.critic import Critic
+from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
 from upslope.loop.policy_losses import policy_loss
 from upslope.loop.reference import Reference
-from upslope.loop.session import StepResult, begin, train
+from upslope.loop.session import train
 from upslope.loop.updater import score_before_update
 from upslope.options import PPOOptions
 from upslope.options.policy import CRITIC_ADVANTAGES, LOSSES
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
+from upslope.training.stopping import StepResult
 from upslope.types import Batch
-
-__all__ = ["PPO", "make_learner", "ppo"]
 
 
 def make_learner(options: PPOOptions, policy: Policy | None = None) -> PPO:

@@ -22,15 +22,15 @@ from typing import Any
 
 from upslope.build import Policy
 from upslope.errors import DataError
+from upslope.loop.launch import begin
 from upslope.loop.learner import PolicyLearner
-from upslope.loop.session import Evaluation, StepResult, begin, train
+from upslope.loop.session import train
 from upslope.loop.texts import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.pretrain_masked import MaskedPretrain
 from upslope.training.step import score
+from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Example
-
-__all__ = ["Pretrain", "make_learner", "pretrain"]
 
 
 @contextmanager

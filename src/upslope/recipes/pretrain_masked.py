@@ -8,8 +8,6 @@ for each batch of windows, [CLS] tokens [SEP]:
 which tokens are chosen depends on (seed, position in the data order), so every pass hides others
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,15 +22,13 @@ from upslope.errors import DataError
 from upslope.functional.logprobs import log_softmax
 from upslope.functional.supervised_losses import nll
 from upslope.loop.encoder import EncoderLearner
-from upslope.loop.session import Evaluation, StepResult
 from upslope.loop.texts import load_texts
 from upslope.models.encoder.items import Input, ItemBatch, item_logits
 from upslope.models.encoder.labellers import Start
 from upslope.models.encoder.network import Encoder
 from upslope.models.modes import evaluating
 from upslope.options.pretrain import PretrainOptions
-
-__all__ = ["MaskedPretrain"]
+from upslope.training.stopping import Evaluation, StepResult
 
 
 class MaskedPretrain(EncoderLearner):

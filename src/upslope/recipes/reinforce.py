@@ -30,17 +30,17 @@ from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, gae
 from upslope.functional.supervised_losses import value_loss
 from upslope.loop.critic import Critic
+from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, rollout_metrics
 from upslope.loop.reference import Reference
 from upslope.loop.rollout_queue import Sampled
-from upslope.loop.session import StepResult, begin, train
+from upslope.loop.session import train
 from upslope.loop.updater import score_before_update
 from upslope.options import ReinforceOptions
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
+from upslope.training.stopping import StepResult
 from upslope.types import Batch
-
-__all__ = ["MovingBaseline", "Reinforce", "make_learner", "reinforce"]
 
 
 def make_learner(options: ReinforceOptions, policy: Policy | None = None) -> Reinforce:

@@ -28,8 +28,9 @@ from upslope.build import Policy, load_policy
 from upslope.data.examples import Pair, Solution, pairs_of, solutions_of
 from upslope.functional.supervised_losses import bradley_terry
 from upslope.loop.kept import DataAccount, within_context
+from upslope.loop.launch import begin
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
-from upslope.loop.session import begin, train
+from upslope.loop.session import train
 from upslope.models.files.config_json import SCORE
 from upslope.models.files.reward_folder import (
     RewardSettings,
@@ -45,8 +46,6 @@ from upslope.training.optim import Group
 from upslope.training.step import Forward, Loss, Outputs
 from upslope.training.units import Unit, after_tokens
 from upslope.types import Batch, Example
-
-__all__ = ["RewardLearner", "make_learner", "reward"]
 
 
 def make_learner(options: RewardOptions, policy: Policy | None = None) -> RewardLearner:

@@ -9,8 +9,6 @@ for each batch of pairs (source x, target y with its end mark):
 The network is Vaswani et al. 2017 (1706.03762), the objective Sutskever et al. 2014 (1409.3215, equation 1).
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from upslope.build import Policy
+from upslope.loop.launch import begin
 from upslope.loop.pairs import PairData, PairLearner, start_policy
-from upslope.loop.session import StepResult, begin, train
+from upslope.loop.session import train
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
-
-__all__ = ["MaximumLikelihood", "make_learner", "seq2seq"]
+from upslope.training.stopping import StepResult
 
 
 @contextmanager

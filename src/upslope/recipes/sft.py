@@ -19,17 +19,17 @@ from upslope.build import Policy, load_policy
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.loop.kept import DataAccount, per_token, shared_out, tell_task, within_context
+from upslope.loop.launch import begin
 from upslope.loop.learner import PolicyLearner
 from upslope.loop.prompts import held_out_of
 from upslope.loop.rows import demonstrations, encoded, held_out_groups
-from upslope.loop.session import Evaluation, StepResult, begin, train
+from upslope.loop.session import train
 from upslope.options import SFTOptions
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.step import Outputs, score
+from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example
-
-__all__ = ["SFT", "make_learner", "sft"]
 
 
 def make_learner(options: SFTOptions, policy: Policy | None = None) -> SFT:

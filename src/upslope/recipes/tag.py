@@ -28,12 +28,12 @@ from upslope.errors import ConfigError
 from upslope.evaluation.classification import entity_report, token_report
 from upslope.extras import require
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
-from upslope.loop.session import Evaluation, begin, train
+from upslope.loop.launch import begin
+from upslope.loop.session import train
 from upslope.models.encoder.labellers import Sentences, Start, check_length, cut_words, load_start, pieces_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import TagOptions
-
-__all__ = ["Tag", "make_learner", "tag"]
+from upslope.training.stopping import Evaluation
 
 
 def make_learner(options: TagOptions, start: Start | None = None) -> Tag:

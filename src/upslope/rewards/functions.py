@@ -5,8 +5,6 @@ completion. If it names a parameter `num_tokens` or `finish_reasons`, the judge 
 `inline_safe` marks those that are quick on any text, so that they need no worker process.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ None (no verdict). Each is total: any text gets a finite number in [0, 1] (`ngra
 penalty). `inline_safe` marks those that are quick on any text.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import string

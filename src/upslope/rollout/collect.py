@@ -1,7 +1,5 @@
 """Prompts x engine x judge -> judged groups of rollouts, in (prompt, sample) order whatever finished first."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -11,8 +9,6 @@ from upslope.data.template import Tools
 from upslope.rewards.judge import Judge
 from upslope.tasks.base import KEY_BITS
 from upslope.types import Completion, Prompt, Rollout, RolloutGroup, SamplingParams
-
-__all__ = ["Generator", "collect", "length_metrics", "sample", "sampling_keys"]
 
 
 class Generator(Protocol):

@@ -1,7 +1,5 @@
 """Where a run runs: what env.json says."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import os
 import platform

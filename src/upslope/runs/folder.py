@@ -8,8 +8,6 @@ checkpoints/    step-N folders, `last` and `best`
 summary.json    the result, written when the run ends
 """
 
-from __future__ import annotations
-
 import os
 import time
 import tomllib

@@ -1,7 +1,5 @@
 """metrics.jsonl: one JSON object per line, appended whole, so that any tool can follow it."""
 
-from __future__ import annotations
-
 import json
 import mmap
 import os

@@ -1,7 +1,5 @@
 """How far a long job is and when it will end: a live bar on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -1,7 +1,5 @@
 """Which options may differ when a run is continued."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any

@@ -1,7 +1,5 @@
 """Rollouts as rows of the store: plain values and packed token arrays."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

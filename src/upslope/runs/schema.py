@@ -1,7 +1,5 @@
 """The tables of run.db, the records read back from them, and how a connection is opened."""
 
-from __future__ import annotations
-
 import os
 import re
 import sqlite3

@@ -1,7 +1,5 @@
 """run.db: metrics, rollouts and evaluations of one run, written by its trainer, read by any number of viewers."""
 
-from __future__ import annotations
-
 import json
 import math
 import sqlite3

@@ -1,7 +1,5 @@
 """What every route needs: the service a request means, its tokens, its room, and answers that name the weights."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
@@ -14,8 +12,6 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from upslope.serving.errors import ApiError, ClientGone, as_api_error
 from upslope.serving.service import Service
 from upslope.serving.stream import Stream
-
-__all__ = ["encode_all", "event", "event_stream", "reply", "room", "service_of", "while_connected"]
 
 T = TypeVar("T")
 _COMPACT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode

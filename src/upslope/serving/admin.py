@@ -1,7 +1,5 @@
 """/health, /version, /metrics, /v1/models, and /admin/weights, which replaces what the server knows."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,8 +15,6 @@ from upslope.serving.errors import ApiError
 from upslope.serving.metrics import CONTENT_TYPE
 from upslope.serving.service import Service
 from upslope.version import __version__
-
-__all__ = ["router"]
 
 router = APIRouter(tags=["server"])
 

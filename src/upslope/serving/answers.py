@@ -1,7 +1,5 @@
 """What completions and chat have in common: a request is put to the engine, and answered whole or as it comes."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -17,8 +15,6 @@ from upslope.serving.sampling import SamplingBody, best
 from upslope.serving.service import Service
 from upslope.serving.stream import Stream, merged
 from upslope.types import Completion, SamplingParams
-
-__all__ = ["LEAST_LOGPROB", "Answer", "Write"]
 
 B = TypeVar("B", bound=SamplingBody)
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON does not have

@@ -1,7 +1,5 @@
 """The application: routes, limits and errors around the services that do the work."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
@@ -13,8 +11,6 @@ from upslope.serving.limits import Guard
 from upslope.serving.metrics import Metrics
 from upslope.serving.service import Service
 from upslope.version import __version__
-
-__all__ = ["create_app"]
 
 
 def create_app(services: Mapping[str, Service], settings: ServeOptions) -> FastAPI:

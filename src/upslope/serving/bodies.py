@@ -3,13 +3,9 @@
 Names and ranges are OpenAI's; those that OpenAI does not have are vLLM's.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
-
-__all__ = ["Body", "Items", "ModelBody", "Prompt", "Strict", "Token", "UserBody"]
 
 Items = Field(fail_fast=True)
 """A list of which the first wrong item is told; the others are not even looked at."""

@@ -1,7 +1,5 @@
 """/v1/chat/completions: messages through the model's chat template, the reply whole or as it comes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,8 +21,6 @@ from upslope.serving.errors import ApiError
 from upslope.serving.sampling import sampling_params
 from upslope.serving.service import Service
 from upslope.types import Message
-
-__all__ = ["router"]
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 OWN_VARIABLES = {"conversations", "messages", "tools", "documents", "chat_template", "add_generation_prompt"}

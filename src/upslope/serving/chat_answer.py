@@ -1,7 +1,5 @@
 """The assistant's turn as the protocol writes it: whole, or in chunks as it comes."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,8 +8,6 @@ from upslope.engine import Event
 from upslope.serving.answers import LEAST_LOGPROB, Answer, Write
 from upslope.serving.chat_bodies import ChatBody
 from upslope.types import Completion
-
-__all__ = ["ChatAnswer"]
 
 
 class ChatAnswer(Answer[ChatBody]):

@@ -13,16 +13,6 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from upslope.serving.bodies import Body, Items, ModelBody
 from upslope.serving.sampling import MAX_LOGPROBS, SamplingBody
 
-__all__ = [
-    "ChatBody",
-    "ChatMessage",
-    "ConversationBody",
-    "FunctionDefinition",
-    "FunctionTool",
-    "NamedTool",
-    "SchemaFormat",
-]
-
 MAX_MESSAGES = 2048
 """The template is rendered once per turn of the assistant, so the work grows with the square of their number."""
 

@@ -18,8 +18,6 @@ from upslope.serving.pieces import Offsets
 from upslope.serving.sampling import MAX_LOGPROBS, SamplingBody, sampling_params
 from upslope.types import Completion
 
-__all__ = ["CompletionBody", "router"]
-
 router = APIRouter(tags=["completions"])
 
 

@@ -1,7 +1,5 @@
 """One client's connection: how long it may be silent, how many there may be, and what is logged of them."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -13,8 +11,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from upslope.errors import one_line
 from upslope.serving.errors import ALWAYS, ApiError, answer
-
-__all__ = ["Connection", "LogLines"]
 
 HEADER_SECONDS = 15.0
 """From the opening of a connection, or the first byte of a further request, to the end of the headers."""

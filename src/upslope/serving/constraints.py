@@ -22,8 +22,6 @@ from upslope.data.tool_calls import CLOSE, OPEN
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
 
-__all__ = ["Constraint", "Grammars", "Marks", "calls_grammar", "offered_grammar"]
-
 _STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _STRICT = {"lenient": False, "coerce_one_of": False}
 MAX_GRAMMAR = 100_000

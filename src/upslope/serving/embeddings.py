@@ -5,8 +5,6 @@ representation offers. The hidden states are those of the packed forward pass, a
 dtype; mean and norm are taken in float32.
 """
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -22,8 +20,6 @@ from upslope.serving.access import encode_all, reply, service_of, while_connecte
 from upslope.serving.bodies import Prompt, UserBody
 from upslope.serving.errors import ApiError
 from upslope.serving.service import Service
-
-__all__ = ["EmbeddingBody", "router"]
 
 MAX_INPUTS = 2048
 BATCH_TOKENS = 2048

@@ -5,8 +5,6 @@ whatever has been handed over by then. What it brought forth goes back in one ca
 it concerns.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time
@@ -18,8 +16,6 @@ from typing import TypeVar
 from upslope.engine import Engine, Event
 from upslope.errors import RunError
 from upslope.serving.stream import Served, Stream
-
-__all__ = ["LATE", "EngineThread", "Stopped"]
 
 LATE = "the server is shutting down; send the request again elsewhere or later"
 T = TypeVar("T")

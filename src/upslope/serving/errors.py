@@ -1,7 +1,5 @@
 """Every refusal in the shape OpenAI's clients read: {"error": {"message", "type", "param", "code"}}."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Mapping
@@ -15,8 +13,6 @@ from starlette.exceptions import HTTPException
 from upslope.errors import ConfigError, DataError, UpslopeError, one_line
 from upslope.serving.engine_thread import Stopped
 from upslope.serving.service import QueueFull
-
-__all__ = ["ALWAYS", "ApiError", "ClientGone", "answer", "as_api_error", "install"]
 
 ALWAYS = ((b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"))
 """Headers of every answer that does not set them itself."""

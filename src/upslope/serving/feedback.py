@@ -24,8 +24,6 @@ from upslope.runs.encoding import to_json
 from upslope.runs.lines import MetricLines, read_lines
 from upslope.serving.bodies import Items, Strict
 
-__all__ = ["Edit", "Feedback", "Thumb", "Turn", "Vote", "Voted"]
-
 FILES = ("sft", "preferences", "labels", "votes")
 
 Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Of the judged reply; the same id replaces.")]

@@ -5,8 +5,6 @@ the Host header must name this server, a page's Origin must be this server's own
 page may send elsewhere without asking first. There are no CORS headers, so the asking fails.
 """
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import binascii
@@ -22,8 +20,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from upslope.options import ServeOptions
 from upslope.serving.errors import ALWAYS, ApiError, answer
-
-__all__ = ["Guard", "parse_json"]
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 OPEN_ROUTES = frozenset({"/health"})

@@ -12,8 +12,6 @@ upslope_time_to_first_token_seconds{model}        histogram, one value per finis
 upslope_time_per_output_token_seconds{model}      histogram, mean time between a finished request's tokens
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from operator import attrgetter
 from typing import Any
@@ -23,8 +21,6 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from upslope.serving.service import Service
 from upslope.serving.stream import Served
-
-__all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _FIRST = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)

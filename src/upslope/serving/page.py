@@ -4,8 +4,6 @@ Whatever a model writes, the page runs no script but its own (SECURITY_HEADERS).
 get here: see `limits.Guard`.
 """
 
-from __future__ import annotations
-
 import hashlib
 from functools import cache
 from pathlib import Path
@@ -16,8 +14,6 @@ from fastapi import APIRouter, Depends, Request, Response
 from upslope.serving.access import service_of
 from upslope.serving.errors import ApiError
 from upslope.serving.feedback import Edit, Feedback, Thumb, Vote
-
-__all__ = ["SECURITY_HEADERS", "router"]
 
 STATIC = Path(__file__).parent / "static"
 

@@ -4,16 +4,12 @@ A token need not be a whole character, so its text is not always text: `text` th
 "bytes:\\xe2\\x80", which differs for different bytes where U+FFFD would not.
 """
 
-from __future__ import annotations
-
 import codecs
 import json
 import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
-
-__all__ = ["Offsets", "Pieces"]
 
 
 class Pieces:

@@ -12,8 +12,6 @@ from upslope.serving.bodies import Body, Token, UserBody
 from upslope.serving.errors import ApiError
 from upslope.types import Completion, SamplingParams
 
-__all__ = ["MAX_LOGPROBS", "SamplingBody", "StreamOptions", "best", "sampling_params"]
-
 MAX_SAMPLES = 128
 MAX_LOGPROBS = 20
 MAX_BIASES = 4096

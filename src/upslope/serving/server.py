@@ -1,7 +1,5 @@
 """The application on a port, until a signal: the first one drains, the second one stops at once."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import socket
@@ -14,8 +12,6 @@ from fastapi import FastAPI
 from upslope.errors import RunError
 from upslope.options import ServeOptions
 from upslope.serving.connection import Connection, LogLines
-
-__all__ = ["bind", "serve"]
 
 KEEP_ALIVE_SECONDS = 75
 CLOSING_SECONDS = 5

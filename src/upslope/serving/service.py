@@ -1,7 +1,5 @@
 """One model to be asked by many: its engine on a thread, its tokenizer, its queue, and weights that can be replaced."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -21,8 +19,6 @@ from upslope.serving.pieces import Pieces
 from upslope.serving.stream import Stream
 from upslope.serving.weights import Loaded, copy_weights, read_fitting
 from upslope.types import SamplingParams
-
-__all__ = ["QueueFull", "Service"]
 
 T = TypeVar("T")
 _SMALL, _LARGE = 2048, 65_536  # characters: less is done sooner than handed over; more may take a second

@@ -11,8 +11,6 @@ from typing import Self
 from upslope.engine import Event
 from upslope.types import Completion
 
-__all__ = ["Served", "Stream", "merged"]
-
 
 @dataclass(frozen=True, slots=True)
 class Served:

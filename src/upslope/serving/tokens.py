@@ -1,7 +1,5 @@
 """/tokenize, /detokenize and /tokenizer_info, in the shapes of vLLM's server."""
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Annotated, Any
 
@@ -15,8 +13,6 @@ from upslope.serving.bodies import Items, ModelBody, Token
 from upslope.serving.chat import prompt_tokens
 from upslope.serving.chat_bodies import ConversationBody
 from upslope.serving.errors import ApiError
-
-__all__ = ["router"]
 
 router = APIRouter(tags=["tokens"])
 

@@ -1,7 +1,5 @@
 """New weights for a network that runs: read, found to fit it, copied in."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -13,8 +11,6 @@ from upslope.engine import Engine
 from upslope.errors import ModelError, UpslopeError
 from upslope.models.files.weights import check_shapes
 from upslope.models.protocol import CausalModel
-
-__all__ = ["Loaded", "copy_weights", "read_fitting"]
 
 log = logging.getLogger("upslope.serving")
 

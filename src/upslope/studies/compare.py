@@ -5,8 +5,6 @@ pair the problems, the KL divergence from the start, the diversity of what is sa
 confidence in its own replies is calibrated. What a recipe makes of its budget on the way is in the learning curves.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import math
@@ -42,8 +40,6 @@ from upslope.training.experience import Experience
 from upslope.training.step import score
 from upslope.types import Prompt, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
-
-__all__ = ["Entry", "compare", "run"]
 
 
 @dataclass(frozen=True, slots=True)

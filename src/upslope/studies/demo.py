@@ -3,8 +3,6 @@
 Base, sft and ppo are measured greedily on the same held-out problems, none of which is ever trained on.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import sys
@@ -24,8 +22,6 @@ from upslope.runs.folder import Run
 from upslope.studies import new_folder
 from upslope.tasks.loading import load_task
 from upslope.types import RolloutGroup
-
-__all__ = ["demo", "ppo_options", "run", "sft_options"]
 
 SAMPLES_SHOWN = 6
 

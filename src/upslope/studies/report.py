@@ -3,8 +3,6 @@
 Its charts are SVG, the same in a report, a README and a printed page.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,8 +13,6 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from upslope.atomic import write_atomic
-
-__all__ = ["COLOURS", "line_chart", "write_report"]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#A6761D")
 """Okabe and Ito's palette, told apart by colour-blind readers; lines also differ by their dashes."""

@@ -1,7 +1,5 @@
 """Prompts, rewards and verdicts: the same object for supervised learning, reinforcement learning and evaluation."""
 
-from __future__ import annotations
-
 from upslope.tasks.base import Task, chat_prompt, select_prompts
 from upslope.tasks.loading import load_task
 

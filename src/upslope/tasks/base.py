@@ -4,8 +4,6 @@ One object serves supervised learning, reinforcement learning and evaluation, so
 the wording and the verdict. Free of torch: reward workers import this module.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import random

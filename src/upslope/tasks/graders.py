@@ -7,8 +7,6 @@ over fractions. Verifiers that accept wrong replies are closed too: puzzle24 tak
 game_of_life_halting any text, coin_flip any prefix of the number ("0"), complex_arithmetic "nan".
 """
 
-from __future__ import annotations
-
 import ast
 import operator
 import re

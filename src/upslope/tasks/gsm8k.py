@@ -3,8 +3,6 @@
 The data are given by path, one JSON object per line with `question` and `answer`; any file in this form will do.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from fractions import Fraction

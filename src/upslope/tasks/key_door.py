@@ -19,8 +19,6 @@ critic carries the door's pay back through the silent corridor.
 Rewards carry their steps (`Reward.steps`), one token per letter; a learner that looks at the total sees the sum.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Sequence

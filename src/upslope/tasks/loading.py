@@ -1,7 +1,5 @@
 """From the text on the command line to a task, with an error that says what to change."""
 
-from __future__ import annotations
-
 import inspect
 import itertools
 import sys

@@ -4,8 +4,6 @@ The data are rows {"prompt": source, "completion": target} in any form that `ups
 same source are one problem with several references: each is trained on, and the nearest one judges.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property

@@ -5,8 +5,6 @@ phoneme error rate: edits to the nearest accepted pronunciation, over its length
 rate is the share of words without an exact match (Yolchuyeva et al. 2019, 2004.06338, report about 5.2 and 22 percent).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from functools import cached_property

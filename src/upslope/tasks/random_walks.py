@@ -10,8 +10,6 @@ Length and shortest count nodes, the start and the goal included. A walk that ta
 not reach the goal within max_length nodes, has optimality 0. What follows the goal is not read.
 """
 
-from __future__ import annotations
-
 import random
 from collections import deque
 

@@ -1,7 +1,5 @@
 """Any data set of reasoning-gym as a task: endless problems with a verifier, split by the content of the question."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -4,8 +4,6 @@ A dense reward for free text: Hutto and Gilbert (2014), VADER, MIT. The classic 
 reward on language models (1909.08593, section 3.1), with a lexicon in the place of a learned classifier.
 """
 
-from __future__ import annotations
-
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal

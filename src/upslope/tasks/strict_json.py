@@ -3,8 +3,6 @@
 "Return a JSON object with keys name and age for: Anna is 31." -> {"name": "Anna", "age": 31}
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

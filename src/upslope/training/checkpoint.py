@@ -10,8 +10,6 @@ A checkpoint is written into a hidden folder, fsynced and renamed; only then are
 then is an older one deleted. So a kill at any moment leaves the checkpoint before or the new one, bit for bit.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
@@ -30,20 +28,7 @@ from torch import Tensor
 from upslope.atomic import disk_error, point_to, publish_folder, read_pointer, remove_folder, saving, write_atomic
 from upslope.errors import RunError
 from upslope.json_file import read_object
-from upslope.manifest import Checkpoint, damage, list_checkpoints, read_manifest, step_folders, step_of, write_manifest
-
-__all__ = [
-    "Checkpoint",
-    "Resolved",
-    "damage",
-    "list_checkpoints",
-    "load",
-    "peek",
-    "resolve",
-    "resume",
-    "save",
-    "settle",
-]
+from upslope.manifest import damage, list_checkpoints, read_manifest, step_folders, step_of, write_manifest
 
 Tensors = dict[str, dict[str, Tensor]]
 

@@ -24,8 +24,6 @@ from upslope.options import RLOptions
 from upslope.training.step import Outputs
 from upslope.types import Batch, Example, Rollout, RolloutGroup
 
-__all__ = ["COLUMNS", "Experience", "group_rewards", "shaped_rewards", "token_rewards", "trainable"]
-
 Normalizer = Literal["token", "sequence", "constant"]
 
 _MODES: dict[Normalizer, Any] = {"token": "token_mean", "sequence": "sequence_mean_token_mean", "constant": "constant"}

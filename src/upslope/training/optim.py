@@ -5,8 +5,6 @@ lost in it. So the optimizer owns float32 masters; the network holds copies in t
 update; gradients of every micro-batch are added up in float32.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -16,8 +14,6 @@ from torch import Tensor, nn
 from upslope.devices.hardware import keep_freed_memory
 from upslope.errors import RunError
 from upslope.kernels.sums import accumulate_
-
-__all__ = ["Group", "MasterAdamW", "decay_groups"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """The state of every global random generator, in the form a checkpoint stores: tensors and JSON."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The learning rate as a pure function of the optimizer step, so that a resumed run cannot get it wrong."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any, Literal, get_args
@@ -9,9 +7,6 @@ from typing import Any, Literal, get_args
 from upslope.errors import ConfigError
 from upslope.options import EncoderOptions, ExpertOptions, PretrainOptions, RunOptions, Seq2SeqOptions, SFTOptions
 from upslope.options.preference import PreferenceData
-
-__all__ = ["in_steps"]
-
 
 ScheduleKind = Literal["constant", "linear", "cosine"]
 

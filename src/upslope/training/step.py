@@ -7,8 +7,6 @@ micro-batches, so that the gradient does not depend on how the batch was split, 
 Shapes: N trained tokens, T packed tokens, D width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -26,8 +24,6 @@ from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.training.optim import MasterAdamW
 from upslope.types import Batch
-
-__all__ = ["Forward", "Loss", "Outputs", "gap_metrics", "score", "update"]
 
 
 class Outputs:

@@ -1,7 +1,5 @@
 """When a run ends: a target reached, a budget spent, no more progress, or Ctrl-C."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -13,9 +11,6 @@ from types import FrameType
 from typing import Any, Literal, Self
 
 from upslope.errors import ConfigError
-
-__all__ = ["Evaluation", "StepResult"]
-
 
 Mode = Literal["max", "min"]
 

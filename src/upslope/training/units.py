@@ -7,8 +7,6 @@ gradient is the same for every split into micro-batches, as with the token losse
 Shapes: U units and B sequences of a micro-batch, N trained tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,8 +18,6 @@ from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.training.step import Forward, Loss
 from upslope.types import Batch, Example
-
-__all__ = ["Unit", "after_tokens", "measure", "sequence_logps", "token_logps", "unit_batches", "weighted_mean"]
 
 
 @dataclass(slots=True)

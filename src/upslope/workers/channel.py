@@ -5,8 +5,6 @@ the two ends know and ends where its header says, with a checksum: rubbish on th
 answer. No call waits for the rest of a message unless the socket is made to block.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import selectors
@@ -15,8 +13,6 @@ import struct
 import zlib
 from collections.abc import Iterable
 from typing import Any
-
-__all__ = ["TOKEN_BYTES", "Channel", "Garbled", "wait"]
 
 TOKEN_BYTES = 16
 _HEAD = struct.Struct(f"!{TOKEN_BYTES}sQQI")  # token, number of the job, bytes that follow, checksum of both

@@ -10,8 +10,6 @@ than on Linux there are neither subreapers nor /proc: there, only the worker's p
 Imported by a fresh interpreter before anything else; standard library only.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os
@@ -22,8 +20,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-__all__ = ["END_LIMIT_S", "children", "descendants", "end_descendants", "keep"]
 
 END_LIMIT_S = 5.0
 # How often the keeper looks whether its parent still is the trainer: a fork of the trainer may hold the lifeline too.

@@ -1,7 +1,5 @@
 """`upslope doctor --numerics`: the product's own checks, run on the user's machine with the user's torch."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

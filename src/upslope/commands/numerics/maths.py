@@ -1,7 +1,5 @@
 """Checks of the formulas: gradients by finite differences, estimators against their definitions, in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Checks of one small random network: sampler against trainer, invariances of engine and update, resume."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ Shapes: K key/value heads, g query heads per key head, d head width, B sequences
 (sequence, key head): position-major, then the g heads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,8 +15,6 @@ import torch
 from torch import Tensor
 
 from upslope.kernels.products import least_rows, padded_row_count
-
-__all__ = ["BLOCK", "BlockAttention", "Fetch", "Plan", "attend_blocks", "causal_plan", "whole_plan"]
 
 BLOCK = 64
 

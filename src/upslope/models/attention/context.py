@@ -27,8 +27,6 @@ from upslope.models.attention.padded import PackedBuckets, PagedBuckets
 from upslope.models.linear import PackedWeights
 from upslope.models.protocol import Context, ModelSpec, Segment
 
-__all__ = ["BLOCK", "KVCache", "PackedContext", "PagedContext", "StepContext"]
-
 
 class KVCache:
     """Keys and values of every layer in blocks of 64 tokens: [L, blocks, K, BLOCK, d].

@@ -7,8 +7,6 @@ FlexAttention: Dong et al. 2024, arXiv 2412.05496.
 Shapes: T packed tokens, H query heads, K key/value heads, d head width, S sequences, n tiles.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -19,8 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from upslope.models.protocol import Segment
-
-__all__ = ["PackedFlex", "PagedTiles", "fused_attention", "fused_on"]
 
 TILE = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

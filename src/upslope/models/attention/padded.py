@@ -18,8 +18,6 @@ from torch import Tensor
 
 from upslope.models.attention.block_softmax import BLOCK, BlockAttention, Plan, attend_blocks, causal_plan, whole_plan
 
-__all__ = ["PackedBuckets", "PagedBuckets"]
-
 
 @dataclass(frozen=True, slots=True)
 class _Bucket:

@@ -30,8 +30,6 @@ from upslope.models.linear import PackedWeights, joined
 from upslope.models.protocol import CausalModel
 from upslope.types import Batch
 
-__all__ = ["Activations", "bytes_per_token"]
-
 
 def _widths(config: DecoderConfig) -> dict[str, int]:
     """How many numbers are kept of a token and layer, as `KeptRows` names them, but for the float32 `lse`."""

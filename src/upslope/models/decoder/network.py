@@ -28,8 +28,6 @@ from upslope.kernels.products import least_rows, pad_rows
 from upslope.models.linear import PackedWeights, joined_linear, lay_end_to_end, linear
 from upslope.models.protocol import CausalModel, Context, ModelSpec
 
-__all__ = ["MODEL_TYPES", "Decoder", "DecoderConfig"]
-
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in MODEL_TYPES}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -26,8 +26,6 @@ from upslope.models.decoder.network import Decoder
 from upslope.models.linear import PackedWeights, joined
 from upslope.models.protocol import CausalModel
 
-__all__ = ["PreparedDecoder"]
-
 Product = Callable[[Tensor], Tensor]
 
 

@@ -3,8 +3,6 @@
 Shapes: B inputs, T tokens of the longest, N labelled items, C labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,18 +13,6 @@ from torch import Tensor
 from upslope.models.encoder.network import Encoder
 from upslope.models.lora_dropout import padded_keys
 from upslope.models.modes import evaluating
-
-__all__ = [
-    "Input",
-    "ItemBatch",
-    "groups_of",
-    "item_logits",
-    "keys_of",
-    "likeliest",
-    "padded_batch",
-    "pads_of",
-    "scores",
-]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,5 @@
 """Trained encoders in use: a classifier says how likely each label of a text is, a tagger the tag of each word."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,19 +16,6 @@ from upslope.models.encoder.network import Encoder, Kind, load_encoder
 from upslope.models.files.sources import resolve
 from upslope.options.encoder import EncoderOptions
 from upslope.runs.progress import counted, told
-
-__all__ = [
-    "Classifier",
-    "Sentences",
-    "Start",
-    "check_length",
-    "cut_words",
-    "inputs_of",
-    "load_classifier",
-    "load_start",
-    "pieces_of",
-    "tags_of",
-]
 
 
 @dataclass(slots=True)

@@ -29,8 +29,6 @@ from upslope.models.lora import ALL, inject, target_layers
 from upslope.models.protocol import check_rows
 from upslope.models.transformers_model import load_network
 
-__all__ = ["Encoder", "Kind", "load_encoder", "new_encoder"]
-
 Kind = Literal["classify", "tag", "masked"]
 
 _AUTO = {

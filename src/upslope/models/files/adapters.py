@@ -5,8 +5,6 @@ rank-stabilised adapters (Kalajdzievski 2023, arXiv 2312.03732). What else a fol
 beside the adapters) takes the place of the model's own; forms whose merge is another formula are refused by name.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import tomllib

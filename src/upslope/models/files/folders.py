@@ -5,8 +5,6 @@ upslope_source.json that says where it came from. One in a checkpoint has a mani
 files: `check_intact` compares every byte with them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

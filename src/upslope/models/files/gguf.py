@@ -6,8 +6,6 @@ projections in the order its rotary kernel wants; that permutation is undone her
 docs/gguf.md; the tokenizer is rebuilt by transformers, with the split of digits that some vocabularies need.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -5,8 +5,6 @@ llama.cpp does not read how a byte-level vocabulary cuts text before it merges; 
 vocabularies it has seen. Here the way of cutting itself is compared, which also names the split of a new vocabulary.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

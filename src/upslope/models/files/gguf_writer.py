@@ -4,8 +4,6 @@ Matrices are stored in the number type asked for, norms and biases in float32, a
 llama's query and key projections are put into the order of its rotary kernel. Format: ggml's docs/gguf.md.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal

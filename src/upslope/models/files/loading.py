@@ -1,7 +1,5 @@
 """A folder into a network and back: our decoder where it can run the model exactly, the adapter elsewhere."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path

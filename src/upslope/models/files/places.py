@@ -1,8 +1,6 @@
 """What a name stands for before anything is fetched: of a run its best checkpoint's model, else its last one's; of a
 name that is no model, a path or a model of the hub, and what lies near it."""
 
-from __future__ import annotations
-
 import difflib
 import os
 from collections.abc import Callable

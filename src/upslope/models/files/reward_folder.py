@@ -5,8 +5,6 @@
 the layout has none, and a comparison of two answers does not see one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path

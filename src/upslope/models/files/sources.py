@@ -7,8 +7,6 @@ result is only reproducible together with that line. A folder there that is dama
 is refused (models.files.folders). Free of torch until something has to be converted.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

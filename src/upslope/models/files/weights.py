@@ -4,8 +4,6 @@ A folder holds `config.json`, either `model.safetensors` or shards named by `mod
 tokenizer's files. Pickle files are refused: reading one runs whatever code its author put there.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager

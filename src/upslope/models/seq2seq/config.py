@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from upslope.errors import ConfigError, ModelError
 
-__all__ = ["ACTIVATIONS", "SEQ2SEQ_TYPES", "Seq2SeqConfig"]
-
 SEQ2SEQ_TYPES = ("marian", "pegasus")
 ACTIVATIONS = ("relu", "gelu", "silu", "swish")
 _ARCHITECTURES = {"marian": "MarianMTModel", "pegasus": "PegasusForConditionalGeneration"}

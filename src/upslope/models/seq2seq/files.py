@@ -1,7 +1,5 @@
 """Encoder-decoder folders: Marian's and Pegasus' layouts of weights into models.seq2seq.network and back."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from upslope.models.files.weights import check_shapes, load, read_shapes
 from upslope.models.seq2seq.config import SEQ2SEQ_TYPES, Seq2SeqConfig
 from upslope.models.seq2seq.layers import sinusoids
 from upslope.models.seq2seq.network import Seq2Seq
-
-__all__ = ["is_seq2seq", "load_seq2seq", "seq2seq_config", "stored_tensors"]
 
 _BIAS, _SCORE = "final_logits_bias", "score.weight"
 _SHARED, _SOURCE, _TARGET, _HEAD = (

@@ -3,8 +3,6 @@
 Shapes: T rows of a call, D width, H heads, d head width, w padded head width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +15,6 @@ from upslope.kernels.products import least_rows, pad_rows
 from upslope.models.attention.context import PackedContext
 from upslope.models.protocol import Context
 from upslope.models.seq2seq.config import Seq2SeqConfig
-
-__all__ = ["DecoderLayer", "Drop", "EncoderLayer", "LayerNorm", "Layout", "Trunk", "padded_head_dim", "sinusoids"]
 
 _ALIGN = 8  # the flag widens the heads to a multiple of this
 _NORM_EPS = 1e-5

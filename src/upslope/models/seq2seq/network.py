@@ -12,8 +12,6 @@ Vaswani et al. 2017 (arXiv 1706.03762). Parameter names are those of Hugging Fac
 Shapes: T rows of a call, S source rows, N target rows, D width, H heads, d head width, w padded head width.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -28,8 +26,6 @@ from upslope.models.attention.context import PackedContext
 from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment
 from upslope.models.seq2seq.config import Seq2SeqConfig
 from upslope.models.seq2seq.layers import Drop, Layout, Side, Trunk, padded_head_dim, sinusoids
-
-__all__ = ["Seq2Seq", "sinusoids"]
 
 
 class Seq2Seq(CausalModel):
