@@ -8,7 +8,9 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -244,6 +246,16 @@ def test_an_option_has_the_spelling_of_the_other_verbs(
     path.write_text(path.read_text().replace(other, name, 1))
     with pytest.raises(ConfigError, match=f"a.toml:2: '{other}' is given twice, also at .*a.toml:1"):
         read_toml(kind, path)
+
+
+def test_python_takes_either_spelling() -> None:
+    kind: Any = options.GRPOOptions
+    assert kind(kl_coef=0.5, num_epochs=2) == kind(beta=0.5, num_iterations=2)
+    assert replace(kind(kl_coef=0.5), beta=1.0).beta == 1.0
+    with pytest.raises(ConfigError, match="kl_coef is given twice, also as beta"):
+        kind(kl_coef=0.5, beta=0.5)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kl_coeff'"):
+        kind(kl_coeff=0.5)
 
 
 def test_a_later_source_wins_by_either_spelling(tmp_path: Path) -> None:

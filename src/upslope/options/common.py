@@ -3,6 +3,7 @@
 A class is a heading of `--help`: its docstring's first line, over the options that it is the first to have.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, dataclass_transform
 
-from upslope.config import OBJECT, PLUGINS, hints_of, metadata_of, option
+from upslope.config import OBJECT, PLUGINS, hints_of, metadata_of, names_of, option
 from upslope.errors import ConfigError
 
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -30,6 +31,16 @@ class Options:
 
     def __init_subclass__(cls) -> None:
         dataclass(frozen=True, kw_only=True)(cls)
+        init, names = cls.__init__, names_of(cls)
+
+        @functools.wraps(init)
+        def spelled(self: Any, **given: Any) -> None:
+            for key in given:
+                if names.get(key, key) != key and names[key] in given:
+                    raise ConfigError(f"{key} is given twice, also as {names[key]}")
+            init(self, **{names.get(key, key): value for key, value in given.items()})
+
+        cls.__init__ = spelled
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
