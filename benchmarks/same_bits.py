@@ -18,11 +18,11 @@ The second revision's runs that are not the same are left in its folder `differi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import json
 import math
 import multiprocessing
@@ -101,6 +101,8 @@ class Array:
 
 SAMPLING = {"reinforce", "ppo", "grpo", "expert"}
 """Verbs whose runs must hold rollouts."""
+MEASURING = {"generate", "eval"}
+"""Verbs that train nothing; a model is their first word."""
 
 Found = dict[str, Any]
 """What runs left: "FILE: NAME" -> an Array, or a value of JSON or SQLite."""
@@ -127,7 +129,9 @@ def read_case(folder: Path) -> Found:
 def renamed(found: Found, names: Iterable[tuple[str, str]]) -> Found:
     """The same under today's and tomorrow's names alike."""
     for pattern, replacement in names:
-        found = {re.sub(pattern, replacement, name): value for name, value in found.items()}
+        before, found = found, {}
+        for name, value in before.items():
+            found[_unused(re.sub(pattern, replacement, name), found)] = value
     return found
 
 
@@ -149,6 +153,9 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
             record = json.loads(line)
             step = record.pop("step")
             yield from ((f"step {step}: {name}", value) for name, value in record.items())
+    elif path.suffix == ".jsonl":
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            yield from _leaves(json.loads(line), f"line {number}")
     elif path.suffix == ".json":
         yield from _leaves(json.loads(path.read_text(encoding="utf-8")))
     else:
@@ -300,7 +307,7 @@ class Revision:
         for line in lines_of(case):
             verb, _, rest = line.partition(" ")
             if "--resume" not in line:
-                rest = f"{BY_VERB[verb]} --output-dir OUT/run {rest}"
+                rest = f"{rest} {BY_VERB[verb]}" if verb in MEASURING else f"{BY_VERB[verb]} {rest}"
             for of, old, new in WORDS:
                 if of == verb and old in rest and self.lacks(verb, old):
                     rest = re.sub(rf"(?<!\S){re.escape(old)}(?!\S)", new, rest)
@@ -320,13 +327,13 @@ class Revision:
         for words in commands:
             code = self.upslope(words, log := folder / "log")
             if code != 0:
-                last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+                last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1]
                 ended = f"took longer than {TIMEOUT_S} s" if code is None else f"ended with exit code {code}"
                 return folder, f"upslope {words[0]} {ended}: {last}"
-        if kept and not kept.is_dir():
+        if kept:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(folder, kept)
-            return kept, ""
+            with contextlib.suppress(OSError):  # another process has just put it there
+                folder = folder.rename(kept)
         return folder, ""
 
 
@@ -365,16 +372,14 @@ def commit_of(revision: str) -> str:
 
 def data_folder(keep: Path) -> Path:
     """Models and data of the cases, made once."""
-    text = "".join(inspect.getsource(part) for part in (same_bits_cases.make_data, same_bits_cases.write_rows))
-    text += Path(same_bits_cases.__file__).read_text(encoding="utf-8").partition("\ndef make_data")[2]
+    text = Path(same_bits_cases.__file__).read_text(encoding="utf-8").partition("\ndef make_data")[2]
     folder = keep / f"data-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(dir=keep) as scratch:
-            made = Path(scratch) / "data"
-            made.mkdir()
+            (made := Path(scratch) / "data").mkdir()
             same_bits_cases.make_data(made)
-            if not folder.is_dir():
-                os.replace(made, folder)
+            with contextlib.suppress(OSError):  # another process has just made it
+                made.rename(folder)
     return folder
 
 
@@ -385,7 +390,8 @@ def verdict_on(case: str, names: Sequence[str], outcomes: Sequence[tuple[Path, s
         return {**verdict, "failures": failures}
     one, two = (renamed(read_case(folder), NAMES) for folder, _ in outcomes)
     compared = counted({name: one[name] for name in one.keys() & two.keys()})
-    wanted = ["tensors", "metrics", *(["rollouts"] if lines_of(case)[-1].split()[0] in SAMPLING else [])]
+    verb = lines_of(case)[-1].split()[0]
+    wanted = ["other values"] if verb in MEASURING else ["tensors", "metrics", *(["rollouts"] * (verb in SAMPLING))]
     failures = [f"no {kind} that both have" for kind in wanted if not compared[kind]]
     return {**verdict, "failures": failures, "differences": differences(one, two), "compared": compared}
 

@@ -1,7 +1,7 @@
 """What benchmarks/same_bits.py runs: tiny models and data, one case per way through the recipes, and what was renamed.
 
-A case is one or more command lines in today's spelling. OUT is the case's own folder; `--output-dir OUT/run` and what
-`SHARED` and `BY_VERB` say stand in every command that does not say otherwise, and a `--resume` gets nothing added.
+A case is one or more command lines in today's spelling. OUT is the case's own folder. What BY_VERB says stands in every
+command that does not say otherwise; a `--resume` gets nothing added.
 """
 
 from __future__ import annotations
@@ -21,19 +21,21 @@ NAMES: tuple[tuple[str, str], ...] = (
     # (r"^(.*metrics\.jsonl: .*)val/ratio$", r"\1policy/ratio"), (r"/critic\.safetensors: ", "/value.safetensors: ")
 )
 
-SHARED = "--dtype float32 --learning-rate 5e-3 --max-steps 3 --eval-every 2 --save-every 1 --keep-last 9"
-MICRO = f"{SHARED} --micro-batch-tokens 128"
-LM = f"{MICRO} --model data/llama"
+SHARED = (
+    "--output-dir OUT/run --dtype float32 --learning-rate 2e-3 --max-steps 3 --eval-every 2 --save-every 1 "
+    "--keep-last 9 --micro-batch-tokens 128"
+)
+LM = f"{SHARED} --model data/llama"
 RL = (
     f"{LM} --task pairs:path=data/pairs.jsonl,unit=characters --num-train-prompts 12 --num-prompts 3 "
     "--num-generations 4 --max-completion-length 8 --eval-samples 4"
 )
-ENCODER = f"{MICRO} --model data/bert --batch-size 4 --max-length 24"
+ENCODER = f"{SHARED} --model data/bert --batch-size 4 --max-length 24"
 BY_VERB = {
-    "pretrain": f"{MICRO} --data data/texts.jsonl --cache-dir OUT/cache --hidden-size 32 --num-layers 2 "
+    "pretrain": f"{SHARED} --data data/texts.jsonl --cache-dir OUT/cache --hidden-size 32 --num-layers 2 "
     "--context-length 24 --batch-size 4",
     "sft": f"{LM} --batch-size 4",
-    "seq2seq": f"{MICRO} --hidden-size 32 --num-layers 2 --num-heads 2 --batch-size 4 --max-completion-length 8",
+    "seq2seq": f"{SHARED} --data data/pairs.jsonl --batch-size 4 --max-completion-length 8",
     "reward": f"{LM} --data data/preferences.jsonl --batch-size 4",
     "dpo": f"{LM} --data data/preferences.jsonl --batch-size 4",
     "reinforce": RL,
@@ -43,10 +45,12 @@ BY_VERB = {
     "distill": f"{LM} --teacher data/teacher --num-prompts 4 --max-completion-length 8",
     "classify": f"{ENCODER} --data data/opinions.csv --test-data data/opinions.csv",
     "tag": f"{ENCODER} --data data/sentences.conll",
+    "generate": "--dtype float32 --output OUT/replies.jsonl --max-tokens 12",
+    "eval": "--dtype float32 --output OUT/figures.json --max-completion-length 8",
 }
 
 SFT = "sft --data data/pairs.jsonl"
-SEQ2SEQ = "seq2seq --data data/pairs.jsonl"
+SEQ2SEQ = "seq2seq --hidden-size 32 --num-layers 2 --num-heads 2"
 KEY_DOOR = "--task key_door:steps=2,corridor=0,noise=1.0 --num-generations 8 --num-train-prompts 8"
 LORA = "--lora-rank 4"
 SAMPLED = "--objective policy_gradient_sampled"
@@ -59,42 +63,48 @@ def stopped(command: str) -> tuple[str, str]:
 
 
 CASES: dict[str, str | tuple[str, ...]] = {
-    "pretrain": "pretrain --tokenizer bpe --vocab-size 300",
+    "pretrain": "pretrain --tokenizer bpe --vocab-size 300 --lr-scheduler-type constant --weight-decay 0.1 "
+    "--num-heads 4 --intermediate-size 40 --eval-stride 7",
     "pretrain-char-untied": "pretrain --tokenizer char --no-tie-word-embeddings --label-smoothing 0.1 --warmup-steps 2",
     "pretrain-word-lstm": "pretrain --tokenizer word --architecture lstm",
     "pretrain-masked": "pretrain --tokenizer word --architecture encoder --mask-probability 0.3",
-    "pretrain-on": "pretrain --model data/llama --hidden-size none --num-layers none",
+    "pretrain-on": "pretrain --model data/llama --hidden-size none --num-layers none --num-epochs 0.3 --lora-rank 4",
     "pretrain-resumed": stopped("pretrain --tokenizer char"),
     "sft": SFT,
-    "sft-messages": "sft --data data/chats.jsonl --lr-scheduler-type cosine --weight-decay 0.1 --num-epochs 0.5",
+    "sft-messages": "sft --data data/chats.jsonl --lr-scheduler-type cosine --weight-decay 0.1 --num-epochs 0.5 "
+    "--max-length 100 --warmup-steps 1",
     "sft-task": "sft --task pairs:path=data/pairs.jsonl --num-examples 20 --eval-samples 4 --max-completion-length 8",
     "sft-qwen-lora-dropout": f"{SFT} --model data/qwen {LORA} --lora-dropout 0.2 --lora-target-modules all-linear",
     "sft-bfloat16": f"{SFT} --dtype bfloat16 --gradient-checkpointing",
+    "sft-early": f"{SFT} --eval-every 1 --patience 1 --learning-rate 0 --seed 3",
     "sft-dft": f"{SFT} --loss dft",
     "sft-label-smoothing": f"{SFT} --label-smoothing 0.2 --max-grad-norm 0.1",
     "sft-resumed": stopped(f"{SFT} {LORA} --lora-dropout 0.2"),
-    "seq2seq": f"{SEQ2SEQ} --tokenizer word --beam-width 2",
+    "seq2seq": f"{SEQ2SEQ} --tokenizer word --beam-width 2 --num-epochs 0.3 --weight-decay 0.1",
+    "seq2seq-resumed": stopped(SEQ2SEQ),
     "seq2seq-separate": f"{SEQ2SEQ} --no-shared-vocabulary --label-smoothing 0.1 --dropout 0",
     "seq2seq-minimum-risk": (
         f"{SEQ2SEQ} --norm pre --vocab-size 300 --output-dir OUT/start",
-        f"{SEQ2SEQ} --model OUT/start/checkpoints/last/model --objective minimum_risk --reward edit_similarity "
-        "--num-samples 4 --alpha 0.5 --hidden-size 256 --num-layers 3 --num-heads 4",
+        "seq2seq --model OUT/start/checkpoints/last/model --objective minimum_risk "
+        "--reward edit_similarity:unit=characters --num-samples 4 --alpha 0.5 --no-include-reference",
     ),
     "reward": "reward --centering 0.01 --margin 0.2",
-    "reward-process-lora": f"reward --kind process --data data/steps.jsonl --aggregate prod {LORA}",
+    "reward-process-lora": f"reward --kind process --data data/steps.jsonl --aggregate prod {LORA} --lora-alpha 3",
     "reward-resumed": stopped("reward"),
     "dpo": "dpo --label-smoothing 0.1 --sft-coef 0.5",
     "dpo-lora-dropout": f"dpo {LORA} --lora-dropout 0.2 --beta 0.3",
     "dpo-bfloat16": "dpo --dtype bfloat16",
     "dpo-resumed": stopped("dpo"),
     "ipo": "dpo --loss ipo",
-    "kto": "dpo --loss kto --data data/labelled.jsonl --undesirable-weight 0.7",
+    "kto": "dpo --loss kto --data data/labelled.jsonl --desirable-weight 1.2 --undesirable-weight 0.7",
     "orpo": "dpo --loss orpo",
     "simpo": "dpo --loss simpo --margin 1.0",
     "reinforce-none": "reinforce --baseline none --normalizer constant --temperature 0.7",
-    "reinforce-moving": f"reinforce --baseline moving --gamma 0.9 {KEY_DOOR}",
+    "reinforce-moving": f"reinforce --baseline-decay 0.5 --gamma 0.9 {KEY_DOOR}",
+    "reinforce-resumed": stopped("reinforce --overlong-buffer 3"),
     "reinforce-learned": f"reinforce --baseline learned --lam 0.9 --truncated bootstrap {KEY_DOOR}",
-    "reinforce-greedy": "reinforce --baseline greedy --kl-coef 0.1",
+    "reinforce-learned-separate": "reinforce --baseline learned --critic separate --critic-learning-rate 1e-2",
+    "reinforce-greedy": "reinforce --baseline greedy --kl-coef 0.1 --missing-eos-penalty 0.2",
     "reinforce-plus-plus": "reinforce --baseline reinforce++ --kl-coef 0.1 --kl-target 0.5 --kl-horizon 100",
     "reinforce-top-k": "reinforce --top-k 20 --rollout-correction token --entropy-coef 0.01",
     "reinforce-lag-sequence": "reinforce --rollout-lag 1 --rollout-correction sequence --rollout-correction-cap 1.5",
@@ -102,16 +112,17 @@ CASES: dict[str, str | tuple[str, ...]] = {
     "ppo": "ppo",
     "ppo-separate-critic": "ppo --critic separate --critic-learning-rate 1e-2 --gamma 0.9 --lam 0.8",
     "ppo-kl-reward-adaptive": "ppo --kl-coef 0.2 --kl-target 0.5 --kl-horizon 100",
-    "ppo-kl-loss": "ppo --kl-coef 0.2 --kl-placement loss --rollout-kl-coef 0.1 --entropy-coef 0.01",
+    "ppo-kl-loss": "ppo --kl-coef 0.2 --kl-placement loss --rollout-kl-coef 0.1 --entropy-coef 0.01 "
+    "--weight-decay 0.1 --warmup-steps 2",
     "ppo-clips": "ppo --num-epochs 4 --learning-rate 3e-2 --epsilon 0.1 --epsilon-high 0.3 --dual-clip 1.5 "
-    "--value-clip 0.1 --no-whiten-advantages",
+    "--value-clip 0.1 --vf-coef 0.5 --no-whiten-advantages",
     "ppo-target-kl": "ppo --num-epochs 4 --learning-rate 3e-2 --target-kl 0.01",
     "ppo-value-pretraining": "ppo --value-pretraining-steps 1 --critic separate",
     "ppo-vtrace-lag": "ppo --advantage vtrace --rollout-lag 1 --rho-clip 0.9 --c-clip 0.8",
-    "ppo-bootstrap": "ppo --truncated bootstrap --missing-eos-penalty 0.5",
+    "ppo-bootstrap": "ppo --truncated bootstrap --missing-eos-penalty 0.5 --temperature 0.8",
     "ppo-mask": "ppo --truncated mask --overlong-buffer 4",
     "ppo-lora": f"ppo {LORA} --kl-coef 0.1 --micro-batch-tokens 2048",
-    "ppo-lora-separate": f"ppo {LORA} --critic separate",
+    "ppo-lora-separate": f"ppo {LORA} --critic separate --lora-alpha 3 --lora-target-modules q_proj v_proj",
     "ppo-bfloat16": "ppo --dtype bfloat16 --kl-coef 0.1",
     "ppo-process-rewards": f"ppo {KEY_DOOR}",
     "ppo-top-p": "ppo --top-p 0.9 --min-p 0.01 --rollout-correction geometric",
@@ -132,20 +143,22 @@ CASES: dict[str, str | tuple[str, ...]] = {
     "grpo-dr-grpo": "grpo --advantage dr_grpo --normalizer constant",
     "grpo-rloo": "grpo --advantage rloo --normalizer sequence --num-minibatches 2",
     "grpo-reinforce-plus-plus": "grpo --advantage reinforce++ --beta 0.1",
-    "grpo-gspo": "grpo --loss gspo --epsilon 3e-2 --epsilon-high 4e-2 --num-minibatches 2",
+    "grpo-gspo": "grpo --loss gspo --epsilon 3e-2 --epsilon-high 4e-2 --num-minibatches 2 --activations-gb 0",
     "grpo-cispo": "grpo --loss cispo --epsilon-high 0.3 --num-iterations 2",
-    "grpo-sapo": "grpo --loss sapo --num-iterations 2 --tau-negative 1.5",
+    "grpo-sapo": "grpo --loss sapo --num-iterations 2 --tau-positive 0.8 --tau-negative 1.5",
     "grpo-sapo-token": "grpo --loss sapo --normalizer token --num-minibatches 3",
     "grpo-dynamic": "grpo --dynamic-sampling --truncated mask --overlong-buffer 4 --num-generations 6",
     "grpo-lag": "grpo --rollout-lag 2 --max-steps 4",
+    "grpo-lag-uncorrected": "grpo --rollout-lag 1 --rollout-correction none --eval-temperature 0.5 --seed 3",
     "grpo-lora": f"grpo {LORA} --beta 0.1 --entropy-coef 0.01",
     "grpo-bfloat16": "grpo --dtype bfloat16 --num-iterations 2",
-    "grpo-filters": "grpo --top-k 50 --top-p 0.95 --rollout-correction sequence --missing-eos-penalty 0.2",
+    "grpo-filters": "grpo --top-k 50 --top-p 0.95 --min-p 0.01 --rollout-correction sequence "
+    "--rollout-correction-cap 1.2 --missing-eos-penalty 0.2",
     "grpo-rewards": "grpo --reward data/rewards.py:vowels --reward length:target=5,unit=characters@0.5 "
     "--reward-workers 1",
     "grpo-resumed": stopped("grpo --rollout-lag 1 --beta 0.1"),
     "expert": "expert",
-    "expert-best-restart": "expert --keep best --restart --no-dedupe",
+    "expert-best-restart": "expert --keep best --restart --no-dedupe --max-per-prompt 2 --temperature 0.8",
     "expert-top-mixed": "expert --keep top --keep-share 0.5 --mix-data data/pairs.jsonl --mix-ratio 0.5 "
     f"--normalizer sample --top-k 50 {LORA} --lora-dropout 0.1",
     "expert-from-run": ("grpo --output-dir OUT/start", "expert --from-run OUT/start --truncated terminate"),
@@ -153,22 +166,33 @@ CASES: dict[str, str | tuple[str, ...]] = {
     "distill": "distill --data data/pairs.jsonl --num-generations 2 --eval-samples 4",
     "distill-forward": "distill --data data/pairs.jsonl --divergence forward --on-policy-fraction 0.5",
     "distill-jsd": "distill --task pairs:path=data/pairs.jsonl --divergence jsd --jsd-weight 0.3 --temperature 0.8 "
-    "--eval-samples 4",
+    "--num-train-prompts 12 --eval-samples 4",
     "distill-off-policy": f"distill --data data/pairs.jsonl --on-policy-fraction 0 {LORA} --lora-dropout 0.2",
     "distill-resumed": stopped("distill --data data/pairs.jsonl"),
     "classify": "classify --label-smoothing 0.1 --head-lr-factor 2",
     "classify-roberta-pair": "classify --model data/roberta --pair-column second --num-epochs 0.5",
     "classify-policy-gradient": "classify --objective policy_gradient --rewards data/label_rewards.json",
-    "classify-sampled": f"classify {SAMPLED} --num-samples 3",
+    "classify-sampled": f"classify {SAMPLED} --num-samples 3 --gradient-checkpointing --weight-decay 0",
     "classify-sampled-mean": f"classify {SAMPLED} --baseline mean --dtype bfloat16",
     "classify-sampled-none": f"classify {SAMPLED} --baseline none --num-samples 1",
-    "classify-lora": f"classify {LORA} --lora-dropout 0.2",
+    "classify-lora": f"classify {LORA} --lora-dropout 0.2 --eval-share 0.3 --eval-samples 5",
     "classify-numbers": "classify --objective squared_error --data data/numbers.csv --test-data none",
     "classify-resumed": stopped(f"classify {SAMPLED}"),
-    "tag": "tag --label-smoothing 0.1",
+    "tag": "tag --label-smoothing 0.1 --test-data data/sentences.conll",
     "tag-policy-gradient": "tag --objective policy_gradient",
-    "tag-sampled-iob1": f"tag {SAMPLED} --tag-scheme iob1 --data data/iob1.conll",
+    "tag-sampled-iob1": f"tag {SAMPLED} --baseline mean --head-lr-factor 2 {LORA} --tag-scheme iob1 "
+    "--data data/iob1.conll",
     "tag-resumed": stopped("tag"),
+    "generate": "generate data/llama --prompts data/pairs.jsonl --num-return-sequences 2 --logprobs 2 --top-p 0.9 "
+    "--repetition-penalty 1.2 --stop ab",
+    "generate-beams": "generate data/qwen --prompts data/pairs.jsonl --num-beams 3 --num-return-sequences 2 "
+    "--length-penalty 0.5",
+    "eval": "eval data/llama data/teacher --perplexity data/texts.jsonl --data data/pairs.jsonl --metrics chrf cer "
+    "--task pairs:path=data/pairs.jsonl,unit=characters --num-generations 2 --limit 4 --context 64 --stride 32",
+    "eval-reward-model": (
+        "reward --output-dir OUT/start",
+        "eval OUT/start/checkpoints/last/model --preferences data/preferences.jsonl",
+    ),
 }
 
 CHATML = (
@@ -275,10 +299,12 @@ def decoder(folder: Path, family: str, seed: int, tokenizer: Any) -> None:
         **shape, initializer_range=0.2, tie_word_embeddings=False, eos_token_id=1, bos_token_id=None, pad_token_id=1
     )
     network = getattr(transformers, f"{family}ForCausalLM")(config)
-    named = dict(network.named_parameters())
     with torch.no_grad():  # the first feature is the same everywhere: the head's weights for it are a bias
-        named["model.embed_tokens.weight"][:, 0] = 2.0
-        named["lm_head.weight"][[1, *tokenizer.convert_tokens_to_ids(list("abcdefgh"))], 0] = 2.0
+        for name, weight in network.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight[0] = 0
+        network.get_input_embeddings().weight[:, 0] = 2.0
+        network.lm_head.weight[[1, *tokenizer.convert_tokens_to_ids(list("abcdefgh"))], 0] = 7.0
     save(network, folder, tokenizer)
 
 
