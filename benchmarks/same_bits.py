@@ -127,11 +127,12 @@ def read_case(folder: Path) -> Found:
 
 
 def renamed(found: Found, names: Iterable[tuple[str, str]]) -> Found:
-    """The same under today's and tomorrow's names alike."""
+    """The same under today's and tomorrow's names alike; what has no name left is not compared."""
     for pattern, replacement in names:
         before, found = found, {}
         for name, value in before.items():
-            found[_unused(re.sub(pattern, replacement, name), found)] = value
+            if plain := re.sub(pattern, replacement, name):
+                found[_unused(plain, found)] = value
     return found
 
 

@@ -47,7 +47,7 @@ class Reference:
 
     def state(self) -> dict[str, Any]:
         """The controller's."""
-        return {"kl": self.controller.state_dict()} if self.controller else {}
+        return {"kl": self.controller.state_dict() if self.controller else None}
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint."""
