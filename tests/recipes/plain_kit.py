@@ -90,14 +90,15 @@ def taken_by(learner: Any, steps: int) -> tuple[list[Taken], list[dict[str, floa
 def sampled_by(learner: Any) -> list[list[RolloutGroup]]:
     """What the learner samples from now on, call by call."""
     seen: list[list[RolloutGroup]] = []
-    original = learner.sample
+    holder = getattr(learner, "sampler", learner)
+    original = holder.sample
 
     def sample(*given: Any, **named: Any) -> Any:
         found = original(*given, **named)
         seen.append(found[0] if isinstance(found, tuple) else found)
         return found
 
-    learner.sample = sample
+    holder.sample = sample
     return seen
 
 

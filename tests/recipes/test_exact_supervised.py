@@ -301,7 +301,7 @@ def test_the_seed_chooses_the_order_of_the_rows(make: Any, tmp_path: Path) -> No
 
 
 def test_dft_with_label_smoothing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="dft has no smoothed form"):
+    with pytest.raises(ConfigError, match="label_smoothing belongs to loss = nll, not dft"):
         sft_learner(tmp_path, loss="dft", label_smoothing=0.1)
 
 
