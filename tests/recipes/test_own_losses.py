@@ -12,7 +12,7 @@ from exact_kit import learner_of, rewards_of, sampled, stepped, table_folder
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.functional.policy_losses import clipped_surrogate
-from upslope.loop.policy_losses import LossInput
+from upslope.loop.objective import LossInput
 from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO, grpo
 from upslope.recipes.ppo import PPO

@@ -7,7 +7,7 @@ import torch
 
 from upslope.build import Policy, make_optimizer
 from upslope.functional.policy_losses import importance_weights
-from upslope.loop.critic import Critic
+from upslope.loop.companions import Critic
 from upslope.loop.sampler import Sampler
 from upslope.options import RLOptions
 from upslope.training.experience import Experience

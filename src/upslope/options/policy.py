@@ -7,13 +7,13 @@ from upslope.errors import ConfigError
 from upslope.options.common import Named, RLOptions
 from upslope.plugins import check_name
 
-_LOSSES, _ADVANTAGES = "upslope.loop.policy_losses:", "upslope.loop.advantages:"
-LOSSES = {name: f"{_LOSSES}{name}" for name in ("clipped", "gspo", "cispo", "sapo")}
+_HERE = "upslope.loop.objective:"
+LOSSES = {name: f"{_HERE}{name}" for name in ("clipped", "gspo", "cispo", "sapo")}
 """Where each loss of grpo is; ppo has the first. A new one is a function there and its name here."""
-CRITIC_ADVANTAGES = {name: f"{_ADVANTAGES}{name}" for name in ("gae", "vtrace", "n_step")}
+CRITIC_ADVANTAGES = {name: f"{_HERE}{name}" for name in ("gae", "vtrace", "n_step")}
 """Where each advantage of ppo is, made with a critic."""
-GROUP_ADVANTAGES = {name: f"{_ADVANTAGES}{name}" for name in ("grpo", "dr_grpo", "rloo")}
-GROUP_ADVANTAGES |= {"reinforce++": f"{_ADVANTAGES}reinforce_plus_plus"}
+GROUP_ADVANTAGES = {name: f"{_HERE}{name}" for name in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")}
+GROUP_ADVANTAGES["reinforce++"] = GROUP_ADVANTAGES.pop("reinforce_plus_plus")
 """Where each advantage of grpo is, made within a group."""
 
 

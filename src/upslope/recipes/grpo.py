@@ -29,11 +29,10 @@ from torch import Tensor
 from upslope import plugins
 from upslope.build import Policy, load_policy
 from upslope.functional.kl import importance_k1
-from upslope.loop.advantages import AdvantageInput, estimate
+from upslope.loop.companions import Reference
 from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
-from upslope.loop.policy_losses import policy_loss
-from upslope.loop.reference import Reference
+from upslope.loop.objective import AdvantageInput, estimate, policy_loss
 from upslope.loop.session import train
 from upslope.loop.updater import score_before_update
 from upslope.options import GRPOOptions

@@ -30,12 +30,10 @@ from upslope.build import Policy, load_policy
 from upslope.functional.kl import importance_k1, k1, rollout_kl
 from upslope.functional.masking import whiten
 from upslope.functional.supervised_losses import value_loss
-from upslope.loop.advantages import AdvantageInput, estimate
-from upslope.loop.critic import Critic
+from upslope.loop.companions import Critic, Reference
 from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
-from upslope.loop.policy_losses import policy_loss
-from upslope.loop.reference import Reference
+from upslope.loop.objective import AdvantageInput, estimate, policy_loss
 from upslope.loop.session import train
 from upslope.loop.updater import score_before_update
 from upslope.options import PPOOptions

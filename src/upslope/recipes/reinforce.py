@@ -29,10 +29,9 @@ from upslope.functional.masking import whiten
 from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, gae
 from upslope.functional.supervised_losses import value_loss
-from upslope.loop.critic import Critic
+from upslope.loop.companions import Critic, Reference
 from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, rollout_metrics
-from upslope.loop.reference import Reference
 from upslope.loop.rollout_queue import Sampled
 from upslope.loop.session import train
 from upslope.loop.updater import score_before_update
