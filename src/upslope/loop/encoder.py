@@ -46,9 +46,9 @@ from upslope.training.stopping import StepResult
 
 
 class EncoderLearner(Learner):
-    """A learner that trains an encoder; head_lr_factor: of the learning rate of its head."""
+    """A learner that trains an encoder; head_lr_factor: of its head's learning rate, where that is a rate of its own."""
 
-    def __init__(self, options: Any, start: Start, order: int, *, head_lr_factor: float = 1.0) -> None:
+    def __init__(self, options: Any, start: Start, order: int, *, head_lr_factor: float | None = None) -> None:
         super().__init__(options, order)
         self.encoder, self.tokenizer = start.encoder, start.tokenizer
         self.pads = pads_of(start.tokenizer)
@@ -86,13 +86,13 @@ class EncoderLearner(Learner):
         self.encoder.save(folder, self.optimizer.weights(), self.tokenizer)
 
 
-def make_optimizer(encoder: Encoder, weight_decay: float, head_lr_factor: float) -> MasterAdamW:
-    """AdamW over trunk (or adapters) and head, the head at its own rate."""
-    named = list(encoder.named_parameters())
-    trunk = [(n, p) for n, p in named if not encoder.is_head(n)]
-    head = [(n, p) for n, p in named if encoder.is_head(n)]
-    groups = decay_groups(trunk, weight_decay=weight_decay)
-    groups += decay_groups(head, weight_decay=weight_decay, lr_factor=head_lr_factor)
+def make_optimizer(encoder: Encoder, weight_decay: float, head_lr_factor: float | None) -> MasterAdamW:
+    """AdamW over trunk (or adapters) and head, the head at its own rate where it has one."""
+    trunk, head = {}, {}
+    for name, p in encoder.named_parameters():
+        (head if head_lr_factor is not None and encoder.is_head(name) else trunk)[name] = p
+    groups = decay_groups(trunk.items(), weight_decay=weight_decay)
+    groups += decay_groups(head.items(), weight_decay=weight_decay, lr_factor=head_lr_factor or 0.0)
     optimizer = MasterAdamW(groups, masters=encoder.masters)
     encoder.masters = {n: t for n, t in encoder.masters.items() if n not in optimizer.masters}
     return optimizer

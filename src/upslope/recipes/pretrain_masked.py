@@ -76,7 +76,7 @@ class MaskedPretrain(EncoderLearner):
         started = time.perf_counter()
         inputs = self.inputs()
         metrics = self.update(step, self.batches(inputs), self.loss)
-        metrics["num_tokens"] = metrics.pop("num_items")
+        metrics["num_tokens"] = float(metrics.pop("num_items"))
         tokens, seconds = sum(len(x.tokens) for x in inputs), time.perf_counter() - started
         return StepResult({**metrics, "tokens_per_second": tokens / seconds}, tokens)
 
