@@ -347,7 +347,7 @@ def test_classify_takes_the_same_files_and_its_folder_is_measured(bert: Path, tm
 
 def test_classify_takes_pairs_as_two_segments_and_refuses_columns(bert: Path, tmp_path: Path) -> None:
     from upslope.options import ClassifyOptions
-    from upslope.recipes.classify import _prepare
+    from upslope.recipes.classify import make_learner
 
     rows = [
         {"premise": f"we saw {x}", "hypothesis": "the film", "label": y}
@@ -360,17 +360,18 @@ def test_classify_takes_pairs_as_two_segments_and_refuses_columns(bert: Path, tm
     names = ["input_ids", "token_type_ids", "attention_mask"]
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_input_names": names}))
     shared: dict[str, Any] = {"model": str(folder), "dtype": "float32", "max_length": 32, "max_steps": 1}
-    learner, data = _prepare(ClassifyOptions(data=f"rte:{path}", eval_data=f"rte:{path}", **shared), None)
+    learner = make_learner(ClassifyOptions(data=f"rte:{path}", eval_data=f"rte:{path}", **shared))
+    data = learner.data
     assert set(learner.encoder.labels) == {"entailment", "not_entailment"}
     types = data.train[0].types
     assert types is not None
     assert sorted(set(types)) == [0, 1]
     assert sum(types) == len(learner.tokenizer("the film", add_special_tokens=False)["input_ids"]) + 1
     with pytest.raises(ConfigError, match=r"pair_column: the columns of rte:.* are named by its task; leave it out"):
-        _prepare(ClassifyOptions(data=f"rte:{path}", eval_data=f"rte:{path}", pair_column="x", **shared), None)
+        make_learner(ClassifyOptions(data=f"rte:{path}", eval_data=f"rte:{path}", pair_column="x", **shared))
     copa = lines(tmp_path / "c.jsonl", ASKED["copa"][0])
     with pytest.raises(ConfigError, match="copa: a label per text cannot choose"):
-        _prepare(ClassifyOptions(data=f"copa:{copa}", **shared), None)
+        make_learner(ClassifyOptions(data=f"copa:{copa}", **shared))
 
 
 def test_every_task_has_words_for_each_of_its_labels() -> None:
@@ -416,12 +417,13 @@ def test_classify_learns_a_score(bert: Path, tmp_path: Path) -> None:
 def test_a_score_of_ones_own_table(bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from upslope.models.encoder.items import item_logits, padded_batch
     from upslope.options import ClassifyOptions
-    from upslope.recipes.classify import _prepare
+    from upslope.recipes.classify import make_learner
 
     path = tmp_path / "own.csv"
     path.write_text("text,label\n" + "".join(f"{b},{s}\n" for _, b, s in similar()))
     shared: dict[str, Any] = {"model": str(bert), "dtype": "float32", "max_length": 32, "max_steps": 1}
-    learner, data = _prepare(ClassifyOptions(data=str(path), objective="squared_error", **shared), None)
+    learner = make_learner(ClassifyOptions(data=str(path), objective="squared_error", **shared))
+    data = learner.data
     assert len(data.train) + len(data.dev) == 24
     assert 1 <= len(data.dev) <= 3
     batch = padded_batch(data.train, learner.encoder, *learner.pads)
@@ -437,12 +439,12 @@ def test_a_score_of_ones_own_table(bert: Path, tmp_path: Path, capsys: pytest.Ca
     assert "It lowers the squared error of the number given to every text." in shown
     path.write_text("text,label\na,1.5\nb,nan\n")
     with pytest.raises(DataError, match=r"own.csv:3: label is 'nan'; squared_error needs a finite number in every row"):
-        _prepare(ClassifyOptions(data=str(path), objective="squared_error", **shared), None)
+        make_learner(ClassifyOptions(data=str(path), objective="squared_error", **shared))
     sst2 = lines(tmp_path / "s.jsonl", [{"sentence": "a", "label": 1}])
     with pytest.raises(ConfigError, match=r"objective is squared_error, but the labels of sst2:.* are names"):
-        _prepare(ClassifyOptions(data=f"sst2:{sst2}", objective="squared_error", **shared), None)
+        make_learner(ClassifyOptions(data=f"sst2:{sst2}", objective="squared_error", **shared))
     stsb = lines(tmp_path / "t.jsonl", [{"sentence1": "a", "sentence2": "b", "score": 1}])
     with pytest.raises(ConfigError, match="are numbers: set objective = squared_error"):
-        _prepare(ClassifyOptions(data=f"stsb:{stsb}", **shared), None)
+        make_learner(ClassifyOptions(data=f"stsb:{stsb}", **shared))
     with pytest.raises(ConfigError, match=r"rewards belongs to objective = cross_entropy or .*, not squared_error"):
         ClassifyOptions(data="x.csv", objective="squared_error", rewards="r.json").validate()

@@ -24,7 +24,7 @@ from tiny_model import tiny_folder
 from torch import Tensor
 
 from upslope.build import load_policy
-from upslope.loop.rollout_queue import Sampled
+from upslope.loop.sampler import Sampled
 from upslope.models.attention.context import PackedContext
 from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel

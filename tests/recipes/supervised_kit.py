@@ -175,7 +175,7 @@ def classify_learner(folder: Path, **changes: Any) -> classify.Classify:
     options = ClassifyOptions(**shared | {"weight_decay": 0.0} | changes)
     options.validate()
     labels = ("score",) if options.objective == "squared_error" else ("down", "none", "up")
-    return classify._prepare(options, double_start(options, "classify", labels))[0]
+    return classify.make_learner(options, double_start(options, "classify", labels))
 
 
 def tag_learner(folder: Path, **changes: Any) -> tag.Tag:
@@ -184,7 +184,7 @@ def tag_learner(folder: Path, **changes: Any) -> tag.Tag:
     shared = SHARED | {"data": data, "eval_data": data, "model": bert(), "batch_size": 2, "max_length": 9}
     options = TagOptions(**shared | {"weight_decay": 0.0} | changes)
     options.validate()
-    return tag._prepare(options, double_start(options, "tag", ("B-LOC", "B-PER", "I-PER", "O")))[0]
+    return tag.make_learner(options, double_start(options, "tag", ("B-LOC", "B-PER", "I-PER", "O")))
 
 
 def seq2seq_learner(folder: Path, **changes: Any) -> MaximumLikelihood:

@@ -21,7 +21,7 @@ from upslope.loop.encoder import Objective
 from upslope.models.encoder.items import groups_of, item_logits, padded_batch
 from upslope.models.encoder.labellers import load_start
 from upslope.options import ClassifyOptions
-from upslope.recipes.classify import Classify, _prepare, classify
+from upslope.recipes.classify import Classify, classify, make_learner
 
 OBJECTIVES = ("cross_entropy", "policy_gradient", "policy_gradient_sampled")
 
@@ -159,7 +159,7 @@ def test_label_smoothing_by_hand() -> None:
 def test_the_update_does_not_depend_on_micro_batches(objective: str, bert: Path, data: Path) -> None:
     weights = []
     for budget in (30, 4096):
-        learner, _ = _prepare(options(bert, data, objective=objective, micro_batch_tokens=budget, max_steps=1), None)
+        learner = make_learner(options(bert, data, objective=objective, micro_batch_tokens=budget, max_steps=1))
         result = learner.step(0)
         weights.append((learner.optimizer._adamw.state_dict()["state"], result.metrics["grad_norm"], result.metrics))
     for state, norm, metrics in weights[:-1]:
@@ -170,7 +170,8 @@ def test_the_update_does_not_depend_on_micro_batches(objective: str, bert: Path,
 
 
 def test_the_loss_is_a_mean_over_the_rows_of_the_step(bert: Path, data: Path) -> None:
-    learner, read = _prepare(options(bert, data), None)
+    learner = make_learner(options(bert, data))
+    read = learner.data
     first = [learner.order.at(i) for i in range(8)]
     inputs = [read.train[i] for i in first]
     with torch.no_grad():
@@ -314,7 +315,8 @@ def test_every_family_trains_on_pairs_and_loads_in_transformers(family: str, tmp
     rows = [{"text": t, "pair": f"we saw {i}", "label": y} for i, (t, y) in enumerate(opinions(1))]
     path.write_text("\n".join(map(json.dumps, rows)))
     o = options(folder, path, pair_column="pair", max_steps=2, max_length=40, output_dir=str(tmp_path / "run"))
-    learner, read = _prepare(o, None)
+    learner = make_learner(o)
+    read = learner.data
     summary = classify(o)
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(summary["best_model"]).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(summary["best_model"])

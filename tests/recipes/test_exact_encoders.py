@@ -32,7 +32,7 @@ from supervised_kit import (
 from torch import Tensor
 
 from upslope.engine.sampling import draw, uniforms
-from upslope.loop.encoder import finish
+
 from upslope.loop.launch import begin
 from upslope.loop.session import train
 from upslope.models.encoder.network import Encoder
@@ -163,11 +163,11 @@ def test_the_best_classifier_is_the_one_with_most_accuracy_or_reward_on_dev(rewa
 
 
 def test_dev_rows_are_a_choice_by_seed(tmp_path: Path) -> None:
-    chosen = {tuple(tuple(x.tokens) for x in classify_learner(tmp_path, eval_samples=3, seed=s).dev) for s in range(3)}
+    chosen = {tuple(tuple(x.tokens) for x in classify_learner(tmp_path, eval_samples=3, seed=s).data.dev) for s in range(3)}
     assert {len(rows) for rows in chosen} == {3}
     assert len(chosen) > 1
     held = classify_learner(tmp_path, eval_data=None, data=table_file(tmp_path / "x.csv", OPINIONS * 2), eval_share=0.4)
-    assert not {tuple(x.tokens) for x in held.dev} & {tuple(x.tokens) for row in held.rows for x in row}
+    assert not {tuple(x.tokens) for x in held.data.dev} & {tuple(x.tokens) for row in held.rows for x in row}
 
 
 # One tag per word
@@ -376,8 +376,8 @@ def test_the_share_held_out_is_the_one_asked_for(tmp_path: Path) -> None:
     for share in (0.1, 0.5):
         for make, data in ((classify_learner, texts), (tag_learner, words)):
             learner = make(tmp_path, data=data, eval_data=None, eval_share=share)
-            total = len(learner.rows) + len(learner.dev)
-            assert len(learner.dev) / total == pytest.approx(share, abs=0.1)
+            total = len(learner.rows) + len(learner.data.dev)
+            assert len(learner.data.dev) / total == pytest.approx(share, abs=0.1)
 
 
 def test_a_new_encoder_decoder_has_the_sizes_it_was_given(tmp_path: Path) -> None:
@@ -399,10 +399,11 @@ def test_dev_and_test_are_scored_with_the_best_checkpoint(tmp_path: Path, monkey
     monkeypatch.setattr(type(learner), "evaluate", lambda self, step: Evaluation("said", {"said": next(values)}))
     with begin(learner.options) as begun:
         summary = train("classify", learner.options, learner, begun)
-    whole = finish(learner, summary, {"dev": learner.dev, "test": learner.dev[:4]})
-    last = measured(learner.dev)[0]
+    learner.data = replace(learner.data, test=learner.data.dev[:4])
+    whole = learner.reported(summary)
+    last = measured(learner.data.dev)[0]
     with at(learner.encoder, steps[2]):
-        wanted = [measured(rows)[0] for rows in (learner.dev, learner.dev[:4])]
+        wanted = [measured(rows)[0] for rows in (learner.data.dev, learner.data.dev[:4])]
     assert wanted[0] != last
     for found, figures in zip((whole["dev"], whole["test"]), wanted, strict=True):
         assert found.pop("eval_loss") == pytest.approx(figures.pop("eval_loss"), rel=1e-6)

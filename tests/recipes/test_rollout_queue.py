@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from upslope.loop.rollout_queue import RolloutQueue, Sampled
+from upslope.loop.sampler import RolloutQueue, Sampled
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 PROMPTS = [Prompt(key=100 + i, text=f"prompt {i}", answer=str(i)) for i in range(4)]

@@ -19,7 +19,7 @@ from upslope.functional.policy_losses import importance_weights
 from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, lambda_returns, vtrace
 from upslope.loop import sampler as sampler_module
-from upslope.loop.rollout_queue import RolloutQueue, Sampled
+from upslope.loop.sampler import RolloutQueue, Sampled
 from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.recipes.grpo import GRPO, grpo
 from upslope.recipes.ppo import PPO, ppo

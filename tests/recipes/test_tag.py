@@ -21,7 +21,7 @@ from upslope.errors import DataError
 from upslope.models.encoder.items import item_logits, padded_batch
 from upslope.models.encoder.labellers import pieces_of
 from upslope.options import TagOptions
-from upslope.recipes.tag import _prepare, tag
+from upslope.recipes.tag import make_learner, tag
 
 OBJECTIVES = ("cross_entropy", "policy_gradient", "policy_gradient_sampled")
 NAMES = {"ann": "PER", "bob": "PER", "oslo": "LOC", "rome": "LOC"}
@@ -79,7 +79,8 @@ def test_the_first_sub_word_carries_the_tag() -> None:
 def test_a_byte_level_word_has_its_space_only_when_the_tokenizer_is_told_to(tmp_path: Path) -> None:
     folder = encoder_folder(tmp_path / "m", "roberta")
     path = conll(tmp_path / "d.conll", sentences())
-    learner, read = _prepare(options(folder, path), None)
+    learner = make_learner(options(folder, path))
+    read = learner.data
     assert learner.tokenizer.add_prefix_space is True
     space = roberta_tokenizer().convert_tokens_to_ids("Ġ")
     assert all(x.tokens[place] == space for pieces in read.train for x in pieces for place in x.places)
@@ -138,7 +139,8 @@ def test_the_loss_is_a_mean_over_the_words_of_the_step_however_it_is_split(
 ) -> None:
     found = []
     for budget in (16, 4096):
-        learner, read = _prepare(options(bert, data, objective=objective, micro_batch_tokens=budget), None)
+        learner = make_learner(options(bert, data, objective=objective, micro_batch_tokens=budget))
+        read = learner.data
         rows = [read.train[learner.order.at(i)] for i in range(8)]
         found.append((learner.step(0).metrics, rows, read))
     (split, rows, _), (whole, _, _) = found
@@ -146,7 +148,7 @@ def test_the_loss_is_a_mean_over_the_words_of_the_step_however_it_is_split(
     assert split["loss"] == pytest.approx(whole["loss"], rel=1e-5, abs=1e-6)
     assert split["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-5)
     if objective == "cross_entropy":
-        learner, _ = _prepare(options(bert, data), None)
+        learner = make_learner(options(bert, data))
         with torch.no_grad():
             batch = padded_batch([x for row in rows for x in row], learner.encoder, 0)
             expected = torch.nn.functional.cross_entropy(item_logits(learner.encoder, batch), batch.targets_N)

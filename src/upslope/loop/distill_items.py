@@ -10,8 +10,7 @@ from upslope.data.records import Content, Record, read_records
 from upslope.data.template import Tools
 from upslope.errors import ConfigError
 from upslope.loop.kept import DataAccount, Kept, shared_out, tell_task, too_long
-from upslope.loop.prompts import fitting
-from upslope.loop.rows import demonstrations
+from upslope.loop.prompts import demonstrations, fitting
 from upslope.options import DistillOptions
 from upslope.runs.progress import counted
 from upslope.tasks.base import Task

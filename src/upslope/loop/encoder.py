@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from upslope.atomic import write_atomic
-from upslope.data.labels import read_rewards
+from upslope.data.labels import check_known, labels_of, read_rewards
 from upslope.engine.sampling import draw, uniforms
-from upslope.errors import RunError
+from upslope.errors import ConfigError, RunError
 from upslope.evaluation.classification import format_report
+from upslope.extras import require
 from upslope.functional.advantages import group_centered, leave_one_out
 from upslope.functional.logprobs import log_softmax
 from upslope.functional.policy_losses import reinforce
@@ -34,8 +35,8 @@ from upslope.models.encoder.items import (
     pads_of,
     scores,
 )
-from upslope.models.encoder.labellers import Start
-from upslope.models.encoder.network import Encoder, load_encoder
+from upslope.models.encoder.labellers import Start, check_length, load_start
+from upslope.models.encoder.network import Encoder, Kind, load_encoder
 from upslope.options.encoder import EncoderOptions
 from upslope.runs.encoding import to_json
 from upslope.training import checkpoint
@@ -46,7 +47,7 @@ from upslope.training.stopping import StepResult
 
 
 class EncoderLearner(Learner):
-    """A learner that trains an encoder; head_lr_factor: of its head's learning rate, where that is a rate of its own."""
+    """A learner that trains an encoder; head_lr_factor: of its head's learning rate, where it has its own."""
 
     def __init__(self, options: Any, start: Start, order: int, *, head_lr_factor: float | None = None) -> None:
         super().__init__(options, order)
@@ -109,14 +110,13 @@ class LabelLearner(EncoderLearner):
         options: EncoderOptions,
         start: Start,
         rows: Sequence[Sequence[Input]],
-        rewards: Sequence[Sequence[float]],
-        account: DataAccount,
+        data: Data,
     ) -> None:
         super().__init__(options, start, len(rows), head_lr_factor=options.head_lr_factor)
-        self.rows, self.account = rows, account
+        self.rows, self.data, self.account = rows, data, data.account
         self.objective = Objective(
             kind=options.objective,
-            rewards_CC=torch.tensor(rewards, dtype=torch.float32),
+            rewards_CC=torch.tensor(data.rewards, dtype=torch.float32),
             num_samples=options.num_samples,
             baseline=options.baseline,
             label_smoothing=options.label_smoothing,
@@ -170,6 +170,31 @@ class LabelLearner(EncoderLearner):
         """The tokenizer and the training rows, for the fingerprint."""
         return self.tokenizer, ([(x.tokens, x.targets, x.places, x.types) for x in row] for row in self.rows)
 
+    def reported(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """Score the best checkpoint on dev and, this once, on test; write report.json and report.txt beside the run.
+
+        The checkpoint is read back from its folder, so the figures are those of the model that is there. An interrupted
+        run is left as it is: test waits for the end.
+        """
+        if summary["stopped"] == "interrupted":
+            return summary
+        folder = Path(summary["folder"])
+        best = checkpoint.resolve(folder / "checkpoints", "best")
+        ours, splits = self.encoder, {"dev": self.data.dev} | ({"test": self.data.test} if self.data.test else {})
+        encoder = load_encoder(best.path / "model", ours.kind, labels=None).to_compute(ours.dtype, ours.device)
+        measured, reports, texts = {}, {}, []
+        for name, split in splits.items():
+            measured[name], reports[name] = self.measure(split, encoder)
+            for report in reports[name].values():
+                texts.append(f"{name}, step {best.step}: {self.describe(report)}")
+        text = "\n\n".join(texts)
+        whole = {**summary, **measured, "best_step": best.step, "best_model": str(folder / "checkpoints/best/model")}
+        write_atomic(folder / "report.json", to_json({"step": best.step, **reports}, indent=2) + "\n")
+        write_atomic(folder / "report.txt", text + "\n")
+        write_atomic(folder / "summary.json", to_json(whole, indent=2) + "\n")
+        print(text, file=sys.stderr)
+        return whole
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments; with adapters also what is trained, because the model folder holds them merged."""
         return super().tensors() | ({"weights": self.optimizer.weights()} if self.options.lora_rank else {})
@@ -221,6 +246,33 @@ class Data:
     account: DataAccount
 
 
+def prepared(
+    options: Any,
+    start: Start | None,
+    kind: Kind,
+    found: tuple[Rows, Rows, Rows],
+    encode: Callable[..., Data],
+    *,
+    labels: Sequence[str] | None = None,
+) -> tuple[Start, Data]:
+    """The encoder for the `labels` (default: those of the training rows), and the encoded rows of train, dev and test.
+
+    ConfigError: another split has labels of its own, or the encoder that is given has others.
+    """
+    require("eval", "sklearn")
+    train, dev, test = found
+    if labels is None:
+        labels = labels_of(train.rows, options.data)
+        check_known(dev.rows, labels)
+        check_known(test.rows, labels)
+    start = start or load_start(options, kind, labels)
+    if set(start.encoder.labels) != set(labels):
+        what = "tags" if kind == "tag" else "labels"
+        raise ConfigError(f"the encoder's {what} are not the {len(labels)} of {options.data}; load it with those")
+    check_length(options, start.encoder)
+    return start, encode(options, start, train, dev, test)
+
+
 def rewards_of(options: EncoderOptions, labels: Sequence[str]) -> list[list[float]]:
     """The rewards of the options' file, else 1 for the right label and 0 for another."""
     if options.rewards is not None:
@@ -240,32 +292,6 @@ def account_of(splits: Mapping[str, Rows], further: Mapping[str, Any]) -> DataAc
     """What becomes of the rows of every split, and further facts about them."""
     kept = {n: Split(r.source, len(r.rows), r.dropped, r.notes, r.lent) for n, r in splits.items()}
     return DataAccount(kept, further)
-
-
-def finish(learner: Any, summary: Mapping[str, Any], splits: Mapping[str, Any]) -> dict[str, Any]:
-    """Score the best checkpoint on dev and, this once, on test; write report.json and report.txt into the run folder.
-
-    The checkpoint is read back from its folder, so the figures are those of the model that is there. An interrupted
-    run is left as it is: test waits for the end.
-    """
-    if summary["stopped"] == "interrupted":
-        return dict(summary)
-    folder = Path(summary["folder"])
-    best = checkpoint.resolve(folder / "checkpoints", "best")
-    ours = learner.encoder
-    encoder = load_encoder(best.path / "model", ours.kind, labels=None).to_compute(ours.dtype, ours.device)
-    measured, reports, texts = {}, {}, []
-    for name, split in splits.items():
-        measured[name], reports[name] = learner.measure(split, encoder)
-        for report in reports[name].values():
-            texts.append(f"{name}, step {best.step}: {learner.describe(report)}")
-    text = "\n\n".join(texts)
-    whole = {**summary, **measured, "best_step": best.step, "best_model": str(folder / "checkpoints/best/model")}
-    write_atomic(folder / "report.json", to_json({"step": best.step, **reports}, indent=2) + "\n")
-    write_atomic(folder / "report.txt", text + "\n")
-    write_atomic(folder / "summary.json", to_json(whole, indent=2) + "\n")
-    print(text, file=sys.stderr)
-    return whole
 
 
 @dataclass(frozen=True, slots=True)

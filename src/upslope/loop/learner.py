@@ -70,6 +70,10 @@ class Learner:
     def close(self) -> None:
         """End what the learner started: at the end of its `with`."""
 
+    def reported(self, summary: dict[str, Any]) -> dict[str, Any]:
+        """The summary of a run that has ended, with what the recipe adds to it."""
+        return summary
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """The optimizer's moments and the parts' tensors; the weights are in the model folder."""
         return {"optimizer": self.optimizer.state()} | {k: x for part in self.parts for k, x in part.tensors().items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from upslope.config import OBJECT, dump
 from upslope.errors import RunError, UpslopeError
 from upslope.loop import fingerprint
 from upslope.loop.closing import commands_of, last_words, measured, opening_words, told_when_stopped
-from upslope.loop.launch import Begun, of_run, open_run, state_errors
+from upslope.loop.launch import Begun, begin, of_run, open_run, state_errors
 from upslope.loop.learner import Learner
 from upslope.options import RunOptions
 from upslope.runs.folder import HELD_OUT, Run
@@ -31,6 +31,12 @@ from upslope.training import checkpoint
 from upslope.training.optim import MasterAdamW
 from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
+
+
+def run(verb: str, make_learner: Callable[..., Any], options: Any, given: Any = None) -> dict[str, Any]:
+    """Make what is trained, out of the options and what is `given` ready-made, and train it; returns the summary."""
+    with begin(options) as begun, make_learner(options, given) as learner:
+        return learner.reported(train(verb, learner.options, learner, begun))
 
 
 def train(verb: str, options: RunOptions, learner: Learner, begun: Begun) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from upslope.data.chat import encode_prompt
 from upslope.evaluation.accuracy import evaluate
 from upslope.loop.expert_rows import groups_of_run
 from upslope.loop.launch import begin
-from upslope.loop.rows import held_out_groups
+from upslope.loop.prompts import held_out_groups
 from upslope.options import DistillOptions, ExpertOptions, PretrainOptions, RLOptions, RunOptions, SFTOptions
 from upslope.preview.plan import plan_of
 from upslope.preview.probe import Trial

@@ -19,7 +19,6 @@ from typing import Any
 from upslope.data.glue import Split, form_of, labelled, read_items
 from upslope.data.labels import (
     LabelledText,
-    check_known,
     count_copies,
     labels_of,
     read_labelled,
@@ -29,12 +28,10 @@ from upslope.data.labels import (
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.classification import classification_report
-from upslope.extras import require
-from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
-from upslope.loop.launch import begin
-from upslope.loop.session import train
+from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, prepared, rewards_of, tell_counts
+from upslope.loop.session import run
 from upslope.models.encoder.items import Input
-from upslope.models.encoder.labellers import Start, check_length, inputs_of, load_start
+from upslope.models.encoder.labellers import Start, inputs_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import ClassifyOptions
 from upslope.runs.progress import told
@@ -46,28 +43,32 @@ NUMBER = ("score",)
 
 def make_learner(options: ClassifyOptions, start: Start | None = None) -> Classify:
     """What a run trains, in a `with`; a `start` already loaded is trained in place."""
-    return _prepare(options, start)[0]
+    found = read_splits(options)
+    start, data = prepared(
+        options,
+        start,
+        "classify",
+        found,
+        encode_splits,
+        labels=NUMBER if options.objective == "squared_error" else None,
+    )
+    return Classify(options, start, data)
 
 
 def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[str, Any]:
     """Train and return the summary, dev and test figures in it; a `start` already loaded is trained in place."""
-    with begin(options) as begun:
-        learner, data = _prepare(options, start)
-        summary = train("classify", learner.options, learner, begun)
-    splits = {"dev": data.dev} | ({"test": data.test} if data.test else {})
-    return finish(learner, summary, splits)
+    return run("classify", make_learner, options, start)
 
 
 class Classify(LabelLearner):
     """One label per text, measured by accuracy (mean reward where rewards are given); of numbers the correlations."""
 
     def __init__(self, options: ClassifyOptions, start: Start, data: Data) -> None:
-        super().__init__(options, start, [[x] for x in data.train], data.rewards, data.account)
-        self.dev = data.dev
+        super().__init__(options, start, [[x] for x in data.train], data)
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Accuracy and macro F1 on dev; of numbers Pearson's and Spearman's correlation."""
-        metrics, _ = self.measure(self.dev)
+        metrics, _ = self.measure(self.data.dev)
         if self.options.objective == "squared_error":
             return Evaluation("pearson", metrics, metrics["eval_loss"])
         return Evaluation("reward" if "reward" in metrics else "accuracy", metrics, metrics["eval_loss"])
@@ -108,23 +109,6 @@ class Classify(LabelLearner):
                 *(f"{k} {f['value']:.4f} [{f['low']:.4f}, {f['high']:.4f}] n={f['n']}" for k, f in report.items()),
             ]
         )
-
-
-def _prepare(options: ClassifyOptions, start: Start | None) -> tuple[Classify, Data]:
-    require("eval", "sklearn")
-    train, dev, test = read_splits(options)
-    train_rows, dev_rows, test_rows = train.rows, dev.rows, test.rows
-    labels = NUMBER
-    if options.objective != "squared_error":
-        labels = labels_of(train_rows, options.data)
-        check_known(dev_rows, labels)
-        check_known(test_rows, labels)
-    start = start or load_start(options, "classify", labels)
-    if set(start.encoder.labels) != set(labels):
-        raise ConfigError(f"the encoder's labels are not the {len(labels)} of {options.data}; load it with those")
-    check_length(options, start.encoder)
-    data = encode_splits(options, start, train, dev, test)
-    return Classify(options, start, data), data
 
 
 def read_splits(options: ClassifyOptions) -> tuple[Rows, Rows, Rows]:

@@ -33,11 +33,9 @@ from upslope.functional.distillation import linear_divergence
 from upslope.loop.distill_items import Item, load_items, with_room
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import per_token, within_context
-from upslope.loop.launch import begin
 from upslope.loop.learner import PolicyLearner, weighted
-from upslope.loop.prompts import held_out_of
-from upslope.loop.rows import held_out_groups
-from upslope.loop.session import train
+from upslope.loop.prompts import held_out_groups, held_out_of
+from upslope.loop.session import run
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.loading import load_model
 from upslope.models.files.sources import resolve
@@ -59,8 +57,7 @@ def make_learner(options: DistillOptions, policy: Policy | None = None) -> Disti
 
 def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("distill", options, learner, begun)
+    return run("distill", make_learner, options, policy)
 
 
 @told("loading the teacher")

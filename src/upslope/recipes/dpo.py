@@ -34,9 +34,8 @@ from upslope.data.examples import Judged, Pair, judged_of, pairs_of
 from upslope.functional.supervised_losses import dpo as dpo_loss
 from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.loop.kept import DataAccount, within_context
-from upslope.loop.launch import begin
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
-from upslope.loop.session import train
+from upslope.loop.session import run
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.runs.progress import Progress
@@ -54,8 +53,7 @@ def make_learner(options: DPOOptions, policy: Policy | None = None) -> DPO:
 
 def dpo(options: DPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place, and is its own reference."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("dpo", learner.options, learner, begun)
+    return run("dpo", make_learner, options, policy)
 
 
 class DPO(PreferenceLearner):

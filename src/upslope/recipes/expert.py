@@ -33,9 +33,8 @@ from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
 from upslope.loop.expert_rows import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.loop.kept import DataAccount, within_context
-from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner
-from upslope.loop.session import train
+from upslope.loop.session import run
 from upslope.options import ExpertOptions
 from upslope.rewards.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
@@ -51,8 +50,7 @@ def make_learner(options: ExpertOptions, policy: Policy | None = None) -> Expert
 
 def expert(options: ExpertOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("expert", learner.options, learner, begun)
+    return run("expert", make_learner, options, policy)
 
 
 class Expert(RolloutLearner):

@@ -30,10 +30,9 @@ from upslope import plugins
 from upslope.build import Policy, load_policy
 from upslope.functional.kl import importance_k1
 from upslope.loop.companions import Reference
-from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
 from upslope.loop.objective import AdvantageInput, estimate, policy_loss
-from upslope.loop.session import train
+from upslope.loop.session import run
 from upslope.loop.updater import score_before_update
 from upslope.options import GRPOOptions
 from upslope.options.policy import GROUP_ADVANTAGES, LOSSES
@@ -50,8 +49,7 @@ def make_learner(options: GRPOOptions, policy: Policy | None = None) -> GRPO:
 
 def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("grpo", learner.options, learner, begun)
+    return run("grpo", make_learner, options, policy)
 
 
 class GRPO(RolloutLearner):

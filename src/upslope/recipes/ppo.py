@@ -31,10 +31,9 @@ from upslope.functional.kl import importance_k1, k1, rollout_kl
 from upslope.functional.masking import whiten
 from upslope.functional.supervised_losses import value_loss
 from upslope.loop.companions import Critic, Reference
-from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
 from upslope.loop.objective import AdvantageInput, estimate, policy_loss
-from upslope.loop.session import train
+from upslope.loop.session import run
 from upslope.loop.updater import score_before_update
 from upslope.options import PPOOptions
 from upslope.options.policy import CRITIC_ADVANTAGES, LOSSES
@@ -51,8 +50,7 @@ def make_learner(options: PPOOptions, policy: Policy | None = None) -> PPO:
 
 def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("ppo", learner.options, learner, begun)
+    return run("ppo", make_learner, options, policy)
 
 
 class PPO(RolloutLearner):

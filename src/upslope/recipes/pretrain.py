@@ -22,9 +22,8 @@ from typing import Any
 
 from upslope.build import Policy
 from upslope.errors import DataError
-from upslope.loop.launch import begin
 from upslope.loop.learner import PolicyLearner
-from upslope.loop.session import train
+from upslope.loop.session import run
 from upslope.loop.texts import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.pretrain_masked import MaskedPretrain
@@ -48,8 +47,7 @@ def make_learner(options: PretrainOptions, policy: Policy | None = None) -> Iter
 
 def pretrain(options: PretrainOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a causal `policy` already loaded is trained in place, with its tokenizer."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("pretrain", learner.options, learner, begun)
+    return run("pretrain", make_learner, options, policy)
 
 
 def causal_texts(options: PretrainOptions, tokenizer: Any) -> Texts:

@@ -30,10 +30,9 @@ from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, gae
 from upslope.functional.supervised_losses import value_loss
 from upslope.loop.companions import Critic, Reference
-from upslope.loop.launch import begin
 from upslope.loop.learner import RolloutLearner, rollout_metrics
-from upslope.loop.rollout_queue import Sampled
-from upslope.loop.session import train
+from upslope.loop.sampler import Sampled
+from upslope.loop.session import run
 from upslope.loop.updater import score_before_update
 from upslope.options import ReinforceOptions
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
@@ -49,8 +48,7 @@ def make_learner(options: ReinforceOptions, policy: Policy | None = None) -> Rei
 
 def reinforce(options: ReinforceOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("reinforce", learner.options, learner, begun)
+    return run("reinforce", make_learner, options, policy)
 
 
 class MovingBaseline:

@@ -28,9 +28,8 @@ from upslope.build import Policy, load_policy
 from upslope.data.examples import Pair, Solution, pairs_of, solutions_of
 from upslope.functional.supervised_losses import bradley_terry
 from upslope.loop.kept import DataAccount, within_context
-from upslope.loop.launch import begin
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
-from upslope.loop.session import train
+from upslope.loop.session import run
 from upslope.models.files.config_json import SCORE
 from upslope.models.files.reward_folder import (
     RewardSettings,
@@ -55,8 +54,7 @@ def make_learner(options: RewardOptions, policy: Policy | None = None) -> Reward
 
 def reward(options: RewardOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place, and becomes a reward model."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("reward", learner.options, learner, begun)
+    return run("reward", make_learner, options, policy)
 
 
 class RewardLearner(PreferenceLearner):

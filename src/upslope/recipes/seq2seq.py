@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from upslope.build import Policy
-from upslope.loop.launch import begin
 from upslope.loop.pairs import PairData, PairLearner, start_policy
-from upslope.loop.session import train
+from upslope.loop.session import run
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.training.stopping import StepResult
@@ -37,8 +36,7 @@ def make_learner(options: Seq2SeqOptions, policy: Policy | None = None) -> Itera
 
 def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("seq2seq", learner.options, learner, begun)
+    return run("seq2seq", make_learner, options, policy)
 
 
 class MaximumLikelihood(PairLearner):

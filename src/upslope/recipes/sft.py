@@ -19,11 +19,9 @@ from upslope.build import Policy, load_policy
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.loop.kept import DataAccount, per_token, shared_out, tell_task, within_context
-from upslope.loop.launch import begin
 from upslope.loop.learner import PolicyLearner
-from upslope.loop.prompts import held_out_of
-from upslope.loop.rows import demonstrations, encoded, held_out_groups
-from upslope.loop.session import train
+from upslope.loop.prompts import demonstrations, encoded, held_out_groups, held_out_of
+from upslope.loop.session import run
 from upslope.options import SFTOptions
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
@@ -39,8 +37,7 @@ def make_learner(options: SFTOptions, policy: Policy | None = None) -> SFT:
 
 def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:
     """Train and return the summary; a `policy` already loaded is trained in place."""
-    with begin(options) as begun, make_learner(options, policy) as learner:
-        return train("sft", learner.options, learner, begun)
+    return run("sft", make_learner, options, policy)
 
 
 class SFT(PolicyLearner):

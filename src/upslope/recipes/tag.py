@@ -17,20 +17,16 @@ from typing import Any
 
 from upslope.data.labels import (
     TaggedSentence,
-    check_known,
     count_copies,
     labels_of,
     read_conll,
     shuffled_by_content,
     split_sentences,
 )
-from upslope.errors import ConfigError
 from upslope.evaluation.classification import entity_report, token_report
-from upslope.extras import require
-from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
-from upslope.loop.launch import begin
-from upslope.loop.session import train
-from upslope.models.encoder.labellers import Sentences, Start, check_length, cut_words, load_start, pieces_of
+from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, prepared, rewards_of, tell_counts
+from upslope.loop.session import run
+from upslope.models.encoder.labellers import Sentences, Start, cut_words, pieces_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import TagOptions
 from upslope.training.stopping import Evaluation
@@ -38,29 +34,26 @@ from upslope.training.stopping import Evaluation
 
 def make_learner(options: TagOptions, start: Start | None = None) -> Tag:
     """What a run trains, in a `with`; a `start` already loaded is trained in place."""
-    return _prepare(options, start)[0]
+    found = read_splits(options)
+    start, data = prepared(options, start, "tag", found, encode_splits)
+    return Tag(options, start, data)
 
 
 def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
     """Train and return the summary, dev and test figures in it; a `start` already loaded is trained in place."""
-    with begin(options) as begun:
-        learner, data = _prepare(options, start)
-        summary = train("tag", learner.options, learner, begun)
-    splits = {"dev": data.dev} | ({"test": data.test} if data.test else {})
-    return finish(learner, summary, splits)
+    return run("tag", make_learner, options, start)
 
 
 class Tag(LabelLearner):
     """One tag per word, measured by the F1 of whole entities (by token accuracy where tags are not IOB2)."""
 
     def __init__(self, options: TagOptions, start: Start, data: Data) -> None:
-        super().__init__(options, start, data.train, data.rewards, data.account)
-        self.dev = data.dev
+        super().__init__(options, start, data.train, data)
         self.entities = options.tag_scheme != "none"
 
     def evaluate(self, step: int) -> Evaluation | None:
         """Entity F1 and token accuracy on dev."""
-        metrics, _ = self.measure(self.dev)
+        metrics, _ = self.measure(self.data.dev)
         measure = next(name for name in ("reward", "f1", "token_accuracy") if name in metrics)
         return Evaluation(measure, metrics, metrics["eval_loss"])
 
@@ -86,21 +79,6 @@ class Tag(LabelLearner):
         if self.options.rewards is not None:
             metrics["reward"] = self.mean_reward((t for row in truth for t in row), (s for row in said for s in row))
         return metrics, reports
-
-
-def _prepare(options: TagOptions, start: Start | None) -> tuple[Tag, Data]:
-    require("eval", "sklearn")
-    train, dev, test = read_splits(options)
-    train_rows, dev_rows, test_rows = train.rows, dev.rows, test.rows
-    labels = labels_of(train_rows, options.data)
-    check_known(dev_rows, labels)
-    check_known(test_rows, labels)
-    start = start or load_start(options, "tag", labels)
-    if set(start.encoder.labels) != set(labels):
-        raise ConfigError(f"the encoder's tags are not the {len(labels)} of {options.data}; load it with those")
-    check_length(options, start.encoder)
-    data = encode_splits(options, start, train, dev, test)
-    return Tag(options, start, data), data
 
 
 def read_splits(options: TagOptions) -> tuple[Rows, Rows, Rows]:
