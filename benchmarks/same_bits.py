@@ -37,6 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -159,6 +160,8 @@ def _read(path: Path) -> Iterator[tuple[str, Any]]:
             yield from _leaves(json.loads(line), f"line {number}")
     elif path.suffix == ".json":
         yield from _leaves(json.loads(path.read_text(encoding="utf-8")))
+    elif path.suffix == ".toml":
+        yield from _leaves(tomllib.loads(path.read_text(encoding="utf-8")))
     else:
         yield "bytes", hashlib.sha256(path.read_bytes()).hexdigest()
 

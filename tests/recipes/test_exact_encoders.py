@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from supervised_kit import (
 from torch import Tensor
 
 from upslope.engine.sampling import draw, uniforms
-
 from upslope.loop.launch import begin
 from upslope.loop.session import train
 from upslope.models.encoder.network import Encoder
@@ -163,7 +163,9 @@ def test_the_best_classifier_is_the_one_with_most_accuracy_or_reward_on_dev(rewa
 
 
 def test_dev_rows_are_a_choice_by_seed(tmp_path: Path) -> None:
-    chosen = {tuple(tuple(x.tokens) for x in classify_learner(tmp_path, eval_samples=3, seed=s).data.dev) for s in range(3)}
+    chosen = {
+        tuple(tuple(x.tokens) for x in classify_learner(tmp_path, eval_samples=3, seed=s).data.dev) for s in range(3)
+    }
     assert {len(rows) for rows in chosen} == {3}
     assert len(chosen) > 1
     held = classify_learner(tmp_path, eval_data=None, data=table_file(tmp_path / "x.csv", OPINIONS * 2), eval_share=0.4)
