@@ -20,7 +20,7 @@ from upslope.data.records import record_of
 from upslope.engine.text import TextStream
 from upslope.errors import DataError, ModelError
 from upslope.models.files.loading import save_model
-from upslope.preview.rows import mask_view
+from upslope.preview.dry_run import mask_view
 from upslope.types import Message, Prompt
 
 PAD, EOS = 0, 1

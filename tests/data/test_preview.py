@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from upslope.data.chat import encode_conversation, encode_document
-from upslope.preview.rows import mask_view, statistics
+from upslope.preview.dry_run import mask_view, statistics
 from upslope.types import Example, Message
 
 

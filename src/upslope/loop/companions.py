@@ -12,13 +12,14 @@ from upslope.functional.metrics import explained_variance
 from upslope.functional.returns import discounted_returns
 from upslope.models.heads import ScalarHead
 from upslope.options import PPOOptions, ReinforceOptions, RunOptions
+from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 from upslope.training.step import Forward, Loss, Outputs, score, update
 from upslope.types import Batch
 
 
-class Critic:
+class Critic(Part):
     """What `choice` names, as `build.load_critic`; None: no critic.
 
     `head`: on the policy's trunk, and trained with it as the groups in `extra`; None where the critic stands apart
@@ -77,10 +78,6 @@ class Critic:
             return {"critic": {name: p.detach() for name, p in self.network.named_parameters().items()}}
         return {"critic": self.optimizer.weights(), "critic_optimizer": self.optimizer.state()}
 
-    def state(self) -> dict[str, Any]:
-        """Nothing besides the tensors."""
-        return {}
-
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint; a head on the policy's trunk is loaded with the policy."""
         if self.optimizer is not None:
@@ -96,7 +93,7 @@ def _rate_factor(options: PPOOptions | ReinforceOptions) -> float:
     return options.critic_learning_rate / options.learning_rate
 
 
-class Reference:
+class Reference(Part):
     """The start model, as a frozen copy or as the policy without its adapters; with coef 0 it is not loaded.
 
     coef: the weight of the KL in this step; with a `target` it adapts from step to step (arXiv 1909.08593).
@@ -124,10 +121,6 @@ class Reference:
             self.coef = self.controller.coef
             self.controller.update(kl, x.size)
         return {"objective/kl": kl}
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Nothing: a resumed run has the same start model."""
-        return {}
 
     def state(self) -> dict[str, Any]:
         """The controller's."""

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from upslope.build import Policy
+from upslope.build import Policy, load_policy
 from upslope.data.batching import PromptStream, collate, split_by_tokens
 from upslope.engine.engine import Engine
 from upslope.functional.supervised_losses import nll
@@ -20,28 +20,13 @@ from upslope.options import RLOptions
 from upslope.rewards.judge import reward_metrics
 from upslope.rollout.collect import length_metrics
 from upslope.runs.folder import Run
+from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience
 from upslope.training.optim import Group, MasterAdamW
 from upslope.training.schedule import in_steps
 from upslope.training.step import Forward, Loss, Outputs
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example, RolloutGroup
-
-
-class Part(Protocol):
-    """A piece of a learner with its share of a checkpoint, under names that no other part uses."""
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Its tensors, by file and name."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """What else it is, as JSON."""
-        ...
-
-    def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
-        """Take back, bit for bit, what `tensors` and `state` gave."""
-        ...
 
 
 class Learner:
@@ -114,6 +99,11 @@ class PolicyLearner(Learner):
         self.policy = policy
         self.updater = Updater(self.options, policy, extra=extra)
         self.optimizer = self.updater.optimizer
+
+    @classmethod
+    def of(cls, options: Any, policy: Policy | None = None) -> Self:
+        """What a run with these options trains; a `policy` already loaded is trained in place."""
+        return cls(options, policy or load_policy(options))
 
     def update(self, step: int, batches: Iterable[Batch], loss: Loss, forward: Forward = Forward()) -> dict[str, float]:
         """One optimizer step of the policy in training mode, as `training.step.update`."""

@@ -28,13 +28,14 @@ from upslope.rollout.collect import collect
 from upslope.runs.folder import Run
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task
+from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience, shaped_rewards, trainable
 from upslope.training.stopping import Evaluation
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
 
 
-class Sampler:
+class Sampler(Part):
     """Samples and judges; `next(step)` are the trajectories to train on at a step, wherever they were made.
 
     The engine reads the very weights that are trained: after each update its version goes up by one, so a step's

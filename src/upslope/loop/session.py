@@ -17,12 +17,14 @@ from typing import Any
 import rich.style  # noqa: F401  # draws from Python's generator when it is loaded: before the seed, not at a first table
 from torch import Tensor
 
+from upslope.build import Policy
 from upslope.config import OBJECT, dump
 from upslope.errors import RunError, UpslopeError
 from upslope.loop import fingerprint
 from upslope.loop.closing import commands_of, last_words, measured, opening_words, told_when_stopped
 from upslope.loop.launch import Begun, begin, of_run, open_run, state_errors
 from upslope.loop.learner import Learner
+from upslope.models.encoder.labellers import Start
 from upslope.options import RunOptions
 from upslope.runs.folder import HELD_OUT, Run
 from upslope.runs.lines import in_words
@@ -33,10 +35,21 @@ from upslope.training.random_state import capture_random_state, restore_random_s
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
 
-def run(verb: str, make_learner: Callable[..., Any], options: Any, given: Any = None) -> dict[str, Any]:
-    """Make what is trained, out of the options and what is `given` ready-made, and train it; returns the summary."""
-    with begin(options) as begun, make_learner(options, given) as learner:
-        return learner.reported(train(verb, learner.options, learner, begun))
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A verb as a function: `recipe(options)` trains and returns the summary.
+
+    `make_learner(options, given)` is what a run trains, in a `with`. A policy that is already loaded (of classify and
+    tag a `start`) is trained in place.
+    """
+
+    verb: str
+    make_learner: Callable[..., Any]
+
+    def __call__(self, options: Any, *, policy: Policy | None = None, start: Start | None = None) -> dict[str, Any]:
+        """Train, and return the summary that is also in the run folder."""
+        with begin(options) as begun, self.make_learner(options, policy or start) as learner:
+            return learner.reported(train(self.verb, learner.options, learner, begun))
 
 
 def train(verb: str, options: RunOptions, learner: Learner, begun: Begun) -> dict[str, Any]:

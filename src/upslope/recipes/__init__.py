@@ -1,7 +1,7 @@
 """One file, one algorithm box: the training verbs, each a module with a function of its name."""
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 from upslope import options as kinds
 from upslope.options import RunOptions
@@ -12,14 +12,7 @@ CLASSES: dict[str, type[RunOptions]] = {name.lower(): getattr(kinds, f"{name}Opt
 """The options class of every training verb; configs/VERB_*.toml and `upslope explain VERB` go by it."""
 
 
-def verb_of(options: RunOptions) -> str:
-    """The verb that takes these options."""
-    return next(verb for verb, kind in CLASSES.items() if type(options) is kind)
-
-
-def recipe_of(verb: str) -> ModuleType:
-    """The verb's module: a function of the verb's name, which trains, and `make_learner`, which gives what it trains.
-
-    `with make_learner(options) as learner` leaves the run folder alone.
-    """
-    return importlib.import_module(f"upslope.recipes.{verb}")
+def recipe_of(options: RunOptions) -> Any:
+    """The `loop.session.Recipe` that takes these options; `recipe.verb` is its name."""
+    verb = next(verb for verb, kind in CLASSES.items() if type(options) is kind)
+    return getattr(importlib.import_module(f"upslope.recipes.{verb}"), verb)

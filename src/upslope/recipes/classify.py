@@ -29,7 +29,7 @@ from upslope.errors import ConfigError
 from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.classification import classification_report
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, prepared, rewards_of, tell_counts
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.models.encoder.items import Input
 from upslope.models.encoder.labellers import Start, inputs_of
 from upslope.models.encoder.network import Encoder
@@ -53,11 +53,6 @@ def make_learner(options: ClassifyOptions, start: Start | None = None) -> Classi
         labels=NUMBER if options.objective == "squared_error" else None,
     )
     return Classify(options, start, data)
-
-
-def classify(options: ClassifyOptions, *, start: Start | None = None) -> dict[str, Any]:
-    """Train and return the summary, dev and test figures in it; a `start` already loaded is trained in place."""
-    return run("classify", make_learner, options, start)
 
 
 class Classify(LabelLearner):
@@ -179,3 +174,6 @@ def _targets(rows: Sequence[LabelledText], labels: Sequence[str]) -> list[float]
         return [float(row.label) for row in rows]
     index = {label: i for i, label in enumerate(labels)}
     return [index[row.label] for row in rows]
+
+
+classify = Recipe("classify", make_learner)

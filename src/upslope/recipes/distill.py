@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upslope.build import Policy, load_policy, make_engine
+from upslope.build import Policy, make_engine
 from upslope.data.chat import load_tokenizer
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError
@@ -35,7 +35,7 @@ from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import per_token, within_context
 from upslope.loop.learner import PolicyLearner, weighted
 from upslope.loop.prompts import held_out_groups, held_out_of
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.loading import load_model
 from upslope.models.files.sources import resolve
@@ -48,16 +48,6 @@ from upslope.tasks.loading import load_task
 from upslope.training.step import Forward, Outputs
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams
-
-
-def make_learner(options: DistillOptions, policy: Policy | None = None) -> Distill:
-    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
-    return Distill(options, policy or load_policy(options))
-
-
-def distill(options: DistillOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place."""
-    return run("distill", make_learner, options, policy)
 
 
 @told("loading the teacher")
@@ -231,3 +221,6 @@ def _origins(per_sequence: Sequence[Tensor], own: int) -> dict[str, float]:
     """Mean divergence per token where the student wrote, and where the data did."""
     sets = {"distill/on_policy": per_sequence[:own], "distill/off_policy": per_sequence[own:]}
     return {name: float(torch.cat(list(some)).double().mean()) for name, some in sets.items() if some}
+
+
+distill = Recipe("distill", Distill.of)

@@ -29,13 +29,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upslope.build import Policy, load_policy
+from upslope.build import Policy
 from upslope.data.examples import Judged, Pair, judged_of, pairs_of
 from upslope.functional.supervised_losses import dpo as dpo_loss
 from upslope.functional.supervised_losses import ipo, kto, orpo, simpo
 from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.runs.progress import Progress
@@ -44,16 +44,6 @@ from upslope.training.units import Unit, measure, sequence_logps, token_logps, u
 from upslope.types import Batch
 
 REFERENCED = ("dpo", "ipo", "kto")
-
-
-def make_learner(options: DPOOptions, policy: Policy | None = None) -> DPO:
-    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
-    return DPO(options, policy or load_policy(options))
-
-
-def dpo(options: DPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place, and is its own reference."""
-    return run("dpo", make_learner, options, policy)
 
 
 class DPO(PreferenceLearner):
@@ -184,3 +174,6 @@ def load_rows(
 ) -> tuple[list[Pair] | list[Judged], list[Pair] | list[Judged], DataAccount]:
     """Training and held-out rows of the kind that the loss takes, and what became of every row."""
     return read_rows(options, tokenizer, judged_of if options.loss == "kto" else pairs_of)
+
+
+dpo = Recipe("dpo", DPO.of)

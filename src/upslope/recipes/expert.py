@@ -27,30 +27,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upslope.build import Policy, load_policy
+from upslope.build import Policy
 from upslope.data.batching import PromptStream
 from upslope.errors import DataError
 from upslope.evaluation.diversity import diversity
 from upslope.loop.expert_rows import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.learner import RolloutLearner
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.options import ExpertOptions
 from upslope.rewards.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
 from upslope.training.schedule import rate_at
 from upslope.training.stopping import StepResult
 from upslope.types import Batch, Example, RolloutGroup
-
-
-def make_learner(options: ExpertOptions, policy: Policy | None = None) -> Expert:
-    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
-    return Expert(options, policy or load_policy(options))
-
-
-def expert(options: ExpertOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place."""
-    return run("expert", make_learner, options, policy)
 
 
 class Expert(RolloutLearner):
@@ -209,3 +199,6 @@ def _report(candidates: Sequence[Candidate], chosen: Sequence[Candidate], *, see
         numbers = diversity([c.rollout.text for c in some], seed=seed)
         metrics |= {f"expert/{name}/{key}": value for key, value in numbers.items()}
     return metrics
+
+
+expert = Recipe("expert", Expert.of)

@@ -21,18 +21,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from upslope import plugins
-from upslope.build import Policy, load_policy
+from upslope.build import Policy
 from upslope.functional.kl import importance_k1
 from upslope.loop.companions import Reference
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
 from upslope.loop.objective import AdvantageInput, estimate, policy_loss
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.loop.updater import score_before_update
 from upslope.options import GRPOOptions
 from upslope.options.policy import GROUP_ADVANTAGES, LOSSES
@@ -40,16 +39,6 @@ from upslope.training.experience import Experience, Normalizer, shaped_rewards, 
 from upslope.training.step import Forward, Outputs
 from upslope.training.stopping import StepResult
 from upslope.types import Batch
-
-
-def make_learner(options: GRPOOptions, policy: Policy | None = None) -> GRPO:
-    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
-    return GRPO(options, policy or load_policy(options))
-
-
-def grpo(options: GRPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place."""
-    return run("grpo", make_learner, options, policy)
 
 
 class GRPO(RolloutLearner):
@@ -121,3 +110,6 @@ def _normalizer(options: GRPOOptions) -> Normalizer:
     if options.normalizer == "auto":
         return "sequence" if options.loss in ("gspo", "sapo") else "token"
     return options.normalizer
+
+
+grpo = Recipe("grpo", GRPO.of)

@@ -20,20 +20,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from upslope import plugins
-from upslope.build import Policy, load_policy
+from upslope.build import Policy
 from upslope.functional.kl import importance_k1, k1, rollout_kl
 from upslope.functional.masking import whiten
 from upslope.functional.supervised_losses import value_loss
 from upslope.loop.companions import Critic, Reference
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
 from upslope.loop.objective import AdvantageInput, estimate, policy_loss
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.loop.updater import score_before_update
 from upslope.options import PPOOptions
 from upslope.options.policy import CRITIC_ADVANTAGES, LOSSES
@@ -41,16 +40,6 @@ from upslope.training.experience import Experience, shaped_rewards, token_reward
 from upslope.training.step import Forward, Outputs
 from upslope.training.stopping import StepResult
 from upslope.types import Batch
-
-
-def make_learner(options: PPOOptions, policy: Policy | None = None) -> PPO:
-    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
-    return PPO(options, policy or load_policy(options))
-
-
-def ppo(options: PPOOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place."""
-    return run("ppo", make_learner, options, policy)
 
 
 class PPO(RolloutLearner):
@@ -131,3 +120,6 @@ class PPO(RolloutLearner):
         old = f["values"] if clip is not None else None
         loss_N = value_loss(out.values_N, f["returns"], old_values=old, clip=clip)
         return loss_N, {"loss/value": loss_N}
+
+
+ppo = Recipe("ppo", PPO.of)

@@ -23,7 +23,7 @@ from typing import Any
 from upslope.build import Policy
 from upslope.errors import DataError
 from upslope.loop.learner import PolicyLearner
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.loop.texts import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.pretrain_masked import MaskedPretrain
@@ -43,11 +43,6 @@ def make_learner(options: PretrainOptions, policy: Policy | None = None) -> Iter
     with tempfile.TemporaryDirectory(prefix="upslope-pretrain-") as folder:
         texts = causal_texts(options, tokenizer)
         yield Pretrain(options, policy or start_policy(options, tokenizer, Path(folder)), texts)
-
-
-def pretrain(options: PretrainOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a causal `policy` already loaded is trained in place, with its tokenizer."""
-    return run("pretrain", make_learner, options, policy)
 
 
 def causal_texts(options: PretrainOptions, tokenizer: Any) -> Texts:
@@ -112,3 +107,6 @@ class Pretrain(PolicyLearner):
 
 def _example(window: list[int]) -> Example:
     return Example(window, [False] + [True] * (len(window) - 1))
+
+
+pretrain = Recipe("pretrain", make_learner)

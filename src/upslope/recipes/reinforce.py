@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upslope.build import Policy, load_policy
+from upslope.build import Policy
 from upslope.functional.kl import k1
 from upslope.functional.masking import whiten
 from upslope.functional.policy_losses import reinforce as likelihood_ratio
@@ -32,26 +32,17 @@ from upslope.functional.supervised_losses import value_loss
 from upslope.loop.companions import Critic, Reference
 from upslope.loop.learner import RolloutLearner, rollout_metrics
 from upslope.loop.sampler import Sampled
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.loop.updater import score_before_update
 from upslope.options import ReinforceOptions
+from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
 from upslope.training.stopping import StepResult
 from upslope.types import Batch
 
 
-def make_learner(options: ReinforceOptions, policy: Policy | None = None) -> Reinforce:
-    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
-    return Reinforce(options, policy or load_policy(options))
-
-
-def reinforce(options: ReinforceOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place."""
-    return run("reinforce", make_learner, options, policy)
-
-
-class MovingBaseline:
+class MovingBaseline(Part):
     """An exponential moving mean without the pull of its start value: before the first batch it is 0."""
 
     def __init__(self, decay: float) -> None:
@@ -66,10 +57,6 @@ class MovingBaseline:
         """Take in one batch's mean."""
         self.total = self.decay * self.total + (1 - self.decay) * mean
         self.weight = self.decay * self.weight + (1 - self.decay)
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """None."""
-        return {}
 
     def state(self) -> dict[str, Any]:
         """The sum and its weight."""
@@ -162,3 +149,6 @@ class Reinforce(RolloutLearner):
         """Half the squared error against the returns."""
         loss_N = value_loss(out.values_N, batch.fields["returns"])
         return loss_N, {"loss/value": loss_N}
+
+
+reinforce = Recipe("reinforce", Reinforce.of)

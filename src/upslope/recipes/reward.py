@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from upslope.data.examples import Pair, Solution, pairs_of, solutions_of
 from upslope.functional.supervised_losses import bradley_terry
 from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.models.files.config_json import SCORE
 from upslope.models.files.reward_folder import (
     RewardSettings,
@@ -47,20 +47,15 @@ from upslope.training.units import Unit, after_tokens
 from upslope.types import Batch, Example
 
 
-def make_learner(options: RewardOptions, policy: Policy | None = None) -> RewardLearner:
-    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
-    return RewardLearner(options, policy or load_policy(options, trunk=True))
-
-
-def reward(options: RewardOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place, and becomes a reward model."""
-    return run("reward", make_learner, options, policy)
-
-
 class RewardLearner(PreferenceLearner):
     """A network and its scalar head, by comparisons (outcome) or by labelled steps (process)."""
 
     options: RewardOptions
+
+    @classmethod
+    def of(cls, options: RewardOptions, policy: Policy | None = None) -> Self:
+        """What a run with these options trains; a `policy` already loaded becomes a reward model."""
+        return cls(options, policy or load_policy(options, trunk=True))
 
     def __init__(self, options: RewardOptions, policy: Policy) -> None:
         check_can_be_saved(policy.model)
@@ -192,3 +187,6 @@ def _solution(row: Solution) -> Unit:
 def _pad_token(policy: Policy) -> int | None:
     pad = policy.tokenizer.pad_token_id
     return None if pad is None or pad in policy.eos_token_ids else int(pad)
+
+
+reward = Recipe("reward", RewardLearner.of)

@@ -13,11 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
 
 from upslope.build import Policy
 from upslope.loop.pairs import PairData, PairLearner, start_policy
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.options.seq2seq import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.training.stopping import StepResult
@@ -34,11 +33,6 @@ def make_learner(options: Seq2SeqOptions, policy: Policy | None = None) -> Itera
             yield learner
 
 
-def seq2seq(options: Seq2SeqOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place."""
-    return run("seq2seq", make_learner, options, policy)
-
-
 class MaximumLikelihood(PairLearner):
     """Likelihood of the references, with dropout and label smoothing."""
 
@@ -48,3 +42,6 @@ class MaximumLikelihood(PairLearner):
         result = self.imitate(step, examples, feed_last=True)
         self.updated()
         return result
+
+
+seq2seq = Recipe("seq2seq", make_learner)

@@ -15,29 +15,19 @@ from typing import Any
 
 from torch import Tensor
 
-from upslope.build import Policy, load_policy
+from upslope.build import Policy
 from upslope.evaluation.accuracy import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.loop.kept import DataAccount, per_token, shared_out, tell_task, within_context
 from upslope.loop.learner import PolicyLearner
 from upslope.loop.prompts import demonstrations, encoded, held_out_groups, held_out_of
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.options import SFTOptions
 from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.step import Outputs, score
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example
-
-
-def make_learner(options: SFTOptions, policy: Policy | None = None) -> SFT:
-    """What a run trains, in a `with`; a `policy` already loaded is trained in place."""
-    return SFT(options, policy or load_policy(options))
-
-
-def sft(options: SFTOptions, *, policy: Policy | None = None) -> dict[str, Any]:
-    """Train and return the summary; a `policy` already loaded is trained in place."""
-    return run("sft", make_learner, options, policy)
 
 
 class SFT(PolicyLearner):
@@ -102,3 +92,6 @@ def load_examples(
         return shared_out(data, held_out, held=0, samples=o.eval_samples or None)
     # whatever eval_samples is: a resumed run may change that, not what it trains on
     return shared_out(data, None, held=len(data.rows) // 10, samples=o.eval_samples)
+
+
+sft = Recipe("sft", SFT.of)

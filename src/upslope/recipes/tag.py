@@ -25,7 +25,7 @@ from upslope.data.labels import (
 )
 from upslope.evaluation.classification import entity_report, token_report
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, prepared, rewards_of, tell_counts
-from upslope.loop.session import run
+from upslope.loop.session import Recipe
 from upslope.models.encoder.labellers import Sentences, Start, cut_words, pieces_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import TagOptions
@@ -37,11 +37,6 @@ def make_learner(options: TagOptions, start: Start | None = None) -> Tag:
     found = read_splits(options)
     start, data = prepared(options, start, "tag", found, encode_splits)
     return Tag(options, start, data)
-
-
-def tag(options: TagOptions, *, start: Start | None = None) -> dict[str, Any]:
-    """Train and return the summary, dev and test figures in it; a `start` already loaded is trained in place."""
-    return run("tag", make_learner, options, start)
 
 
 class Tag(LabelLearner):
@@ -115,3 +110,6 @@ def encode_splits(options: TagOptions, start: Start, train: Rows, dev: Rows, tes
     words = {n: sum(len(x.targets) for pieces in rows for x in pieces) for n, rows in encoded.items()}
     further = {"words": words, "labels": len(labels), "split": split, "cut": cut, "also_in_train": shared}
     return Data(**encoded, rewards=rewards_of(options, labels), account=account_of(splits, further))
+
+
+tag = Recipe("tag", make_learner)

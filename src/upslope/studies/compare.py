@@ -155,7 +155,7 @@ def _run_one(
     begun = (place / "config.toml").is_file()
     options = replace(entry.options, seed=seed, output_dir=str(place), resume=begun, json=False, dry_run=False)
     policy = load_policy(options)
-    summary = getattr(recipe_of(entry.verb), entry.verb)(options, policy=policy)
+    summary = recipe_of(options)(options, policy=policy)
     if summary["stopped"] == "interrupted":
         return None
     measured = measure(policy, options, task, prompts, longest, shown=o.samples_shown)

@@ -115,7 +115,7 @@ def _number(value: float) -> str:
 def write_report(path: Path, result: Mapping[str, Any]) -> None:
     """Render what `studies.compare.compare` returns. Replies of models are text and stay text: all is escaped."""
     environment = Environment(
-        loader=PackageLoader("upslope.observe"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("upslope.studies"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
     environment.filters |= {"number": _figure, "visible": _visible}
     template = environment.get_template("comparison.html")

@@ -274,3 +274,18 @@ def _safetensors_errors(path: Path, action: str = "write") -> Iterator[None]:
     except SafetensorError as error:
         found = re.search(r"os error (\d+)", str(error))
         raise disk_error(OSError(int(found[1]) if found else errno.EIO, str(error)), path, action) from error
+
+
+class Part:
+    """A piece of a learner with its share of a checkpoint, under names that no other part uses; by default none."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Its tensors, by file and name."""
+        return {}
+
+    def state(self) -> dict[str, Any]:
+        """What else it is, as JSON."""
+        return {}
+
+    def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
+        """Take back, bit for bit, what `tensors` and `state` gave."""
