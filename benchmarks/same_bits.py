@@ -66,7 +66,7 @@ PRELOADED = ["torch._dynamo", "transformers.modeling_utils", "transformers.maski
 PRELOADED += ["rich.progress", "sklearn.metrics"]
 PRELOADED += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3", "bert", "roberta")]
 """Modules of other packages that every run would import for itself: five of its six seconds."""
-IGNORED = re.compile(r"(^|/)(log|\.lock|env\.json|config(\.\d+)?\.toml|manifest\.json|run\.db-\w+|cache/.*)$")
+IGNORED = re.compile(r"(^|/)(log|\.lock|env\.json|[^/]*\.toml|manifest\.json|run\.db-\w+|cache/.*)$")
 TIMES = re.compile(
     r"(^|[ /_.])(time|seconds|clock|tokens_per_second|peak_memory_gb|reward_seconds|commands)($|[/.\[ ])"
 )
@@ -127,11 +127,12 @@ def read_case(folder: Path) -> Found:
 
 
 def renamed(found: Found, names: Iterable[tuple[str, str]]) -> Found:
-    """The same under today's and tomorrow's names alike."""
+    """The same under today's and tomorrow's names alike; what has no name left is not compared."""
     for pattern, replacement in names:
         before, found = found, {}
         for name, value in before.items():
-            found[_unused(re.sub(pattern, replacement, name), found)] = value
+            if plain := re.sub(pattern, replacement, name):
+                found[_unused(plain, found)] = value
     return found
 
 

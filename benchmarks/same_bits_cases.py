@@ -17,8 +17,9 @@ WORDS: tuple[tuple[str, str, str], ...] = (
     # ("ppo", "--num-epochs", "--passes"), ("grpo", "--advantage dr_grpo", "--advantage centred")
 )
 NAMES: tuple[tuple[str, str], ...] = (
-    # (pattern, replacement) for what is compared, called "FILE: NAME"; applied to both revisions:
-    # (r"^(.*metrics\.jsonl: .*)val/ratio$", r"\1policy/ratio"), (r"/critic\.safetensors: ", "/value.safetensors: ")
+    # (pattern, replacement) for what is compared, called "FILE: NAME"; applied to both revisions; "": not compared.
+    (r"token_arrays (\d+) trainer_logprobs", r"token_arrays \1 old_logprobs"),
+    (r"^.*run\.db: (meta schema_version|token_columns) .*$", ""),
 )
 
 SHARED = (

@@ -113,6 +113,10 @@ def test_no_renaming_lets_a_value_fall_under_the_table() -> None:
     assert renamed({"a: x": 1, "a: y": 2}, [("[xy]$", "z")]) == {"a: z": 1, "a: z #2": 2}
 
 
+def test_what_has_no_name_left_is_not_compared() -> None:
+    assert renamed({"a: x": 1, "b: x": 2}, [("^a: .*$", "")]) == {"b: x": 2}
+
+
 def test_a_case_is_spelled_as_the_revision_spells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(same_bits.CASES, "mine", ("ppo --num-epochs 4 --critic separate", "ppo --resume"))
     monkeypatch.setattr(same_bits, "WORDS", (("ppo", "--num-epochs", "--passes"), ("ppo", "--critic separate", "")))
