@@ -67,7 +67,7 @@ PRELOADED = ["torch._dynamo", "transformers.modeling_utils", "transformers.maski
 PRELOADED += ["rich.progress", "sklearn.metrics"]
 PRELOADED += [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "qwen3", "bert", "roberta")]
 """Modules of other packages that every run would import for itself: five of its six seconds."""
-IGNORED = re.compile(r"(^|/)(log|\.lock|env\.json|config(\.\d+)?\.toml|manifest\.json|run\.db-\w+|cache/.*)$")
+IGNORED = re.compile(r"(^|/)(log|\.lock|env\.json|[^/]*\.toml|manifest\.json|run\.db-\w+|cache/.*)$")
 TIMES = re.compile(
     r"(^|[ /_.])(time|seconds|clock|tokens_per_second|peak_memory_gb|reward_seconds|commands)($|[/.\[ ])"
 )
@@ -238,13 +238,14 @@ def _difference(name: str, a: Any, b: Any) -> Difference | None:
         size = math.prod(a.shape)
         width = len(a.data) // size
         spots = [i for i in range(size) if a.data[i * width : (i + 1) * width] != b.data[i * width : (i + 1) * width]]
-        return Difference(f"{name}[{spots[0]}]", _shown(a[spots[0]]), _shown(b[spots[0]]), len(spots), size)
+        first, second = _shown(a[spots[0]]), _shown(b[spots[0]])
+        if first == second:  # NaN of different bits
+            first, second = (x.data[spots[0] * width :][:width].hex() for x in (a, b))
+        return Difference(f"{name}[{spots[0]}]", first, second, len(spots), size)
     return Difference(name, _shown(a), _shown(b))
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value!r} ({value.hex()})"
     text = str(value) if isinstance(value, Array) or value is ABSENT else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
@@ -401,15 +402,15 @@ def verdict_on(case: str, names: Sequence[str], outcomes: Sequence[tuple[Path, s
 
 
 def told(verdict: Mapping[str, Any], most: int) -> list[str]:
-    """Lines about a case that is not the same: at most `most` differences of each file."""
+    """Lines about a case that is not the same: at most `most` files with as many differences each."""
     lines = [f"FAILED   {verdict['case']}: {failure}" for failure in verdict["failures"]]
     by_file: dict[str, list[Difference]] = {}
     for difference in verdict["differences"]:
         by_file.setdefault(difference.name.partition(": ")[0], []).append(difference)
-    for file, found in by_file.items():
+    for file, found in list(by_file.items())[:most]:
         lines.append(f"DIFFERS  {verdict['case']}: {file}: {len(found)} differ")
         lines += [f"         {difference}" for difference in found[:most]]
-    return lines
+    return lines + [f"         and {len(by_file) - most} more files"] * (len(by_file) > most)
 
 
 def main() -> int:
@@ -421,7 +422,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; left out: one per core")
     parser.add_argument("--keep", type=Path, help="folder in which results of commits are kept; left out: none are")
     parser.add_argument("--fresh", action="store_true", help="run the second revision anew, kept or not")
-    parser.add_argument("--most", type=int, default=5, help="differences shown of each file of a case")
+    parser.add_argument("--most", type=int, default=3, help="files shown of a case, and differences of each")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, with all differences")
     arguments = parser.parse_args()
     cases = [case for case in CASES if not arguments.only or any(fnmatch.fnmatch(case, p) for p in arguments.only)]
