@@ -191,7 +191,7 @@ def test_a_step_over_all_kept_samples_is_reinforce_without_baseline(tiny: Path, 
     parts = learner._batches(rows, len(rows), sum(sum(row.example.mask) for row in rows))
     for part in parts:
         part.fields["weight"] = part.fields["weight"].double()
-    accumulate(model, parts, learner.loss)
+    accumulate(model, parts, learner.likelihood)
     for name, p in model.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-6, atol=1e-9)
 

@@ -78,7 +78,7 @@ def test_gradient_is_the_definitions_however_the_batch_is_cut(
     for parts in ([[0, 1, 2, 3, 4]], [[4], [1, 0], [2, 3]]):
         model.zero_grad()
         batches = [collate([weighted[i] for i in part]) for part in parts]
-        totals = accumulate(model, batches, learner.loss, Forward(mean_logp=smoothing > 0))
+        totals = accumulate(model, batches, learner.likelihood, Forward(mean_logp=smoothing > 0))
         assert totals["loss"] == pytest.approx(value.item(), abs=1e-12)
         for name, p in model.named_parameters():
             torch.testing.assert_close(p.grad, expected[name], rtol=0, atol=1e-12)

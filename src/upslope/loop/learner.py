@@ -110,23 +110,23 @@ class PolicyLearner(Learner):
         return self.updater.update(step, batches, loss, forward)
 
     def imitate(self, step: int, examples: Sequence[Example], *, feed_last: bool = False) -> StepResult:
-        """One update on the mean of `loss` over the trained tokens of these sequences."""
+        """One update on the mean of `likelihood` over the trained tokens of these sequences."""
         started = time.perf_counter()
         trained, tokens = sum(sum(e.mask) for e in examples), sum(len(e.tokens) for e in examples)
         batches, _ = self.micro_batches(weighted(examples, 1 / trained), feed_last=feed_last)
         smoothed = getattr(self.options, "label_smoothing", 0.0) > 0
-        metrics = self.update(step, batches, self.loss, Forward(mean_logp=smoothed))
+        metrics = self.update(step, batches, self.likelihood, Forward(mean_logp=smoothed))
         rate = tokens / (time.perf_counter() - started)
         return StepResult({**metrics, "num_tokens": trained, "tokens_per_second": rate}, trained)
 
-    def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def likelihood(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """Negative log-likelihood of each trained token; with label_smoothing the plain one is logged beside it."""
         share = getattr(self.options, "label_smoothing", 0.0)
         if share:
             return nll(out.logp_N, share, out.mean_logp_N), {"loss/nll": -out.logp_N}
         return nll(out.logp_N), {}
 
-    def updated(self) -> None:
+    def weights_moved(self) -> None:
         """The weights have moved: what the engine cached of the old ones is void."""
         assert self.engine is not None
         self.engine.set_version(self.engine.version + 1)
@@ -175,7 +175,7 @@ class RolloutLearner(PolicyLearner):
 
         started: when what follows sampling began, by time.perf_counter.
         """
-        self.updated()
+        self.weights_moved()
         seconds = time.perf_counter() - started
         tokens = sum(len(r.prompt_tokens) + len(r.tokens) for r in x.rollouts)
         rate = tokens / (seconds + metrics["seconds/rollout"])

@@ -213,7 +213,7 @@ def sapo(x: LossInput) -> Tensor:
     )
 
 
-def policy_loss(loss: PolicyLoss, options: Any, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+def corrected(loss: PolicyLoss, options: Any, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, corrected where the sampler's policy was another, and what it says of the ratio, per token [N]."""
     x = LossInput.of(options, batch, out)
     loss_N = loss(x)

@@ -1,4 +1,4 @@
-"""One optimizer step of a policy, on examples or on a step's trajectories."""
+"""What the trained policy is asked of a step's trajectories: scored before its first update, then updated on."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -71,7 +71,7 @@ class Updater:
     ) -> dict[str, float]:
         """One optimizer step on these sequences, whose weights in the loss are set; nothing where nothing is asked.
 
-        `first`: the weights are still those that sampled. Then the pass starts from the sampler's activations where
+        `first`: the step's first update. Then the pass starts from the sampler's activations where
         they were kept, and the sampler's log-probs are compared with the trainer's where they are said to be equal.
         """
         batches, _ = x.batches(members, self.options.micro_batch_tokens, device=self.policy.model.device)
@@ -89,7 +89,7 @@ class Updater:
         What was taken over cannot show whether sampler and trainer agree: so one of the members, another one at each
         step, goes through the network again, and its log-probs are compared.
         """
-        share = attached(sampler, batches)
+        share = attach(sampler, batches)
         if not share:
             return {}
         o, model = self.options, self.policy.model
@@ -98,7 +98,7 @@ class Updater:
         return {"rollout/replayed": share, **gap_metrics((one.fields["policy_logprobs"] - logp_N).abs())}
 
 
-def attached(sampler: Sampler, batches: Sequence[Batch]) -> float:
+def attach(sampler: Sampler, batches: Sequence[Batch]) -> float:
     """Have micro-batches start from the activations that the sampler kept; the share of their tokens that do.
 
     Only while the weights are those that sampled.
@@ -120,7 +120,7 @@ def score_before_update(
     model, head = sampler.policy.model, critic.head if critic is not None else None
     cut = o.truncated == "bootstrap"
     batches, order = x.batches(range(x.size), o.micro_batch_tokens, feed_last=cut, device=model.device)
-    attached(sampler, batches)
+    attach(sampler, batches)
     found = Outputs()
     if head is not None or not sampler.exact:
         found = score(model, batches, Forward(temperature=o.temperature, logp=not sampler.exact, head=head))

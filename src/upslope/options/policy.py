@@ -7,12 +7,14 @@ from upslope.errors import ConfigError
 from upslope.options.common import Named, RLOptions
 from upslope.plugins import check_name
 
-_HERE = "upslope.loop.objective:"
-LOSSES = {name: f"{_HERE}{name}" for name in ("clipped", "gspo", "cispo", "sapo")}
-"""Where each loss of grpo is; ppo has the first. A new one is a function there and its name here."""
-CRITIC_ADVANTAGES = {name: f"{_HERE}{name}" for name in ("gae", "vtrace", "n_step")}
+_OBJECTIVE = "upslope.loop.objective:"
+LOSSES = {name: f"{_OBJECTIVE}{name}" for name in ("clipped", "gspo", "cispo", "sapo")}
+"""Where each loss of grpo is. A new one is a function there and its name here."""
+PPO_LOSSES = {"clipped": LOSSES["clipped"]}
+"""Those of ppo."""
+CRITIC_ADVANTAGES = {name: f"{_OBJECTIVE}{name}" for name in ("gae", "vtrace", "n_step")}
 """Where each advantage of ppo is, made with a critic."""
-GROUP_ADVANTAGES = {name: f"{_HERE}{name}" for name in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")}
+GROUP_ADVANTAGES = {name: f"{_OBJECTIVE}{name}" for name in ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus")}
 GROUP_ADVANTAGES["reinforce++"] = GROUP_ADVANTAGES.pop("reinforce_plus_plus")
 """Where each advantage of grpo is, made within a group."""
 
@@ -124,15 +126,15 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     kl_placement: Literal["reward", "loss"] = "reward"
     """reward: subtracted per token before GAE (k1); loss: added to the loss with its exact gradient."""
     rollout_kl_coef: float = option(0.0, 0)
-    """Weight of a KL penalty to the policy that sampled (PPO's penalty form)."""
+    """Weight of a KL penalty to the policy before the step's first update (PPO's penalty form)."""
     target_kl: float | None = option(None, 0)
-    """End the passes over a batch when the KL to the sampling policy exceeds 1.5 times this."""
+    """End the passes over a batch when the KL to the policy before them exceeds 1.5 times this in a minibatch."""
     whiten_advantages: bool = True
     """Give the advantages of a step mean 0 and variance 1."""
 
     def _check(self) -> None:
         check_name(self.advantage, CRITIC_ADVANTAGES, kind="advantage")
-        check_name(self.loss, ("clipped",), kind="loss")
+        check_name(self.loss, PPO_LOSSES, kind="loss")
         if self.advantage == "vtrace":
             if self.filtered:
                 raise ConfigError("advantage = vtrace samples from the whole policy: switch top_k, top_p and min_p off")

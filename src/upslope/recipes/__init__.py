@@ -1,4 +1,4 @@
-"""One file, one algorithm box: the training verbs, each a module with a function of its name."""
+"""One file, one algorithm box. A verb is a module with a `loop.session.Recipe` of its name."""
 
 import importlib
 from typing import Any

@@ -110,7 +110,7 @@ class Distill(PolicyLearner):
         values: list[Tensor] = []
         loss = partial(self._loss, values=values)
         metrics = self.update(step, batches, loss, Forward(logp=False, hidden=True))
-        self.updated()
+        self.weights_moved()
         per_sequence = _in_order(values, batches, order)
         metrics |= _origins(per_sequence, len(rollouts))
         self._record(step, groups, per_sequence)

@@ -68,8 +68,8 @@ class Expert(RolloutLearner):
         started = time.perf_counter()
         rows, new = self._rows_of_batch(round_, place)
         trained = sum(sum(row.example.mask) for row in rows)
-        metrics |= self.update(step, self._batches(rows, new, trained), self.loss)
-        self.updated()
+        metrics |= self.update(step, self._batches(rows, new, trained), self.likelihood)
+        self.weights_moved()
         metrics["round"] = round_ + 1.0
         metrics["seconds/update"] = time.perf_counter() - started
         tokens = sum(len(row.example.tokens) for row in rows)
@@ -117,7 +117,7 @@ class Expert(RolloutLearner):
             self.run.record_rollouts(step + 1, groups, advantages=flags)
         if o.restart and round_:
             self.optimizer.load(self.start, {})
-            self.updated()
+            self.weights_moved()
         return metrics
 
     def _samples(self, step: int, round_: int) -> tuple[list[RolloutGroup], list[dict[str, Any]], dict[str, float]]:

@@ -30,7 +30,7 @@ from upslope.build import Policy
 from upslope.functional.kl import importance_k1
 from upslope.loop.companions import Reference
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
-from upslope.loop.objective import AdvantageInput, estimate, policy_loss
+from upslope.loop.objective import AdvantageInput, corrected, estimate
 from upslope.loop.session import Recipe
 from upslope.loop.updater import score_before_update
 from upslope.options import GRPOOptions
@@ -83,7 +83,7 @@ class GRPO(RolloutLearner):
     def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The policy loss of the options, KL to the reference, entropy."""
         o, f = self.options, batch.fields
-        loss_N, metrics = policy_loss(self.policy_loss, o, batch, out)
+        loss_N, metrics = corrected(self.policy_loss, o, batch, out)
         if o.beta:
             loss_N = loss_N + o.beta * importance_k1(out.logp_N, f["ref_logprobs"], f["old_logprobs"])
         if o.entropy_coef:
@@ -94,11 +94,11 @@ class GRPO(RolloutLearner):
     def _with_gradient(self, x: Experience, members: list[int]) -> tuple[list[int], float]:
         """The members whose loss can have a gradient, and their share of the weight.
 
-        Every policy loss is a multiple of the advantage: without KL and entropy a completion of advantage 0 changes
+        Every built-in loss is a multiple of the advantage: without KL and entropy a completion of advantage 0 changes
         nothing but the denominator, which it stays in. One is kept where all are such: the moments still decay.
         """
         o = self.options
-        if o.beta or o.entropy_coef:
+        if o.beta or o.entropy_coef or o.loss not in LOSSES:
             return members, 1.0
         moving_B = x.sequence_sums(x.advantages.abs()) > 0
         trained = [i for i in members if moving_B[i]] or members[:1]

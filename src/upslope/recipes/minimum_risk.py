@@ -130,7 +130,7 @@ class MinimumRisk(PairLearner):
         experience.weight = torch.full((experience.num_trained,), 1 / count)
         batches, _ = experience.batches(range(experience.size), o.micro_batch_tokens, device=model.device)
         metrics = self.update(step, batches, self._loss)
-        self.updated()
+        self.weights_moved()
         return metrics | {"loss": float(risk_P.mean())}
 
     @staticmethod

@@ -31,11 +31,11 @@ from upslope.functional.masking import whiten
 from upslope.functional.supervised_losses import value_loss
 from upslope.loop.companions import Critic, Reference
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
-from upslope.loop.objective import AdvantageInput, estimate, policy_loss
+from upslope.loop.objective import AdvantageInput, corrected, estimate
 from upslope.loop.session import Recipe
 from upslope.loop.updater import score_before_update
 from upslope.options import PPOOptions
-from upslope.options.policy import CRITIC_ADVANTAGES, LOSSES
+from upslope.options.policy import CRITIC_ADVANTAGES, PPO_LOSSES
 from upslope.training.experience import Experience, shaped_rewards, token_rewards
 from upslope.training.step import Forward, Outputs
 from upslope.training.stopping import StepResult
@@ -50,7 +50,7 @@ class PPO(RolloutLearner):
     def __init__(self, options: PPOOptions, policy: Policy) -> None:
         o = options
         self.advantage = plugins.load(o.advantage, CRITIC_ADVANTAGES, kind="advantage", takes=("a",)).function
-        self.policy_loss = plugins.load(o.loss, LOSSES, kind="loss", takes=("x",)).function
+        self.policy_loss = plugins.load(o.loss, PPO_LOSSES, kind="loss", takes=("x",)).function
         self.critic = Critic(o, policy, o.critic)
         self.reference = Reference(o, policy, o.kl_coef, o.kl_target, o.kl_horizon)
         super().__init__(o, policy, extra=self.critic.extra, parts=[self.critic, self.reference])
@@ -68,7 +68,8 @@ class PPO(RolloutLearner):
             scores_B, penalties = shaped_rewards(x, o)
             rewards_BT = token_rewards(x, scores_B)
             if o.kl_coef:
-                metrics |= reference.score(x, o.temperature) | {"objective/kl_coef": reference.coef}
+                metrics |= reference.score(x, o.temperature)
+                metrics["objective/kl_coef"] = reference.coef
                 if o.kl_placement == "reward":
                     rewards_BT = rewards_BT - reference.coef * x.padded(k1(x.old_logprobs, x.ref_logprobs))
             metrics |= penalties | critic.explained(x, rewards_BT)
@@ -100,7 +101,7 @@ class PPO(RolloutLearner):
     def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The policy loss of the options, and what shares its backward pass: penalties, value and entropy."""
         o, f = self.options, batch.fields
-        loss_N, metrics = policy_loss(self.policy_loss, o, batch, out)
+        loss_N, metrics = corrected(self.policy_loss, o, batch, out)
         if o.kl_coef and o.kl_placement == "loss":
             loss_N = loss_N + self.reference.coef * importance_k1(out.logp_N, f["ref_logprobs"], f["old_logprobs"])
         if o.rollout_kl_coef:

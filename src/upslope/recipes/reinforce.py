@@ -5,7 +5,7 @@
         r_t = R [t = T-1] - kl_coef (log pi - log ref)(a_t | s_t);  step rewards at their own tokens
         G_t = r_t + gamma G_{t+1}
         A_t = G_t                                       none
-              G_t - b,  b <- decay b + (1 - decay) R    moving, b of the steps before
+              G_t - b                                   moving: b the decayed mean of R (KL in it) of earlier steps
               GAE(r, V; gamma, lam), lam = 1: G_t - V_t learned (actor-critic, arXiv 1602.01783)
               G_t - R(greedy reply to x)                greedy (SCST 1612.00563, ReMax 2310.10505)
               whiten(G_t) over the batch's tokens       reinforce++ (2501.03262)
@@ -92,7 +92,8 @@ class Reinforce(RolloutLearner):
             scores_B, penalties = shaped_rewards(x, o)
             rewards_BT = token_rewards(x, scores_B)
             if o.kl_coef:
-                metrics |= reference.score(x, o.temperature) | {"objective/kl_coef": reference.coef}
+                metrics |= reference.score(x, o.temperature)
+                metrics["objective/kl_coef"] = reference.coef
                 rewards_BT = rewards_BT - reference.coef * x.padded(k1(x.old_logprobs, x.ref_logprobs))
             if o.baseline == "learned":
                 values_BT, mask_BT = x.padded(x.values), x.mask_BT

@@ -40,7 +40,7 @@ class MaximumLikelihood(PairLearner):
         """One batch of pairs, one update."""
         examples = [self.examples[i] for i in self.order.take(self.options.batch_size)]
         result = self.imitate(step, examples, feed_last=True)
-        self.updated()
+        self.weights_moved()
         return result
 
 

@@ -47,10 +47,10 @@ class SFT(PolicyLearner):
         """One batch, one update."""
         return self.imitate(step, [self.train_examples[i] for i in self.order.take(self.options.batch_size)])
 
-    def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
+    def likelihood(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
         """The likelihood, or that of dynamic fine-tuning."""
         if self.options.loss != "dft":
-            return super().loss(batch, out)
+            return super().likelihood(batch, out)
         return dft(out.logp_N), {"loss/nll": -out.logp_N}
 
     def evaluate(self, step: int) -> Evaluation | None:
