@@ -10,12 +10,13 @@ from upslope.errors import ConfigError
 from upslope.functional.kl import AdaptiveKL, k1
 from upslope.functional.metrics import explained_variance
 from upslope.functional.returns import discounted_returns
+from upslope.functional.supervised_losses import value_loss
 from upslope.models.heads import ScalarHead
 from upslope.options import PPOOptions, ReinforceOptions, RunOptions
 from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience
 from upslope.training.optim import Group, MasterAdamW, decay_groups
-from upslope.training.step import Forward, Loss, Outputs, score, update
+from upslope.training.step import Forward, Outputs, score, update
 from upslope.types import Batch
 
 
@@ -47,7 +48,7 @@ class Critic(Part):
             return Outputs()
         return score(self.network.model, batches, Forward(logp=False, head=self.network.head))
 
-    def update(self, x: Experience, members: Sequence[int], loss: Loss, learning_rate: float) -> dict[str, float]:
+    def update(self, x: Experience, members: Sequence[int], learning_rate: float) -> dict[str, float]:
         """One optimizer step of a network of its own on these sequences; nothing where there is none."""
         if self.network is None or self.network.model is None or self.optimizer is None:
             return {}
@@ -57,12 +58,18 @@ class Critic(Part):
             model,
             self.optimizer,
             batches,
-            loss,
+            self.loss,
             Forward(logp=False, head=self.network.head),
             learning_rate=learning_rate,
             max_grad_norm=o.max_grad_norm,
         )
         return {"loss/value": made["loss/value"], "critic_grad_norm": made["grad_norm"]}
+
+    def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Half the squared error against the returns, with value_clip clipped around the rollout's value."""
+        clip, f = getattr(self.options, "value_clip", None), batch.fields
+        loss_N = value_loss(out.values_N, f["returns"], old_values=None if clip is None else f["values"], clip=clip)
+        return loss_N, {"loss/value": loss_N}
 
     def explained(self, x: Experience, rewards_BT: Tensor) -> dict[str, float]:
         """How much of the returns' variance the critic explains."""

@@ -225,3 +225,17 @@ def corrected(loss: PolicyLoss, options: Any, batch: Batch, out: Outputs) -> tup
     found = token_ratios(x.logprobs, x.old_logprobs, x.advantages, **x.clip)
     ratios = {"policy/approx_kl": found.approx_kl, "policy/clipfrac": found.clipped.float(), "val/ratio": found.ratio}
     return loss_N, {"loss/policy": loss_N, **ratios}
+
+
+def with_value_and_entropy(
+    options: Any, loss_N: Tensor, metrics: dict[str, Tensor], batch: Batch, out: Outputs, critic: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What shares a policy loss's backward pass: the loss of a critic on the policy's trunk, and the entropy bonus."""
+    if critic is not None and critic.head is not None:
+        value_N, said = critic.loss(batch, out)
+        # With vf_coef = 0 the trunk is detached: the head alone learns, at full weight.
+        loss_N, metrics = loss_N + (options.vf_coef or 1.0) * value_N, metrics | said
+    if options.entropy_coef:
+        loss_N = loss_N - options.entropy_coef * out.entropy_N
+        metrics = {**metrics, "policy/entropy": out.entropy_N}
+    return loss_N, metrics

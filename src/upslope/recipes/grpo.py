@@ -30,7 +30,7 @@ from upslope.build import Policy
 from upslope.functional.kl import importance_k1
 from upslope.loop.companions import Reference
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
-from upslope.loop.objective import AdvantageInput, corrected, estimate
+from upslope.loop.objective import AdvantageInput, corrected, estimate, with_value_and_entropy
 from upslope.loop.session import Recipe
 from upslope.loop.updater import score_before_update
 from upslope.options import GRPOOptions
@@ -86,10 +86,7 @@ class GRPO(RolloutLearner):
         loss_N, metrics = corrected(self.policy_loss, o, batch, out)
         if o.beta:
             loss_N = loss_N + o.beta * importance_k1(out.logp_N, f["ref_logprobs"], f["old_logprobs"])
-        if o.entropy_coef:
-            loss_N = loss_N - o.entropy_coef * out.entropy_N
-            metrics["policy/entropy"] = out.entropy_N
-        return loss_N, metrics
+        return with_value_and_entropy(o, loss_N, metrics, batch, out, None)
 
     def _with_gradient(self, x: Experience, members: list[int]) -> tuple[list[int], float]:
         """The members whose loss can have a gradient, and their share of the weight.

@@ -28,10 +28,9 @@ from upslope import plugins
 from upslope.build import Policy
 from upslope.functional.kl import importance_k1, k1, rollout_kl
 from upslope.functional.masking import whiten
-from upslope.functional.supervised_losses import value_loss
 from upslope.loop.companions import Critic, Reference
 from upslope.loop.learner import RolloutLearner, means_of, rollout_metrics
-from upslope.loop.objective import AdvantageInput, corrected, estimate
+from upslope.loop.objective import AdvantageInput, corrected, estimate, with_value_and_entropy
 from upslope.loop.session import Recipe
 from upslope.loop.updater import score_before_update
 from upslope.options import PPOOptions
@@ -91,11 +90,11 @@ class PPO(RolloutLearner):
     def descend(self, x: Experience, members: list[int], step: int, *, first: bool) -> dict[str, float]:
         """One optimizer step of the critic and, once value_pretraining_steps are over, of the policy."""
         o, head = self.options, self.critic.head
-        metrics = self.critic.update(x, members, self.value_loss, self.updater.learning_rate(step))
+        metrics = self.critic.update(x, members, self.updater.learning_rate(step))
         loss = self.loss
         forward = Forward(o.temperature, entropy=o.entropy_coef > 0, head=head, detach_trunk=o.vf_coef == 0)
         if step < o.value_pretraining_steps:
-            loss, forward = self.value_loss, Forward(logp=False, head=head, detach_trunk=True)
+            loss, forward = self.critic.loss, Forward(logp=False, head=head, detach_trunk=True)
         return metrics | self.updater.update_on(x, members, step, loss, forward, sampler=self.sampler, first=first)
 
     def loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -106,21 +105,7 @@ class PPO(RolloutLearner):
             loss_N = loss_N + self.reference.coef * importance_k1(out.logp_N, f["ref_logprobs"], f["old_logprobs"])
         if o.rollout_kl_coef:
             loss_N = loss_N + o.rollout_kl_coef * rollout_kl(out.logp_N, f["old_logprobs"])
-        if self.critic.head is not None:
-            value_N, said = self.value_loss(batch, out)
-            # With vf_coef = 0 the trunk is detached: the head alone learns, at full weight.
-            loss_N, metrics = loss_N + (o.vf_coef or 1.0) * value_N, metrics | said
-        if o.entropy_coef:
-            loss_N = loss_N - o.entropy_coef * out.entropy_N
-            metrics["policy/entropy"] = out.entropy_N
-        return loss_N, metrics
-
-    def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Half the squared error, optionally clipped around the rollout's value."""
-        clip, f = self.options.value_clip, batch.fields
-        old = f["values"] if clip is not None else None
-        loss_N = value_loss(out.values_N, f["returns"], old_values=old, clip=clip)
-        return loss_N, {"loss/value": loss_N}
+        return with_value_and_entropy(o, loss_N, metrics, batch, out, self.critic)
 
 
 ppo = Recipe("ppo", PPO.of)

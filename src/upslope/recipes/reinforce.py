@@ -28,9 +28,9 @@ from upslope.functional.kl import k1
 from upslope.functional.masking import whiten
 from upslope.functional.policy_losses import reinforce as likelihood_ratio
 from upslope.functional.returns import discounted_returns, gae
-from upslope.functional.supervised_losses import value_loss
 from upslope.loop.companions import Critic, Reference
 from upslope.loop.learner import RolloutLearner, rollout_metrics
+from upslope.loop.objective import with_value_and_entropy
 from upslope.loop.sampler import Sampled
 from upslope.loop.session import Recipe
 from upslope.loop.updater import score_before_update
@@ -110,7 +110,7 @@ class Reinforce(RolloutLearner):
 
         everything = list(range(x.size))
         x.set_weights(everything, o.normalizer, constant=o.max_completion_length)
-        metrics |= penalties | critic.update(x, everything, self.value_loss, self.updater.learning_rate(step))
+        metrics |= penalties | critic.update(x, everything, self.updater.learning_rate(step))
         forward = Forward(o.temperature, entropy=o.entropy_coef > 0, head=critic.head, detach_trunk=o.vf_coef == 0)
         metrics |= self.updater.update_on(x, everything, step, self.loss, forward, sampler=sampler, first=True)
         return self.finish(step, sampled.groups, x, {**metrics, "optimizer_steps": 1.0}, started)
@@ -137,19 +137,7 @@ class Reinforce(RolloutLearner):
         if "importance" in f:
             policy_N = policy_N * f["importance"]
         loss_N, metrics = policy_N, {"loss/policy": policy_N}
-        if self.critic.head is not None:
-            value_N, said = self.value_loss(batch, out)
-            # With vf_coef = 0 the trunk is detached: the head alone learns, at full weight.
-            loss_N, metrics = loss_N + (o.vf_coef or 1.0) * value_N, metrics | said
-        if o.entropy_coef:
-            loss_N = loss_N - o.entropy_coef * out.entropy_N
-            metrics["policy/entropy"] = out.entropy_N
-        return loss_N, metrics
-
-    def value_loss(self, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Half the squared error against the returns."""
-        loss_N = value_loss(out.values_N, batch.fields["returns"])
-        return loss_N, {"loss/value": loss_N}
+        return with_value_and_entropy(o, loss_N, metrics, batch, out, self.critic)
 
 
 reinforce = Recipe("reinforce", Reinforce.of)
