@@ -61,7 +61,7 @@ RL_CLASSES = options.RLOptions.__mro__
 SHARED = {
     "training/schedule.py": "BatchOptions",
     "loop/learner.py": "SFTOptions PretrainOptions Seq2SeqOptions",
-    "loop/objective.py": "PPOOptions GRPOOptions",
+    "loop/objective.py": "PPOOptions GRPOOptions ReinforceOptions",
 }
 """Files that take the options of several verbs, whose names are not in them."""
 
