@@ -7,17 +7,18 @@ A killed process leaves only hidden temporary entries behind; `clean_leftovers` 
 import contextlib
 import errno
 import itertools
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from upslope.errors import RunError
+from upslope.errors import RunError, UpslopeError
 
 _PREFIX = ".upslope-tmp-"
 _TEMPORARY = re.compile(re.escape(_PREFIX) + r"(\d+)-([0-9a-f]+)-")
@@ -244,3 +245,49 @@ def fsync_tree(folder: Path) -> None:
         for name in files:
             fsync_file(Path(root, name))
         fsync_folder(Path(root))
+
+
+LARGEST = 1 << 28  # bytes; the largest tokenizers have some 35 MB
+DEEPEST = 64
+
+
+def read_object(path: Path, error: type[UpslopeError], remedy: str = "get the file again") -> dict[str, Any]:
+    """The file's JSON object.
+
+    Raises `error`, naming file and remedy: unreadable, more than LARGEST bytes, not UTF-8, not JSON, a key given twice
+    in one object, nested more than DEEPEST deep, not an object.
+    """
+    try:
+        check_plain(path)
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} bytes")
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+        _check_depth(value)
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}; {remedy}") from problem
+    except ValueError as problem:
+        raise error(f"{path}: cannot be read as JSON ({problem}); {remedy}") from problem
+    except RecursionError as problem:
+        raise error(f"{path}: cannot be read as JSON (nested too deeply); {remedy}") from problem
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds no JSON object; {remedy}")
+    return value
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {key[:80]!r} is given twice")
+        made[key] = value
+    return made
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level := [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]:
+        depth += 1
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} deep")

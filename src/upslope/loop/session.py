@@ -28,8 +28,8 @@ from upslope.runs.folder import HELD_OUT, Run
 from upslope.runs.lines import in_words
 from upslope.runs.progress import Progress, told
 from upslope.training import checkpoint
+from upslope.training.checkpoint import capture_random_state, restore_random_state, seed_everything
 from upslope.training.optim import MasterAdamW
-from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
 from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
 
 

@@ -27,8 +27,7 @@ from upslope.data.labels import (
     split_by_content,
 )
 from upslope.errors import ConfigError
-from upslope.evaluation.benchmark_metrics import pearson, spearman
-from upslope.evaluation.classification import classification_report
+from upslope.evaluation.classification import classification_report, pearson, spearman
 from upslope.extras import require
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
 from upslope.loop.launch import begin

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from upslope.build import Policy, load_policy
-from upslope.evaluation.accuracy import evaluate
+from upslope.evaluation.verdicts import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.loop.kept import DataAccount, per_token, shared_out, tell_task, within_context
 from upslope.loop.launch import begin

@@ -16,9 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from upslope.atomic import clean_leftovers, is_temporary, refuse_other_than_file, saving, write_atomic
+from upslope.atomic import clean_leftovers, is_temporary, read_object, refuse_other_than_file, saving, write_atomic
 from upslope.errors import RunError
-from upslope.json_file import read_object
 from upslope.runs.encoding import as_number, to_json
 from upslope.runs.environment import describe_environment
 from upslope.runs.lines import MetricLines, evaluation_keys, is_evaluation, read_lines

@@ -11,8 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from upslope.runs.encoding import as_number
-from upslope.runs.rollout_rows import rollout_records
+from upslope.runs.encoding import as_number, rollout_records
 from upslope.runs.schema import (
     RENAMED,
     UNDECLARED,

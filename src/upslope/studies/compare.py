@@ -23,9 +23,8 @@ from upslope.build import Policy, load_inference, load_policy, make_engine
 from upslope.config import load
 from upslope.data.chat import encode_prompt
 from upslope.errors import ConfigError, RunError
-from upslope.evaluation.behaviour import calibration
-from upslope.evaluation.diversity import distinct_n, self_bleu
-from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap
+from upslope.evaluation.behaviour import calibration, distinct_n, self_bleu
+from upslope.evaluation.measurement import bootstrap_mean, paired_bootstrap
 from upslope.loop.kept import tell_task
 from upslope.options import CompareOptions, RunOptions
 from upslope.preview.plan import plan_of

@@ -12,7 +12,7 @@ from typing import Any
 
 from upslope.atomic import write_atomic
 from upslope.build import load_policy
-from upslope.evaluation.accuracy import evaluate
+from upslope.evaluation.verdicts import evaluate
 from upslope.loop.rows import held_out_groups
 from upslope.loop.session import peak_memory_gb
 from upslope.options import DemoOptions, PPOOptions, SFTOptions
