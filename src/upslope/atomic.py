@@ -181,12 +181,10 @@ def point_to(pointer: Path, name: str) -> None:
 
 def read_pointer(pointer: Path) -> str | None:
     """The name that `point_to` stored, or None when there is none."""
-    try:
+    with saving(pointer, "read"):
         if pointer.is_symlink():
             return os.readlink(pointer)
         return pointer.read_text().strip() if pointer.is_file() else None
-    except OSError as error:
-        raise disk_error(error, pointer, "read") from error
 
 
 def is_temporary(name: str) -> bool:
@@ -225,17 +223,15 @@ def _temporary(path: Path) -> Path:
 
 
 def _in_use(pid: int, token: str, exclusive: bool) -> bool:
-    if pid == os.getpid():
+    if pid == os.getpid() or exclusive:
         # In containers every process may have the same id: the token tells this process from an earlier one.
-        return token == _TOKEN
-    if exclusive:
-        return False
+        return pid == os.getpid() and token == _TOKEN
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass
     return True
 
 
@@ -264,7 +260,13 @@ def read_object(path: Path, error: type[UpslopeError], remedy: str = "get the fi
         if len(content) > LARGEST:
             raise ValueError(f"more than {LARGEST:,} bytes")
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
-        _check_depth(value)
+        level, depth = [value], 0
+        while level := [
+            x for v in level for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
+        ]:
+            depth += 1
+            if depth > DEEPEST:
+                raise ValueError(f"nested more than {DEEPEST} deep")
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}; {remedy}") from problem
     except ValueError as problem:
@@ -283,11 +285,3 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {key[:80]!r} is given twice")
         made[key] = value
     return made
-
-
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level := [x for v in level if isinstance(v, dict | list) for x in (v.values() if isinstance(v, dict) else v)]:
-        depth += 1
-        if depth > DEEPEST:
-            raise ValueError(f"nested more than {DEEPEST} deep")

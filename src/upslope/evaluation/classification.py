@@ -121,7 +121,7 @@ def _row(precision: float, recall: float, f1: float, support: int) -> dict[str, 
 
 def _check(truth: Sequence[object], said: Sequence[object]) -> None:
     if not truth or len(truth) != len(said):
-        raise DataError(f"need as many answers as items, and at least one: {len(said)} and {len(truth)}")
+        raise DataError(f"need as many predictions as rows, and at least one: {len(said)} and {len(truth)}")
 
 
 def _check_sentences(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> None:

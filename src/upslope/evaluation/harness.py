@@ -154,7 +154,13 @@ class UpslopeLM(TemplateLM):  # type: ignore[misc, valid-type]
                 )
             prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
             params.append(wanted)
-        engine = self._engine or self._new_engine(prompts, params)
+        engine = self._engine
+        if engine is None:
+            longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True)) + 1
+            width = max(s.beam_width for s in params)
+            blocks = min(len(prompts) * width, 64) * -(-longest // BLOCK) + width
+            eos = self.policy.eos_token_ids
+            engine = Engine(self.policy.model, self.tokenizer, eos_token_ids=eos, num_blocks=blocks)
         done = engine.generate(prompts, params)
         texts = [completions[0].text for completions in done]
         for request, text in zip(requests, texts, strict=True):
@@ -183,13 +189,6 @@ class UpslopeLM(TemplateLM):  # type: ignore[misc, valid-type]
         if known:
             raise ConfigError(f"a task's generation_kwargs name {', '.join(map(repr, known))}, which we do not have")
         return made
-
-    def _new_engine(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Engine:
-        longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True)) + 1
-        width = max(s.beam_width for s in params)
-        blocks = min(len(prompts) * width, 64) * -(-longest // BLOCK) + width
-        policy = self.policy
-        return Engine(policy.model, self.tokenizer, eos_token_ids=policy.eos_token_ids, num_blocks=blocks)
 
 
 def remote_model(

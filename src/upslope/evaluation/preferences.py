@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from upslope.data.examples import pairs_of
 from upslope.data.records import Record
-from upslope.errors import ConfigError, DataError, RunError
+from upslope.errors import ConfigError, DataError, RunError, one_line
 from upslope.evaluation.measurement import Figure, share
 from upslope.extras import require
 from upslope.rewards.summands import NetworkReward
@@ -157,32 +157,28 @@ class PairJudge:
                 self._sleep(wait)
             wait = min(2.0**attempt, _LONGEST_WAIT)
             try:
-                response, text = self._ask(body)
+                deadline = time.monotonic() + self.timeout
+                data = b""
+                with self._client.stream("POST", f"{self.base_url}/chat/completions", json=body) as response:
+                    for chunk in response.iter_bytes():
+                        data += chunk
+                        if time.monotonic() > deadline:  # the client's own limit is on each read: a trickle passes
+                            raise self._httpx.ReadTimeout(f"the answer is not complete after {self.timeout:g} s")
+                text = data.decode(errors="replace")
             except self._httpx.RequestError as problem:
-                error = f"{type(problem).__name__}: {_short(problem)}"
+                error = f"{type(problem).__name__}: {one_line(problem, 200)}"
                 continue
             if response.status_code in _RETRIED:
-                error = f"status {response.status_code}: {_short(text)}"
+                error = f"status {response.status_code}: {one_line(text, 200)}"
                 wait = _retry_after(response.headers.get("retry-after"), wait)
                 continue
             if response.status_code != 200:
                 raise RunError(
-                    f"the judge at {self.base_url} answers {response.status_code}: {_short(text)}; check the "
+                    f"the judge at {self.base_url} answers {response.status_code}: {one_line(text, 200)}; check the "
                     "URL, the model's name and the key"
                 )
             return _parsed(text)
         return Verdict(None, f"no answer after {self.retries + 1} tries, {error}", "failed")
-
-    def _ask(self, body: dict[str, Any]) -> tuple[Any, str]:
-        """The response and its text. The client's own limit is on each read, which a trickle never reaches."""
-        deadline = time.monotonic() + self.timeout
-        data = b""
-        with self._client.stream("POST", f"{self.base_url}/chat/completions", json=body) as response:
-            for chunk in response.iter_bytes():
-                data += chunk
-                if time.monotonic() > deadline:
-                    raise self._httpx.ReadTimeout(f"the answer is not complete after {self.timeout:g} s")
-        return response, data.decode(errors="replace")
 
 
 def win_rate(judge: PairJudge, rows: Sequence[Comparison], *, dataset: str = "", seed: int = 0) -> Figure:
@@ -244,13 +240,15 @@ def _parsed(text: str) -> Verdict:
     try:
         content = json.loads(text)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        return Verdict(None, f"no chat completion: {_short(text)}", "unparsable")
+        return Verdict(None, f"no chat completion: {one_line(text, 200)}", "unparsable")
     if not isinstance(content, str):
-        return Verdict(None, f"no text in the reply: {_short(content)}", "unparsable")
+        return Verdict(None, f"no text in the reply: {one_line(content, 200)}", "unparsable")
     lines = content.strip().splitlines()
     score = _MARKS.get(lines[-1].strip()) if lines else None
     if score is None:
-        return Verdict(None, f"the last line is no verdict: {_short(lines[-1] if lines else '')!r}", "unparsable")
+        return Verdict(
+            None, f"the last line is no verdict: {one_line(lines[-1] if lines else '', 200)!r}", "unparsable"
+        )
     return Verdict(score)
 
 
@@ -261,7 +259,3 @@ def _retry_after(value: str | None, wait: float) -> float:
     except ValueError:
         return wait
     return min(max(seconds, 0.0), _LONGEST_WAIT) if math.isfinite(seconds) else wait
-
-
-def _short(value: object) -> str:
-    return " ".join(str(value).split())[:200]

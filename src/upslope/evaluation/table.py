@@ -56,21 +56,15 @@ def write(results: Sequence[Results], stream: TextIO) -> None:
     """Show the results on `stream`, with the notes that make each figure repeatable."""
     if stream.isatty():
         _write_table(results, stream)
-    else:
-        for line in _lines(results):
+    for r in [] if stream.isatty() else results:
+        for figure in r.figures:
+            n = _counted(figure.n, figure.detail.get("of", figure.n))
+            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={n}"
+            if difference := r.differences.get((figure.dataset, figure.name)):
+                line += f"  difference to {results[0].system} {_shown(difference, True)}"
             print(line, file=stream)
     for note in dict.fromkeys(note for r in results for figure in r.figures for note in _notes(figure)):
         print(note, file=stream)
-
-
-def _lines(results: Sequence[Results]) -> Iterator[str]:
-    for r in results:
-        for figure in r.figures:
-            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={_counted(figure)}"
-            difference = r.differences.get((figure.dataset, figure.name))
-            yield (
-                line if difference is None else f"{line}  difference to {results[0].system} {_shown(difference, True)}"
-            )
 
 
 def _write_table(results: Sequence[Results], stream: TextIO) -> None:
@@ -90,7 +84,7 @@ def _write_table(results: Sequence[Results], stream: TextIO) -> None:
             difference = r.differences.get(key)
             delta = "" if difference is None else f"\n{_shown(difference, True)}"
             cells.setdefault(key, {})[i] = _shown(figure) + delta
-            counts.setdefault(key, {})[_counted(figure)] = None
+            counts.setdefault(key, {})[_counted(figure.n, figure.detail.get("of", figure.n))] = None
             arrows[key] = "↓" if figure.better == "lower" else "↑"
     for (dataset, name), row in cells.items():
         n = "\n".join(counts[dataset, name])
@@ -112,12 +106,8 @@ def _shown(figure: Figure, signed: bool = False) -> str:
     return f"{number(figure.value)} [{number(figure.low)}, {number(figure.high)}]"
 
 
-def _counted(figure: Figure) -> str:
+def _counted(n: int, of: int) -> str:
     """n, and of how many where it is a part of what was named."""
-    return _part(figure.n, figure.detail.get("of", figure.n))
-
-
-def _part(n: int, of: int) -> str:
     return str(n) if of == n else f"{n} of {of}"
 
 
@@ -142,7 +132,7 @@ def _notes(figure: Figure) -> Iterator[str]:
         yield f"{figure.name}: {detail['signature']}"
     if "form" in detail:
         yield (
-            f"{figure.dataset}: {_part(detail['documents'], detail['available'])} documents ({detail['form']}): "
+            f"{figure.dataset}: {_counted(detail['documents'], detail['available'])} documents ({detail['form']}): "
             f"{detail['tokens']} tokens, "
             f"{detail['words']} words, {detail['bytes']} bytes, in windows of {detail['context']}, "
             f"stride {detail['stride']}"
@@ -151,19 +141,14 @@ def _notes(figure: Figure) -> Iterator[str]:
     if figure.name == "reward_accuracy":
         yield f"{figure.dataset}: {detail['ties']} ties, which count half"
     if figure.name == "win_rate":
-        yield from _verdicts(figure)
+        # what a judge said of the rows, and which verdicts are missing: each row is asked about twice
+        yield (
+            f"{figure.dataset}: {detail['wins']} wins, {detail['ties']} ties, {detail['losses']} losses by "
+            f"{detail['judge']}; {detail['inconsistent']} rows by position alone; {detail['not_judged']} rows not "
+            f"judged: {detail['unparsable']} verdicts unparsable, {detail['failed']} lost"
+        )
+        for kind, word in (("unparsable", "unparsable"), ("failed", "lost")):
+            if detail[kind]:
+                yield f"{figure.dataset}: the first {word} verdict: {detail[f'first_{kind}']}"
     if detail.get("tuned_on"):
         yield f"{figure.dataset}: score_weight {detail['score_weight']} was chosen on {detail['tuned_on']} other lists"
-
-
-def _verdicts(figure: Figure) -> Iterator[str]:
-    """What a judge said of the rows, and which verdicts are missing: each row is asked about twice."""
-    d = figure.detail
-    yield (
-        f"{figure.dataset}: {d['wins']} wins, {d['ties']} ties, {d['losses']} losses by {d['judge']}; "
-        f"{d['inconsistent']} rows by position alone; {d['not_judged']} rows not judged: {d['unparsable']} verdicts "
-        f"unparsable, {d['failed']} lost"
-    )
-    for kind, word in (("unparsable", "unparsable"), ("failed", "lost")):
-        if d[kind]:
-            yield f"{figure.dataset}: the first {word} verdict: {d[f'first_{kind}']}"

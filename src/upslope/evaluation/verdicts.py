@@ -60,7 +60,7 @@ def _right(some: Sequence[tuple[int, list[Reward]]], samples: int, fields: dict)
         values = [(key, pass_at_k(n, correct, k)) for key, n, correct in counts if n >= k]
         if values:
             keys, shares = zip(*values, strict=True)
-            found.append(mean_of("accuracy" if samples == 1 else f"pass@{k}", shares, keys=keys, **fields))
+            found.append(mean_of("accuracy" if samples == 1 else f"pass@{k}", shares, keys=list(keys), **fields))
     return found
 
 

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,11 +24,9 @@ def as_number(value: Any, name: str) -> int | float:
     """
     if hasattr(value, "item"):
         value = value.item()
-    if isinstance(value, bool):
-        return int(value)
     if not isinstance(value, int | float):
         raise TypeError(f"metric {name!r} must be a number, not {type(value).__name__}: {value!r}")
-    return value
+    return int(value) if isinstance(value, bool) else value
 
 
 def to_json(value: Any, *, indent: int | None = None) -> str:
@@ -52,21 +50,18 @@ def _plain(value: Any) -> Any:
 
 def pack(values: Any, dtype: str) -> bytes:
     """Numbers (list, numpy array, tensor) -> little-endian blob of "int32", "float32" or "uint8"."""
-    items: Iterable[Any] = values.tolist() if hasattr(values, "tolist") else values
-    return _ordered(array(_TYPECODES[dtype], items)).tobytes()
+    packed = array(_TYPECODES[dtype], values.tolist() if hasattr(values, "tolist") else values)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
 
 
 def unpack(blob: bytes, dtype: str) -> list[Any]:
     """The inverse of `pack`."""
-    packed = array(_TYPECODES[dtype])
-    packed.frombytes(blob)
-    return _ordered(packed).tolist()
-
-
-def _ordered(packed: array[Any]) -> array[Any]:
+    packed = array(_TYPECODES[dtype], blob)
     if sys.byteorder == "big":
         packed.byteswap()
-    return packed
+    return packed.tolist()
 
 
 ENCODINGS = {
@@ -93,37 +88,37 @@ def rollout_records(
         ValueError: arrays that do not fit the rollouts; the message prints both lengths.
     """
     flat = [(group.prompt, rollout) for group in groups for rollout in group.rollouts]
-    _check_counts(len(flat), arrays, advantages)
-    records = []
-    for index, (prompt, rollout) in enumerate(flat):
-        extra = {name: _spread(name, rows[index], rollout) for name, rows in arrays.items() if rows[index] is not None}
-        advantage = advantages[index] if advantages is not None else _mean(extra.get("advantages"), rollout.mask)
-        values = _values(step, split, prompt, rollout, _finite(advantage), wall_time)
-        records.append((values, {**_own_arrays(rollout), **extra}))
-    return records
-
-
-def _check_counts(count: int, arrays: Mapping[str, Sequence[Any]], advantages: Sequence[Any] | None) -> None:
     for name, rows in arrays.items():
         if name in OWN_ARRAYS:
             raise ValueError(f"array {name!r} comes from the rollout itself; give the trainer's another name")
-        if len(rows) != count:
-            raise ValueError(f"array {name!r} has {len(rows)} entries for {count} rollouts")
-    if advantages is not None and len(advantages) != count:
-        raise ValueError(f"{len(advantages)} advantages for {count} rollouts")
+        if len(rows) != len(flat):
+            raise ValueError(f"array {name!r} has {len(rows)} entries for {len(flat)} rollouts")
+    if advantages is not None and len(advantages) != len(flat):
+        raise ValueError(f"{len(advantages)} advantages for {len(flat)} rollouts")
+    records = []
+    for index, (prompt, rollout) in enumerate(flat):
+        own = {name: getattr(rollout, name) for name in OWN_ARRAYS}
+        for name in ("mask", "sampling_logprobs", "policy_logprobs"):
+            if len(own[name]) != len(rollout.tokens):
+                raise ValueError(f"a rollout of {len(rollout.tokens)} tokens has {len(own[name])} values in {name!r}")
+        extra = {name: _spread(name, rows[index], rollout) for name, rows in arrays.items() if rows[index] is not None}
+        advantage = advantages[index] if advantages is not None else _mean(extra.get("advantages"), rollout.mask)
+        records.append((_values(step, split, prompt, rollout, _finite(advantage), wall_time), own | extra))
+    return records
 
 
 def _values(
     step: int, split: str, prompt: Prompt, rollout: Rollout, advantage: float | None, wall_time: float
 ) -> tuple[Any, ...]:
     reward = rollout.reward
+    turns = "\n\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
     return (
         step,
         split,
         prompt.key if -(2**63) <= prompt.key < 2**63 else str(prompt.key),
         rollout.sample,
         rollout.version,
-        storable(_prompt_text(prompt)),
+        storable(prompt.text if prompt.text is not None else turns),
         storable(to_json([message.as_mapping() for message in prompt.messages])),
         None if prompt.answer is None else storable(prompt.answer),
         storable(rollout.text),
@@ -140,27 +135,12 @@ def _values(
     )
 
 
-def _prompt_text(prompt: Prompt) -> str:
-    if prompt.text is not None:
-        return prompt.text
-    return "\n\n".join(f"{message.role}: {message.content}" for message in prompt.messages)
-
-
-def _own_arrays(rollout: Rollout) -> dict[str, Sequence[Any]]:
-    own = {name: getattr(rollout, name) for name in OWN_ARRAYS}
-    for name in ("mask", "sampling_logprobs", "policy_logprobs"):
-        if len(own[name]) != len(rollout.tokens):
-            raise ValueError(f"a rollout of {len(rollout.tokens)} tokens has {len(own[name])} values in {name!r}")
-    return own
-
-
 def _spread(name: str, values: Any, rollout: Rollout) -> list[float]:
     """One value per token: as given, or from one value per sampled token with NaN at the observed ones."""
     given = values.tolist() if hasattr(values, "tolist") else list(values)
-    sampled = sum(rollout.mask)
     if len(given) == len(rollout.tokens):
         return given
-    if len(given) != sampled:
+    if len(given) != (sampled := sum(rollout.mask)):
         raise ValueError(
             f"array {name!r} has {len(given)} values for a rollout of {len(rollout.tokens)} tokens, {sampled} sampled"
         )
@@ -174,7 +154,5 @@ def _mean(values: Sequence[float] | None, mask: Sequence[bool]) -> float | None:
 
 
 def _finite(value: Any) -> float | None:
-    if value is None:
-        return None
-    number = float(as_number(value, "reward"))
+    number = math.nan if value is None else float(as_number(value, "reward"))
     return number if math.isfinite(number) else None

@@ -23,7 +23,7 @@ def check_resume(old: Mapping[str, Any], new: Mapping[str, Any], may_change: fro
     refused = [
         f"{key} ({_show(then)} -> {_show(now)})"
         for key, (then, now) in both.items()
-        if not _equal(then, now) and not _free(key, may_change)
+        if not _equal(then, now) and not any(f"{key}.".startswith(f"{name}.") for name in may_change)
     ]
     if refused:
         allowed = ", ".join(sorted(may_change)) or "nothing"
@@ -54,15 +54,9 @@ def _plain(value: Any) -> Any:
 
 
 def _equal(old: Any, new: Any) -> bool:
-    if old is _ABSENT or new is _ABSENT:
+    if _ABSENT in (old, new) or isinstance(old, bool) != isinstance(new, bool):
         return old is new
-    if isinstance(old, bool) != isinstance(new, bool):
-        return False
     return bool(old == new) or (old != old and new != new)
-
-
-def _free(key: str, may_change: frozenset[str]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in may_change)
 
 
 def _show(value: Any) -> str:

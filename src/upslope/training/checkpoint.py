@@ -12,6 +12,7 @@ then is an older one deleted. So a kill at any moment leaves the checkpoint befo
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import random
@@ -88,10 +89,16 @@ def save(
     text = json.dumps(state)
     _check_keys(state, "state")
     serial = 1 + max((each.serial for each in list_checkpoints(folder)), default=0)
-    target = _free_name(folder, step)
+    if step < 0:
+        raise ValueError(f"step must be >= 0, not {step}")
+    names = (f"step-{step:08d}" + (f".{revision}" if revision else "") for revision in itertools.count())
+    target = next(folder / name for name in names if not os.path.lexists(folder / name))
     with publish_folder(target) as inside:
         for group, named in tensors.items():
-            _write_group(inside, target, group, named)
+            if not _GROUP.fullmatch(group):
+                raise ValueError(f"checkpoint group {group!r} must be letters, digits and underscores")
+            with _safetensors_errors(target):
+                save_file(_distinct(named), inside / f"{group}.safetensors", metadata={"format": "pt"})
         write_atomic(inside / "state.json", text)
         if write_model is not None:
             (inside / "model").mkdir()
@@ -161,7 +168,12 @@ def load(path: Path | str, *, verify: bool = True) -> tuple[Tensors, dict[str, A
     Raises:
         RunError: absent, incomplete or damaged; the message names the file. It never falls back to another one.
     """
-    path = _follow(Path(path))
+    path = Path(path)
+    if path.name in ("last", "best"):
+        name = read_pointer(path)
+        if name is None:
+            raise RunError(f"{path}: there is no such checkpoint yet")
+        path = path.parent / name
     problem = damage(path, deep=verify)
     if problem:
         raise RunError(f"{path}: {problem}; resume from another checkpoint in {path.parent}")
@@ -188,21 +200,28 @@ def resolve(folder: Path | str, which: str | int = "last") -> Resolved:
     folder = Path(folder)
     if which == "last":
         return _newest(folder)
-    path = folder / _folder_name(folder, which)
+    name = read_pointer(folder / "best") if which == "best" else str(which)
+    if name is None:
+        raise RunError(f"{folder}: no best checkpoint yet; take 'last' or a step")
+    readable = list_checkpoints(folder)
+    if name.isdigit():
+        name = next((c.path.name for c in reversed(readable) if c.step == int(name)), f"step-{int(name):08d}")
+    path = folder / name
     problem = damage(path) if path.is_dir() else "there is no such checkpoint"
     if problem:
-        complete = ", ".join(each.path.name for each in list_checkpoints(folder)) or "none"
+        complete = ", ".join(each.path.name for each in readable) or "none"
         raise RunError(f"{path}: {problem}; checkpoints in {folder}: {complete}")
     return Resolved(path, read_manifest(path).step)
 
 
 def _newest(folder: Path) -> Resolved:
-    complaints: list[tuple[int, str]] = []
     readable = list_checkpoints(folder)
     known = {each.path for each in readable}
-    for path in step_folders(folder):
-        if path not in known:
-            complaints.append((step_of(path), f"{path.name} is damaged ({damage(path)})"))
+    complaints = [
+        (step_of(path), f"{path.name} is damaged ({damage(path)})")
+        for path in step_folders(folder)
+        if path not in known
+    ]
     for checkpoint in reversed(readable):
         problem = damage(checkpoint.path)
         if problem is None:
@@ -212,38 +231,6 @@ def _newest(folder: Path) -> Resolved:
         complaints.append((checkpoint.step, f"{checkpoint.path.name} is damaged ({problem})"))
     reason = "; ".join(text for _, text in complaints) or "there is none yet"
     raise RunError(f"{folder}: no complete checkpoint: {reason}; start the run again without --resume")
-
-
-def _folder_name(folder: Path, which: str | int) -> str:
-    if which == "best":
-        name = read_pointer(folder / "best")
-        if name is None:
-            raise RunError(f"{folder}: no best checkpoint yet; take 'last' or a step")
-        return name
-    if isinstance(which, int) or which.isdigit():
-        step = int(which)
-        newest = [each for each in list_checkpoints(folder) if each.step == step]
-        return newest[-1].path.name if newest else f"step-{step:08d}"
-    return which
-
-
-def _follow(path: Path) -> Path:
-    if path.name in ("last", "best"):
-        name = read_pointer(path)
-        if name is None:
-            raise RunError(f"{path}: there is no such checkpoint yet")
-        return path.parent / name
-    return path
-
-
-def _free_name(folder: Path, step: int) -> Path:
-    if step < 0:
-        raise ValueError(f"step must be >= 0, not {step}")
-    name, revision = f"step-{step:08d}", 0
-    while os.path.lexists(folder / name):
-        revision += 1
-        name = f"step-{step:08d}.{revision}"
-    return folder / name
 
 
 def _check_keys(value: Any, where: str) -> None:
@@ -256,13 +243,6 @@ def _check_keys(value: Any, where: str) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _check_keys(item, where)
-
-
-def _write_group(inside: Path, target: Path, group: str, named: Mapping[str, Tensor]) -> None:
-    if not _GROUP.fullmatch(group):
-        raise ValueError(f"checkpoint group {group!r} must be letters, digits and underscores")
-    with _safetensors_errors(target):
-        save_file(_distinct(named), inside / f"{group}.safetensors", metadata={"format": "pt"})
 
 
 def _distinct(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -295,14 +275,13 @@ def capture_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
     version, words, gauss = random.getstate()
     numpy_state = np.random.get_state(legacy=False)
     inner = numpy_state["state"]
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
     tensors = {
         "python": torch.tensor(words, dtype=torch.int64),
         "numpy": torch.from_numpy(inner["key"].astype(np.int64)),
         "torch": torch.get_rng_state(),
+        **{f"cuda.{index}": one for index, one in enumerate(torch.cuda.get_rng_state_all() if in_use else [])},
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        for index, device_state in enumerate(torch.cuda.get_rng_state_all()):
-            tensors[f"cuda.{index}"] = device_state
     state = {
         "python": {"version": version, "gauss": gauss},
         "numpy": {
@@ -342,20 +321,16 @@ def restore_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]
         }
     )
     torch.set_rng_state(tensors["torch"])
-    return _restore_cuda({name: tensor for name, tensor in tensors.items() if name.startswith("cuda.")})
-
-
-def _restore_cuda(tensors: Mapping[str, Tensor]) -> list[str]:
     devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
     notes = []
-    for name, tensor in tensors.items():
-        index = int(name.removeprefix("cuda."))
+    saved = {int(name.removeprefix("cuda.")): tensor for name, tensor in tensors.items() if name.startswith("cuda.")}
+    for index, tensor in saved.items():
         if index < devices:
             torch.cuda.set_rng_state(tensor, index)
         else:
             notes.append(f"random state of CUDA device {index} not restored: this machine has {devices}")
-    if devices > len(tensors) and torch.cuda.is_initialized():
-        notes.append(f"the checkpoint has the random state of {len(tensors)} of this machine's {devices} CUDA devices")
+    if devices > len(saved) and torch.cuda.is_initialized():
+        notes.append(f"the checkpoint has the random state of {len(saved)} of this machine's {devices} CUDA devices")
     return notes
 
 

@@ -8,6 +8,7 @@ update; gradients of every micro-batch are added up in float32.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -38,6 +39,16 @@ def decay_groups(
     vectors = {name: p for name, p in trainable.items() if p.dim() <= 1}
     groups = [Group(matrices, lr_factor, weight_decay), Group(vectors, lr_factor, 0.0)]
     return [group for group in groups if group.parameters]
+
+
+def _collect(master: nn.Parameter, parameter: Tensor) -> None:
+    """Moves a gradient of the compute dtype to the master's, in float32."""
+    assert parameter.grad is not None
+    if master.grad is None:
+        master.grad = parameter.grad.float()
+    else:
+        accumulate_(master.grad, parameter.grad)
+    parameter.grad = None
 
 
 class MasterAdamW:
@@ -72,8 +83,8 @@ class MasterAdamW:
                 continue
             start = (masters or {}).get(name)
             self.masters[name] = nn.Parameter(parameter.detach().float() if start is None else start.float())
-            hook = parameter.register_post_accumulate_grad_hook(self._collector(self.masters[name]))
-            self._hooks.append(hook)
+            collect = partial(_collect, self.masters[name])
+            self._hooks.append(parameter.register_post_accumulate_grad_hook(collect))
         self._lr_factors = [group.lr_factor for group in groups]
         self._adamw = torch.optim.AdamW(
             [
@@ -85,18 +96,6 @@ class MasterAdamW:
             eps=eps,
             fused=True,
         )
-
-    @staticmethod
-    def _collector(master: nn.Parameter):  # type: ignore[no-untyped-def]
-        def collect(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                accumulate_(master.grad, parameter.grad)
-            parameter.grad = None
-
-        return collect
 
     def gradients(self) -> dict[str, Tensor]:
         """The accumulated float32 gradient of each parameter that has one."""
@@ -145,11 +144,11 @@ class MasterAdamW:
 
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by name, for a checkpoint."""
-        out: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            for key, value in self._adamw.state.get(master, {}).items():
-                out[f"{name}|{key}"] = value if isinstance(value, Tensor) else torch.tensor(float(value))
-        return out
+        return {
+            f"{name}|{key}": value if isinstance(value, Tensor) else torch.tensor(float(value))
+            for name, master in self.masters.items()
+            for key, value in self._adamw.state.get(master, {}).items()
+        }
 
     @torch.no_grad()
     def load(self, weights: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
@@ -194,25 +193,6 @@ def learning_rate(
 
     Sources: linear warm-up Goyal et al. 2017 (arXiv:1706.02677); cosine Loshchilov and Hutter 2017 (arXiv:1608.03983).
     """
-    _check(step, base, total_steps, warmup_steps, kind)
-    if step < warmup_steps:
-        return base * (step + 1) / (warmup_steps + 1)
-    if kind == "constant":
-        return base
-    left = total_steps - warmup_steps
-    progress = min(1.0, (step - warmup_steps) / left) if left else 1.0
-    return base * (1.0 - progress if kind == "linear" else (1.0 + math.cos(math.pi * progress)) / 2.0)
-
-
-def rate_at(options: RunOptions, step: int) -> float:
-    """The learning rate of a run's update number `step`, as its options say."""
-    o = options
-    return learning_rate(
-        step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
-    )
-
-
-def _check(step: int, base: float, total_steps: int, warmup_steps: int, kind: str) -> None:
     kinds = get_args(ScheduleKind)
     for wrong, said in (
         (kind not in kinds, f"learning-rate schedule {kind!r} is not one of {', '.join(kinds)}"),
@@ -224,6 +204,20 @@ def _check(step: int, base: float, total_steps: int, warmup_steps: int, kind: st
     ):
         if wrong:
             raise ConfigError(said)
+    if step < warmup_steps:
+        return base * (step + 1) / (warmup_steps + 1)
+    if kind == "constant":
+        return base
+    left = total_steps - warmup_steps
+    progress = min(1.0, (step - warmup_steps) / left) if left else 1.0
+    return base * (1.0 - progress if kind == "linear" else (1.0 + math.cos(math.pi * progress)) / 2.0)
+
+
+def rate_at(o: RunOptions, step: int) -> float:
+    """The learning rate of a run's update number `step`, as its options say."""
+    return learning_rate(
+        step, base=o.learning_rate, total_steps=o.max_steps, warmup_steps=o.warmup_steps, kind=o.lr_scheduler_type
+    )
 
 
 _IN_PASSES = PretrainOptions | SFTOptions | Seq2SeqOptions | EncoderOptions | PreferenceData
@@ -236,5 +230,4 @@ def in_steps(options: Any, items: int | None = None) -> Any:
         return replace(options, max_steps=options.num_rounds * options.train_steps, num_rounds=None)
     if items is None or not isinstance(options, _IN_PASSES) or options.num_epochs is None:
         return options
-    steps = max(1, round(options.num_epochs * items / options.batch_size))
-    return replace(options, max_steps=steps, num_epochs=None)
+    return replace(options, max_steps=max(1, round(options.num_epochs * items / options.batch_size)), num_epochs=None)

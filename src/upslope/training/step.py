@@ -10,6 +10,7 @@ Shapes: N trained tokens, T packed tokens, D width.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from upslope.training.optim import MasterAdamW
 from upslope.types import Batch, Example
 
 
-class Outputs:
+class Outputs(SimpleNamespace):
     """What a network says about the trained tokens of a micro-batch: the parts that were asked for, and no others.
 
     `name in outputs` tells which; reading another one is an AttributeError.
@@ -43,9 +44,6 @@ class Outputs:
     values_N: Tensor
     final_B: Tensor
     hidden_ND: Tensor
-
-    def __init__(self, **parts: Tensor) -> None:
-        vars(self).update(parts)
 
     def __contains__(self, name: str) -> bool:
         return name in vars(self)

@@ -15,11 +15,6 @@ from upslope.errors import ConfigError
 Mode = Literal["max", "min"]
 
 
-def better(value: float, than: float, mode: Mode) -> bool:
-    """True when `value` improves on `than`; NaN never does."""
-    return value > than if mode == "max" else value < than
-
-
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What a run may spend; None means without limit. `max_seconds` counts the time of all launches together,
@@ -75,7 +70,8 @@ class Patience:
 
         loss: of two equal values the one with the lower loss is the better one; against patience it does not count.
         """
-        improved = not math.isnan(value) and (self.best is None or better(value, self.best, self.mode))
+        beaten = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
+        improved = beaten and not math.isnan(value)
         self.waited = 0 if improved else self.waited + 1
         lower = loss is not None and (self.loss is None or loss < self.loss)
         is_best = improved or (value == self.best and lower)
@@ -171,8 +167,7 @@ class StopWhen:
     def after_evaluation(self, value: float, loss: float | None = None) -> bool:
         """One evaluation is done; True when it is the best so far (`loss` breaks ties)."""
         self.evaluated = self.steps
-        is_best = self.patience.update(value, loss)
-        if is_best:
+        if is_best := self.patience.update(value, loss):
             self.best_step = self.steps
         # What an evaluation said is not taken back by a later one.
         self._by_evaluation = self._judged(value) or self._by_evaluation
