@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,8 @@ def list_checkpoints(folder: Path | str) -> list[Checkpoint]:
     """The checkpoints with a readable manifest, oldest first (by the order of saving)."""
     found = []
     for path in step_folders(Path(folder)):
-        try:
+        with suppress(RunError):  # `resolve` reports it.
             found.append(read_manifest(path))
-        except RunError:
-            continue  # `resolve` reports it.
     return sorted(found, key=lambda each: each.serial)
 
 

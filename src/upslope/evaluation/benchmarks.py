@@ -110,41 +110,35 @@ def _by_likelihood(scorer: Scorer, items: Items) -> tuple[list[Any], dict[str, A
     said: list[Any] = []
     for _, choices in asked:
         logps = [next(answers)[0] for _ in choices]
-        said.append(_expected(logps) if items.form.graded else logps.index(max(logps)))
+        if items.form.graded:  # the mean of 0, 1, 2, ... under the softmax of their log-probs
+            weights = [math.exp(x - max(logps)) for x in logps]
+            said.append(math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights))
+        else:
+            said.append(logps.index(max(logps)))
     detail: dict[str, Any] = {"by": "log-likelihood", "prompt": prompt.text, "answers": list(prompt.answers)}
     if scorer.truncated > before:
         detail["cut_contexts"] = scorer.truncated - before
     return said, detail
 
 
-def _expected(logps: Sequence[float]) -> float:
-    """Mean of 0, 1, 2, ... under the softmax of their log-probs."""
-    weights = [math.exp(x - max(logps)) for x in logps]
-    return math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights)
-
-
 def _by_label(classifier: Classifier, items: Items) -> tuple[list[Any], dict[str, Any]]:
-    """The place of the likeliest label of each item (stsb: the number)."""
+    """The place of the likeliest label of each item, called alike or both numbered (stsb: the number)."""
     rows = labelled(items)
-    form = items.form
-    if form.graded and len(classifier.labels) != 1:
-        raise ModelError(f"{form.name} asks for a number; this classifier has {len(classifier.labels)} labels")
-    places = [] if form.graded else _places(classifier.labels, form)
-    logits = classifier.logits(rows)
-    said = [x[0] if form.graded else places[max(range(len(x)), key=x.__getitem__)] for x in logits]
-    return said, {"by": "classifier"}
-
-
-def _places(labels: Sequence[str], form: Form) -> list[int]:
-    """The task's label behind each of the classifier's: of the same name, or both numbered."""
+    form, labels = items.form, classifier.labels
+    if form.graded:
+        if len(labels) != 1:
+            raise ModelError(f"{form.name} asks for a number; this classifier has {len(labels)} labels")
+        return [x[0] for x in classifier.logits(rows)], {"by": "classifier"}
     names = [label.lower() for label in labels]
-    for known in (form.labels, *([f"{p}{i}" for i in range(len(form.labels))] for p in ("", "label_"))):
-        if sorted(known) == sorted(names):
-            return [list(known).index(name) for name in names]
-    raise ModelError(
-        f"the classifier's labels are {', '.join(labels)}; {form.name} has {', '.join(form.labels)}: train it on "
-        f"{form.name}:SOURCE"
-    )
+    known = (form.labels, *([f"{p}{i}" for i in range(len(form.labels))] for p in ("", "label_")))
+    order = next((list(each) for each in known if sorted(each) == sorted(names)), None)
+    if order is None:
+        raise ModelError(
+            f"the classifier's labels are {', '.join(labels)}; {form.name} has {', '.join(form.labels)}: train it on "
+            f"{form.name}:SOURCE"
+        )
+    said = [max(range(len(x)), key=x.__getitem__) for x in classifier.logits(rows)]
+    return [order.index(names[place]) for place in said], {"by": "classifier"}
 
 
 def _measured(form: Form, items: Sequence[Item], said: Sequence[Any], seed: int) -> list[tuple[str, Interval, int]]:

@@ -41,7 +41,8 @@ def verdicts(groups: Sequence[RolloutGroup], dataset: str) -> list[Measurement]:
             f"{dataset}: the judge gave a verdict on {known} of {len(rewards)} completions; give all or none"
         )
     reasons = [r.finish_reason for group in groups for r in group.rollouts]
-    detail = {"samples": max(len(g.rollouts) for g in groups), "errors": len(failed)}
+    samples = max(len(g.rollouts) for g in groups)
+    detail = {"samples": samples, "errors": len(failed)}
     detail |= {"cut": reasons.count("length"), "completions": len(reasons)}
     if failed:
         detail["first_error"] = failed[0] or "not judged"
@@ -49,19 +50,14 @@ def verdicts(groups: Sequence[RolloutGroup], dataset: str) -> list[Measurement]:
     keys = [group.prompt.key for group in groups]
     some = [(key, group) for key, group in zip(keys, judged, strict=True) if group]
     means = [math.fsum(r.value for r in group if r.value is not None) / len(group) for _, group in some]
-    found = [mean_of("reward", means, keys=[key for key, _ in some], **fields)]
-    return [*_right(some, max(len(g.rollouts) for g in groups), fields), *found] if known else found
-
-
-def _right(some: Sequence[tuple[int, list[Reward]]], samples: int, fields: dict) -> list[Measurement]:
-    counts = [(key, len(group), sum(bool(r.correct) for r in group)) for key, group in some]
+    reward = mean_of("reward", means, keys=[key for key, _ in some], **fields)
+    counts = [(key, len(group), sum(bool(r.correct) for r in group)) for key, group in some if known]
     found = []
     for k in [*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples]:
-        values = [(key, pass_at_k(n, correct, k)) for key, n, correct in counts if n >= k]
-        if values:
-            keys, shares = zip(*values, strict=True)
-            found.append(mean_of("accuracy" if samples == 1 else f"pass@{k}", shares, keys=list(keys), **fields))
-    return found
+        if shares := {key: pass_at_k(n, correct, k) for key, n, correct in counts if n >= k}:
+            name = "accuracy" if samples == 1 else f"pass@{k}"
+            found.append(mean_of(name, list(shares.values()), keys=list(shares), **fields))
+    return [*found, reward]
 
 
 class Accuracy(TypedDict):

@@ -12,7 +12,7 @@ import os
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -307,18 +307,16 @@ class Run:
 def _new_folder(root: Path, verb: str, name: str | None) -> Path:
     if name is not None and (not name or name != Path(name).name):
         raise RunError(f"run name {name!r} must be a plain file name")
-    given = name or time.strftime("%m%d-%H%M%S")
-    with saving(root / f"{verb}-{given}", "make the run folder"):
+    given = f"{verb}-{name or time.strftime('%m%d-%H%M%S')}"
+    with saving(root / given, "make the run folder"):
         root.mkdir(parents=True, exist_ok=True)
         for number in range(1, 1000):
-            folder = root / (f"{verb}-{given}" if number == 1 else f"{verb}-{given}-{number}")
-            try:
+            folder = root / (given if number == 1 else f"{given}-{number}")
+            with suppress(FileExistsError):
                 folder.mkdir()
-            except FileExistsError:
-                if name is not None:
-                    return folder
-                continue
-            return folder
+                return folder
+            if name is not None:
+                return folder
     raise RunError(f"{root}: no free name for a run; choose --output-dir")
 
 

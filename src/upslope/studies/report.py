@@ -30,8 +30,6 @@ def line_chart(
     *,
     x_label: str,
     y_label: str,
-    width: int = 640,
-    height: int = 360,
 ) -> str:
     """One chart as an SVG element: a thin line for every run of a label, a thick one for their median.
 
@@ -44,6 +42,7 @@ def line_chart(
     points = [p for runs in clean.values() for run in runs for p in run]
     if not points:
         raise ValueError(f"chart {title!r}: no finite point to draw")
+    width, height = 640, 360
     left, right, top, bottom = 62, 16, 40, 48 + 18 * math.ceil(len(clean) / 3)
     x_ticks, y_ticks = (_ticks([p[i] for p in points]) for i in (0, 1))
     plot_w, plot_h = width - left - right, height - top - bottom
