@@ -54,9 +54,10 @@ def verdicts(groups: Sequence[RolloutGroup], dataset: str) -> list[Measurement]:
     counts = [(key, len(group), sum(bool(r.correct) for r in group)) for key, group in some if known]
     found = []
     for k in [*(2**i for i in range(samples.bit_length()) if 2**i < samples), samples]:
-        if shares := {key: pass_at_k(n, correct, k) for key, n, correct in counts if n >= k}:
+        if values := [(key, pass_at_k(n, correct, k)) for key, n, correct in counts if n >= k]:
+            keys, shares = zip(*values, strict=True)
             name = "accuracy" if samples == 1 else f"pass@{k}"
-            found.append(mean_of(name, list(shares.values()), keys=list(shares), **fields))
+            found.append(mean_of(name, shares, keys=list(keys), **fields))
     return [*found, reward]
 
 

@@ -164,12 +164,9 @@ class StopWhen:
 
     def _judged(self, value: float | None) -> str | None:
         """Why the run ends with an evaluation of this value, in words, or None."""
-        if (
-            self.target is not None
-            and value is not None
-            and (value == self.target or self.patience.is_better(value, self.target))
-        ):
-            return f"target: {value:g} reached {self.target:g}"
+        goal = self.target
+        if goal is not None and value is not None and (value == goal or self.patience.is_better(value, goal)):
+            return f"target: {value:g} reached {goal:g}"
         if self.patience.exhausted:
             return f"patience: no improvement on {self.patience.best} in {self.patience.waited} evaluations"
         return None
