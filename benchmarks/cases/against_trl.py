@@ -19,11 +19,11 @@ import torch
 
 from benchmarks.environments import peer_python
 from benchmarks.harness import ROOT, Outcome
+from upslope.cache import cache_root
 from upslope.models.decoder.network import Decoder, DecoderConfig
 from upslope.models.files.sources import resolve
 from upslope.models.files.weights import save_folder
 from upslope.options import GRPOOptions, SFTOptions
-from upslope.packages import cache_root
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import sft
 from upslope.runs.folder import Run

@@ -25,8 +25,8 @@ from typing import Any
 
 from benchmarks.cases.against_trl import TRAIN_PROMPTS, start
 from benchmarks.harness import ROOT, Outcome
+from upslope.cache import cache_root
 from upslope.options import DistillOptions, ExpertOptions, SFTOptions
-from upslope.packages import cache_root
 from upslope.recipes.distill import distill
 from upslope.recipes.expert import expert
 from upslope.recipes.sft import sft

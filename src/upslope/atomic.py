@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, whatever kills the process.
+"""Files and folders that are either whole or absent, whatever kills the process; and reading what others wrote.
 
 The recipe is the usual one: write under a hidden temporary name in the same folder, fsync, rename, fsync the folder.
 A killed process leaves only hidden temporary entries behind; `clean_leftovers` removes those of dead processes.

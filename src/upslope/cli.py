@@ -12,7 +12,6 @@ import inspect
 import itertools
 import json
 import os
-import pkgutil
 import re
 import shlex
 import shutil
@@ -129,7 +128,8 @@ def _main(argv: list[str]) -> int:
     if options is None:
         return 0
     look(options)
-    run: Callable[[Any], int | None] = pkgutil.resolve_name(verb.target)
+    module, _, function = verb.target.partition(":")
+    run: Callable[[Any], int | None] = getattr(importlib.import_module(module), function)
     return run(options) or 0
 
 

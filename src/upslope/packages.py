@@ -110,14 +110,3 @@ def _reason(stderr: str) -> str:
     if any(word in stderr.lower() for word in _UNREACHABLE):
         return f"the package index cannot be reached; connect to a network or configure pip's index ({last[:200]})"
     return f"pip cannot fetch it from the configured index: {last[:200]}"
-
-
-def cache_root() -> Path:
-    """$UPSLOPE_HOME, else `upslope` in the platform's cache directory of the user."""
-    if home := os.environ.get("UPSLOPE_HOME"):
-        return Path(home).expanduser()
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "upslope"
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", str(Path.home() / "AppData" / "Local"))) / "upslope" / "cache"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "upslope"

@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 from letters_model import letters_folder
 
+from upslope.cache import cache_root
 from upslope.commands.chat_screen import Screen
 from upslope.commands.chat_session import ChatSession
 from upslope.data.records import read_records
 from upslope.options import ChatOptions
-from upslope.packages import cache_root
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 DEADLINE = 60.0

@@ -21,6 +21,7 @@ from tiny_models import tiny_network, write_gguf
 from transformers import AutoModelForCausalLM
 
 from upslope import packages
+from upslope.cache import cache_root
 from upslope.commands import fetch
 from upslope.errors import DataError, ModelError, RunError
 from upslope.models.files import sources
@@ -28,7 +29,6 @@ from upslope.models.files.folders import provenance
 from upslope.models.files.loading import load_model
 from upslope.models.files.sources import Alias, HubUnreachable, resolve
 from upslope.options import FetchOptions
-from upslope.packages import cache_root
 
 TINY_ALIAS = Alias("someone/tiny", "tiny-model", "1.0", "0" * 64, "tiny/tiny.gguf")
 

@@ -14,13 +14,13 @@ from tiny_model import CHATML, tiny_folder, tiny_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from upslope.cache import cache_root
 from upslope.data.chat import encode_prompt
 from upslope.errors import ConfigError, ModelError
 from upslope.models.attention.context import PackedContext
 from upslope.models.encoder.network import Encoder, new_encoder
 from upslope.models.files.loading import load_model
 from upslope.options import GRPOOptions
-from upslope.packages import cache_root
 from upslope.recipes.grpo import grpo
 from upslope.rewards.networks import EmbeddingReward, LikelihoodReward, embeddings
 from upslope.rewards.summands import Surroundings, load_networks, split_rewards

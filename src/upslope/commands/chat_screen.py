@@ -9,9 +9,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from upslope.cache import cache_root
 from upslope.commands.decoding import shown
 from upslope.errors import DataError
-from upslope.packages import cache_root
 
 HISTORY_LENGTH = 1000
 _COLOURS = ((0.5, "green"), (0.1, "yellow"), (0.0, "red"))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from upslope.cache import cache_root
 from upslope.errors import ModelError, UpslopeError
 from upslope.models.files.adapters import adapter_config, base_source
 from upslope.models.files.folders import is_adapter, provenance
 from upslope.models.files.places import model_of_run, run_of
 from upslope.models.files.sources import ALIASES
-from upslope.packages import cache_root
 from upslope.runs.folder import Run
 
 Figures = Mapping[str, Any]  # metric -> number, or {"value", "low", "high", "n", ...}

@@ -1,4 +1,8 @@
-"""What a policy's replies tell besides being right: how sure it is of them, and how far it has moved."""
+"""What a policy's replies tell besides being right: how sure it is of them, and how different they are from each other.
+
+What reinforcement and imitation take away first is variety; the numbers of diversity show it before the quality does.
+They are pure Python, and a word is what white space separates.
+"""
 
 import math
 import random

@@ -1,7 +1,10 @@
-"""Measures of labels per text and tags per word, as plain dictionaries and as text. scikit-learn counts the labels.
+"""Measures of labels per text and tags per word as reports, and the official metrics of GLUE and SuperGLUE.
 
-Accuracy carries Wilson's 95% interval (rows taken as independent). Entities are counted as CoNLL's shared tasks do, in
+Reports are plain dictionaries; scikit-learn counts the labels. Entities are counted as CoNLL's shared tasks do, in
 strict IOB2 (the package seqeval's name for it): an entity is right when its type and both its ends are.
+
+A metric takes what is right and what was said in the order of the items and gives an Interval over [0, 1] (of a
+correlation over [-1, 1]): Wilson's 95% for shares, else the percentile bootstrap, over independent items.
 """
 
 import math

@@ -5,7 +5,8 @@
 
 Prompts, metrics and data are the harness's own (Gao et al. 2021, doi 10.5281/zenodo.5371628); so are its definitions of
 what a token of the context is, how a long text is cut into windows, and where a generation ends, which makes the
-figures those of its `hf` model. Importing this module needs the extra `harness`.
+figures those of its `hf` model. Its own standard errors are not used: the intervals are ours. Importing this module
+needs the extra `harness`.
 """
 
 import math

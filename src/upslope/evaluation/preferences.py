@@ -1,4 +1,10 @@
-"""How often a reward model prefers the answer that people preferred."""
+"""Which of two answers is better: how often a reward model agrees with people, and a win rate by a judge.
+
+The judge is a chat model behind any OpenAI-compatible URL. Judges prefer a position (Zheng et al. 2023, 2306.05685,
+section 3.3), so every pair is asked about twice, with the answers swapped: a row scores the mean of the two verdicts, 1
+for a win, 0.5 for a tie, 0 for a loss. A reply counts only if its last line is a verdict and nothing else; other
+replies are counted and shown, never guessed at.
+"""
 
 import json
 import math
@@ -243,12 +249,9 @@ def _parsed(text: str) -> Verdict:
         return Verdict(None, f"no chat completion: {one_line(text, 200)}", "unparsable")
     if not isinstance(content, str):
         return Verdict(None, f"no text in the reply: {one_line(content, 200)}", "unparsable")
-    lines = content.strip().splitlines()
-    score = _MARKS.get(lines[-1].strip()) if lines else None
-    if score is None:
-        return Verdict(
-            None, f"the last line is no verdict: {one_line(lines[-1] if lines else '', 200)!r}", "unparsable"
-        )
+    last = ["", *content.strip().splitlines()][-1]
+    if (score := _MARKS.get(last.strip())) is None:
+        return Verdict(None, f"the last line is no verdict: {one_line(last, 200)!r}", "unparsable")
     return Verdict(score)
 
 

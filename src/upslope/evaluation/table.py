@@ -56,10 +56,9 @@ def write(results: Sequence[Results], stream: TextIO) -> None:
     """Show the results on `stream`, with the notes that make each figure repeatable."""
     if stream.isatty():
         _write_table(results, stream)
-    for r in [] if stream.isatty() else results:
-        for figure in r.figures:
-            n = _counted(figure.n, figure.detail.get("of", figure.n))
-            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={n}"
+    else:
+        for r, figure in ((each, figure) for each in results for figure in each.figures):
+            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={_counted(figure)}"
             if difference := r.differences.get((figure.dataset, figure.name)):
                 line += f"  difference to {results[0].system} {_shown(difference, True)}"
             print(line, file=stream)
@@ -75,21 +74,18 @@ def _write_table(results: Sequence[Results], stream: TextIO) -> None:
     table = Table("measured on", "figure", "n")
     for r in results:
         table.add_column(Text(r.system))
-    cells: dict[tuple[str, str], dict[int, str]] = {}
-    counts: dict[tuple[str, str], dict[str, None]] = {}
-    arrows: dict[tuple[str, str], str] = {}
+    rows: dict[tuple[str, str], dict[int, Figure]] = {}
     for i, r in enumerate(results):
         for figure in r.figures:
-            key = (figure.dataset, figure.name)
-            difference = r.differences.get(key)
-            delta = "" if difference is None else f"\n{_shown(difference, True)}"
-            cells.setdefault(key, {})[i] = _shown(figure) + delta
-            counts.setdefault(key, {})[_counted(figure.n, figure.detail.get("of", figure.n))] = None
-            arrows[key] = "↓" if figure.better == "lower" else "↑"
-    for (dataset, name), row in cells.items():
-        n = "\n".join(counts[dataset, name])
-        columns = (Text(row.get(i, "-")) for i in range(len(results)))
-        table.add_row(Text(dataset), Text(f"{name} {arrows[dataset, name]}"), n, *columns)
+            rows.setdefault((figure.dataset, figure.name), {})[i] = figure
+    for (dataset, name), row in rows.items():
+        cells = ["-"] * len(results)
+        for i, figure in row.items():
+            difference = results[i].differences.get((dataset, name))
+            cells[i] = _shown(figure) + (f"\n{_shown(difference, True)}" if difference else "")
+        arrow = "↓" if figure.better == "lower" else "↑"
+        counts = dict.fromkeys(map(_counted, row.values()))
+        table.add_row(Text(dataset), Text(f"{name} {arrow}"), "\n".join(counts), *map(Text, cells))
     Console(file=stream).print(table)
     if len(results) > 1:
         print(f"signed: difference to {results[0].system}, paired 95% interval", file=stream)
@@ -106,8 +102,12 @@ def _shown(figure: Figure, signed: bool = False) -> str:
     return f"{number(figure.value)} [{number(figure.low)}, {number(figure.high)}]"
 
 
-def _counted(n: int, of: int) -> str:
+def _counted(figure: Figure) -> str:
     """n, and of how many where it is a part of what was named."""
+    return _part(figure.n, figure.detail.get("of", figure.n))
+
+
+def _part(n: int, of: int) -> str:
     return str(n) if of == n else f"{n} of {of}"
 
 
@@ -132,7 +132,7 @@ def _notes(figure: Figure) -> Iterator[str]:
         yield f"{figure.name}: {detail['signature']}"
     if "form" in detail:
         yield (
-            f"{figure.dataset}: {_counted(detail['documents'], detail['available'])} documents ({detail['form']}): "
+            f"{figure.dataset}: {_part(detail['documents'], detail['available'])} documents ({detail['form']}): "
             f"{detail['tokens']} tokens, "
             f"{detail['words']} words, {detail['bytes']} bytes, in windows of {detail['context']}, "
             f"stride {detail['stride']}"

@@ -15,7 +15,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from upslope.packages import cache_root
+from upslope.cache import cache_root
 
 _HERE = Path(__file__).parent
 # no contraction: where a multiply-add is fused is written in the sources, so that every caller gets the same bits

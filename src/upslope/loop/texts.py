@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from upslope.build import Policy, load_policy
+from upslope.cache import cache_root
 from upslope.data.chat import load_tokenizer, token_count
 from upslope.data.corpus import Corpus, TokenStream, corpus_files, open_corpus, texts_of
 from upslope.data.train_tokenizer import CAUSAL_SPECIALS, KINDS, MASKED_SPECIALS, train_tokenizer
@@ -21,7 +22,6 @@ from upslope.models.files.sources import resolve
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.protocol import CausalModel
 from upslope.options.pretrain import PretrainOptions
-from upslope.packages import cache_root
 from upslope.runs.progress import counted, told
 
 Objective = Literal["causal", "masked"]

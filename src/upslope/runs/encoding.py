@@ -1,4 +1,4 @@
-"""How numbers are written: JSON that every reader accepts, and little-endian blobs for the token arrays."""
+"""How what a run records is written: strict JSON, little-endian blobs for token arrays, rollouts as rows of both."""
 
 from __future__ import annotations
 

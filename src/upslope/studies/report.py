@@ -71,9 +71,7 @@ def line_chart(
     )
     for i, (label, runs) in enumerate(clean.items()):
         colour, dash = COLOURS[i % len(COLOURS)], _DASHES[i // len(COLOURS) % len(_DASHES)]
-        stroke = (
-            f'fill="none" stroke="{colour}" stroke-dasharray="{dash}"' if dash else f'fill="none" stroke="{colour}"'
-        )
+        stroke = f'fill="none" stroke="{colour}"' + (f' stroke-dasharray="{dash}"' if dash else "")
         if len(runs) > 1:
             out += [f'<polyline points="{" ".join(map(place, run))}" {stroke} opacity="0.3"/>' for run in runs]
         columns = zip(*filter(None, runs), strict=False)

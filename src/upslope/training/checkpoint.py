@@ -7,7 +7,8 @@
     checkpoints/last, best                          relative symbolic links (text files where links are unsupported)
 
 A checkpoint is written into a hidden folder, fsynced and renamed; only then are `last` and `best` switched, and only
-then is an older one deleted. So a kill at any moment leaves the checkpoint before or the new one, bit for bit.
+then is an older one deleted. So a kill at any moment leaves the checkpoint before or the new one, bit for bit. The
+state of every global random generator is captured and restored here, too.
 """
 
 import contextlib

@@ -1,8 +1,9 @@
-"""AdamW on float32 master weights, with the network computing in its own dtype.
+"""AdamW on float32 master weights, with the network computing in its own dtype, and its learning rate.
 
 A processor that multiplies bfloat16 faster than float32 should compute in bfloat16; an update of 1e-6 of a weight is
 lost in it. So the optimizer owns float32 masters; the network holds copies in the compute dtype, renewed once per
-update; gradients of every micro-batch are added up in float32.
+update; gradients of every micro-batch are added up in float32. The learning rate is a pure function of the optimizer
+step, so that a resumed run cannot get it wrong.
 """
 
 import math

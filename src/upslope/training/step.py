@@ -4,7 +4,11 @@ Losses arrive as one number per trained token. They are reduced here and nowhere
 weight, which already holds the denominator of the whole step (`functional.masking.loss_weights`), and summed over all
 micro-batches, so that the gradient does not depend on how the batch was split, packed or ordered.
 
-Shapes: N trained tokens, T packed tokens, D width.
+A loss that judges whole sequences (a pair of answers, a labelled answer, a solution with its steps) looks at a `Unit`
+of them, which is never split between micro-batches and shares its prompt's tokens; it is one number per unit, with one
+weight that holds the denominator of the whole step.
+
+Shapes: N trained tokens, T packed tokens, D width; U units and B sequences of a micro-batch.
 """
 
 import math
@@ -52,7 +56,7 @@ class Outputs(SimpleNamespace):
 Loss = Callable[[Batch, Outputs], tuple[Tensor, Mapping[str, Tensor]]]
 """(micro-batch, outputs) -> loss per trained token [N], and metrics per trained token [N] to be averaged alike.
 
-Where one loss judges whole sequences (`Unit`) it is one number per unit [U], and so is the field "weight".
+Of units it is one number per unit [U], and so is the field "weight".
 """
 
 

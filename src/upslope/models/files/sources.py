@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from upslope import packages
+from upslope.cache import cache_root
 from upslope.config import suggestion
 from upslope.errors import ModelError, RunError, UpslopeError
 from upslope.models.files.folders import (
@@ -36,7 +37,6 @@ from upslope.models.files.folders import (
     seal,
 )
 from upslope.models.files.places import is_path, lies_in_run, model_of_run, near_names
-from upslope.packages import cache_root
 
 CONVERTER_VERSION = 1  # raised when models.files.gguf writes something else, so that cached folders are made again
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
