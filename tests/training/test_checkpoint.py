@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 
 from upslope.atomic import point_to
 from upslope.errors import RunError
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training import checkpoint
 from upslope.training.checkpoint import (
     capture_random_state,

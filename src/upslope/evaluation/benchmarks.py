@@ -88,13 +88,10 @@ def _chosen(items: Items, limit: int | None, seed: int) -> Items:
     """At most `limit` items or groups, by a hash of seed and content, in the order of the file."""
     if limit is None:
         return items
-
-    def key(item: Item) -> str:
-        return item.group or "\0".join([*item.fields.values(), *item.choices])
-
-    found = sorted({key(x) for x in items.items}, key=lambda k: hashlib.sha256(f"{seed}\0{k}".encode()).digest())
-    kept = set(found[:limit])
-    chosen = [x for x in items.items if key(x) in kept]
+    keys = [item.group or "\0".join([*item.fields.values(), *item.choices]) for item in items.items]
+    order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
+    kept = set(order[:limit])
+    chosen = [item for item, key in zip(items.items, keys, strict=True) if key in kept]
     return Items(items.form, chosen if items.items[0].group else chosen[:limit], items.broken)
 
 

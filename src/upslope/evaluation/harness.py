@@ -279,26 +279,23 @@ def _load(tasks: Sequence[str], include_path: str | Path | None) -> dict[str, An
     path = None if include_path is None else str(include_path)
     own = module.TaskManager(include_path=path, include_defaults=False)
     if all(name in own.task_index or Path(name).is_file() for name in tasks):
-        with suppress(KeyError):  # a group of the user's with a task of the harness in it
+        with suppress(ConfigError):  # a group of the user's with a task of the harness in it
             return _loaded(own, tasks)
     manager = module.TaskManager(include_path=path)
     for name in tasks:
         if name not in manager.task_index and not Path(name).is_file():
             hint = suggestion(name, manager.task_index)
             raise ConfigError(f"lm-evaluation-harness has no task {name!r}{hint} (see `lm-eval ls tasks`)")
-    try:
-        return _loaded(manager, tasks)
-    except KeyError as error:
-        raise ConfigError(
-            f"{', '.join(tasks)}: lm-evaluation-harness has no task {error}, which a group names"
-        ) from error
+    return _loaded(manager, tasks)
 
 
 def _loaded(manager: Any, tasks: Sequence[str]) -> dict[str, Any]:
     try:
         return manager.load(list(tasks))
-    except KeyError:
-        raise
+    except KeyError as error:
+        raise ConfigError(
+            f"{', '.join(tasks)}: lm-evaluation-harness has no task {error}, which a group names"
+        ) from error
     except Exception as error:  # the loader and `datasets` raise a dozen unrelated kinds
         raise DataError(
             f"{', '.join(tasks)} cannot be loaded: {one_line(error)}; offline, name local data_files in the task's "

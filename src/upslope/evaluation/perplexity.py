@@ -151,12 +151,9 @@ def perplexity(scorer: Scorer, documents: Documents, *, context: int, stride: in
         "context": context,
         "stride": stride,
     }
-    values = {
-        "token_perplexity": partial(_perplexity, column=1),
-        "word_perplexity": partial(_perplexity, column=2),
-        "byte_perplexity": partial(_perplexity, column=3),
-        "bits_per_byte": lambda sums: float(-sums[0] / (math.log(2) * sums[3])),
-    }
+    units = ("token", "word", "byte")
+    values = {f"{unit}_perplexity": partial(_perplexity, column=i) for i, unit in enumerate(units, 1)}
+    values["bits_per_byte"] = lambda sums: float(-sums[0] / (math.log(2) * sums[3]))
     return [
         Measurement(name, statistics_N4, value, documents.source, "lower", unit, None, detail)
         for name, value in values.items()

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -257,8 +258,7 @@ def _parsed(text: str) -> Verdict:
 
 def _retry_after(value: str | None, wait: float) -> float:
     """Seconds a server asks to wait; dates and rubbish are not followed."""
-    try:
-        seconds = float(value or "")
-    except ValueError:
-        return wait
-    return min(max(seconds, 0.0), _LONGEST_WAIT) if math.isfinite(seconds) else wait
+    with suppress(ValueError):
+        if math.isfinite(seconds := float(value or "")):
+            return min(max(seconds, 0.0), _LONGEST_WAIT)
+    return wait

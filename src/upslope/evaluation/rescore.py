@@ -84,13 +84,12 @@ def _nbest(where: str, row: Mapping[str, Any]) -> NBest:
 
 
 def _hypothesis(where: str, entry: Any) -> Hypothesis:
-    text = entry.get("text") if isinstance(entry, Mapping) else entry
-    if not isinstance(text, str) or (isinstance(entry, Mapping) and set(entry) - {"text", "score"}):
+    given = entry if isinstance(entry, Mapping) else {"text": entry}
+    text, score = given.get("text"), given.get("score")
+    if not isinstance(text, str) or set(given) - {"text", "score"}:
         raise DataError(f"{where} must be an object with 'text' and, if there is one, 'score'")
-    score = entry.get("score") if isinstance(entry, Mapping) else None
-    if score is not None and (
-        isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < math.inf
-    ):
+    number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < math.inf
+    if score is not None and not number:
         raise DataError(f"{where}: 'score' must be a finite number, is {score!r}")
     return Hypothesis(text, None if score is None else float(score))
 

@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -186,12 +187,13 @@ class Run:
 
     def evaluated(self, step: int) -> dict[str, Any] | None:
         """What the held-out evaluation of a step said, as it was given to `record_evaluation`; None: there is none."""
-        found: dict[str, Any] = {}
-        for row in self.store.evaluations(HELD_OUT):
-            if row.step == step:
-                interval = {"value": row.value, "low": row.low, "high": row.high, "n": row.n, **row.details}
-                found[row.metric] = row.value if row.low is None else interval
-        return found or None
+        return {
+            row.metric: row.value
+            if row.low is None
+            else {"value": row.value, "low": row.low, "high": row.high, "n": row.n, **row.details}
+            for row in self.store.evaluations(HELD_OUT)
+            if row.step == step
+        } or None
 
     def lost_records(self, step: int) -> list[str]:
         """A line for each file that lacks metrics of the steps 1 to `step`, which a checkpoint says were done."""
@@ -264,10 +266,8 @@ class Run:
         before = self.config_toml
         if before == config_toml:
             return
-        number = 1
-        while (self.folder / f"config.{number}.toml").exists():
-            number += 1
-        write_atomic(self.folder / f"config.{number}.toml", before)
+        kept = (self.folder / f"config.{number}.toml" for number in count(1))
+        write_atomic(next(path for path in kept if not path.exists()), before)
         write_atomic(self.folder / "config.toml", config_toml)
 
     def summary(self, values: Mapping[str, Any]) -> None:
