@@ -66,12 +66,10 @@ class Scorer:
     @property
     def prefix(self) -> int:
         """The token that predicts a text's first one: BOS, else EOS. ModelError where the tokenizer has neither."""
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if bos is None and eos is None:
-            raise ModelError(
-                "the tokenizer has neither a BOS nor an EOS token, so nothing predicts a text's first token"
-            )
-        return int(eos if bos is None else bos)
+        for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise ModelError("the tokenizer has neither a BOS nor an EOS token, so nothing predicts a text's first token")
 
     def loglikelihood(self, requests: Iterable[Request]) -> list[tuple[float, bool]]:
         """(log-prob of the continuation in nats, whether greedy decoding would give it) of each request, in order.

@@ -192,7 +192,6 @@ class Experience:
         starts = counts.cumsum(0) - counts
         tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i] + counts[i])) for i in order])
         place_N, place_B = torch.argsort(tokens), torch.argsort(torch.tensor(list(order)))
-
         return Outputs(
             **{name: x.cpu()[place_B if name.endswith("_B") else place_N] for name, x in vars(outputs).items()}
         )

@@ -214,11 +214,9 @@ class GracefulInterrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
+        with contextlib.suppress(ValueError):  # Not the main thread.
+            for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:
-                break  # Not the main thread.
         return self
 
     def __exit__(self, *_: object) -> None:
