@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
 from benchmarks.harness import CASES, RESULTS, ROOT, load_case
-from upslope.evaluation.intervals import wilson
+from upslope.evaluation.measurement import wilson
 from upslope.studies.report import line_chart
 
 PAGE = ROOT / "docs" / "learning.md"

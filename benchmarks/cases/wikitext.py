@@ -31,7 +31,7 @@ from benchmarks.harness import ROOT, Outcome
 from upslope.build import Policy, load_policy, make_engine
 from upslope.devices.hardware import device_of_machine
 from upslope.errors import DataError
-from upslope.evaluation.diversity import distinct_n
+from upslope.evaluation.behaviour import distinct_n
 from upslope.options import PPOOptions, ReinforceOptions, RLOptions
 from upslope.options.pretrain import PretrainOptions
 from upslope.recipes.ppo import ppo

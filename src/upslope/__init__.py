@@ -24,7 +24,7 @@ _HOME = {
     "upslope.data.records": ("read_records",),
     "upslope.engine.engine": ("Engine",),
     "upslope.errors": ("ConfigError", "DataError", "ModelError", "RunError", "UpslopeError"),
-    "upslope.evaluation.accuracy": ("evaluate",),
+    "upslope.evaluation.verdicts": ("evaluate",),
     "upslope.evaluation.measurement": ("Figure",),
     "upslope.evaluation.harness": ("UpslopeLM", "run_harness"),
     "upslope.evaluation.scorer": ("Scorer",),

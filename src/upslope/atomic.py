@@ -1,4 +1,4 @@
-"""Files and folders that are either whole or absent, whatever kills the process.
+"""Files and folders that are either whole or absent, whatever kills the process; and reading what others wrote.
 
 The recipe is the usual one: write under a hidden temporary name in the same folder, fsync, rename, fsync the folder.
 A killed process leaves only hidden temporary entries behind; `clean_leftovers` removes those of dead processes.
@@ -7,17 +7,18 @@ A killed process leaves only hidden temporary entries behind; `clean_leftovers` 
 import contextlib
 import errno
 import itertools
+import json
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from upslope.errors import RunError
+from upslope.errors import RunError, UpslopeError
 
 _PREFIX = ".upslope-tmp-"
 _TEMPORARY = re.compile(re.escape(_PREFIX) + r"(\d+)-([0-9a-f]+)-")
@@ -180,12 +181,10 @@ def point_to(pointer: Path, name: str) -> None:
 
 def read_pointer(pointer: Path) -> str | None:
     """The name that `point_to` stored, or None when there is none."""
-    try:
+    with saving(pointer, "read"):
         if pointer.is_symlink():
             return os.readlink(pointer)
         return pointer.read_text().strip() if pointer.is_file() else None
-    except OSError as error:
-        raise disk_error(error, pointer, "read") from error
 
 
 def is_temporary(name: str) -> bool:
@@ -224,17 +223,15 @@ def _temporary(path: Path) -> Path:
 
 
 def _in_use(pid: int, token: str, exclusive: bool) -> bool:
-    if pid == os.getpid():
+    if pid == os.getpid() or exclusive:
         # In containers every process may have the same id: the token tells this process from an earlier one.
-        return token == _TOKEN
-    if exclusive:
-        return False
+        return pid == os.getpid() and token == _TOKEN
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass
     return True
 
 
@@ -244,3 +241,47 @@ def fsync_tree(folder: Path) -> None:
         for name in files:
             fsync_file(Path(root, name))
         fsync_folder(Path(root))
+
+
+LARGEST = 1 << 28  # bytes; the largest tokenizers have some 35 MB
+DEEPEST = 64
+
+
+def read_object(path: Path, error: type[UpslopeError], remedy: str = "get the file again") -> dict[str, Any]:
+    """The file's JSON object.
+
+    Raises `error`, naming file and remedy: unreadable, more than LARGEST bytes, not UTF-8, not JSON, a key given twice
+    in one object, nested more than DEEPEST deep, not an object.
+    """
+    try:
+        check_plain(path)
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"more than {LARGEST:,} bytes")
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+        level, depth = [value], 0
+        while level := [
+            x for v in level for x in (v.values() if isinstance(v, dict) else v if isinstance(v, list) else ())
+        ]:
+            depth += 1
+            if depth > DEEPEST:
+                raise ValueError(f"nested more than {DEEPEST} deep")
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}; {remedy}") from problem
+    except ValueError as problem:
+        raise error(f"{path}: cannot be read as JSON ({problem}); {remedy}") from problem
+    except RecursionError as problem:
+        raise error(f"{path}: cannot be read as JSON (nested too deeply); {remedy}") from problem
+    if not isinstance(value, dict):
+        raise error(f"{path}: holds no JSON object; {remedy}")
+    return value
+
+
+def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in made:
+            raise ValueError(f"the key {key[:80]!r} is given twice")
+        made[key] = value
+    return made

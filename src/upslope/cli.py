@@ -168,19 +168,14 @@ def _file_of_resumed_run(name: str, given: Mapping[str, Setting]) -> list[str]:
             f"--resume: {folder} is not a run folder (it has no config.toml); a run that was killed while it was made "
             "starts again without --resume"
         )
-    verb = _verb_of_run(folder)
+    verb = ""
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "env.json"), encoding="utf-8") as file:
+        said = json.load(file)
+        verb = str(said.get("verb", "")) if isinstance(said, dict) else ""
     if verb in VERBS and verb != name:
         again = shlex.join(["upslope", verb, "--resume", "--output-dir", folder])
         raise ConfigError(f"--resume: {folder} is a run of {verb}, not of {name}; continue it with: {again}")
     return [path]
-
-
-def _verb_of_run(folder: str) -> str:
-    """What a run folder says that it is of; empty where it does not."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "env.json"), encoding="utf-8") as file:
-        said = json.load(file)
-        return str(said.get("verb", "")) if isinstance(said, dict) else ""
-    return ""
 
 
 def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[dict[str, Setting], list[str], bool]:

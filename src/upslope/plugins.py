@@ -9,13 +9,13 @@ Free of torch.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib.util
 import inspect
 import json
 import os
+import pkgutil
 import re
 import symtable
 import sys
@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from upslope.config import OBJECT
+from upslope.config import OBJECT, suggestion
 from upslope.errors import ConfigError
 
 Value = int | float | bool | str
@@ -141,12 +141,6 @@ def _format_value(value: Value, key: str) -> str:
     return json.dumps(value)
 
 
-def suggest(word: str, choices: Iterable[str]) -> str:
-    """' (did you mean ...?)' or an empty string."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
 _KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -167,7 +161,7 @@ def check_params(
             continue
         if key not in names:
             listed = ", ".join(names) or "none"
-            raise ConfigError(f"'{label}' has no parameter '{key}'{suggest(key, names)} (it takes: {listed})")
+            raise ConfigError(f"'{label}' has no parameter '{key}'{suggestion(key, names)} (it takes: {listed})")
         annotation = names[key].annotation
         kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
         allowed = _KINDS.get(kind)
@@ -234,8 +228,7 @@ def find(parsed: Spec, table: Mapping[str, str], *, kind: str, known: Iterable[s
             raise _nothing_called(parsed, [name for name in vars(module) if not name.startswith("_")])
         return getattr(module, parsed.name)
     if parsed.name in table:
-        module_name, _, attribute = table[parsed.name].partition(":")
-        return getattr(importlib.import_module(module_name), attribute)
+        return pkgutil.resolve_name(table[parsed.name])
     check_name(parsed, (*table, *known), kind=kind)
     raise ConfigError(f"'{parsed.name}' is no {kind} here")
 
@@ -249,7 +242,7 @@ def check_name(spec: str | Spec | Callable[..., Any], known: Iterable[str], *, k
     if not isinstance(parsed, Spec) or parsed.path is not None or parsed.name in known:
         return
     raise ConfigError(
-        f"no {kind} is called '{parsed.name}'{suggest(parsed.name, known)} "
+        f"no {kind} is called '{parsed.name}'{suggestion(parsed.name, known)} "
         f"(built in: {', '.join(known)}; your own: my_{kind}.py:function)"
     )
 
@@ -302,25 +295,19 @@ def ending_forks() -> Iterator[None]:
 
     Without it the child would be a second trainer, or a second reward worker that answers too.
     """
-    process = os.getpid()
-    raised: BaseException | None = None
+    process, code = os.getpid(), 0
     try:
         yield
     except BaseException as error:
-        raised = error
-        raise
+        if os.getpid() == process:
+            raise
+        quiet = isinstance(error, SystemExit) and isinstance(error.code, int | None)
+        code = (error.code or 0) & 0xFF if quiet else 1
+        if not quiet:
+            traceback.print_exception(error)
     finally:
         if os.getpid() != process:
-            os._exit(_exit_code(raised))
-
-
-def _exit_code(raised: BaseException | None) -> int:
-    if raised is None:
-        return 0
-    if isinstance(raised, SystemExit) and (raised.code is None or isinstance(raised.code, int)):
-        return (raised.code or 0) & 0xFF
-    traceback.print_exception(raised)
-    return 1
+            os._exit(code)
 
 
 def first_line(error: BaseException) -> str:
@@ -337,7 +324,7 @@ def line_in(error: BaseException, file: Path) -> int:
 
 
 def _nothing_called(parsed: Spec, names: Iterable[str]) -> ConfigError:
-    return ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggest(parsed.name, names)}")
+    return ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggestion(parsed.name, names)}")
 
 
 def _check_leading(function: Callable[..., Any], label: str, takes: Sequence[str]) -> None:

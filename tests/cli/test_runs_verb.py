@@ -13,7 +13,7 @@ import pytest
 
 from upslope.cli import main
 from upslope.commands import runs
-from upslope.runs import Run
+from upslope.runs.folder import Run
 
 NAME = "sft-with-a-name-that-says-a-lot-about-what-was-tried-and-why-on-which-day"
 

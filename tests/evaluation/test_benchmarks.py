@@ -19,7 +19,7 @@ from upslope.cli import main
 from upslope.data.glue import FORMS
 from upslope.data.labels import LabelledText
 from upslope.errors import ConfigError, DataError, ModelError
-from upslope.evaluation import benchmark_metrics as metrics
+from upslope.evaluation import classification as metrics
 from upslope.evaluation.benchmarks import PROMPTS, benchmark_figures
 from upslope.evaluation.scorer import Scorer
 

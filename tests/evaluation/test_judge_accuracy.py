@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from upslope.errors import DataError
-from upslope.evaluation.accuracy import accuracy, evaluate
+from upslope.evaluation.verdicts import accuracy, evaluate
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 
@@ -17,7 +17,7 @@ def groups_of(rewards: list[Reward]) -> list[RolloutGroup]:
 
 
 def test_counts_and_interval() -> None:
-    pytest.importorskip("upslope.evaluation.intervals")
+    pytest.importorskip("upslope.evaluation.measurement")
     rewards = [Reward(1.0, correct=True)] * 30 + [Reward(0.0, correct=False)] * 10 + [Reward(None, error="x")] * 2
     got = evaluate(groups_of(rewards))
     assert (got["value"], got["n"], got["errors"]) == (0.75, 40, 2)
@@ -27,13 +27,13 @@ def test_counts_and_interval() -> None:
 
 
 def test_a_threshold_makes_verdicts() -> None:
-    pytest.importorskip("upslope.evaluation.intervals")
+    pytest.importorskip("upslope.evaluation.measurement")
     got = accuracy([Reward(0.5), Reward(0.49), Reward(1.0, correct=False)], threshold=0.5)
     assert got["value"] == pytest.approx(2 / 3)
 
 
 def test_no_verdict_and_nothing_judged_are_errors() -> None:
-    pytest.importorskip("upslope.evaluation.intervals")
+    pytest.importorskip("upslope.evaluation.measurement")
     with pytest.raises(DataError, match="no verdicts"):
         accuracy([Reward(0.5)])
     with pytest.raises(DataError, match=r"no completion was judged.*boom"):

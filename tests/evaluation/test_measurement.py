@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap, wilson
-from upslope.evaluation.measurement import Figure, Measurement, mean_of, ratio
+from upslope.evaluation.measurement import Figure, Measurement, bootstrap_mean, mean_of, paired_bootstrap, ratio, wilson
 
 
 def test_a_mean_has_the_bootstrap_of_a_mean() -> None:
@@ -31,7 +30,7 @@ def test_a_ratio_resamples_the_sums() -> None:
     rows = np.array([[3.0, 10.0], [0.0, 5.0], [9.0, 9.0], [1.0, 40.0]])
     figure = Measurement("wer", rows, ratio).figure(resamples=2000, seed=1)
     assert figure.value == 13 / 64
-    from upslope.evaluation.intervals import _draws
+    from upslope.evaluation.measurement import _draws
 
     picked = rows[_draws(np.arange(2000, dtype=np.uint64), 4, 1)].sum(axis=1)
     assert (figure.low, figure.high) == pytest.approx(tuple(np.quantile(picked[:, 0] / picked[:, 1], [0.025, 0.975])))

@@ -12,8 +12,8 @@ import pytest
 from tiny_model import tiny_folder
 
 from upslope.cli import main
-from upslope.evaluation.judge import Comparison, PairJudge, win_rate
 from upslope.evaluation.measurement import Figure
+from upslope.evaluation.preferences import Comparison, PairJudge, win_rate
 from upslope.evaluation.table import Results, as_json, write
 
 TASK_FILE = """

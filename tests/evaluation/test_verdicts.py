@@ -8,7 +8,7 @@ from math import comb
 import pytest
 
 from upslope.errors import DataError
-from upslope.evaluation.intervals import wilson
+from upslope.evaluation.measurement import wilson
 from upslope.evaluation.verdicts import pass_at_k, verdicts
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from upslope.errors import ConfigError, DataError, RunError
-from upslope.evaluation.judge import Comparison, PairJudge, win_rate
+from upslope.evaluation.preferences import Comparison, PairJudge, win_rate
 
 pytest.importorskip("httpx")
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap, wilson
+from upslope.evaluation.measurement import bootstrap_mean, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_bootstrap_agrees_with_the_normal_interval() -> None:
 
 
 def test_bootstrap_draws_are_uniform_and_independent_of_chunks() -> None:
-    from upslope.evaluation.intervals import _draws
+    from upslope.evaluation.measurement import _draws
 
     draws = _draws(np.arange(2000, dtype=np.uint64), 50, seed=1)
     counts = np.bincount(draws.ravel(), minlength=50)
@@ -110,5 +110,5 @@ def test_bootstrap_refuses_options() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, upslope.evaluation.intervals; sys.exit('torch' in sys.modules)"
+    code = "import sys, upslope.evaluation.measurement; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

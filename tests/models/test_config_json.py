@@ -15,9 +15,9 @@ from tiny_model import tiny_folder, tiny_tokenizer
 from tiny_seq2seq import tiny as tiny_seq2seq
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from upslope import json_file
+from upslope import atomic
+from upslope.atomic import read_object
 from upslope.errors import ModelError
-from upslope.json_file import read_object
 from upslope.models.encoder.network import load_encoder
 from upslope.models.files.config_json import TABLE, check_config, check_sizes
 from upslope.models.files.loading import load_model, save_model
@@ -172,7 +172,7 @@ def test_files_that_are_no_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     path = tmp_path / "x.json"
     path.write_bytes(content)
     if "100 bytes" in said:
-        monkeypatch.setattr(json_file, "LARGEST", 100)
+        monkeypatch.setattr(atomic, "LARGEST", 100)
     with pytest.raises(ModelError, match=said) as caught:
         read_object(path, ModelError, "fetch it")
     assert str(path) in str(caught.value)

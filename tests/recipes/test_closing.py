@@ -15,7 +15,7 @@ from test_session import Walk, go
 
 from upslope import options as all_options
 from upslope.cli import VERBS, main, parse
-from upslope.runs import Run
+from upslope.runs.folder import Run
 
 SMALL = ["--max-steps", "2", "--eval-every", "1", "--dtype", "float32"]
 

@@ -20,7 +20,7 @@ from upslope.models.files.weights import load as load_weights
 from upslope.options import DistillOptions
 from upslope.preview.dry_run import run as dry_run
 from upslope.recipes.distill import Distill, distill
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training.step import Forward, accumulate
 from upslope.types import Example
 

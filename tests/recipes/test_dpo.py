@@ -21,8 +21,7 @@ from upslope.errors import ConfigError, DataError, RunError, UpslopeError
 from upslope.models.files.weights import load as load_weights
 from upslope.options import DPOOptions
 from upslope.recipes.dpo import DPO, dpo
-from upslope.training.step import accumulate
-from upslope.training.units import unit_batches
+from upslope.training.step import accumulate, unit_batches
 
 TWO = [
     {"prompt": asked(1), "chosen": "aab", "rejected": "b"},

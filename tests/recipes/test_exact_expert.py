@@ -30,7 +30,7 @@ from torch import Tensor
 from upslope.models.protocol import CausalModel
 from upslope.options import ExpertOptions
 from upslope.recipes.expert import Expert
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")

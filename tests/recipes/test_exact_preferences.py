@@ -25,7 +25,7 @@ from plain_kit import (
 )
 from torch import Tensor
 
-from upslope.evaluation.intervals import bootstrap_mean
+from upslope.evaluation.measurement import bootstrap_mean
 from upslope.loop.preferences import right_of
 from upslope.models.protocol import CausalModel
 from upslope.options import DPOOptions

@@ -25,7 +25,7 @@ from upslope.preview.dry_run import run as dry_run
 from upslope.recipes import expert as expert_module
 from upslope.recipes.expert import Expert, expert
 from upslope.recipes.grpo import grpo
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training.experience import Experience
 from upslope.training.step import accumulate
 from upslope.types import Prompt, Reward, Rollout

@@ -36,7 +36,7 @@ from upslope.options import DistillOptions, DPOOptions, GRPOOptions, RunOptions,
 from upslope.recipes.dpo import dpo
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import load_examples, sft
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.types import Message, Prompt
 
 COMMON = ("--max-steps", "2", "--eval-samples", "2", "--dtype", "float32", "--lr-scheduler-type", "constant")

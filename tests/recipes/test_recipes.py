@@ -17,7 +17,7 @@ from upslope.options import GRPOOptions, PPOOptions, SFTOptions
 from upslope.recipes.grpo import GRPO, grpo
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.sft import sft
-from upslope.runs import Run
+from upslope.runs.folder import Run
 
 TASK = """
 from upslope.tasks.base import Task, chat_prompt, select_prompts

@@ -21,7 +21,7 @@ from upslope.options.common import RunOptions
 from upslope.recipes.classify import Classify, classify
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.sft import SFT, sft
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training.stopping import Evaluation
 
 SHARED: dict[str, Any] = {"dtype": "float32", "learning_rate": 1e-2, "max_steps": 3, "eval_every": 2, "save_every": 1}

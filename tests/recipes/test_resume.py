@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from upslope.cli import main
 from upslope.devices.hardware import choose_dtype
-from upslope.runs import Run
+from upslope.runs.folder import Run
 
 KILLS = 22
 

@@ -27,8 +27,7 @@ from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.reward import RewardLearner, pair_calibration, reward, start_head
 from upslope.rewards.networks import RewardModel, load_reward_model
 from upslope.rewards.summands import Surroundings
-from upslope.training.step import Forward, accumulate
-from upslope.training.units import unit_batches
+from upslope.training.step import Forward, accumulate, unit_batches
 from upslope.types import Example
 
 TWO = [

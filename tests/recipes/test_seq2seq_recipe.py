@@ -20,7 +20,7 @@ from upslope.models.seq2seq.network import Seq2Seq
 from upslope.options import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk, distinct, risk_weights
 from upslope.recipes.seq2seq import MaximumLikelihood, seq2seq
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training.experience import Experience
 from upslope.training.step import Forward
 from upslope.types import Rollout

@@ -155,7 +155,7 @@ LATE = """
 import importlib, random, sys
 import numpy as np, torch
 import upslope.loop.session
-from upslope.training.random_state import capture_random_state, seed_everything
+from upslope.training.checkpoint import capture_random_state, seed_everything
 def state():
     tensors, rest = capture_random_state()
     return {name: tensor.tolist() for name, tensor in tensors.items()}, rest

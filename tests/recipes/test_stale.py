@@ -24,7 +24,7 @@ from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions
 from upslope.recipes.grpo import GRPO, grpo
 from upslope.recipes.ppo import PPO, ppo
 from upslope.recipes.reinforce import Reinforce, reinforce
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 

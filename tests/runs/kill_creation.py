@@ -18,7 +18,7 @@ from pathlib import Path
 
 import upslope.runs.folder
 from upslope.errors import RunError
-from upslope.runs import Run
+from upslope.runs.folder import Run
 
 TRACE_ME, NEXT_CALL = 0, 24
 _ptrace = ctypes.CDLL(None, use_errno=True).ptrace

@@ -13,8 +13,8 @@ import pytest
 
 from upslope.cli import main
 from upslope.errors import RunError
-from upslope.runs import Run
 from upslope.runs import folder as folder_module
+from upslope.runs.folder import Run
 
 SCRIPT = Path(__file__).with_name("kill_creation.py")
 CONFIG = "max_steps = 3\n"

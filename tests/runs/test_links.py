@@ -13,7 +13,7 @@ import torch
 
 from upslope.errors import RunError
 from upslope.models.files.places import model_of_run, run_of
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training import checkpoint
 
 FILES = [".lock", "metrics.jsonl", "run.db", "run.db-wal", "run.db-shm", "run.db-journal"]

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from upslope.errors import RunError
-from upslope.runs import Run
+from upslope.runs.folder import Run
 
 WRITER = """
 import errno, fcntl, os, sys, time
-from upslope.runs import Run
+from upslope.runs.folder import Run
 if sys.argv[2] == "no folder lock":
     def flock(*arguments): raise OSError(errno.EBADF, "not here")
     fcntl.flock = flock

@@ -6,9 +6,8 @@ import time
 
 import pytest
 
-from upslope.runs import Progress
 from upslope.runs import progress as progress_module
-from upslope.runs.progress import counted, format_seconds, told
+from upslope.runs.progress import Progress, counted, format_seconds, told
 
 
 class Clock:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from upslope.errors import ConfigError
-from upslope.runs import check_resume
+from upslope.runs.resume import check_resume
 
 MAY = frozenset({"max_steps", "save_every", "logging"})
 OLD = {"learning_rate": 1e-5, "max_steps": 10, "stop": ("a", "b"), "optim": {"betas": [0.9, 0.95]}, "logging": {"n": 1}}

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upslope.errors import RunError
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.runs.lines import MetricLines, read_lines
 from upslope.types import Message, Prompt, Reward, Rollout, RolloutGroup
 
@@ -209,7 +209,7 @@ def test_one_writer_per_run_in_one_process(tmp_path: Path) -> None:
 
 HOLDER = """
 import os, sys, time
-from upslope.runs import Run
+from upslope.runs.folder import Run
 run = Run.create(output_dir=sys.argv[1], verb="ppo", config_toml="")
 run.log(1, {"a": 1.0})
 worker = os.fork()

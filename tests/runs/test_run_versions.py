@@ -17,7 +17,8 @@ import pytest
 
 from upslope.cli import main
 from upslope.errors import RunError
-from upslope.runs import Run, schema
+from upslope.runs import schema
+from upslope.runs.folder import Run
 from upslope.runs.store import Store
 from upslope.types import Message, Prompt, Reward, Rollout, RolloutGroup
 

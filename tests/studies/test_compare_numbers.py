@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap
+from upslope.evaluation.measurement import bootstrap_mean, paired_bootstrap
 from upslope.options import CompareOptions
 from upslope.studies import compare as module
 from upslope.studies.compare import compare, measure, pairs, summarise, table

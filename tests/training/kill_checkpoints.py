@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training import checkpoint
-from upslope.training.random_state import capture_random_state, restore_random_state
+from upslope.training.checkpoint import capture_random_state, restore_random_state
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 STEPS = 12

@@ -20,10 +20,17 @@ from safetensors import SafetensorError
 
 from upslope.atomic import point_to
 from upslope.errors import RunError
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training import checkpoint
-from upslope.training.checkpoint import damage, list_checkpoints, load, resolve, save
-from upslope.training.random_state import capture_random_state, restore_random_state
+from upslope.training.checkpoint import (
+    capture_random_state,
+    damage,
+    list_checkpoints,
+    load,
+    resolve,
+    restore_random_state,
+    save,
+)
 
 
 def small(step: int) -> dict[str, dict[str, torch.Tensor]]:

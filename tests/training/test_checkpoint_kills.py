@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from upslope.atomic import clean_leftovers
-from upslope.runs import Run
+from upslope.runs.folder import Run
 from upslope.training import checkpoint
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError
-from upslope.training.schedule import ScheduleKind, learning_rate
+from upslope.training.optim import ScheduleKind, learning_rate
 
 
 @pytest.mark.parametrize(

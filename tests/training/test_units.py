@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upslope.training.units import Unit, unit_batches, weighted_mean
+from upslope.training.step import Unit, unit_batches, weighted_mean
 from upslope.types import Example
 
 

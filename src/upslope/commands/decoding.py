@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
+from upslope.atomic import read_object
 from upslope.build import Policy
 from upslope.engine import Engine
 from upslope.errors import ModelError
-from upslope.json_file import read_object
 from upslope.models.attention.context import BLOCK, KVCache
 from upslope.models.files.folders import GENERATION_CONFIG
 from upslope.models.files.sources import say

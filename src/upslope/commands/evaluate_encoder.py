@@ -5,8 +5,8 @@ from pathlib import Path
 from upslope.commands.evaluate_inputs import Inputs
 from upslope.data.labels import read_conll, read_labelled
 from upslope.errors import ConfigError
-from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.benchmarks import benchmark_figures
+from upslope.evaluation.classification import pearson, spearman
 from upslope.evaluation.measurement import Figure, Measurement, noted
 from upslope.evaluation.metrics import Texts, measure
 from upslope.models.encoder.labellers import load_classifier, tags_of

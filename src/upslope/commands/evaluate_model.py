@@ -13,11 +13,10 @@ from upslope.data.chat import encode_prompt, load_tokenizer
 from upslope.devices.hardware import device_of_machine
 from upslope.errors import ConfigError
 from upslope.evaluation.benchmarks import benchmark_figures
-from upslope.evaluation.judge import Comparison, PairJudge, win_rate
 from upslope.evaluation.measurement import Figure, Measurement, noted
 from upslope.evaluation.metrics import measure
 from upslope.evaluation.perplexity import perplexity
-from upslope.evaluation.preferences import reward_accuracy
+from upslope.evaluation.preferences import Comparison, PairJudge, reward_accuracy, win_rate
 from upslope.evaluation.rescore import rescore
 from upslope.evaluation.samples import Sample, encode_samples, generate, sample_rows
 from upslope.evaluation.scorer import Scorer

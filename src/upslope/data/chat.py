@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upslope.atomic import read_object
 from upslope.data.messages import at
 from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, pair_tokenizer
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate, Tools
 from upslope.errors import DataError, ModelError, is_rust_error, one_line
-from upslope.json_file import read_object
 from upslope.types import Example, Message, Prompt
 
 if TYPE_CHECKING:

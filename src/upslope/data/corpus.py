@@ -30,10 +30,9 @@ import numpy as np
 from filelock import FileLock
 from tokenizers import Tokenizer
 
-from upslope.atomic import fsync_folder, fsync_tree
+from upslope.atomic import fsync_folder, fsync_tree, read_object
 from upslope.data.readers import LARGEST_ROW, json_of, not_utf8, object_of, reading
 from upslope.errors import ConfigError, DataError, RunError
-from upslope.json_file import read_object
 from upslope.manifest import damaged_file
 
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from upslope.atomic import read_object
 from upslope.data.pieces import closing_special, encode_pieces
 from upslope.data.template import ChatTemplate
 from upslope.errors import DataError, ModelError
-from upslope.json_file import read_object
 from upslope.types import Message
 
 if TYPE_CHECKING:

@@ -11,15 +11,15 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from upslope.data.chat import encode_text
 from upslope.data.glue import Form, Item, Items, labelled, read_items
 from upslope.data.labels import LabelledText
 from upslope.errors import ConfigError, ModelError
-from upslope.evaluation import benchmark_metrics as metrics
-from upslope.evaluation.intervals import Interval
-from upslope.evaluation.measurement import Figure
+from upslope.evaluation import classification as metrics
+from upslope.evaluation.measurement import Figure, Interval
 from upslope.evaluation.scorer import Request, Scorer
 
 
@@ -80,23 +80,18 @@ def encode_pair(tokenizer: Any, context: str, continuation: str) -> Request:
 
     White space at the end of the context goes to the continuation, where tokenizers expect it (as the harness does).
     """
-    bare = context.rstrip()
-    whole = encode_text(tokenizer, context + continuation)
-    start = encode_text(tokenizer, bare)
-    return start, whole[len(start) :]
+    start = encode_text(tokenizer, context.rstrip())
+    return start, encode_text(tokenizer, context + continuation)[len(start) :]
 
 
 def _chosen(items: Items, limit: int | None, seed: int) -> Items:
     """At most `limit` items or groups, by a hash of seed and content, in the order of the file."""
     if limit is None:
         return items
-
-    def key(item: Item) -> str:
-        return item.group or "\0".join([*item.fields.values(), *item.choices])
-
-    found = sorted({key(x) for x in items.items}, key=lambda k: hashlib.sha256(f"{seed}\0{k}".encode()).digest())
-    kept = set(found[:limit])
-    chosen = [x for x in items.items if key(x) in kept]
+    keys = [item.group or "\0".join([*item.fields.values(), *item.choices]) for item in items.items]
+    order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())
+    kept = set(order[:limit])
+    chosen = [item for item, key in zip(items.items, keys, strict=True) if key in kept]
     return Items(items.form, chosen if items.items[0].group else chosen[:limit], items.broken)
 
 
@@ -112,42 +107,35 @@ def _by_likelihood(scorer: Scorer, items: Items) -> tuple[list[Any], dict[str, A
     said: list[Any] = []
     for _, choices in asked:
         logps = [next(answers)[0] for _ in choices]
-        said.append(_expected(logps) if items.form.graded else logps.index(max(logps)))
+        if items.form.graded:  # the mean of 0, 1, 2, ... under the softmax of their log-probs
+            weights = [math.exp(x - max(logps)) for x in logps]
+            said.append(math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights))
+        else:
+            said.append(logps.index(max(logps)))
     detail: dict[str, Any] = {"by": "log-likelihood", "prompt": prompt.text, "answers": list(prompt.answers)}
     if scorer.truncated > before:
         detail["cut_contexts"] = scorer.truncated - before
     return said, detail
 
 
-def _expected(logps: Sequence[float]) -> float:
-    """Mean of 0, 1, 2, ... under the softmax of their log-probs."""
-    weights = [math.exp(x - max(logps)) for x in logps]
-    return math.fsum(i * w for i, w in enumerate(weights)) / math.fsum(weights)
-
-
 def _by_label(classifier: Classifier, items: Items) -> tuple[list[Any], dict[str, Any]]:
-    """The place of the likeliest label of each item (stsb: the number)."""
+    """The place of the likeliest label of each item, called alike or both numbered (stsb: the number)."""
     rows = labelled(items)
-    form = items.form
-    detail: dict[str, Any] = {"by": "classifier"}
+    form, labels = items.form, classifier.labels
     if form.graded:
-        if len(classifier.labels) != 1:
-            raise ModelError(f"{form.name} asks for a number; this classifier has {len(classifier.labels)} labels")
-        return [x[0] for x in classifier.logits(rows)], detail
-    places = _places(classifier.labels, form)
-    return [places[max(range(len(x)), key=x.__getitem__)] for x in classifier.logits(rows)], detail
-
-
-def _places(labels: Sequence[str], form: Form) -> list[int]:
-    """The task's label behind each of the classifier's: of the same name, or both numbered."""
+        if len(labels) != 1:
+            raise ModelError(f"{form.name} asks for a number; this classifier has {len(labels)} labels")
+        return [x[0] for x in classifier.logits(rows)], {"by": "classifier"}
     names = [label.lower() for label in labels]
-    for known in (form.labels, *([f"{p}{i}" for i in range(len(form.labels))] for p in ("", "label_"))):
-        if sorted(known) == sorted(names):
-            return [list(known).index(name) for name in names]
-    raise ModelError(
-        f"the classifier's labels are {', '.join(labels)}; {form.name} has {', '.join(form.labels)}: train it on "
-        f"{form.name}:SOURCE"
-    )
+    known = (form.labels, *([f"{p}{i}" for i in range(len(form.labels))] for p in ("", "label_")))
+    order = next((list(each) for each in known if sorted(each) == sorted(names)), None)
+    if order is None:
+        raise ModelError(
+            f"the classifier's labels are {', '.join(labels)}; {form.name} has {', '.join(form.labels)}: train it on "
+            f"{form.name}:SOURCE"
+        )
+    said = [max(range(len(x)), key=x.__getitem__) for x in classifier.logits(rows)]
+    return [order.index(names[place]) for place in said], {"by": "classifier"}
 
 
 def _measured(form: Form, items: Sequence[Item], said: Sequence[Any], seed: int) -> list[tuple[str, Interval, int]]:
@@ -162,10 +150,7 @@ def _measured(form: Form, items: Sequence[Item], said: Sequence[Any], seed: int)
         ]
     if form.graded:
         scores = [float(item.label) for item in items]
-        return [
-            ("pearson", metrics.pearson(scores, said, seed=seed), n),
-            ("spearman", metrics.spearman(scores, said, seed=seed), n),
-        ]
+        return [(name, getattr(metrics, name)(scores, said, seed=seed), n) for name in ("pearson", "spearman")]
     truth = [form.labels.index(item.label) for item in items]
     if form.name == "multirc":
         groups = [item.group for item in items]
@@ -174,14 +159,17 @@ def _measured(form: Form, items: Sequence[Item], said: Sequence[Any], seed: int)
             ("f1a", metrics.grouped_f1(truth, said, groups, seed=seed), questions),
             ("exact_match", metrics.grouped_exact(truth, said, groups), questions),
         ]
-    share = ("accuracy", metrics.accuracy(truth, said), n)
-    if form.name == "cola":
-        return [("matthews_correlation", metrics.matthews(truth, said, seed=seed), n), share]
-    if form.name in ("mrpc", "qqp"):
-        return [("f1", metrics.binary_f1(truth, said, seed=seed), n), share]
-    if form.name == "cb":
-        return [("macro_f1", metrics.macro_f1(truth, said, classes=len(form.labels), seed=seed), n), share]
-    return [share]
+    leading = [(name, measure(truth, said, seed=seed), n) for name, measure in _LEADING.get(form.name, ())]
+    return [*leading, ("accuracy", metrics.accuracy(truth, said), n)]
+
+
+_LEADING: Mapping[str, tuple[tuple[str, Callable[..., Interval]], ...]] = {
+    "cola": (("matthews_correlation", metrics.matthews),),
+    "mrpc": (("f1", metrics.binary_f1),),
+    "qqp": (("f1", metrics.binary_f1),),
+    "cb": (("macro_f1", partial(metrics.macro_f1, classes=3)),),
+}
+"""The official metric of a task by classes where it is not the accuracy, which stands beside it."""
 
 
 def _with_stop(item: Item) -> dict[str, str]:
@@ -196,22 +184,10 @@ def _because(item: Item) -> dict[str, str]:
     return {"premise": item.fields["premise"].strip()[:-1], "word": word}
 
 
-def _clauses(item: Item) -> list[str]:
-    return [f" {choice[0].lower()}{choice[1:]}" for choice in item.choices]
-
-
-def _judged_answer(item: Item) -> list[str]:
-    return [f" {item.fields['answer']}\nIs the answer correct? {word}" for word in ("no", "yes")]
-
-
 def _highlights(item: Item) -> dict[str, str]:
     """A news passage and its summary's points as a list; the query will be one more of them."""
     text, *points = item.fields["passage"].strip().split("\n@highlight\n")
     return {"passage": text + "\n\n" + "".join(f"  - {point}.\n" for point in points)}
-
-
-def _filled(item: Item) -> list[str]:
-    return [f"  - {item.fields['query']}".replace("@placeholder", entity) for entity in item.choices]
 
 
 _MNLI = Prompt(
@@ -240,9 +216,20 @@ PROMPTS: dict[str, Prompt] = {
     "wnli": Prompt("{premise}\nQuestion: {hypothesis} True or False?\nAnswer:", ("False", "True")),
     "boolq": Prompt("{passage}\nQuestion: {question}?\nAnswer:", ("no", "yes")),
     "cb": Prompt("{premise}\nQuestion: {hypothesis}. True, False, or Neither?\nAnswer:", ("True", "False", "Neither")),
-    "copa": Prompt("{premise} {word}", fields=_because, choices=_clauses),
-    "multirc": Prompt("{paragraph}\nQuestion: {question}\nAnswer:", choices=_judged_answer),
-    "record": Prompt("{passage}", fields=_highlights, choices=_filled),
+    "copa": Prompt(
+        "{premise} {word}",
+        fields=_because,
+        choices=lambda item: [f" {choice[0].lower()}{choice[1:]}" for choice in item.choices],
+    ),
+    "multirc": Prompt(
+        "{paragraph}\nQuestion: {question}\nAnswer:",
+        choices=lambda item: [f" {item.fields['answer']}\nIs the answer correct? {word}" for word in ("no", "yes")],
+    ),
+    "record": Prompt(
+        "{passage}",
+        fields=_highlights,
+        choices=lambda item: [f"  - {item.fields['query']}".replace("@placeholder", entity) for entity in item.choices],
+    ),
     "wic": Prompt(
         "Sentence 1: {sentence1}\nSentence 2: {sentence2}\nQuestion: Is the word '{word}' used in the same way in the "
         "two sentences above?\nAnswer:",

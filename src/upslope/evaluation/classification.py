@@ -1,19 +1,25 @@
-"""Measures of labels per text and tags per word, as plain dictionaries and as text. scikit-learn counts the labels.
+"""Measures of labels per text and tags per word as reports, and the official metrics of GLUE and SuperGLUE.
 
-Accuracy carries Wilson's 95% interval (rows taken as independent). Entities are counted as CoNLL's shared tasks do, in
+Reports are plain dictionaries; scikit-learn counts the labels. Entities are counted as CoNLL's shared tasks do, in
 strict IOB2 (the package seqeval's name for it): an entity is right when its type and both its ends are.
+
+A metric takes what is right and what was said in the order of the items and gives an Interval over [0, 1] (of a
+correlation over [-1, 1]): Wilson's 95% for shares, else the percentile bootstrap, over independent items.
 """
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from upslope.errors import DataError
-from upslope.evaluation.intervals import wilson
+from upslope.evaluation.measurement import Interval, bootstrap, bootstrap_mean, wilson
 from upslope.extras import require
+from upslope.rewards.overlap import squad_f1, squad_words
 
 AVERAGES = ("micro", "macro", "weighted")
 TOKEN_TITLE = "token level, includes O"
@@ -26,14 +32,12 @@ def classification_report(truth: Sequence[str], predicted: Sequence[str], labels
     that were called label j. With one label per row micro precision, recall and F1 are the accuracy. DataError: no
     rows, or lengths differ.
     """
-    _check(truth, predicted)
+    right = accuracy(truth, predicted)
     metrics = require("eval", "sklearn.metrics")
     names = list(labels)
     scores = partial(metrics.precision_recall_fscore_support, truth, predicted, labels=names, zero_division=0)
-    right = sum(t == p for t, p in zip(truth, predicted, strict=True))
-    value, low, high = wilson(right, len(truth))
     return {
-        "accuracy": {"value": value, "low": low, "high": high, "n": len(truth)},
+        "accuracy": {**right._asdict(), "n": len(truth)},
         "labels": {name: _row(*values) for name, *values in zip(names, *scores(average=None), strict=True)},
         "averages": {average: _row(*scores(average=average)[:3], len(truth)) for average in AVERAGES},
         "confusion": {"labels": names, "counts": metrics.confusion_matrix(truth, predicted, labels=names).tolist()},
@@ -48,8 +52,7 @@ def token_report(
     Tokens of one sentence are not independent: the interval is narrower than it should be. Named by TOKEN_TITLE.
     """
     _check_sentences(truth, predicted)
-    report = classification_report(list(chain(*truth)), list(chain(*predicted)), labels)
-    return {"title": TOKEN_TITLE, **report}
+    return {"title": TOKEN_TITLE, **classification_report(list(chain(*truth)), list(chain(*predicted)), labels)}
 
 
 def entities_of(tags: Sequence[str]) -> set[tuple[int, int, str]]:
@@ -119,9 +122,9 @@ def _row(precision: float, recall: float, f1: float, support: int) -> dict[str, 
     return {name: 0.0 if math.isnan(v) else v for name, v in values.items()} | {"support": int(support)}
 
 
-def _check(truth: Sequence[Any], predicted: Sequence[Any]) -> None:
-    if not truth or len(truth) != len(predicted):
-        raise DataError(f"need as many predictions as rows, and at least one: {len(predicted)} and {len(truth)}")
+def _check(truth: Sequence[object], said: Sequence[object]) -> None:
+    if not truth or len(truth) != len(said):
+        raise DataError(f"need as many predictions as rows, and at least one: {len(said)} and {len(truth)}")
 
 
 def _check_sentences(truth: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> None:
@@ -129,3 +132,115 @@ def _check_sentences(truth: Sequence[Sequence[str]], predicted: Sequence[Sequenc
     for index, (a, b) in enumerate(zip(truth, predicted, strict=True)):
         if len(a) != len(b):
             raise DataError(f"sentence {index} has {len(a)} tags and {len(b)} predictions")
+
+
+def accuracy(truth: Sequence[Any], said: Sequence[Any]) -> Interval:
+    """Share of items said right."""
+    _check(truth, said)
+    return wilson(sum(t == s for t, s in zip(truth, said, strict=True)), len(truth))
+
+
+def matthews(truth: Sequence[int], said: Sequence[int], *, seed: int = 0) -> Interval:
+    """Matthews' correlation of two classes (CoLA); 0 where one side has a single class."""
+
+    def correlation(counts_CC: np.ndarray) -> float:
+        (tn, fp), (fn, tp) = counts_CC.tolist()
+        scale = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+        return (tp * tn - fp * fn) / math.sqrt(scale) if scale else 0.0
+
+    return _of_counts(correlation, truth, said, 2, seed)
+
+
+def binary_f1(truth: Sequence[int], said: Sequence[int], *, seed: int = 0) -> Interval:
+    """F1 of class 1 (MRPC, QQP); 0 where it is neither there nor said."""
+    return _of_counts(lambda counts_CC: float(_f1_C(counts_CC)[1]), truth, said, 2, seed)
+
+
+def macro_f1(truth: Sequence[int], said: Sequence[int], *, classes: int, seed: int = 0) -> Interval:
+    """Unweighted mean of the classes' F1 (CB); a class that is neither there nor said counts 0."""
+    return _of_counts(lambda counts_CC: float(_f1_C(counts_CC).mean()), truth, said, classes, seed)
+
+
+def pearson(truth: Sequence[float], said: Sequence[float], *, seed: int = 0) -> Interval:
+    """Pearson's correlation (STS-B); 0 where one side does not vary."""
+    return _correlation(lambda x: x, truth, said, seed)
+
+
+def spearman(truth: Sequence[float], said: Sequence[float], *, seed: int = 0) -> Interval:
+    """Spearman's rank correlation (STS-B); 0 where one side does not vary."""
+    return _correlation(require("eval", "scipy.stats").rankdata, truth, said, seed)
+
+
+def grouped_f1(truth: Sequence[int], said: Sequence[int], groups: Sequence[str], *, seed: int = 0) -> Interval:
+    """F1 of class 1 over all answers of all questions (MultiRC's F1a); questions are what is resampled."""
+    _check(truth, said)
+    counts = {group: np.zeros(2, dtype=np.int64) for group in groups}
+    for right, answer, group in zip(truth, said, groups, strict=True):
+        counts[group] += (right and answer, right + answer)
+    table = np.array(list(counts.values()))
+
+    def f1(chosen: np.ndarray) -> float:
+        both, either = table[chosen].sum(axis=0)
+        return 2 * both / either if either else 0.0
+
+    return bootstrap(f1, len(table), seed=seed)
+
+
+def grouped_exact(truth: Sequence[int], said: Sequence[int], groups: Sequence[str]) -> Interval:
+    """Share of questions of which every answer was said right (MultiRC's exact match)."""
+    _check(truth, said)
+    right: dict[str, bool] = {}
+    for t, s, group in zip(truth, said, groups, strict=True):
+        right[group] = right.get(group, True) and t == s
+    return wilson(sum(right.values()), len(right))
+
+
+def cloze_exact(truth: Sequence[Sequence[str]], said: Sequence[str]) -> Interval:
+    """Share of texts equal to one of their right ones, case, punctuation and articles aside (ReCoRD)."""
+    _check(truth, said)
+    hits = [any(squad_words(s) == squad_words(t) for t in answers) for answers, s in zip(truth, said, strict=True)]
+    return wilson(sum(hits), len(hits))
+
+
+def cloze_f1(truth: Sequence[Sequence[str]], said: Sequence[str], *, seed: int = 0) -> Interval:
+    """Mean over texts of the F1 of their words against the best of the right ones (ReCoRD)."""
+    _check(truth, said)
+    best = [max(squad_f1(s, t) for t in answers) for answers, s in zip(truth, said, strict=True)]
+    return bootstrap_mean(best, seed=seed)
+
+
+def _f1_C(counts_CC: np.ndarray) -> np.ndarray:
+    """2 right / (there + said) of every class."""
+    both = 2.0 * counts_CC.diagonal()
+    either = counts_CC.sum(axis=0) + counts_CC.sum(axis=1)
+    return np.divide(both, either, out=np.zeros(len(both)), where=either > 0)
+
+
+def _of_counts(
+    statistic: Callable[[np.ndarray], float], truth: Sequence[int], said: Sequence[int], classes: int, seed: int
+) -> Interval:
+    """The bootstrap of a function of the confusion counts: counts_CC[t, s] items of class t that were called s."""
+    _check(truth, said)
+    cells_N = np.asarray(truth, dtype=np.int64) * classes + np.asarray(said, dtype=np.int64)
+
+    def of(places: np.ndarray) -> float:
+        return statistic(np.bincount(cells_N[places], minlength=classes**2).reshape(classes, classes))
+
+    return bootstrap(of, len(cells_N), seed=seed)
+
+
+def _correlation(
+    scale: Callable[[np.ndarray], np.ndarray], truth: Sequence[float], said: Sequence[float], seed: int
+) -> Interval:
+    """Pearson's correlation of what `scale` makes of each side: ranks for Spearman's, ties sharing their mean rank."""
+    _check(truth, said)
+    t_N, s_N = np.asarray(truth, dtype=np.float64), np.asarray(said, dtype=np.float64)
+
+    def correlation(places: np.ndarray) -> float:
+        t, s = (scale(x[places]) for x in (t_N, s_N))
+        if np.ptp(t) == 0 or np.ptp(s) == 0:
+            return 0.0
+        t, s = t - t.mean(), s - s.mean()
+        return float(t @ s / math.sqrt((t @ t) * (s @ s)))
+
+    return bootstrap(correlation, len(t_N), seed=seed)

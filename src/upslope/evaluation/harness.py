@@ -5,7 +5,8 @@
 
 Prompts, metrics and data are the harness's own (Gao et al. 2021, doi 10.5281/zenodo.5371628); so are its definitions of
 what a token of the context is, how a long text is cut into windows, and where a generation ends, which makes the
-figures those of its `hf` model. Importing this module needs the extra `harness`.
+figures those of its `hf` model. Its own standard errors are not used: the intervals are ours. Importing this module
+needs the extra `harness`.
 """
 
 import math
@@ -21,8 +22,7 @@ from upslope.config import suggestion
 from upslope.data.chat import encode_text
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, DataError, ModelError, RunError, UpslopeError, one_line
-from upslope.evaluation.harness_figures import group_figures, task_figures
-from upslope.evaluation.measurement import Figure
+from upslope.evaluation.measurement import Figure, Interval, bootstrap, share
 from upslope.evaluation.scorer import Scorer
 from upslope.extras import require
 from upslope.models.attention.context import BLOCK
@@ -155,7 +155,13 @@ class UpslopeLM(TemplateLM):  # type: ignore[misc, valid-type]
                 )
             prompts.append((self.tok_encode(context) or [self.prefix_token_id])[-room:])
             params.append(wanted)
-        engine = self._engine or self._new_engine(prompts, params)
+        engine = self._engine
+        if engine is None:
+            longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True)) + 1
+            width = max(s.beam_width for s in params)
+            blocks = min(len(prompts) * width, 64) * -(-longest // BLOCK) + width
+            eos = self.policy.eos_token_ids
+            engine = Engine(self.policy.model, self.tokenizer, eos_token_ids=eos, num_blocks=blocks)
         done = engine.generate(prompts, params)
         texts = [completions[0].text for completions in done]
         for request, text in zip(requests, texts, strict=True):
@@ -184,13 +190,6 @@ class UpslopeLM(TemplateLM):  # type: ignore[misc, valid-type]
         if known:
             raise ConfigError(f"a task's generation_kwargs name {', '.join(map(repr, known))}, which we do not have")
         return made
-
-    def _new_engine(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> Engine:
-        longest = max(len(p) + s.max_tokens for p, s in zip(prompts, params, strict=True)) + 1
-        width = max(s.beam_width for s in params)
-        blocks = min(len(prompts) * width, 64) * -(-longest // BLOCK) + width
-        policy = self.policy
-        return Engine(policy.model, self.tokenizer, eos_token_ids=policy.eos_token_ids, num_blocks=blocks)
 
 
 def remote_model(
@@ -280,28 +279,79 @@ def _load(tasks: Sequence[str], include_path: str | Path | None) -> dict[str, An
     path = None if include_path is None else str(include_path)
     own = module.TaskManager(include_path=path, include_defaults=False)
     if all(name in own.task_index or Path(name).is_file() for name in tasks):
-        with suppress(KeyError):  # a group of the user's with a task of the harness in it
+        with suppress(ConfigError):  # a group of the user's with a task of the harness in it
             return _loaded(own, tasks)
     manager = module.TaskManager(include_path=path)
     for name in tasks:
         if name not in manager.task_index and not Path(name).is_file():
             hint = suggestion(name, manager.task_index)
             raise ConfigError(f"lm-evaluation-harness has no task {name!r}{hint} (see `lm-eval ls tasks`)")
-    try:
-        return _loaded(manager, tasks)
-    except KeyError as error:
-        raise ConfigError(
-            f"{', '.join(tasks)}: lm-evaluation-harness has no task {error}, which a group names"
-        ) from error
+    return _loaded(manager, tasks)
 
 
 def _loaded(manager: Any, tasks: Sequence[str]) -> dict[str, Any]:
     try:
         return manager.load(list(tasks))
-    except KeyError:
-        raise
+    except KeyError as error:
+        raise ConfigError(
+            f"{', '.join(tasks)}: lm-evaluation-harness has no task {error}, which a group names"
+        ) from error
     except Exception as error:  # the loader and `datasets` raise a dozen unrelated kinds
         raise DataError(
             f"{', '.join(tasks)} cannot be loaded: {one_line(error)}; offline, name local data_files in the task's "
             "dataset_kwargs"
         ) from error
+
+
+def task_figures(name: str, task: Any, results: Mapping[str, Any], seed: int) -> list[Figure]:
+    """One figure per metric and filter of a task, from what `lm_eval.evaluator.evaluate` returned with its samples."""
+    made = []
+    version = results["versions"].get(name)
+    for key, value in results["results"][name].items():
+        metric, comma, kind = key.partition(",")
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float | np.number):
+            continue
+        rows = [s[metric] for s in results["samples"][name] if s["filter"] == kind and metric in s]
+        interval = _interval(rows, float(value), task.aggregation().get(metric), seed)
+        better = "lower" if results["higher_is_better"].get(name, {}).get(metric) is False else "higher"
+        detail = {"filter": kind, "num_fewshot": results["n-shot"].get(name, 0), "version": version}
+        detail["of"] = results["n-samples"][name]["original"]
+        made.append(Figure(metric, float(value), interval.low, interval.high, len(rows), name, better, detail))
+    return made
+
+
+def _interval(rows: Sequence[Any], value: float, aggregate: Callable[[Any], float] | None, seed: int) -> Interval:
+    """From the documents' own values, by the harness's own way of putting them together."""
+    numbers = all(isinstance(x, int | float | np.number) for x in rows)
+    if numbers and rows and math.isclose(math.fsum(map(float, rows)) / len(rows), value, rel_tol=1e-9, abs_tol=1e-12):
+        return share([float(x) for x in rows], seed)
+    if aggregate is None or not rows:
+        return Interval(value, math.nan, math.nan)
+    return bootstrap(lambda places: float(aggregate([rows[i] for i in places])), len(rows), seed=seed)
+
+
+def group_figures(results: Mapping[str, Any], figures: Sequence[Figure]) -> list[Figure]:
+    """A group's value is a mean of its tasks'; tasks are independent, so their half widths add in quadrature."""
+    made = []
+    for group in results.get("groups", {}):
+        leaves = _leaves(group, results["group_subtasks"])
+        for key, value in results["results"][group].items():
+            metric, comma, kind = key.partition(",")
+            parts = [f for f in figures if f.dataset in leaves and (f.name, f.detail["filter"]) == (metric, kind)]
+            if not comma or not parts or not isinstance(value, int | float | np.number):
+                continue
+            n = sum(f.n for f in parts)
+            half = math.nan
+            for weights in ([f.n / n for f in parts], [1 / len(parts)] * len(parts)):
+                mean = math.fsum(w * f.value for w, f in zip(weights, parts, strict=True))
+                if math.isclose(mean, value, rel_tol=1e-9, abs_tol=1e-12):
+                    half = math.hypot(*(w * (f.high - f.low) / 2 for w, f in zip(weights, parts, strict=True)))
+                    break
+            detail = {"filter": kind, "tasks": len(parts), "of": sum(f.detail["of"] for f in parts)}
+            made.append(Figure(metric, value, value - half, value + half, n, group, parts[0].better, detail))
+    return made
+
+
+def _leaves(group: str, children: Mapping[str, Sequence[str]]) -> set[str]:
+    found = {name for child in children.get(group, ()) for name in _leaves(child, children)}
+    return found or {group}

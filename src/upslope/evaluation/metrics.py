@@ -6,21 +6,20 @@ others on 0 to 1.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError
 from upslope.evaluation.classification import classification_report, entities_of
 from upslope.evaluation.measurement import Measurement, mean_of, ratio
 from upslope.extras import require
-from upslope.plugins import suggest
-from upslope.rewards.overlap import nearest, squad_words, token_f1
-from upslope.types import Prompt
+from upslope.rewards.overlap import nearest, squad_f1, squad_words
 
-MECAB = {"ja": "ja-mecab", "ko": "ko-mecab"}
 SPACELESS = ("zh", "ja")
 """Languages whose words no white space parts: ROUGE and error rates count characters there."""
 _ALONE = r"\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # kana and Han characters
@@ -54,7 +53,7 @@ def check_metrics(names: Sequence[str], language: str) -> None:
     """ConfigError for a metric that is not known, a package that is missing, or a language without its tokenizer."""
     for name in names:
         if name not in METRICS:
-            raise ConfigError(f"no metric is called '{name}'{suggest(name, METRICS)}; known: {', '.join(METRICS)}")
+            raise ConfigError(f"no metric is called '{name}'{suggestion(name, METRICS)}; known: {', '.join(METRICS)}")
     if "bleu" in names:
         bleu_metric(language)
 
@@ -68,29 +67,25 @@ def measure(names: Sequence[str], texts: Texts) -> list[Measurement]:
 
 
 def _sacrebleu(name: str, texts: Texts) -> Measurement:
-    metric = _metric(name, texts.language)
+    metrics = require("eval", "sacrebleu.metrics")
+    spaceless = texts.language in (*SPACELESS, "ko")
+    metric = {
+        "bleu": lambda: bleu_metric(texts.language),
+        "chrf": metrics.CHRF,
+        "chrf++": lambda: metrics.CHRF(word_order=2),
+        "ter": lambda: metrics.TER(normalized=spaceless, asian_support=spaceless),
+    }[name]()
     most = max(map(len, texts.references))
     streams = [[r[i] if i < len(r) else None for r in texts.references] for i in range(most)]
     rows = metric._extract_corpus_statistics(list(texts.hypotheses), streams)
-    statistics_NK = np.array(rows, dtype=np.float64)
-    whole = name in ("bleu", "chrf", "chrf++")
+    number = float if name == "ter" else int
 
     def value(sums_K: np.ndarray) -> float:
-        return float(metric._compute_score_from_stats([int(x) if whole else float(x) for x in sums_K]).score)
+        return float(metric._compute_score_from_stats([number(x) for x in sums_K]).score)
 
     detail = {"signature": str(metric.get_signature()), "scale": 100}
     better = "lower" if name == "ter" else "higher"
-    return Measurement(name, statistics_NK, value, texts.dataset, better, "sentences", None, detail)
-
-
-def _metric(name: str, language: str) -> Any:
-    metrics = require("eval", "sacrebleu.metrics")
-    if name == "bleu":
-        return bleu_metric(language)
-    if name == "ter":
-        spaceless = language in (*SPACELESS, "ko")
-        return metrics.TER(normalized=spaceless, asian_support=spaceless)
-    return metrics.CHRF(word_order=2 if name == "chrf++" else 0)
+    return Measurement(name, np.array(rows, dtype=np.float64), value, texts.dataset, better, "sentences", None, detail)
 
 
 def bleu_metric(language: str, *, sentence: bool = False) -> Any:
@@ -98,10 +93,9 @@ def bleu_metric(language: str, *, sentence: bool = False) -> Any:
 
     ConfigError: the tokenizer of Japanese or Korean is not installed.
     """
-    metrics = require("eval", "sacrebleu.metrics")
+    tokenize = {"ja": "ja-mecab", "ko": "ko-mecab", "zh": "zh"}.get(language, "13a")
     try:
-        tokenize = MECAB.get(language, "zh" if language == "zh" else "13a")
-        return metrics.BLEU(tokenize=tokenize, effective_order=sentence)
+        return require("eval", "sacrebleu.metrics").BLEU(tokenize=tokenize, effective_order=sentence)
     except RuntimeError as error:
         raise ConfigError(
             f"BLEU of language '{language}' needs sacrebleu's MeCab: pip install 'sacrebleu[{language}]', or take chrf"
@@ -116,44 +110,27 @@ class _Words:
         return _WORD.findall(text.casefold())
 
 
+def _nearest(
+    name: str, texts: Texts, score: Callable[[str, str], float], *, unit: str, detail: Mapping[str, Any]
+) -> Measurement:
+    """The mean over texts of the score (text, reference) with the best of the references."""
+    values = [max(float(score(text, reference)) for reference in references) for text, references in texts.pairs]
+    return mean_of(name, values, dataset=texts.dataset, unit=unit, detail=detail)
+
+
 def _rouge(name: str, texts: Texts) -> Measurement:
-    scorer_of = require("eval", "rouge_score.rouge_scorer").RougeScorer
     english = texts.language == "en"
-    scorer = scorer_of([name], use_stemmer=False, **({} if english else {"tokenizer": _Words()}))
-    values = [
-        max(float(scorer.score(reference, text)[name].fmeasure) for reference in references)
-        for text, references in texts.pairs
-    ]
     words = "rouge-score's words ([a-z0-9]+)" if english else "words of any alphabet, characters of Chinese"
-    return mean_of(name, values, dataset=texts.dataset, unit="texts", detail={"tokenizer": words, "measure": "F1"})
-
-
-def _exact_match(name: str, texts: Texts) -> Measurement:
-    """Whether the answer is one of the right ones, both as `squad_words`."""
-    values = [
-        float(any(squad_words(text) == squad_words(reference) for reference in references))
-        for text, references in texts.pairs
-    ]
-    return mean_of(name, values, dataset=texts.dataset, unit="answers", detail={"normalised": "SQuAD"})
-
-
-def _token_f1(name: str, texts: Texts) -> Measurement:
-    prompts = [Prompt(i, text="", metadata={"references": r}) for i, r in enumerate(texts.references)]
-    values = token_f1(prompts, texts.hypotheses)
-    return mean_of(
-        name, [float(v or 0.0) for v in values], dataset=texts.dataset, unit="answers", detail={"normalised": "SQuAD"}
+    scorer = require("eval", "rouge_score.rouge_scorer").RougeScorer([name], tokenizer=None if english else _Words())
+    detail = {"tokenizer": words, "measure": "F1"}
+    return _nearest(
+        name, texts, lambda text, right: scorer.score(right, text)[name].fmeasure, unit="texts", detail=detail
     )
 
 
-def _labels(texts: Texts, metric: str) -> tuple[list[str], list[str]]:
-    return [r.strip() for r in texts.single(metric)], [h.strip() for h in texts.hypotheses]
-
-
-def _accuracy(name: str, texts: Texts) -> Measurement:
-    """The share of texts that are their reference, white space at both ends aside."""
-    truth, said = _labels(texts, name)
-    right = [float(t == s) for t, s in zip(truth, said, strict=True)]
-    return mean_of(name, right, dataset=texts.dataset, unit="labels")
+def _labels(name: str, texts: Texts) -> list[tuple[str, str]]:
+    """(right, said) of each text, white space at both ends aside."""
+    return [(r.strip(), h.strip()) for r, h in zip(texts.single(name), texts.hypotheses, strict=True)]
 
 
 def _macro_f1(name: str, texts: Texts) -> Measurement:
@@ -162,7 +139,7 @@ def _macro_f1(name: str, texts: Texts) -> Measurement:
     A text that is no label costs recall and makes no class of its own. In a resample, a label that neither occurs nor
     is predicted has no F1 and is left out.
     """
-    truth, said = _labels(texts, name)
+    truth, said = zip(*_labels(name, texts), strict=True)
     labels = sorted(set(truth))
     gold_NC, said_NC = (np.array(side)[:, None] == np.array(labels)[None, :] for side in (truth, said))
     statistics_NK = np.concatenate([gold_NC & said_NC, gold_NC, said_NC], axis=1).astype(np.float64)
@@ -206,12 +183,15 @@ def _error_rate(name: str, texts: Texts) -> Measurement:
     return Measurement(name, rows, ratio, texts.dataset, "lower", "sentences", None, {"unit": unit})
 
 
+_SQUAD = {"unit": "answers", "detail": {"normalised": "SQuAD"}}
 METRICS: dict[str, Callable[[str, Texts], Measurement]] = {
     **dict.fromkeys(("bleu", "chrf", "chrf++", "ter"), _sacrebleu),
     **dict.fromkeys(("rouge1", "rouge2", "rougeL"), _rouge),
-    "exact_match": _exact_match,
-    "token_f1": _token_f1,
-    "accuracy": _accuracy,
+    "exact_match": partial(_nearest, score=lambda text, right: squad_words(text) == squad_words(right), **_SQUAD),
+    "token_f1": partial(_nearest, score=squad_f1, **_SQUAD),
+    "accuracy": lambda name, texts: mean_of(
+        name, [float(t == s) for t, s in _labels(name, texts)], dataset=texts.dataset, unit="labels"
+    ),
     "macro_f1": _macro_f1,
     "entity_f1": _entity_f1,
     "wer": _error_rate,

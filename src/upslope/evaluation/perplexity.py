@@ -10,9 +10,9 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -67,55 +67,48 @@ def read_documents(spec: str, *, limit: int | None = None) -> Documents:
     if name.endswith(_ROWS):
         if form:
             raise DataError(f"{path}: its rows are the documents; leave {form!r} out, or give a text file")
-        return _checked(spec, "rows", [_row(where, row) for where, row in rows_of(path)], limit)
-    if not file.is_file():
+        kind, found = "rows", []
+        for where, row in rows_of(path):
+            record = record_of(row, where)
+            if record.text is None:
+                raise DataError(
+                    f"{where}: perplexity needs a row with the key 'text', this is one of kind {record.kind!r}"
+                )
+            found.append(Document(where, record.text))
+    elif not file.is_file():
         raise DataError(
             f"{path}: no such file; perplexity wants a text file, with a form before it if need be "
             f"({', '.join(f'{form}:FILE' for form in FORMS)}), or rows with the key 'text'"
         )
-    text = text_of(file)
-    lines = text.split("\n")
-    if not form:
-        first = next(line for line in lines if line.strip())
-        form = "wikitext" if _TITLE.fullmatch(first.rstrip("\r")) else "line" if "ptb" in name else "file"
-    if form == "file":
-        return _checked(spec, "file", [Document(path, text)], limit)
-    if form == "line":
-        stripped = [Document(f"{path}:{i}", line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
-        return _checked(spec, "lines", stripped, limit)
-    return _checked(spec, "WikiText articles", _articles(path, lines), limit)
-
-
-def _row(where: str, row: Any) -> Document:
-    record = record_of(row, where)
-    if record.text is None:
-        raise DataError(f"{where}: perplexity needs a row with the key 'text', this is one of kind {record.kind!r}")
-    return Document(where, record.text)
+    else:
+        text = text_of(file)
+        lines = text.split("\n")
+        if not form:
+            first = next(line for line in lines if line.strip())
+            form = "wikitext" if _TITLE.fullmatch(first.rstrip("\r")) else "line" if "ptb" in name else "file"
+        if form == "file":
+            kind, found = "file", [Document(path, text)]
+        elif form == "line":
+            kind = "lines"
+            found = [Document(f"{path}:{i}", line.strip()) for i, line in enumerate(lines, 1) if line.strip()]
+        else:
+            kind, found = "WikiText articles", _articles(path, lines)
+    if not found:
+        raise DataError(f"{spec}: holds no documents")
+    return Documents(spec, kind, tuple(found[:limit]), len(found))
 
 
 def _articles(path: str, lines: Sequence[str]) -> list[Document]:
     """Texts that begin with a title line; a title stands between two blank lines, which a formula does not."""
-
-    def blank(i: int) -> bool:
-        return not (0 <= i < len(lines)) or not lines[i].strip()
-
-    starts = [
-        i for i, line in enumerate(lines) if _TITLE.fullmatch(line.rstrip("\r")) and blank(i - 1) and blank(i + 1)
-    ]
+    blank = [True, *(not line.strip() for line in lines), True]
+    starts = [i for i, line in enumerate(lines) if _TITLE.fullmatch(line.rstrip("\r")) and blank[i] and blank[i + 2]]
     if not starts:
         raise DataError(f"{path}: no line is a WikiText title (' = Title = '); name it file:FILE or line:FILE")
-    edges = [0, *starts, len(lines)] if any(line.strip() for line in lines[: starts[0]]) else [*starts, len(lines)]
-    found = []
-    for low, high in pairwise(edges):
-        end = "\n" if high < len(lines) else ""
-        found.append(Document(f"{path}:{low + 1}", "\n".join(lines[low:high]) + end))
-    return found
-
-
-def _checked(path: str, form: str, documents: list[Document], limit: int | None) -> Documents:
-    if not documents:
-        raise DataError(f"{path}: holds no documents")
-    return Documents(path, form, tuple(documents[:limit]), len(documents))
+    edges = [*([] if all(blank[: starts[0] + 1]) else [0]), *starts, len(lines)]
+    return [
+        Document(f"{path}:{low + 1}", "\n".join(lines[low:high]) + ("\n" if high < len(lines) else ""))
+        for low, high in pairwise(edges)
+    ]
 
 
 def count_words(text: str) -> int:
@@ -131,10 +124,13 @@ def perplexity(scorer: Scorer, documents: Documents, *, context: int, stride: in
     """
     if scorer.model.whole_prompts:
         raise ModelError("an encoder-decoder predicts a target from a source: it has no perplexity of plain text")
-    encoded = [_tokens(scorer.tokenizer, d.text) for d in documents.texts]
-    for document, (ids, _) in zip(documents.texts, encoded, strict=True):
-        if not ids:
+    encoded = []
+    for document in documents.texts:
+        ids, starts = encode_pieces(scorer.tokenizer, document.text, ())
+        own = int(ids[:1] == [scorer.tokenizer.bos_token_id])  # the scorer puts a BOS before every text
+        if not ids[own:]:
             raise DataError(f"{document.where}: the text has no tokens; remove it")
+        encoded.append((ids[own:], starts[own:]))
     scored = scorer.rolling([ids for ids, _ in encoded], stride=stride, context=context)
     if len(encoded) == 1:
         rows, unit = _blocks(documents.texts[0].text, encoded[0][1], scored[0]), "blocks of one document"
@@ -155,31 +151,18 @@ def perplexity(scorer: Scorer, documents: Documents, *, context: int, stride: in
         "context": context,
         "stride": stride,
     }
-    values = {
-        "token_perplexity": _perplexity(1),
-        "word_perplexity": _perplexity(2),
-        "byte_perplexity": _perplexity(3),
-        "bits_per_byte": lambda sums: float(-sums[0] / (math.log(2) * sums[3])),
-    }
+    units = ("token", "word", "byte")
+    values = {f"{unit}_perplexity": partial(_perplexity, column=i) for i, unit in enumerate(units, 1)}
+    values["bits_per_byte"] = lambda sums: float(-sums[0] / (math.log(2) * sums[3]))
     return [
         Measurement(name, statistics_N4, value, documents.source, "lower", unit, None, detail)
         for name, value in values.items()
     ]
 
 
-def _tokens(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """A text's tokens and where they begin, without a BOS of its own: the scorer puts one before every text."""
-    ids, starts = encode_pieces(tokenizer, text, ())
-    own = int(ids[:1] == [tokenizer.bos_token_id])
-    return ids[own:], starts[own:]
-
-
-def _perplexity(column: int) -> Any:
-    def value(sums: np.ndarray) -> float:
-        nats = -sums[0] / sums[column] if sums[column] else math.inf
-        return math.exp(nats) if nats < 709 else math.inf  # exp(710) is more than a float holds
-
-    return value
+def _perplexity(sums: np.ndarray, column: int) -> float:
+    nats = -sums[0] / sums[column] if sums[column] else math.inf
+    return math.exp(nats) if nats < 709 else math.inf  # exp(710) is more than a float holds
 
 
 def _blocks(text: str, starts: Sequence[int], logprobs: Sequence[float]) -> list[tuple[float, int, int, int]]:

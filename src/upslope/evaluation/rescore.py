@@ -9,6 +9,7 @@ list's own scores, else its first entry), after, and of the oracle (the best ent
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from upslope.data.batching import data_order
@@ -83,13 +84,12 @@ def _nbest(where: str, row: Mapping[str, Any]) -> NBest:
 
 
 def _hypothesis(where: str, entry: Any) -> Hypothesis:
-    text = entry.get("text") if isinstance(entry, Mapping) else entry
-    if not isinstance(text, str) or (isinstance(entry, Mapping) and set(entry) - {"text", "score"}):
+    given = entry if isinstance(entry, Mapping) else {"text": entry}
+    text, score = given.get("text"), given.get("score")
+    if not isinstance(text, str) or set(given) - {"text", "score"}:
         raise DataError(f"{where} must be an object with 'text' and, if there is one, 'score'")
-    score = entry.get("score") if isinstance(entry, Mapping) else None
-    if score is not None and (
-        isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) < math.inf
-    ):
+    number = isinstance(score, int | float) and not isinstance(score, bool) and abs(score) < math.inf
+    if score is not None and not number:
         raise DataError(f"{where}: 'score' must be a finite number, is {score!r}")
     return Hypothesis(text, None if score is None else float(score))
 
@@ -117,7 +117,9 @@ def rescore(
             f"{dataset}: one list cannot both tune the weight and be measured; give score_weight a number"
         )
     cut = scorer.truncated
-    values = _logprobs(scorer, lists, length_normalized)
+    requests = [_request(scorer, entry, i) for entry in lists for i in range(len(entry.hypotheses))]
+    totals = iter(s.total / (len(s.logprobs) if length_normalized else 1) for s in scorer.score(requests))
+    values = [list(islice(totals, len(entry.hypotheses))) for entry in lists]
     tuned_on: list[int] = []
     if weight == "tuned":
         order = data_order(len(lists), seed=seed, epoch=0)
@@ -133,38 +135,23 @@ def rescore(
     return _figures(kept, after, dataset, language, detail, seed)
 
 
-def _logprobs(scorer: Scorer, lists: Sequence[NBest], length_normalized: bool) -> list[list[float]]:
-    """The model's part of `total` for every hypothesis."""
-    requests = [_request(scorer, entry, i) for entry in lists for i in range(len(entry.hypotheses))]
-    scored = iter(scorer.score(requests))
-    out = []
-    for entry in lists:
-        found = [next(scored) for _ in entry.hypotheses]
-        out.append([s.total / (len(s.logprobs) if length_normalized else 1) for s in found])
-    return out
-
-
 def _request(scorer: Scorer, entry: NBest, place: int) -> Request:
     """A text's tokens and EOS, after the source or the prefix token alone. DataError names the row."""
-    where = f"{entry.where}: hypotheses[{place}]"
+    where, text = f"{entry.where}: hypotheses[{place}]", entry.hypotheses[place].text
+    tokenizer = scorer.tokenizer
     with located(where, DataError):
-        request = _tokens(scorer, entry, entry.hypotheses[place].text)
+        if entry.source is not None:
+            example = encode_completion(tokenizer, entry.source, text)
+            first = example.mask.index(True)
+            request: Request = (example.tokens[:first], example.tokens[first:])
+        elif scorer.model.whole_prompts:
+            raise DataError("an encoder-decoder needs the 'source' of the hypotheses; add it to the row")
+        else:
+            tokens = encode_document(tokenizer, text).tokens if text else with_eos(tokenizer, [])
+            # the scorer puts the prefix there itself
+            request = ((), tokens[bool(text) and tokens[0] == tokenizer.bos_token_id :])
     scorer.fitted(*request, where=where)
     return request
-
-
-def _tokens(scorer: Scorer, entry: NBest, text: str) -> Request:
-    tokenizer = scorer.tokenizer
-    if entry.source is not None:
-        example = encode_completion(tokenizer, entry.source, text)
-        first = example.mask.index(True)
-        return example.tokens[:first], example.tokens[first:]
-    if scorer.model.whole_prompts:
-        raise DataError("an encoder-decoder needs the 'source' of the hypotheses; add it to the row")
-    if not text:
-        return (), with_eos(tokenizer, [])
-    tokens = encode_document(tokenizer, text).tokens
-    return (), tokens[tokens[0] == tokenizer.bos_token_id :]  # the scorer puts the prefix there itself
 
 
 def _best(entry: NBest, logprobs: Sequence[float], weight: float) -> int:
@@ -182,32 +169,23 @@ def _figures(
 ) -> list[Measurement | Figure]:
     unit = _unit(language)
     rate = "cer" if unit == "characters" else "wer"
-    oracle = {rate: [_fewest(entry, unit) for entry in lists], "bleu": _likest(lists, language)}
+    bleu = bleu_metric(language, sentence=True)
+    # the highest sentence BLEU, which a corpus BLEU is nearly highest with
+    goodness = {
+        rate: lambda text, references: -nearest(text, references, unit=unit)[0],
+        "bleu": lambda text, references: bleu.sentence_score(text, list(references)).score,
+    }
     references, where = [entry.references for entry in lists], [entry.where for entry in lists]
     found: list[Measurement | Figure] = []
-    for metric in (rate, "bleu"):
+    for metric, good in goodness.items():
+        scores = [[good(h.text, entry.references) for h in entry.hypotheses] for entry in lists]
+        oracle = [each.index(max(each)) for each in scores]
         stages = {}
-        chosen = {"before": [entry.first for entry in lists], "after": after, "oracle": oracle[metric]}
-        for stage, places in chosen.items():
+        for stage, places in {"before": [entry.first for entry in lists], "after": after, "oracle": oracle}.items():
             said = [entry.hypotheses[i].text for entry, i in zip(lists, places, strict=True)]
             (measured,) = measure([metric], Texts(dataset, said, references, where, language))
             stages[stage] = replace(measured, name=f"{metric}/{stage}", detail={**measured.detail, **detail})
         change = stages["after"].difference(stages["before"], seed=seed)
         assert change is not None
         found += [*stages.values(), replace(change, name=f"{metric}/change", detail={**change.detail, **detail})]
-    return found
-
-
-def _fewest(entry: NBest, unit: str) -> int:
-    edits = [nearest(h.text, entry.references, unit=unit)[0] for h in entry.hypotheses]
-    return edits.index(min(edits))
-
-
-def _likest(lists: Sequence[NBest], language: str) -> list[int]:
-    """The entry of the highest sentence BLEU, which a corpus BLEU is nearly highest with."""
-    metric = bleu_metric(language, sentence=True)
-    found = []
-    for entry in lists:
-        scores = [metric.sentence_score(h.text, list(entry.references)).score for h in entry.hypotheses]
-        found.append(scores.index(max(scores)))
     return found

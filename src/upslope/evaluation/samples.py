@@ -33,8 +33,8 @@ def read_samples(path: str, *, columns: Sequence[str] = ()) -> list[Sample]:
     last turn is the right reply. A .txt file holds one reference per line and no prompts. DataError naming file, row,
     key and remedy.
     """
-    if Path(path).name.lower().removesuffix(".gz").endswith(".txt") and not columns:
-        return [Sample(f"{path}:{i}", (line,)) for i, line in enumerate(_lines(path), 1)]
+    if not columns and (lines := _lines(path)) is not None:
+        return [Sample(where, (line,)) for where, line in lines]
     found = [_sample(i, where, row) for i, (where, row) in enumerate(rows_of(path, columns=columns))]
     if not found:
         raise DataError(f"{path}: holds no rows")
@@ -69,8 +69,7 @@ def _references(where: str, row: Mapping[str, Any], completion: str | tuple[Mess
             raise DataError(f"{where}: 'references' must be a list of at least one text")
         return tuple(listed)
     for key in ("reference", "completion", "answer"):
-        value = completion if key == "completion" else row.get(key)
-        if value is not None:
+        if (value := completion if key == "completion" else row.get(key)) is not None:
             return (_text(where, key, value),)
     raise DataError(f"{where}: nothing says what is right; add completion, reference, references or answer")
 
@@ -94,36 +93,34 @@ def read_hypotheses(path: str, samples: Sequence[Sample]) -> list[str]:
     Such rows are what `upslope generate --output` and `upslope eval --samples` write. Where both sides have a text as
     prompt it must be the same. DataError naming file and row: too few or too many, a missing key, another prompt.
     """
-    if Path(path).name.lower().removesuffix(".gz").endswith(".txt"):
-        found: list[tuple[str, str | None, str]] = [
-            (f"{path}:{i}", None, line) for i, line in enumerate(_lines(path), 1)
-        ]
-    else:
-        found = [_hypothesis(where, row) for where, row in rows_of(path)]
+    lines = _lines(path)
+    rows = rows_of(path) if lines is None else ((where, {"completion": line}) for where, line in lines)
+    found: list[tuple[str, Any, str]] = []
+    for where, row in rows:
+        if "completion" not in row:
+            have = ", ".join(map(repr, row)) or "none"
+            raise DataError(f"{where}: no 'completion' to judge (keys: {have}); name the text's column completion")
+        found.append((where, row.get("prompt"), _text(where, "completion", row["completion"])))
     if len(found) != len(samples):
         raise DataError(
             f"{path}: holds {len(found)} hypotheses for {len(samples)} references; give one each, in the same order"
         )
     for (where, prompt, _), sample in zip(found, samples, strict=True):
         asked = None if sample.prompt is None else sample.prompt.text
-        if prompt is not None and asked is not None and prompt != asked:
+        if isinstance(prompt, str) and asked is not None and prompt != asked:
             raise DataError(f"{where}: 'prompt' is not that of {sample.where}: put the rows in the same order")
     return [text for _, _, text in found]
 
 
-def _hypothesis(where: str, row: Mapping[str, Any]) -> tuple[str, str | None, str]:
-    if "completion" not in row:
-        have = ", ".join(map(repr, row)) or "none"
-        raise DataError(f"{where}: no 'completion' to judge (keys: {have}); name the text's column completion")
-    prompt = row.get("prompt")
-    return where, prompt if isinstance(prompt, str) else None, _text(where, "completion", row["completion"])
-
-
-def _lines(path: str) -> list[str]:
+def _lines(path: str) -> list[tuple[str, str]] | None:
+    """(where, line) of every line of a .txt file; None where the name is that of another."""
+    if not Path(path).name.lower().removesuffix(".gz").endswith(".txt"):
+        return None
     file = Path(path).expanduser()
     if not file.is_file():
         raise DataError(f"{path}: no such file")
-    return [line.removesuffix("\r") for line in text_of(file).removesuffix("\n").split("\n")]
+    lines = text_of(file).removesuffix("\n").split("\n")
+    return [(f"{path}:{i}", line.removesuffix("\r")) for i, line in enumerate(lines, 1)]
 
 
 def encode_samples(tokenizer: Any, samples: Sequence[Sample]) -> list[list[int]]:

@@ -95,7 +95,8 @@ class Scorer:
             while slab := [self._taken(index, *request) for index, request in islice(source, _SLAB)]:
                 scored: dict[int, Scored] = {}
                 for part in self._batches(slab):
-                    examples = [_example(*slab[i]) for i in part]
+                    asked = [slab[i] for i in part]
+                    examples = [Example([*c, *said], [False] * len(c) + [True] * len(said)) for c, said in asked]
                     batch = collate(examples, share_prompts=True, feed_last=False, device=self.model.device)
                     scored |= zip(part, self._run(batch, len(part)), strict=True)
                     self.progress(len(found) + len(scored), total)
@@ -116,15 +117,16 @@ class Scorer:
                 f"stride {stride} and context {context} must satisfy 1 <= stride <= context <= the model's "
                 f"{self.model.spec.max_positions} positions"
             )
-        counts = [sum(1 for _ in rolling_windows(len(d), stride, context)) for d in documents]
-        scored = iter(self._score(self._windows(documents, stride, context), sum(counts)))
+        windows = [list(rolling_windows(len(tokens), stride, context)) for tokens in documents]
+        texts = ([self.prefix, *tokens] for tokens in documents)
+        requests = (
+            (whole[start : first + 1], whole[first + 1 : end + 1])
+            for whole, places in zip(texts, windows, strict=True)
+            for start, first, end in places
+        )
+        counts = list(map(len, windows))
+        scored = iter(self._score(requests, sum(counts)))
         return [[x for window in islice(scored, count) for x in window.logprobs] for count in counts]
-
-    def _windows(self, documents: Sequence[Sequence[int]], stride: int, context: int) -> Iterator[Request]:
-        for tokens in documents:
-            whole = [self.prefix, *tokens]
-            for start, first, end in rolling_windows(len(tokens), stride, context):
-                yield whole[start : first + 1], whole[first + 1 : end + 1]
 
     def _taken(self, index: int, context: Sequence[int], continuation: Sequence[int]) -> tuple[list[int], list[int]]:
         kept, continuation = self.fitted(context, continuation, where=f"request {index}")
@@ -205,7 +207,3 @@ def rolling_windows(length: int, stride: int, context: int) -> Iterator[tuple[in
     while first < length:
         yield max(0, end - context), first, end
         first, end = end, min(end + stride, length)
-
-
-def _example(context: list[int], continuation: list[int]) -> Example:
-    return Example([*context, *continuation], [False] * len(context) + [True] * len(continuation))

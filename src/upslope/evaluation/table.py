@@ -57,20 +57,13 @@ def write(results: Sequence[Results], stream: TextIO) -> None:
     if stream.isatty():
         _write_table(results, stream)
     else:
-        for line in _lines(results):
+        for r, figure in ((each, figure) for each in results for figure in each.figures):
+            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={_counted(figure)}"
+            if difference := r.differences.get((figure.dataset, figure.name)):
+                line += f"  difference to {results[0].system} {_shown(difference, True)}"
             print(line, file=stream)
     for note in dict.fromkeys(note for r in results for figure in r.figures for note in _notes(figure)):
         print(note, file=stream)
-
-
-def _lines(results: Sequence[Results]) -> Iterator[str]:
-    for r in results:
-        for figure in r.figures:
-            line = f"{r.system}  {figure.dataset}  {figure.name} {_shown(figure)} n={_counted(figure)}"
-            difference = r.differences.get((figure.dataset, figure.name))
-            yield (
-                line if difference is None else f"{line}  difference to {results[0].system} {_shown(difference, True)}"
-            )
 
 
 def _write_table(results: Sequence[Results], stream: TextIO) -> None:
@@ -81,21 +74,18 @@ def _write_table(results: Sequence[Results], stream: TextIO) -> None:
     table = Table("measured on", "figure", "n")
     for r in results:
         table.add_column(Text(r.system))
-    cells: dict[tuple[str, str], dict[int, str]] = {}
-    counts: dict[tuple[str, str], dict[str, None]] = {}
-    arrows: dict[tuple[str, str], str] = {}
+    rows: dict[tuple[str, str], dict[int, Figure]] = {}
     for i, r in enumerate(results):
         for figure in r.figures:
-            key = (figure.dataset, figure.name)
-            difference = r.differences.get(key)
-            delta = "" if difference is None else f"\n{_shown(difference, True)}"
-            cells.setdefault(key, {})[i] = _shown(figure) + delta
-            counts.setdefault(key, {})[_counted(figure)] = None
-            arrows[key] = "↓" if figure.better == "lower" else "↑"
-    for (dataset, name), row in cells.items():
-        n = "\n".join(counts[dataset, name])
-        columns = (Text(row.get(i, "-")) for i in range(len(results)))
-        table.add_row(Text(dataset), Text(f"{name} {arrows[dataset, name]}"), n, *columns)
+            rows.setdefault((figure.dataset, figure.name), {})[i] = figure
+    for (dataset, name), row in rows.items():
+        cells = ["-"] * len(results)
+        for i, figure in row.items():
+            difference = results[i].differences.get((dataset, name))
+            cells[i] = _shown(figure) + (f"\n{_shown(difference, True)}" if difference else "")
+        arrow = "↓" if figure.better == "lower" else "↑"
+        counts = dict.fromkeys(map(_counted, row.values()))
+        table.add_row(Text(dataset), Text(f"{name} {arrow}"), "\n".join(counts), *map(Text, cells))
     Console(file=stream).print(table)
     if len(results) > 1:
         print(f"signed: difference to {results[0].system}, paired 95% interval", file=stream)
@@ -151,19 +141,14 @@ def _notes(figure: Figure) -> Iterator[str]:
     if figure.name == "reward_accuracy":
         yield f"{figure.dataset}: {detail['ties']} ties, which count half"
     if figure.name == "win_rate":
-        yield from _verdicts(figure)
+        # what a judge said of the rows, and which verdicts are missing: each row is asked about twice
+        yield (
+            f"{figure.dataset}: {detail['wins']} wins, {detail['ties']} ties, {detail['losses']} losses by "
+            f"{detail['judge']}; {detail['inconsistent']} rows by position alone; {detail['not_judged']} rows not "
+            f"judged: {detail['unparsable']} verdicts unparsable, {detail['failed']} lost"
+        )
+        for kind, word in (("unparsable", "unparsable"), ("failed", "lost")):
+            if detail[kind]:
+                yield f"{figure.dataset}: the first {word} verdict: {detail[f'first_{kind}']}"
     if detail.get("tuned_on"):
         yield f"{figure.dataset}: score_weight {detail['score_weight']} was chosen on {detail['tuned_on']} other lists"
-
-
-def _verdicts(figure: Figure) -> Iterator[str]:
-    """What a judge said of the rows, and which verdicts are missing: each row is asked about twice."""
-    d = figure.detail
-    yield (
-        f"{figure.dataset}: {d['wins']} wins, {d['ties']} ties, {d['losses']} losses by {d['judge']}; "
-        f"{d['inconsistent']} rows by position alone; {d['not_judged']} rows not judged: {d['unparsable']} verdicts "
-        f"unparsable, {d['failed']} lost"
-    )
-    for kind, word in (("unparsable", "unparsable"), ("failed", "lost")):
-        if d[kind]:
-            yield f"{figure.dataset}: the first {word} verdict: {d[f'first_{kind}']}"

@@ -40,8 +40,7 @@ from upslope.models.encoder.network import Encoder, Kind, load_encoder
 from upslope.options.encoder import EncoderOptions
 from upslope.runs.encoding import to_json
 from upslope.training import checkpoint
-from upslope.training.optim import MasterAdamW, decay_groups
-from upslope.training.schedule import rate_at
+from upslope.training.optim import MasterAdamW, decay_groups, rate_at
 from upslope.training.step import update
 from upslope.training.stopping import StepResult
 

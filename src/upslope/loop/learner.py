@@ -22,8 +22,7 @@ from upslope.rollout.collect import length_metrics
 from upslope.runs.folder import Run
 from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience
-from upslope.training.optim import Group, MasterAdamW
-from upslope.training.schedule import in_steps
+from upslope.training.optim import Group, MasterAdamW, in_steps
 from upslope.training.step import Forward, Loss, Outputs
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example, RolloutGroup

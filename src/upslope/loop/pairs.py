@@ -16,8 +16,8 @@ from upslope.data.chat import encode_completion
 from upslope.data.pairs import PairTokenizer
 from upslope.data.train_tokenizer import train_tokenizer
 from upslope.errors import ConfigError, DataError
-from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import Measurement
+from upslope.evaluation.verdicts import evaluate
 from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import BEYOND, DataAccount, Split, tell_task, too_long
 from upslope.loop.learner import PolicyLearner

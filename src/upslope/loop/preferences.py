@@ -13,16 +13,15 @@ from torch import Tensor
 from upslope.build import Policy
 from upslope.data.examples import Encoded
 from upslope.data.records import read_records
-from upslope.evaluation.intervals import wilson
+from upslope.evaluation.measurement import wilson
 from upslope.evaluation.preferences import share
 from upslope.loop.kept import DataAccount, Kept, shared_out, tell_plain, too_long
 from upslope.loop.learner import PolicyLearner
 from upslope.options.preference import PreferenceData
 from upslope.runs.progress import told
 from upslope.training.optim import Group
-from upslope.training.step import Forward, Loss
+from upslope.training.step import Forward, Loss, Unit, measure, unit_batches, weighted_mean
 from upslope.training.stopping import Evaluation, StepResult
-from upslope.training.units import Unit, measure, unit_batches, weighted_mean
 
 Row = TypeVar("Row")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from upslope.build import Policy, make_engine
 from upslope.data.batching import PromptStream
 from upslope.errors import DataError
-from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.measurement import mean_of
+from upslope.evaluation.verdicts import evaluate
 from upslope.functional.advantages import has_signal
 from upslope.loop.prompts import ask
 from upslope.models.decoder.activations import Activations

@@ -30,9 +30,9 @@ from upslope.runs.folder import HELD_OUT, Run
 from upslope.runs.lines import in_words
 from upslope.runs.progress import Progress, told
 from upslope.training import checkpoint
+from upslope.training.checkpoint import capture_random_state, restore_random_state, seed_everything
 from upslope.training.optim import MasterAdamW
-from upslope.training.random_state import capture_random_state, restore_random_state, seed_everything
-from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen, Target
+from upslope.training.stopping import Budget, GracefulInterrupt, Patience, StopWhen
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class _Training:
         self.stop = StopWhen(
             Budget(options.max_steps, options.max_tokens, options.max_seconds),
             Patience(options.patience, mode=mode),
-            None if options.target is None else Target(options.target, mode=mode),
+            options.target,
         )
         self.saved = -1
         self.last: Mapping[str, Any] | None = None

@@ -11,8 +11,7 @@ from upslope.loop.companions import Critic
 from upslope.loop.sampler import Sampler
 from upslope.options import RLOptions
 from upslope.training.experience import Experience
-from upslope.training.optim import Group
-from upslope.training.schedule import rate_at
+from upslope.training.optim import Group, rate_at
 from upslope.training.step import Forward, Loss, Outputs, gap_metrics, score, update
 from upslope.types import Batch
 

@@ -15,7 +15,7 @@ from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from upslope.data.chat import encode_prompt
-from upslope.evaluation.accuracy import evaluate
+from upslope.evaluation.verdicts import evaluate
 from upslope.loop.expert_rows import groups_of_run
 from upslope.loop.launch import begin
 from upslope.loop.prompts import held_out_groups

@@ -6,7 +6,7 @@ from typing import Any
 
 from upslope import options as kinds
 from upslope.options import RLOptions, RunOptions
-from upslope.training.schedule import in_steps
+from upslope.training.optim import in_steps
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from upslope.models.decoder.activations import bytes_per_token
 from upslope.options import DPOOptions, ExpertOptions, RLOptions, RunOptions
 from upslope.preview.plan import Plan, plan_of
 from upslope.recipes.dpo import REFERENCED
-from upslope.training.units import Unit
+from upslope.training.step import Unit
 from upslope.types import Example
 
 

@@ -26,8 +26,7 @@ from upslope.data.labels import (
     split_by_content,
 )
 from upslope.errors import ConfigError
-from upslope.evaluation.benchmark_metrics import pearson, spearman
-from upslope.evaluation.classification import classification_report
+from upslope.evaluation.classification import classification_report, pearson, spearman
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, prepared, rewards_of, tell_counts
 from upslope.loop.session import Recipe
 from upslope.models.encoder.items import Input

@@ -28,7 +28,7 @@ from upslope.build import Policy, make_engine
 from upslope.data.chat import load_tokenizer
 from upslope.data.pairs import PairTokenizer
 from upslope.errors import ModelError
-from upslope.evaluation.accuracy import evaluate
+from upslope.evaluation.verdicts import evaluate
 from upslope.functional.distillation import linear_divergence
 from upslope.loop.distill_items import Item, load_items, with_room
 from upslope.loop.fingerprint import prompt_row

@@ -39,8 +39,7 @@ from upslope.loop.session import Recipe
 from upslope.options import DPOOptions
 from upslope.options.preference import SIMPO_MARGIN
 from upslope.runs.progress import Progress
-from upslope.training.step import Loss, Outputs
-from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches
+from upslope.training.step import Loss, Outputs, Unit, measure, sequence_logps, token_logps, unit_batches
 from upslope.types import Batch
 
 REFERENCED = ("dpo", "ipo", "kto")

@@ -30,7 +30,7 @@ from torch import Tensor
 from upslope.build import Policy
 from upslope.data.batching import PromptStream
 from upslope.errors import DataError
-from upslope.evaluation.diversity import diversity
+from upslope.evaluation.behaviour import diversity
 from upslope.loop.expert_rows import Candidate, Row, groups_of_run, load_mix, read_rows, row_of, select, write_rows
 from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.learner import RolloutLearner
@@ -38,7 +38,7 @@ from upslope.loop.session import Recipe
 from upslope.options import ExpertOptions
 from upslope.rewards.judge import reward_metrics
 from upslope.training.experience import Experience, shaped_rewards
-from upslope.training.schedule import rate_at
+from upslope.training.optim import rate_at
 from upslope.training.stopping import StepResult
 from upslope.types import Batch, Example, RolloutGroup
 

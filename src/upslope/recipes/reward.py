@@ -42,8 +42,7 @@ from upslope.models.files.weights import load as load_weights
 from upslope.models.heads import ScalarHead
 from upslope.options import RewardOptions
 from upslope.training.optim import Group
-from upslope.training.step import Forward, Loss, Outputs
-from upslope.training.units import Unit, after_tokens
+from upslope.training.step import Forward, Loss, Outputs, Unit, after_tokens
 from upslope.types import Batch, Example
 
 

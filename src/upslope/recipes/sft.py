@@ -17,6 +17,7 @@ from torch import Tensor
 
 from upslope.build import Policy
 from upslope.evaluation.accuracy import evaluate
+from upslope.evaluation.verdicts import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.loop.kept import DataAccount, per_token, shared_out, tell_task, within_context
 from upslope.loop.learner import PolicyLearner

@@ -44,8 +44,7 @@ from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel
 from upslope.rewards.functions import distinct_share
 from upslope.rewards.summands import Surroundings
-from upslope.training.step import Forward, score
-from upslope.training.units import after_tokens
+from upslope.training.step import Forward, after_tokens, score
 from upslope.types import Example, Prompt, Reward, Rollout, RolloutGroup
 
 Kind = Literal["likelihood", "fluency", "coherence"]

@@ -135,7 +135,7 @@ def token_f1(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[floa
 
     Source: Rajpurkar et al. 2016 (1606.05250), section 6.1. Two texts of which nothing remains are equal.
     """
-    return _against(prompts, completions, lambda text, refs: max(_squad_f1(text, ref) for ref in refs))
+    return _against(prompts, completions, lambda text, refs: max(squad_f1(text, ref) for ref in refs))
 
 
 def squad_words(text: str) -> list[str]:
@@ -143,7 +143,8 @@ def squad_words(text: str) -> list[str]:
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
 
 
-def _squad_f1(text: str, reference: str) -> float:
+def squad_f1(text: str, reference: str) -> float:
+    """F1 of the words of two texts as `squad_words`; 1 where neither has any."""
     left, right = Counter(squad_words(text)), Counter(squad_words(reference))
     return _f1(left, right) if left or right else 1.0
 

@@ -16,6 +16,10 @@ _PACKAGES = ("upslope", "torch", "transformers", "tokenizers", "safetensors", "n
 
 def describe_environment() -> dict[str, Any]:
     """Versions, machine, thread settings, git commit of the working folder and the command line, as plain values."""
+    commit = _run_git("rev-parse", "HEAD")
+    memory_gb = None
+    with suppress(ValueError, OSError):
+        memory_gb = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
     return {
         "time": time.time(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) if sys.argv else "",
@@ -27,8 +31,8 @@ def describe_environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpus": usable_cpus(),
         "threads": _threads(),
-        "memory_gb": _memory_gb(),
-        "git": _git(),
+        "memory_gb": memory_gb,
+        "git": commit and {"commit": commit, "dirty": bool(_run_git("status", "--porcelain", "--untracked-files=no"))},
         "pid": os.getpid(),
     }
 
@@ -51,9 +55,7 @@ def _cpu_model() -> str:
 
 def usable_cpus() -> int:
     """How many processors this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _threads() -> int:
@@ -65,23 +67,8 @@ def _threads() -> int:
     return int(wanted) if wanted.isdigit() and int(wanted) else usable_cpus()
 
 
-def _memory_gb() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
-    except (ValueError, OSError):
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    commit = _run_git("rev-parse", "HEAD")
-    if commit is None:
-        return None
-    return {"commit": commit, "dirty": bool(_run_git("status", "--porcelain", "--untracked-files=no"))}
-
-
 def _run_git(*arguments: str) -> str | None:
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
+        return done.stdout.strip()
+    return None

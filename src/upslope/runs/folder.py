@@ -12,13 +12,14 @@ import os
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-from upslope.atomic import clean_leftovers, is_temporary, refuse_other_than_file, saving, write_atomic
+from upslope.atomic import clean_leftovers, is_temporary, read_object, refuse_other_than_file, saving, write_atomic
 from upslope.errors import RunError
-from upslope.json_file import read_object
 from upslope.runs.encoding import as_number, to_json
 from upslope.runs.environment import describe_environment
 from upslope.runs.lines import MetricLines, evaluation_keys, is_evaluation, read_lines
@@ -29,7 +30,8 @@ from upslope.types import RolloutGroup
 # What a process killed while it made the folder may have left, after the signed lock; config.toml is written last.
 _FILES = {LOCK_NAME, "env.json", "metrics.jsonl", "run.db", "run.db-wal", "run.db-shm", "run.db-journal"}
 _BEFORE_CONFIG = _FILES | {"checkpoints"}
-_NOT_EMPTY = "{}: not empty ({} ...) and not a run; choose another --output-dir or empty it"
+
+_read_json = partial(read_object, error=RunError, remedy="restore or remove the file")
 
 HELD_OUT = "held-out"
 """The evaluation that a run's own held-out measures are stored as."""
@@ -83,11 +85,11 @@ class Run:
                 folder.mkdir(parents=True, exist_ok=True)
         else:
             folder = _new_folder(Path(root), verb, name)
-        _refuse_foreign(folder)
+        _refuse_occupied(folder, signed=False)
         with ExitStack() as on_failure:
             lock = FolderLock(folder)
             on_failure.callback(lock.release)
-            _refuse_occupied(folder)  # Again: another process may have been faster.
+            _refuse_occupied(folder, signed=True)  # Again: another process may have been faster.
             run = cls._start(folder, lock, {"verb": verb, **(environment or {})})
             on_failure.callback(run.close)
             write_atomic(folder / "config.toml", config_toml)
@@ -185,12 +187,13 @@ class Run:
 
     def evaluated(self, step: int) -> dict[str, Any] | None:
         """What the held-out evaluation of a step said, as it was given to `record_evaluation`; None: there is none."""
-        found: dict[str, Any] = {}
-        for row in self.store.evaluations(HELD_OUT):
-            if row.step == step:
-                interval = {"value": row.value, "low": row.low, "high": row.high, "n": row.n, **row.details}
-                found[row.metric] = row.value if row.low is None else interval
-        return found or None
+        return {
+            row.metric: row.value
+            if row.low is None
+            else {"value": row.value, "low": row.low, "high": row.high, "n": row.n, **row.details}
+            for row in self.store.evaluations(HELD_OUT)
+            if row.step == step
+        } or None
 
     def lost_records(self, step: int) -> list[str]:
         """A line for each file that lacks metrics of the steps 1 to `step`, which a checkpoint says were done."""
@@ -215,8 +218,7 @@ class Run:
             TypeError: a value that is no number. ValueError: a negative step, or a metric named step or time.
             RunError: full disk.
         """
-        lines = self._writable()
-        _check_step(step)
+        lines = self._writable(step)
         if metrics.keys() & {"step", "time"}:
             raise ValueError("a metric cannot be named 'step' or 'time'")
         numbers = {name: as_number(value, name) for name, value in metrics.items()}
@@ -231,8 +233,7 @@ class Run:
 
     def record_rollouts(self, step: int, groups: Sequence[RolloutGroup], **details: Any) -> None:
         """Stores rollouts with their token arrays; the arguments are those of `Store.add_rollouts`."""
-        self._writable()
-        _check_step(step)
+        self._writable(step)
         self.store.add_rollouts(step, groups, **details)
 
     def record_evaluation(
@@ -243,8 +244,7 @@ class Run:
         The held-out ones also become a line of metrics.jsonl, an interval as eval/NAME/low and eval/NAME/high; of
         them the one called `measure` is what the run is judged by.
         """
-        lines = self._writable()
-        _check_step(step)
+        lines = self._writable(step)
         self.store.add_evaluation(step, name, metrics)
         if measure is not None:
             self.store.set_meta("measure", measure)
@@ -266,10 +266,8 @@ class Run:
         before = self.config_toml
         if before == config_toml:
             return
-        number = 1
-        while (self.folder / f"config.{number}.toml").exists():
-            number += 1
-        write_atomic(self.folder / f"config.{number}.toml", before)
+        kept = (self.folder / f"config.{number}.toml" for number in count(1))
+        write_atomic(next(path for path in kept if not path.exists()), before)
         write_atomic(self.folder / "config.toml", config_toml)
 
     def summary(self, values: Mapping[str, Any]) -> None:
@@ -297,51 +295,49 @@ class Run:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _writable(self) -> MetricLines:
+    def _writable(self, step: int = 0) -> MetricLines:
         if self._lines is None or self._lock is None:
             raise RunError(f"{self.folder}: opened read-only; use Run.open(folder) to continue the run")
         self._lock.confirm()
+        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+            raise ValueError(f"step must be an integer >= 0, not {step!r}")
         return self._lines
 
 
 def _new_folder(root: Path, verb: str, name: str | None) -> Path:
     if name is not None and (not name or name != Path(name).name):
         raise RunError(f"run name {name!r} must be a plain file name")
-    given = name or time.strftime("%m%d-%H%M%S")
-    with saving(root / f"{verb}-{given}", "make the run folder"):
+    given = f"{verb}-{name or time.strftime('%m%d-%H%M%S')}"
+    with saving(root / given, "make the run folder"):
         root.mkdir(parents=True, exist_ok=True)
         for number in range(1, 1000):
-            folder = root / (f"{verb}-{given}" if number == 1 else f"{verb}-{given}-{number}")
-            try:
+            folder = root / (given if number == 1 else f"{given}-{number}")
+            with suppress(FileExistsError):
                 folder.mkdir()
-            except FileExistsError:
-                if name is not None:
-                    return folder
-                continue
-            return folder
+                return folder
+            if name is not None:
+                return folder
     raise RunError(f"{root}: no free name for a run; choose --output-dir")
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _refuse_occupied(folder: Path, *, signed: bool) -> None:
     """Refuses what holds a run or anything else; files named like a run's are one only beside a lock that is signed."""
-    _refuse_occupied(folder)
     with saving(folder, "read the folder"):
-        sizes = {path.name: path.lstat().st_size for path in sorted(folder.iterdir()) if path.name != "checkpoints"}
-    if sizes and sizes != {LOCK_NAME: 0} and not owner_of(folder):
-        raise RunError(_NOT_EMPTY.format(folder, next(iter(sizes))))
-
-
-def _refuse_occupied(folder: Path) -> None:
-    with saving(folder, "read the folder"):
-        names = {path.name for path in folder.iterdir()}
-        if "config.toml" in names and "env.json" in names:
+        sizes = {path.name: path.lstat().st_size for path in sorted(folder.iterdir())}
+        if sizes.keys() >= {"config.toml", "env.json"}:
             raise RunError(f"{folder}: already holds a run; continue it with --resume, or choose another --output-dir")
-        foreign = sorted(name for name in names - _BEFORE_CONFIG if not is_temporary(name))
-        if foreign:
-            raise RunError(_NOT_EMPTY.format(folder, foreign[0]))
+        foreign = [name for name in sizes if name not in _BEFORE_CONFIG and not is_temporary(name)]
         metrics, checkpoints = folder / "metrics.jsonl", folder / "checkpoints"
-        if (metrics.is_file() and metrics.stat().st_size) or (checkpoints.is_dir() and any(checkpoints.iterdir())):
+        begun = (metrics.is_file() and metrics.stat().st_size) or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+        if begun and not foreign:
             raise RunError(f"{folder}: holds a run without config.toml; restore that, or choose another --output-dir")
+        sizes.pop("checkpoints", None)
+        if not signed and sizes and sizes != {LOCK_NAME: 0} and not owner_of(folder):
+            foreign = foreign or list(sizes)
+        if foreign:
+            raise RunError(
+                f"{folder}: not empty ({foreign[0]} ...) and not a run; choose another --output-dir or empty it"
+            )
 
 
 def _next_launch(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]:
@@ -353,12 +349,3 @@ def _next_launch(folder: Path, environment: Mapping[str, Any]) -> dict[str, Any]
         earlier.append(before)
     verb = {"verb": before["verb"]} if "verb" in before else {}
     return {**describe_environment(), **verb, **environment, "earlier": earlier}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path, RunError, "restore or remove the file")
-
-
-def _check_step(step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step must be an integer >= 0, not {step!r}")

@@ -104,8 +104,7 @@ def is_evaluation(record: Mapping[str, Any]) -> bool:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a metrics file, also while it is being written: an unfinished last line is left out."""
-    for _, record in _lines(path):
-        yield record
+    return (record for _, record in _lines(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:

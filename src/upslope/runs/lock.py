@@ -16,7 +16,7 @@ import os
 import socket
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +57,13 @@ class FolderLock:
         for attempt in range(10):
             if attempt:
                 time.sleep(0.05)  # A viewer that asks `writer_of` holds the lock for a moment.
-            if self._lock_folder() and self._lock_file():
+            if granted(fcntl.flock, self._folder, fcntl.LOCK_EX, unknown=_NO_FOLDER_LOCK) and self._lock_file():
                 return
         owner = owner_of(self._path.parent)
         raise RunError(
             f"{self._path.parent}: process {owner.get('pid', '?')} on {owner.get('host', '?')} is writing this run; "
             "wait until it ends, stop it, or choose another --output-dir"
         )
-
-    def _lock_folder(self) -> bool:
-        try:
-            return granted(fcntl.flock, self._folder, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in _NO_FOLDER_LOCK:
-                raise
-            return True
 
     def _lock_file(self) -> bool:
         if self._file < 0:
@@ -119,14 +111,17 @@ class FolderLock:
         self._file = self._folder = -1
 
 
-def granted(lock: Callable[[int, int], object], descriptor: int, kind: int) -> bool:
-    """Whether the kernel gives a lock at once (fcntl's `flock` or `lockf`); False where somebody else has it."""
+def granted(lock: Callable[[int, int], object], descriptor: int, kind: int, *, unknown: Collection[int] = ()) -> bool:
+    """Whether the kernel gives a lock at once (fcntl's `flock` or `lockf`); False where somebody else has it.
+
+    unknown: the errors of a filesystem without such locks, which count as given.
+    """
     try:
         lock(descriptor, kind | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in _BUSY:
+        if error.errno not in {*_BUSY, *unknown}:
             raise
-        return False
+        return error.errno in unknown
     return True
 
 

@@ -110,15 +110,16 @@ class Progress:
         return max(0, self.total - self.done) * (self._clock() - self._started) / fresh
 
     def _show(self) -> None:
-        if _is_terminal(self._stream):
-            self._start_bar()
-
-    def _start_bar(self) -> None:
+        """Starts the bar, where there is a terminal."""
+        try:
+            if not self._stream.isatty() or os.environ.get("TERM") == "dumb":
+                return
+        except ValueError:  # closed
+            return
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
         from rich.progress import Progress as Bar
 
-        console = Console(file=self._stream, no_color=bool(os.environ.get("NO_COLOR")))
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
@@ -126,7 +127,7 @@ class Progress:
             TimeElapsedColumn(),
             TextColumn("{task.fields[pace]}", markup=False),
             TextColumn("{task.fields[values]}", markup=False),
-            console=console,
+            console=Console(file=self._stream, no_color=bool(os.environ.get("NO_COLOR"))),
         )
         self._task = self._bar.add_task(self.label, total=self.total, completed=self.done, values="", pace="")
         self._bar.start()
@@ -143,7 +144,7 @@ class Progress:
         return "  ".join(parts)
 
     def _shown_values(self) -> str:
-        return "  ".join(f"{name}={_short(value)}" for name, value in self._values.items())
+        return "  ".join(f"{k}={f'{v:.4g}' if isinstance(v, float) else v}" for k, v in self._values.items())
 
     def _print(self) -> None:
         self._last_line, self._told = self._clock(), self.done
@@ -187,14 +188,3 @@ def format_seconds(seconds: float) -> str:
     whole = round(seconds)
     hours, minutes = divmod(whole // 60, 60)
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _is_terminal(stream: TextIO) -> bool:
-    try:
-        return stream.isatty() and os.environ.get("TERM") != "dumb"
-    except ValueError:
-        return False

@@ -6,8 +6,6 @@ from typing import Any
 
 from upslope.errors import ConfigError
 
-_ABSENT = object()
-
 
 def check_resume(old: Mapping[str, Any], new: Mapping[str, Any], may_change: frozenset[str]) -> None:
     """Accepts `new` as the continuation of a run configured by `old`, or says what is in the way.
@@ -19,11 +17,11 @@ def check_resume(old: Mapping[str, Any], new: Mapping[str, Any], may_change: fro
         ConfigError: names every refused key with both values.
     """
     before, after = _flatten(old), _flatten(new)
-    both = {key: (before.get(key, _ABSENT), after.get(key, _ABSENT)) for key in sorted(before.keys() | after.keys())}
     refused = [
-        f"{key} ({_show(then)} -> {_show(now)})"
-        for key, (then, now) in both.items()
-        if not _equal(then, now) and not _free(key, may_change)
+        f"{key} ({_show(before.get(key))} -> {_show(after.get(key))})"
+        for key in sorted(before.keys() | after.keys())
+        if not _equal(before.get(key), after.get(key))
+        and not any(f"{key}.".startswith(f"{name}.") for name in may_change)
     ]
     if refused:
         allowed = ", ".join(sorted(may_change)) or "nothing"
@@ -54,16 +52,8 @@ def _plain(value: Any) -> Any:
 
 
 def _equal(old: Any, new: Any) -> bool:
-    if old is _ABSENT or new is _ABSENT:
-        return old is new
-    if isinstance(old, bool) != isinstance(new, bool):
-        return False
-    return bool(old == new) or (old != old and new != new)
-
-
-def _free(key: str, may_change: frozenset[str]) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in may_change)
+    return isinstance(old, bool) == isinstance(new, bool) and bool(old == new or (old != old and new != new))
 
 
 def _show(value: Any) -> str:
-    return "not set" if value is _ABSENT else repr(value)
+    return "not set" if value is None else repr(value)

@@ -135,26 +135,25 @@ class StoredRollout:
     arrays: dict[str, list[Any]]
 
 
+_REMEDIES = {
+    "full": "the disk is full; free some space, then continue with --resume",
+    # a quota, or no space for SQLite's shared memory
+    "I/O": "{}: is the disk full or a quota used up? free some space, then continue with --resume",
+    "locked|busy": "another process holds it; stop that process and try again",
+    "readonly|unable to open": "{}; check the folder and its permissions",
+    "not a database|malformed": "{}; the file is damaged: move it away or restore it",
+}
+"""What an error of SQLite has in its text, and what to do about it."""
+
+
 @contextmanager
 def database_errors(path: Path, action: str) -> Iterator[None]:
     """Turns an error of SQLite into one line that names the file and the remedy."""
     try:
         yield
     except (sqlite3.Error, UnicodeDecodeError) as error:
-        text = str(error)
-        if "full" in text:
-            remedy = "the disk is full; free some space, then continue with --resume"
-        elif "I/O" in text:  # a quota, or no space for SQLite's shared memory
-            remedy = f"{text}: is the disk full or a quota used up? free some space, then continue with --resume"
-        elif "locked" in text or "busy" in text:
-            remedy = "another process holds it; stop that process and try again"
-        elif "readonly" in text or "unable to open" in text:
-            remedy = f"{text}; check the folder and its permissions"
-        elif "not a database" in text or "malformed" in text:
-            remedy = f"{text}; the file is damaged: move it away or restore it"
-        else:
-            remedy = text
-        raise RunError(f"{path}: cannot {action}: {remedy}") from error
+        remedy = next((said for words, said in _REMEDIES.items() if re.search(words, str(error))), "{}")
+        raise RunError(f"{path}: cannot {action}: {remedy.format(error)}") from error
 
 
 @contextmanager
@@ -195,20 +194,16 @@ def connect(path: Path, *, read_only: bool) -> tuple[sqlite3.Connection, dict[st
     """
     with database_errors(path, "open"):
         connection = _open_reader(path) if read_only else _open_writer(path)
+    columns = {}
     with _closed_on_failure(connection), database_errors(path, "read"):
-        return connection, _token_columns(connection, path)
-
-
-def _token_columns(connection: sqlite3.Connection, path: Path) -> dict[str, tuple[Encode, Decode]]:
-    found = {}
-    for name, dtype, encoding in connection.execute("SELECT name, dtype, encoding FROM token_columns"):
-        if (encoding, dtype) not in ENCODINGS:
-            raise RunError(
-                f"{path}: token_columns has {name!s:.40} as {dtype!s:.40}, {encoding!s:.40}, which this program does "
-                "not read; the file is damaged: restore it"
-            )
-        found[name] = ENCODINGS[encoding, dtype]
-    return found
+        for name, dtype, encoding in connection.execute("SELECT name, dtype, encoding FROM token_columns"):
+            if (encoding, dtype) not in ENCODINGS:
+                raise RunError(
+                    f"{path}: token_columns has {name!s:.40} as {dtype!s:.40}, {encoding!s:.40}, which this program "
+                    "does not read; the file is damaged: restore it"
+                )
+            columns[name] = ENCODINGS[encoding, dtype]
+    return connection, columns
 
 
 def _open_writer(path: Path) -> sqlite3.Connection:

@@ -11,8 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from upslope.runs.encoding import as_number
-from upslope.runs.rollout_rows import rollout_records
+from upslope.runs.encoding import as_number, rollout_records
 from upslope.runs.schema import (
     RENAMED,
     UNDECLARED,
@@ -100,7 +99,8 @@ class Store:
         rows = []
         for metric, given in metrics.items():
             entry = dict(given) if isinstance(given, Mapping) else {"value": given}
-            numbers = [_optional(entry.pop(key, None), metric) for key in ("value", "low", "high", "n")]
+            found = [entry.pop(key, None) for key in ("value", "low", "high", "n")]
+            numbers = [None if x is None else as_number(x, metric) for x in found]
             rows.append((name, metric, step, *numbers, json.dumps(entry), time.time()))
         with self._transaction() as connection:
             connection.executemany("INSERT OR REPLACE INTO evaluations VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
@@ -159,8 +159,12 @@ class Store:
 
         Filters, by equality: step, split, prompt_key, sample.
         """
-        where, values = _where(filters)
-        query = f"SELECT {', '.join(_COLUMNS)} FROM rollouts {where} ORDER BY id LIMIT ?"
+        if unknown := filters.keys() - {"step", "split", "prompt_key", "sample"}:
+            raise ValueError(f"unknown filter {min(unknown)!r}")
+        # SQLite has no larger integers: keys beyond them are stored as text
+        values = [x if isinstance(x, str) or -(2**63) <= x < 2**63 else str(x) for x in filters.values()]
+        where = " AND ".join(["TRUE", *(f"{name} = ?" for name in filters)])
+        query = f"SELECT {', '.join(_COLUMNS)} FROM rollouts WHERE {where} ORDER BY id LIMIT ?"
         with row_errors(self.path):
             return [_row(row) for row in self._rows(query, [*values, limit])]
 
@@ -206,29 +210,17 @@ class Store:
                 yield self._connection
 
 
-def _where(filters: Mapping[str, Any]) -> tuple[str, list[Any]]:
-    unknown = filters.keys() - {"step", "split", "prompt_key", "sample"}
-    if unknown:
-        raise ValueError(f"unknown filter {min(unknown)!r}")
-    # SQLite has no larger integers: keys beyond them are stored as text
-    values = [x if isinstance(x, str) or -(2**63) <= x < 2**63 else str(x) for x in filters.values()]
-    return "WHERE " + " AND ".join(f"{name} = ?" for name in filters) if filters else "", values
-
-
 def _row(row: Sequence[Any]) -> RolloutRow:
     named = dict(zip(_COLUMNS, row, strict=True))
-    named["prompt_key"] = int(named["prompt_key"])
-    named["correct"] = None if named["correct"] is None else bool(named["correct"])
-    named["messages"] = json.loads(named["messages"])
-    named["parts"] = json.loads(named["parts"])
-    named["process_rewards"] = [(int(at), float(value)) for at, value in json.loads(named["process_rewards"])]
-    return RolloutRow(**named)
+    steps = [(int(at), float(value)) for at, value in json.loads(named["process_rewards"])]
+    return RolloutRow(
+        **named
+        | {name: json.loads(named[name]) for name in ("messages", "parts")}
+        | {"prompt_key": int(named["prompt_key"]), "process_rewards": steps}
+        | {"correct": None if named["correct"] is None else bool(named["correct"])}
+    )
 
 
 def _nan(value: float | None) -> float:
     # SQLite stores NaN as NULL; metrics have no other NULLs.
     return math.nan if value is None else value
-
-
-def _optional(value: Any, name: str) -> int | float | None:
-    return None if value is None else as_number(value, name)

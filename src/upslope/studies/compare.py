@@ -23,9 +23,8 @@ from upslope.build import Policy, load_inference, load_policy, make_engine
 from upslope.config import load
 from upslope.data.chat import encode_prompt
 from upslope.errors import ConfigError, RunError
-from upslope.evaluation.behaviour import calibration
-from upslope.evaluation.diversity import distinct_n, self_bleu
-from upslope.evaluation.intervals import bootstrap_mean, paired_bootstrap
+from upslope.evaluation.behaviour import calibration, distinct_n, self_bleu
+from upslope.evaluation.measurement import bootstrap_mean, paired_bootstrap
 from upslope.loop.kept import tell_task
 from upslope.options import CompareOptions, RunOptions
 from upslope.preview.plan import plan_of
@@ -38,7 +37,7 @@ from upslope.tasks.base import Task
 from upslope.tasks.loading import load_task, prompts_of
 from upslope.training.experience import Experience
 from upslope.training.step import score
-from upslope.types import Prompt, RolloutGroup, SamplingParams
+from upslope.types import Prompt, SamplingParams
 from upslope.workers.rewards import make_scorer
 
 
@@ -54,10 +53,7 @@ class Entry:
 def run(options: CompareOptions) -> int:
     """The verb `upslope compare`."""
     result = compare(options)
-    if options.json:
-        print(json.dumps(result))
-    else:
-        print(table(result))
+    print(json.dumps(result) if options.json else table(result))
     return 130 if result["stopped"] == "interrupted" else 0
 
 
@@ -68,7 +64,7 @@ def compare(o: CompareOptions) -> dict[str, Any]:
     task = load_task(_shared(entries, "task"))
     prompts = prompts_of(task, "eval", o.eval_samples, seed=0)
     tell_task(task, len(prompts))
-    longest = max(_reply_length(e.options) for e in entries)
+    longest = max(int(getattr(e.options, "max_completion_length", 64)) for e in entries)
     result: dict[str, Any] = {
         "task": _shared(entries, "task"),
         "model": _shared(entries, "model"),
@@ -128,10 +124,6 @@ def _shared(entries: Sequence[Entry], name: str) -> Any:
     return values.pop()
 
 
-def _reply_length(options: RunOptions) -> int:
-    return int(getattr(options, "max_completion_length", 64))
-
-
 def _folder(o: CompareOptions) -> Path:
     if o.resume:
         folder = Path(o.output_dir or "")
@@ -170,8 +162,7 @@ def curve(folder: Path, samples_per_step: int) -> list[dict[str, float]]:
     with Run.open(folder, read_only=True) as opened:
         held_out, spent = opened.store.evaluations("held-out"), opened.store.evaluations("spent")
     seconds = {e.step: e.value for e in spent if e.metric == "seconds"}
-    names = {e.metric for e in held_out}
-    metric = "accuracy" if "accuracy" in names else "reward"
+    metric = "accuracy" if "accuracy" in {e.metric for e in held_out} else "reward"
     return [
         {"step": e.step, "samples": e.step * samples_per_step, "seconds": seconds[e.step], "value": e.value}
         for e in held_out
@@ -191,74 +182,60 @@ def measure(
     encoded = max(len(encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
     engine = make_engine(policy, sequences=len(prompts), longest=encoded + longest)
     with make_scorer(task) as judge:
-        greedy, _ = collect(
-            engine, policy.tokenizer, judge, prompts, SamplingParams(max_tokens=longest, temperature=0.0)
-        )
-        sampled, _ = collect(
-            engine, policy.tokenizer, judge, prompts, SamplingParams(max_tokens=longest, temperature=1.0, seed=12345)
+        greedy, sampled = (
+            collect(engine, policy.tokenizer, judge, prompts, SamplingParams(max_tokens=longest, **how))[0]
+            for how in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 12345})
         )
     texts = [g.rollouts[0].text for g in sampled]
-    quality, verdicts = _quality(greedy)
+    rewards = [g.rollouts[0].reward for g in greedy]
+    verdicts = any(r.correct is not None for r in rewards)
     found: dict[str, Any] = {
-        "quality": quality,
+        # one number per problem: its verdict, or its reward where the task gives none; a failed judgement counts 0
+        "quality": [float(bool(r.correct)) if verdicts else float(r.value or 0.0) for r in rewards],
         "metric": "accuracy" if verdicts else "reward",
-        "kl": 0.0 if options is None else _kl_from_start(policy, options, sampled),
+        "kl": 0.0,
         "distinct_1": distinct_n(texts, 1),
         "distinct_2": distinct_n(texts, 2),
         "self_bleu": self_bleu(texts),
         "calibration": None,
         "replies": [
-            {"prompt": _asked(g.prompt), "reply": g.rollouts[0].text, "reward": g.rollouts[0].reward.value}
+            {
+                "prompt": g.prompt.messages[-1].content if g.prompt.text is None else g.prompt.text,
+                "reply": g.rollouts[0].text,
+                "reward": g.rollouts[0].reward.value,
+            }
             for g in greedy[:shown]
         ],
     }
+    if options is not None:  # mean over replies of sum_t log pi / log start, on the policy's own samples
+        experience = Experience.of(sampled)
+        batches, order = experience.batches(
+            range(experience.size), options.micro_batch_tokens, device=policy.model.device
+        )
+        start = load_inference(options.model, dtype=options.dtype).model
+        own, reference = (experience.in_order(score(m, batches), order).logp_N for m in (policy.model, start))
+        found["kl"] = float(experience.sequence_sums(own - reference).mean())
     if verdicts:
         sure = [min(1.0, math.exp(math.fsum(g.rollouts[0].policy_logprobs))) for g in sampled]
         found["calibration"] = calibration(sure, [bool(g.rollouts[0].reward.correct) for g in sampled])
     return found
 
 
-def _quality(groups: Sequence[RolloutGroup]) -> tuple[list[float], bool]:
-    """One number per problem: its verdict, or its reward where the task gives none; a failed judgement counts 0."""
-    rewards = [g.rollouts[0].reward for g in groups]
-    verdicts = any(r.correct is not None for r in rewards)
-    return [float(bool(r.correct)) if verdicts else float(r.value or 0.0) for r in rewards], verdicts
-
-
-def _kl_from_start(policy: Policy, options: RunOptions, sampled: Sequence[RolloutGroup]) -> float:
-    """Mean over replies of sum_t log pi / log start, estimated on the policy's own samples (nats per reply)."""
-    experience = Experience.of(sampled)
-    batches, order = experience.batches(range(experience.size), options.micro_batch_tokens, device=policy.model.device)
-    own = experience.in_order(score(policy.model, batches), order).logp_N
-    start = load_inference(options.model, dtype=options.dtype).model
-    reference = experience.in_order(score(start, batches), order).logp_N
-    assert own is not None
-    assert reference is not None
-    return float(experience.sequence_sums(own - reference).mean())
-
-
-def _asked(prompt: Prompt) -> str:
-    return prompt.text if prompt.text is not None else prompt.messages[-1].content
-
-
 def summarise(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per recipe: medians over seeds and, over problems, the paired interval of the gain on the start."""
     rows = []
-    start = result["start"]["quality"]
     for label, runs in {"start": {"": result["start"]}, **result["runs"]}.items():
         quality = _per_problem(runs)
-        gain = paired_bootstrap(quality, start)
         row: dict[str, Any] = {
             "label": label,
             "quality": {**bootstrap_mean(quality)._asdict(), "n": len(quality)},
             "by_seed": [statistics.fmean(r["quality"]) for r in runs.values()],
-            "gain": gain._asdict(),
+            "gain": paired_bootstrap(quality, result["start"]["quality"])._asdict(),
         }
-        for name in ("kl", "distinct_1", "distinct_2", "self_bleu", "seconds", "trained_tokens", "steps"):
-            found = [r[name] for r in runs.values() if name in r]
+        measured = [{**r, **({"ece": r["calibration"]["ece"]} if r["calibration"] else {})} for r in runs.values()]
+        for name in ("kl", "distinct_1", "distinct_2", "self_bleu", "seconds", "trained_tokens", "steps", "ece"):
+            found = [r[name] for r in measured if name in r]
             row[name] = statistics.median(found) if found else None
-        errors = [r["calibration"]["ece"] for r in runs.values() if r["calibration"]]
-        row["ece"] = statistics.median(errors) if errors else None
         rows.append(row)
     return rows
 
@@ -291,8 +268,7 @@ def table(result: Mapping[str, Any]) -> str:
     for pair in result["pairs"]:
         sure = "" if pair["low"] <= 0 <= pair["high"] else "  (the interval excludes 0)"
         lines.append(f"{pair['b']} - {pair['a']}: {pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}]{sure}")
-    lines.append(f"report: {result['folder']}/report.html")
-    return "\n".join(lines)
+    return "\n".join([*lines, f"report: {result['folder']}/report.html"])
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

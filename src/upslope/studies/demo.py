@@ -13,6 +13,7 @@ from typing import Any
 from upslope.atomic import write_atomic
 from upslope.build import load_policy
 from upslope.evaluation.accuracy import evaluate
+from upslope.evaluation.verdicts import evaluate
 from upslope.loop.prompts import held_out_groups
 from upslope.loop.session import peak_memory_gb
 from upslope.options import DemoOptions, PPOOptions, SFTOptions
@@ -75,7 +76,8 @@ def _shared(o: DemoOptions, folder: Path, steps: int, *, warmup: int) -> dict[st
 def demo(o: DemoOptions) -> dict[str, Any]:
     """Run the three stages; returns what summary.json holds."""
     started = time.perf_counter()
-    folder = _folder(o)
+    place = Path(o.output_dir) if o.output_dir else Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
+    folder = new_folder(place, "choose another folder with --output-dir")
     _say(f"demo: {o.model} on {o.task}, measured on {o.eval_samples} held-out problems; folder {folder}")
     task = load_task(o.task)
     supervised = sft_options(o, folder)
@@ -84,7 +86,8 @@ def demo(o: DemoOptions) -> dict[str, Any]:
     groups = held_out_groups(policy, task, o.eval_samples, supervised.max_completion_length)
     accuracy["base"], samples["base"] = evaluate(groups), _shown(groups)
     seconds["base"] = time.perf_counter() - started
-    _say(f"demo: base: {_words(accuracy['base'])}")
+    base = accuracy["base"]
+    _say(f"demo: base: {base['value']:.1%} [{base['low']:.1%}, {base['high']:.1%}] of {base['n']}")
 
     trained = sft(supervised, policy=policy)
     del policy, groups
@@ -96,7 +99,11 @@ def demo(o: DemoOptions) -> dict[str, Any]:
         seconds[stage] = outcome["seconds"]
         if outcome["evaluation"]:
             accuracy[stage] = outcome["evaluation"]["accuracy"]
-            samples[stage] = _stored_samples(folder / stage)
+            with Run.open(folder / stage, read_only=True) as stored:
+                rows = stored.store.rollouts(split="eval", limit=SAMPLES_SHOWN)
+            samples[stage] = [
+                {"prompt": r.prompt, "answer": r.answer, "completion": r.completion, "correct": r.correct} for r in rows
+            ]
     summary = {
         "accuracy": accuracy,
         "seconds": round(time.perf_counter() - started, 3),
@@ -115,23 +122,12 @@ def demo(o: DemoOptions) -> dict[str, Any]:
     return summary
 
 
-def _folder(o: DemoOptions) -> Path:
-    folder = Path(o.output_dir) if o.output_dir else Path("runs") / time.strftime("demo-%Y%m%d-%H%M%S")
-    return new_folder(folder, "choose another folder with --output-dir")
-
-
 def _shown(groups: list[RolloutGroup]) -> list[dict[str, Any]]:
     return [
         {"prompt": g.prompt.messages[-1].content if g.prompt.messages else g.prompt.text, "answer": g.prompt.answer}
         | {"completion": g.rollouts[0].text, "correct": g.rollouts[0].reward.correct}
         for g in groups[:SAMPLES_SHOWN]
     ]
-
-
-def _stored_samples(folder: Path) -> list[dict[str, Any]]:
-    with Run.open(folder, read_only=True) as stored:
-        rows = stored.store.rollouts(split="eval", limit=SAMPLES_SHOWN)
-    return [{"prompt": r.prompt, "answer": r.answer, "completion": r.completion, "correct": r.correct} for r in rows]
 
 
 def _ppo_numbers(folder: Path) -> dict[str, Any]:
@@ -144,19 +140,15 @@ def _ppo_numbers(folder: Path) -> dict[str, Any]:
         values = [line[name] for line in part if isinstance(line.get(name), int | float)]
         return sum(values) / len(values) if values else float("nan")
 
+    def ends(name: str) -> dict[str, float]:
+        return {"first": mean(name, lines[:fifth]), "last": mean(name, lines[-fifth:])}
+
     return {
-        "explained_variance": {
-            "first": mean("val/explained_variance", lines[:fifth]),
-            "last": mean("val/explained_variance", lines[-fifth:]),
-        },
-        "reward": {"first": mean("reward", lines[:fifth]), "last": mean("reward", lines[-fifth:])},
+        "explained_variance": ends("val/explained_variance"),
+        "reward": ends("reward"),
         "max_logprob_diff": max(line["rollout/max_logprob_diff"] for line in lines),
         "seconds_per_step": {name: mean(f"seconds/{name}", lines) for name in ("rollout", "reward", "update")},
     }
-
-
-def _words(accuracy: dict[str, Any]) -> str:
-    return f"{accuracy['value']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}] of {accuracy['n']}"
 
 
 def _say(text: str) -> None:

@@ -18,6 +18,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 """Okabe and Ito's palette, told apart by colour-blind readers; lines also differ by their dashes."""
 _DASHES = ("", "6 3", "2 3", "8 3 2 3")
 
+_PICTURES = {code: chr(0x2400 + code) for code in range(32)} | {ord("\n"): "\u23ce "}
+"""Line breaks and other control characters as pictures: a reply stays a few lines of its cell."""
+
 Point = tuple[float, float]
 
 
@@ -27,8 +30,6 @@ def line_chart(
     *,
     x_label: str,
     y_label: str,
-    width: int = 640,
-    height: int = 360,
 ) -> str:
     """One chart as an SVG element: a thin line for every run of a label, a thick one for their median.
 
@@ -41,6 +42,7 @@ def line_chart(
     points = [p for runs in clean.values() for run in runs for p in run]
     if not points:
         raise ValueError(f"chart {title!r}: no finite point to draw")
+    width, height = 640, 360
     left, right, top, bottom = 62, 16, 40, 48 + 18 * math.ceil(len(clean) / 3)
     x_ticks, y_ticks = (_ticks([p[i] for p in points]) for i in (0, 1))
     plot_w, plot_h = width - left - right, height - top - bottom
@@ -59,22 +61,21 @@ def line_chart(
     for tick in y_ticks:
         y = place((x_ticks[0], tick)).split(",")[1]
         out.append(f'<path d="M{left} {y}H{width - right}" stroke="currentColor" opacity="0.15"/>')
-        out.append(f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{_number(tick)}</text>')
+        out.append(f'<text x="{left - 6}" y="{y}" dy="4" text-anchor="end">{_short(tick)}</text>')
     for tick in x_ticks:
         x = place((tick, y_ticks[0])).split(",")[0]
-        out.append(f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{_number(tick)}</text>')
+        out.append(f'<text x="{x}" y="{height - bottom + 16}" text-anchor="middle">{_short(tick)}</text>')
     out.append(
         f'<text x="{left + plot_w / 2}" y="{height - bottom + 34}" text-anchor="middle">{escape(x_label)}</text>'
         f'<text transform="translate(14 {top + plot_h / 2}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
     )
     for i, (label, runs) in enumerate(clean.items()):
         colour, dash = COLOURS[i % len(COLOURS)], _DASHES[i // len(COLOURS) % len(_DASHES)]
-        stroke = (
-            f'fill="none" stroke="{colour}" stroke-dasharray="{dash}"' if dash else f'fill="none" stroke="{colour}"'
-        )
+        stroke = f'fill="none" stroke="{colour}"' + (f' stroke-dasharray="{dash}"' if dash else "")
         if len(runs) > 1:
             out += [f'<polyline points="{" ".join(map(place, run))}" {stroke} opacity="0.3"/>' for run in runs]
-        middle = _median(runs)
+        columns = zip(*filter(None, runs), strict=False)
+        middle = [tuple(statistics.median(p[axis] for p in column) for axis in (0, 1)) for column in columns]
         if len(middle) == 1:
             x, y = place(middle[0]).split(",")
             out.append(f'<circle cx="{x}" cy="{y}" r="4" fill="{colour}"/>')
@@ -83,13 +84,6 @@ def line_chart(
         out.append(f'<path d="M{x:.0f} {y - 4}h22" {stroke} stroke-width="2.5"/>')
         out.append(f'<text x="{x + 28:.0f}" y="{y}">{escape(label)}</text>')
     return "\n".join([*out, "</svg>"])
-
-
-def _median(runs: Sequence[Sequence[Point]]) -> list[Point]:
-    return [
-        (statistics.median(p[0] for p in column), statistics.median(p[1] for p in column))
-        for column in zip(*[run for run in runs if run], strict=False)
-    ]
 
 
 def _ticks(values: Sequence[float], wanted: int = 5) -> list[float]:
@@ -106,20 +100,29 @@ def _ticks(values: Sequence[float], wanted: int = 5) -> list[float]:
     return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
 
 
-def _number(value: float) -> str:
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    return f"{value:g}"
+def _short(value: float) -> str:
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
 def write_report(path: Path, result: Mapping[str, Any]) -> None:
-    """Render what `studies.compare.compare` returns. Replies of models are text and stay text: all is escaped."""
+    """Render what `studies.compare.compare` returns. Replies of models are text and stay text: all is escaped.
+
+    Side by side stand what the start and every recipe (its first seed) answer to the same problems.
+    """
     environment = Environment(
         loader=PackageLoader("upslope.studies"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"number": _figure, "visible": _visible}
+    environment.filters |= {
+        "number": lambda value, digits=3: "–" if value is None else f"{value:,.{digits}f}",  # noqa: RUF001
+        "visible": lambda text: text.translate(_PICTURES),
+    }
+    columns = {"start": result["start"], **{label: next(iter(runs.values())) for label, runs in result["runs"].items()}}
+    replies = [
+        {"prompt": first["prompt"], "cells": [{"label": label, **run["replies"][i]} for label, run in columns.items()]}
+        for i, first in enumerate(result["start"]["replies"])
+    ]
     template = environment.get_template("comparison.html")
-    write_atomic(path, template.render(result=result, charts=_charts(result), replies=_replies(result)))
+    write_atomic(path, template.render(result=result, charts=_charts(result), replies=replies))
 
 
 def _charts(result: Mapping[str, Any]) -> list[str]:
@@ -147,21 +150,3 @@ def _charts(result: Mapping[str, Any]) -> list[str]:
             )
         )
     return charts
-
-
-def _replies(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Side by side: what the start and every recipe (its first seed) answer to the same problems."""
-    columns = {"start": result["start"], **{label: next(iter(runs.values())) for label, runs in result["runs"].items()}}
-    return [
-        {"prompt": first["prompt"], "cells": [{"label": label, **run["replies"][i]} for label, run in columns.items()]}
-        for i, first in enumerate(result["start"]["replies"])
-    ]
-
-
-def _figure(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:,.{digits}f}"  # noqa: RUF001
-
-
-def _visible(text: str) -> str:
-    """Line breaks and other control characters as pictures: a reply stays a few lines of its cell."""
-    return "".join("\u23ce " if c == "\n" else chr(0x2400 + ord(c)) if ord(c) < 32 else c for c in text)

@@ -9,9 +9,10 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
-from upslope.plugins import parse_value, suggest
+from upslope.plugins import parse_value
 from upslope.tasks import graders
 from upslope.tasks.base import Split, Task, chat_prompt, checked_fraction, derive_seed
 from upslope.types import Message, Prompt, Reward
@@ -67,7 +68,7 @@ class ReasoningTask(Task):
     ) -> None:
         names = dataset_names()
         if name not in names:
-            raise ConfigError(f"reasoning-gym has no data set '{name}'{suggest(str(name), names)}")
+            raise ConfigError(f"reasoning-gym has no data set '{name}'{suggestion(str(name), names)}")
         checked_fraction(eval_fraction)
         self.name = name
         self.ask = ask
@@ -147,7 +148,9 @@ def _checked_config(name: str, config: dict[str, Any]) -> dict[str, Any]:
         if key not in fields:
             own = ("instruction", "system", "strict", "eval_fraction")
             listed = ", ".join((*own, *fields))
-            raise ConfigError(f"'{name}' has no parameter '{key}'{suggest(key, (*own, *fields))} (it takes: {listed})")
+            raise ConfigError(
+                f"'{name}' has no parameter '{key}'{suggestion(key, (*own, *fields))} (it takes: {listed})"
+            )
         checked[key] = _as_field(fields[key], value)
     return checked
 

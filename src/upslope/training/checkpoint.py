@@ -7,13 +7,16 @@
     checkpoints/last, best                          relative symbolic links (text files where links are unsupported)
 
 A checkpoint is written into a hidden folder, fsynced and renamed; only then are `last` and `best` switched, and only
-then is an older one deleted. So a kill at any moment leaves the checkpoint before or the new one, bit for bit.
+then is an older one deleted. So a kill at any moment leaves the checkpoint before or the new one, bit for bit. The
+state of every global random generator is captured and restored here, too.
 """
 
 import contextlib
 import errno
+import itertools
 import json
 import os
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,13 +24,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from upslope.atomic import disk_error, point_to, publish_folder, read_pointer, remove_folder, saving, write_atomic
+from upslope.atomic import (
+    disk_error,
+    point_to,
+    publish_folder,
+    read_object,
+    read_pointer,
+    remove_folder,
+    saving,
+    write_atomic,
+)
 from upslope.errors import RunError
-from upslope.json_file import read_object
 from upslope.manifest import damage, list_checkpoints, read_manifest, step_folders, step_of, write_manifest
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -77,10 +90,16 @@ def save(
     text = json.dumps(state)
     _check_keys(state, "state")
     serial = 1 + max((each.serial for each in list_checkpoints(folder)), default=0)
-    target = _free_name(folder, step)
+    if step < 0:
+        raise ValueError(f"step must be >= 0, not {step}")
+    names = (f"step-{step:08d}" + (f".{revision}" if revision else "") for revision in itertools.count())
+    target = next(folder / name for name in names if not os.path.lexists(folder / name))
     with publish_folder(target) as inside:
         for group, named in tensors.items():
-            _write_group(inside, target, group, named)
+            if not _GROUP.fullmatch(group):
+                raise ValueError(f"checkpoint group {group!r} must be letters, digits and underscores")
+            with _safetensors_errors(target):
+                save_file(_distinct(named), inside / f"{group}.safetensors", metadata={"format": "pt"})
         write_atomic(inside / "state.json", text)
         if write_model is not None:
             (inside / "model").mkdir()
@@ -150,7 +169,12 @@ def load(path: Path | str, *, verify: bool = True) -> tuple[Tensors, dict[str, A
     Raises:
         RunError: absent, incomplete or damaged; the message names the file. It never falls back to another one.
     """
-    path = _follow(Path(path))
+    path = Path(path)
+    if path.name in ("last", "best"):
+        name = read_pointer(path)
+        if name is None:
+            raise RunError(f"{path}: there is no such checkpoint yet")
+        path = path.parent / name
     problem = damage(path, deep=verify)
     if problem:
         raise RunError(f"{path}: {problem}; resume from another checkpoint in {path.parent}")
@@ -177,21 +201,28 @@ def resolve(folder: Path | str, which: str | int = "last") -> Resolved:
     folder = Path(folder)
     if which == "last":
         return _newest(folder)
-    path = folder / _folder_name(folder, which)
+    name = read_pointer(folder / "best") if which == "best" else str(which)
+    if name is None:
+        raise RunError(f"{folder}: no best checkpoint yet; take 'last' or a step")
+    readable = list_checkpoints(folder)
+    if name.isdigit():
+        name = next((c.path.name for c in reversed(readable) if c.step == int(name)), f"step-{int(name):08d}")
+    path = folder / name
     problem = damage(path) if path.is_dir() else "there is no such checkpoint"
     if problem:
-        complete = ", ".join(each.path.name for each in list_checkpoints(folder)) or "none"
+        complete = ", ".join(each.path.name for each in readable) or "none"
         raise RunError(f"{path}: {problem}; checkpoints in {folder}: {complete}")
     return Resolved(path, read_manifest(path).step)
 
 
 def _newest(folder: Path) -> Resolved:
-    complaints: list[tuple[int, str]] = []
     readable = list_checkpoints(folder)
     known = {each.path for each in readable}
-    for path in step_folders(folder):
-        if path not in known:
-            complaints.append((step_of(path), f"{path.name} is damaged ({damage(path)})"))
+    complaints = [
+        (step_of(path), f"{path.name} is damaged ({damage(path)})")
+        for path in step_folders(folder)
+        if path not in known
+    ]
     for checkpoint in reversed(readable):
         problem = damage(checkpoint.path)
         if problem is None:
@@ -201,38 +232,6 @@ def _newest(folder: Path) -> Resolved:
         complaints.append((checkpoint.step, f"{checkpoint.path.name} is damaged ({problem})"))
     reason = "; ".join(text for _, text in complaints) or "there is none yet"
     raise RunError(f"{folder}: no complete checkpoint: {reason}; start the run again without --resume")
-
-
-def _folder_name(folder: Path, which: str | int) -> str:
-    if which == "best":
-        name = read_pointer(folder / "best")
-        if name is None:
-            raise RunError(f"{folder}: no best checkpoint yet; take 'last' or a step")
-        return name
-    if isinstance(which, int) or which.isdigit():
-        step = int(which)
-        newest = [each for each in list_checkpoints(folder) if each.step == step]
-        return newest[-1].path.name if newest else f"step-{step:08d}"
-    return which
-
-
-def _follow(path: Path) -> Path:
-    if path.name in ("last", "best"):
-        name = read_pointer(path)
-        if name is None:
-            raise RunError(f"{path}: there is no such checkpoint yet")
-        return path.parent / name
-    return path
-
-
-def _free_name(folder: Path, step: int) -> Path:
-    if step < 0:
-        raise ValueError(f"step must be >= 0, not {step}")
-    name, revision = f"step-{step:08d}", 0
-    while os.path.lexists(folder / name):
-        revision += 1
-        name = f"step-{step:08d}.{revision}"
-    return folder / name
 
 
 def _check_keys(value: Any, where: str) -> None:
@@ -245,13 +244,6 @@ def _check_keys(value: Any, where: str) -> None:
     elif isinstance(value, list | tuple):
         for item in value:
             _check_keys(item, where)
-
-
-def _write_group(inside: Path, target: Path, group: str, named: Mapping[str, Tensor]) -> None:
-    if not _GROUP.fullmatch(group):
-        raise ValueError(f"checkpoint group {group!r} must be letters, digits and underscores")
-    with _safetensors_errors(target):
-        save_file(_distinct(named), inside / f"{group}.safetensors", metadata={"format": "pt"})
 
 
 def _distinct(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -289,3 +281,80 @@ class Part:
 
     def load(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any]) -> None:
         """Take back, bit for bit, what `tensors` and `state` gave."""
+
+
+def capture_random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, state) of the generators of Python, numpy, torch on the CPU and, when in use, of every CUDA device.
+
+    Save them as a tensor group and as a part of the state of `checkpoint.save`.
+    """
+    version, words, gauss = random.getstate()
+    numpy_state = np.random.get_state(legacy=False)
+    inner = numpy_state["state"]
+    in_use = torch.cuda.is_available() and torch.cuda.is_initialized()
+    tensors = {
+        "python": torch.tensor(words, dtype=torch.int64),
+        "numpy": torch.from_numpy(inner["key"].astype(np.int64)),
+        "torch": torch.get_rng_state(),
+        **{f"cuda.{index}": one for index, one in enumerate(torch.cuda.get_rng_state_all() if in_use else [])},
+    }
+    state = {
+        "python": {"version": version, "gauss": gauss},
+        "numpy": {
+            "bit_generator": str(numpy_state["bit_generator"]),
+            "position": int(inner["pos"]),
+            "has_gauss": int(numpy_state["has_gauss"]),
+            "gauss": float(numpy_state["gauss"]),
+        },
+    }
+    return tensors, state
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> list[str]:
+    """Puts every generator back where `capture_random_state` found it.
+
+    Returns:
+        One line per generator that this machine lacks or that the checkpoint does not cover (another number of CUDA
+        devices); empty means that the random numbers continue exactly.
+
+    Raises:
+        RunError: the checkpoint holds no random state, or one of another kind of generator.
+    """
+    missing = {"python", "numpy", "torch"} - tensors.keys()
+    if missing:
+        raise RunError(f"the checkpoint lacks the random state of {', '.join(sorted(missing))}; it cannot be resumed")
+    saved_python, saved_numpy = state["python"], state["numpy"]
+    current = np.random.get_state(legacy=False)
+    if saved_numpy["bit_generator"] != current["bit_generator"] or saved_python["version"] != random.getstate()[0]:
+        raise RunError("the checkpoint's random state is of another kind of generator; resume with the old versions")
+    random.setstate((saved_python["version"], tuple(tensors["python"].tolist()), saved_python["gauss"]))
+    np.random.set_state(
+        {
+            "bit_generator": saved_numpy["bit_generator"],
+            "state": {"key": tensors["numpy"].numpy().astype(np.uint32), "pos": saved_numpy["position"]},
+            "has_gauss": saved_numpy["has_gauss"],
+            "gauss": saved_numpy["gauss"],
+        }
+    )
+    torch.set_rng_state(tensors["torch"])
+    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    notes = []
+    saved = {int(name.removeprefix("cuda.")): tensor for name, tensor in tensors.items() if name.startswith("cuda.")}
+    for index, tensor in saved.items():
+        if index < devices:
+            torch.cuda.set_rng_state(tensor, index)
+        else:
+            notes.append(f"random state of CUDA device {index} not restored: this machine has {devices}")
+    if devices > len(saved) and torch.cuda.is_initialized():
+        notes.append(f"the checkpoint has the random state of {len(saved)} of this machine's {devices} CUDA devices")
+    return notes
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of python, numpy and torch, which a user's own task or reward may draw from.
+
+    What the project itself samples and shuffles does not depend on them: that randomness is counter-based.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

@@ -173,15 +173,17 @@ class Experience:
             for pack in packs
         ]
         parts = [[i for p in part for i in packs[p]] for part in split_by_tokens(sizes, token_budget)]
-        batches, columns = [], self.columns()
-        for part in parts:
-            examples = []
-            for i in part:
-                r = self.rollouts[i]
-                fields = {name: x_N[starts[i] : ends[i]] for name, x_N in columns.items()}
-                mask = [False] * len(r.prompt_tokens) + r.mask
-                examples.append(Example([*r.prompt_tokens, *r.tokens], mask, fields))
-            batches.append(collate(examples, share_prompts=True, feed_last=feed_last, device=device))
+        columns = self.columns()
+
+        def example(i: int) -> Example:
+            r = self.rollouts[i]
+            fields = {name: x_N[starts[i] : ends[i]] for name, x_N in columns.items()}
+            return Example([*r.prompt_tokens, *r.tokens], [False] * len(r.prompt_tokens) + r.mask, fields)
+
+        batches = [
+            collate([example(i) for i in part], share_prompts=True, feed_last=feed_last, device=device)
+            for part in parts
+        ]
         return batches, [i for part in parts for i in part]
 
     def in_order(self, outputs: Outputs, order: Sequence[int]) -> Outputs:
@@ -190,7 +192,6 @@ class Experience:
         starts = counts.cumsum(0) - counts
         tokens = torch.cat([torch.arange(int(starts[i]), int(starts[i] + counts[i])) for i in order])
         place_N, place_B = torch.argsort(tokens), torch.argsort(torch.tensor(list(order)))
-
         return Outputs(
             **{name: x.cpu()[place_B if name.endswith("_B") else place_N] for name, x in vars(outputs).items()}
         )

@@ -4,17 +4,23 @@ Losses arrive as one number per trained token. They are reduced here and nowhere
 weight, which already holds the denominator of the whole step (`functional.masking.loss_weights`), and summed over all
 micro-batches, so that the gradient does not depend on how the batch was split, packed or ordered.
 
-Shapes: N trained tokens, T packed tokens, D width.
+A loss that judges whole sequences (a pair of answers, a labelled answer, a solution with its steps) looks at a `Unit`
+of them, which is never split between micro-batches and shares its prompt's tokens; it is one number per unit, with one
+weight that holds the denominator of the whole step.
+
+Shapes: N trained tokens, T packed tokens, D width; U units and B sequences of a micro-batch.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from upslope.data.batching import collate, padded_from_flat, split_by_tokens
 from upslope.errors import RunError
 from upslope.functional.logprobs import linear_token_logprobs
 from upslope.models.attention.context import PackedContext
@@ -23,10 +29,10 @@ from upslope.models.lora_dropout import dropping, packed_keys
 from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.training.optim import MasterAdamW
-from upslope.types import Batch
+from upslope.types import Batch, Example
 
 
-class Outputs:
+class Outputs(SimpleNamespace):
     """What a network says about the trained tokens of a micro-batch: the parts that were asked for, and no others.
 
     `name in outputs` tells which; reading another one is an AttributeError.
@@ -43,9 +49,6 @@ class Outputs:
     final_B: Tensor
     hidden_ND: Tensor
 
-    def __init__(self, **parts: Tensor) -> None:
-        vars(self).update(parts)
-
     def __contains__(self, name: str) -> bool:
         return name in vars(self)
 
@@ -53,7 +56,7 @@ class Outputs:
 Loss = Callable[[Batch, Outputs], tuple[Tensor, Mapping[str, Tensor]]]
 """(micro-batch, outputs) -> loss per trained token [N], and metrics per trained token [N] to be averaged alike.
 
-Where one loss judges whole sequences (training/units.py) it is one number per unit [U], and so is the field "weight".
+Of units it is one number per unit [U], and so is the field "weight".
 """
 
 
@@ -187,3 +190,88 @@ def update(
         raise
     totals["learning_rate"] = learning_rate
     return totals
+
+
+@dataclass(slots=True)
+class Unit:
+    """The sequences one loss looks at, its own numbers, and how many terms its loss is the sum of."""
+
+    examples: tuple[Example, ...]
+    values: dict[str, float] = field(default_factory=dict)
+    terms: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Packed tokens, a prompt that all its sequences begin with counted once."""
+        first = self.examples[0]
+        prompt = first.mask.index(True)
+        shared = len(self.examples) > 1 and all(e.tokens[:prompt] == first.tokens[:prompt] for e in self.examples)
+        return sum(len(e.tokens) for e in self.examples) - shared * prompt * (len(self.examples) - 1)
+
+
+def unit_batches(units: Sequence[Unit], budget: int, *, device: torch.device | str = "cpu") -> list[Batch]:
+    """Packed micro-batches of at most `budget` tokens (a unit longer than that has one of its own).
+
+    Sequences stand unit after unit. Besides the examples' own fields [N], a batch's fields hold the units' values [U]
+    and "weight" [U]: one over the number of terms of all `units` together.
+    """
+    weight = 1 / sum(unit.terms for unit in units)
+    batches = []
+    for part in split_by_tokens([unit.tokens for unit in units], budget):
+        chosen = [units[i] for i in part]
+        batch = collate([e for unit in chosen for e in unit.examples], share_prompts=True, device=device)
+        for name in chosen[0].values:
+            batch.fields[name] = torch.tensor([unit.values[name] for unit in chosen], device=device)
+        batch.fields["weight"] = torch.full((len(chosen),), weight, device=device)
+        batches.append(batch)
+    return batches
+
+
+def sequence_logps(x_N: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Per-token log-probs [N] -> (their sum, their number of tokens) of each sequence, [B] and [B]."""
+    x_BT, mask_BT = padded_from_flat(x_N, batch.sequence_N, len(batch.ends_B))
+    return x_BT.sum(1), mask_BT.sum(1)
+
+
+def after_tokens(values_N: Tensor, final_B: Tensor, batch: Batch) -> Tensor:
+    """What a head says after each trained token, [N], from what it says before each [N] and after each sequence [B].
+
+    The trained tokens of a sequence must follow one another up to its last token.
+    """
+    counts = torch.bincount(batch.sequence_N, minlength=len(final_B))
+    last_N = torch.zeros_like(batch.sequence_N, dtype=torch.bool)
+    last_N[counts.cumsum(0) - 1] = True
+    following = torch.cat([values_N[1:], values_N.new_zeros(1)])
+    return torch.where(last_N, final_B[batch.sequence_N], following)
+
+
+def measure(
+    model: CausalModel, batches: Iterable[Batch], loss: Loss, forward: Forward = Forward()
+) -> dict[str, Tensor]:
+    """Loss ("loss") and metrics of every unit, [U] each, without gradient, in the order of the batches."""
+    found: dict[str, list[Tensor]] = {}
+    with evaluating(model, forward.head):
+        for batch in batches:
+            value_U, metrics = loss(batch, forward(model, batch))
+            for name, part in {"loss": value_U, **metrics}.items():
+                found.setdefault(name, []).append(part.float().cpu())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def token_logps(
+    model: CausalModel, units: Sequence[Unit], budget: int, *, device: torch.device | str = "cpu"
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """(index of a unit, log-probs of the trained tokens of each of its sequences), without gradient, batch by batch."""
+    for part in split_by_tokens([unit.tokens for unit in units], budget):
+        examples = [Example(e.tokens, e.mask) for i in part for e in units[i].examples]
+        with evaluating(model):
+            out = Forward()(model, collate(examples, share_prompts=True, device=device))
+        pieces = list(out.logp_N.cpu().split([sum(e.mask) for e in examples]))
+        for i in part:
+            yield i, [pieces.pop(0) for _ in units[i].examples]
+
+
+def weighted_mean(values_U: Mapping[str, Tensor], units: Sequence[Unit]) -> dict[str, float]:
+    """Each measured sum over the number of terms."""
+    terms = sum(unit.terms for unit in units)
+    return {name: float(x.double().sum()) / terms for name, x in values_U.items()}

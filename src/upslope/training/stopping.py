@@ -15,11 +15,6 @@ from upslope.errors import ConfigError
 Mode = Literal["max", "min"]
 
 
-def better(value: float, than: float, mode: Mode) -> bool:
-    """True when `value` improves on `than`; NaN never does."""
-    return value > than if mode == "max" else value < than
-
-
 @dataclass(frozen=True, slots=True)
 class Budget:
     """What a run may spend; None means without limit. `max_seconds` counts the time of all launches together,
@@ -70,12 +65,16 @@ class Patience:
         self.loss: float | None = None
         self.waited = 0
 
+    def is_better(self, value: float, than: float) -> bool:
+        """True when `value` improves on `than`; NaN never does."""
+        return value > than if self.mode == "max" else value < than
+
     def update(self, value: float, loss: float | None = None) -> bool:
         """Takes in one evaluation; True when it is the best so far (the checkpoint to keep as `best`).
 
         loss: of two equal values the one with the lower loss is the better one; against patience it does not count.
         """
-        improved = not math.isnan(value) and (self.best is None or better(value, self.best, self.mode))
+        improved = not math.isnan(value) if self.best is None else self.is_better(value, self.best)
         self.waited = 0 if improved else self.waited + 1
         lower = loss is not None and (self.loss is None or loss < self.loss)
         is_best = improved or (value == self.best and lower)
@@ -98,26 +97,16 @@ class Patience:
         self.best, self.loss = (value if value is None else float(value) for value in (best, loss))
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """The value of the evaluation at which the run has done its work."""
-
-    value: float
-    mode: Mode = "max"
-
-    def reached(self, value: float) -> bool:
-        """True when `value` is as good as the target; NaN never is."""
-        return value >= self.value if self.mode == "max" else value <= self.value
-
-
 class StopWhen:
     """Counts what a run has spent and says when it ends.
 
-        stop = StopWhen(Budget(max_steps=100), Patience(5), Target(0.9))
+        stop = StopWhen(Budget(max_steps=100), Patience(5), 0.9)
         while stop.reason is None:
             ...
             stop.after_step(tokens=batch_tokens)
             if evaluate: is_best = stop.after_evaluation(accuracy)
+
+    target: the value of an evaluation that is good enough, in the direction of `patience`.
 
     Attributes: steps, tokens (so far, over all launches), reason (None while the run goes on), evaluated (the step of
     the last evaluation) and best_step (that of the best one).
@@ -127,16 +116,12 @@ class StopWhen:
         self,
         budget: Budget,
         patience: Patience | None = None,
-        target: Target | None = None,
+        target: float | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.budget, self.target = budget, target
-        self.patience = patience or Patience(None, mode=target.mode if target else "max")
-        if target is not None and target.mode != self.patience.mode:
-            raise ConfigError(f"target is a {target.mode} and patience a {self.patience.mode}; they need one mode")
-        self.steps = 0
-        self.tokens = 0
+        self.budget, self.patience, self.target = budget, patience or Patience(None), target
+        self.steps = self.tokens = 0
         self.evaluated: int | None = None
         self.best_step: int | None = None
         self._clock = clock
@@ -171,8 +156,7 @@ class StopWhen:
     def after_evaluation(self, value: float, loss: float | None = None) -> bool:
         """One evaluation is done; True when it is the best so far (`loss` breaks ties)."""
         self.evaluated = self.steps
-        is_best = self.patience.update(value, loss)
-        if is_best:
+        if is_best := self.patience.update(value, loss):
             self.best_step = self.steps
         # What an evaluation said is not taken back by a later one.
         self._by_evaluation = self._judged(value) or self._by_evaluation
@@ -180,8 +164,9 @@ class StopWhen:
 
     def _judged(self, value: float | None) -> str | None:
         """Why the run ends with an evaluation of this value, in words, or None."""
-        if self.target is not None and value is not None and self.target.reached(value):
-            return f"target: {value:g} reached {self.target.value:g}"
+        goal = self.target
+        if goal is not None and value is not None and (value == goal or self.patience.is_better(value, goal)):
+            return f"target: {value:g} reached {goal:g}"
         if self.patience.exhausted:
             return f"patience: no improvement on {self.patience.best} in {self.patience.waited} evaluations"
         return None
@@ -229,11 +214,9 @@ class GracefulInterrupt:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
+        with contextlib.suppress(ValueError):  # Not the main thread.
+            for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._handle)
-            except ValueError:
-                break  # Not the main thread.
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -16,9 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from upslope.atomic import fsync_file, fsync_folder, fsync_tree, write_atomic
+from upslope.atomic import fsync_file, fsync_folder, fsync_tree, read_object, write_atomic
 from upslope.errors import ModelError, RunError
-from upslope.json_file import read_object
 from upslope.manifest import damage, damaged_file, inventory, read_manifest, step_of
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from upslope.atomic import read_object
 from upslope.errors import ModelError
-from upslope.json_file import read_object
 from upslope.models.files.folders import GENERATION_CONFIG, copy_companions, listed, new_folder, write_json
 
 SINGLE = "model.safetensors"
