@@ -39,8 +39,7 @@ from upslope.recipes.pretrain import Pretrain, causal_texts, pretrain
 from upslope.recipes.reinforce import reinforce
 from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect
-from upslope.tasks.base import Task, select_prompts
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import Task, load_task, select_prompts
 from upslope.types import Prompt, SamplingParams
 from upslope.workers.rewards import make_scorer
 

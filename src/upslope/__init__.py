@@ -77,7 +77,7 @@ _HOME = {
     "upslope.serving.service": ("Service",),
     "upslope.tasks.base": ("Task", "chat_prompt", "select_prompts"),
     "upslope.rewards.summands": ("load_reward",),
-    "upslope.tasks.loading": ("load_task",),
+    "upslope.tasks.base": ("load_task",),
     "upslope.training.experience": ("Experience",),
     "upslope.training.optim": ("Group", "MasterAdamW", "decay_groups"),
     "upslope.training.step": ("Forward", "score", "update"),

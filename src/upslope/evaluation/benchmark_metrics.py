@@ -13,7 +13,7 @@ import numpy as np
 from upslope.errors import DataError
 from upslope.evaluation.intervals import Interval, bootstrap, bootstrap_mean, wilson
 from upslope.extras import require
-from upslope.rewards.overlap import squad_words
+from upslope.rewards.functions import squad_words
 
 
 def accuracy(truth: Sequence[int], said: Sequence[int]) -> Interval:

@@ -17,7 +17,7 @@ from upslope.evaluation.classification import classification_report, entities_of
 from upslope.evaluation.measurement import Measurement, mean_of, ratio
 from upslope.extras import require
 from upslope.plugins import suggest
-from upslope.rewards.overlap import nearest, squad_words, token_f1
+from upslope.rewards.functions import nearest, squad_words, token_f1
 from upslope.types import Prompt
 
 MECAB = {"ja": "ja-mecab", "ko": "ko-mecab"}

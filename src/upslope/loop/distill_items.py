@@ -14,8 +14,7 @@ from upslope.loop.prompts import fitting
 from upslope.loop.rows import demonstrations
 from upslope.options import DistillOptions
 from upslope.runs.progress import counted
-from upslope.tasks.base import Task
-from upslope.tasks.loading import prompts_of
+from upslope.tasks.base import Task, prompts_of
 from upslope.types import Example, Prompt
 
 

@@ -12,8 +12,7 @@ from upslope.errors import ConfigError, DataError
 from upslope.loop.kept import DataAccount, Kept, tell_task
 from upslope.options import RLOptions
 from upslope.runs.progress import counted
-from upslope.tasks.base import Task
-from upslope.tasks.loading import prompts_of
+from upslope.tasks.base import Task, prompts_of
 from upslope.types import Prompt
 
 NO_ROOM = "too long for the context"

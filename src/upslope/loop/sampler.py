@@ -23,8 +23,7 @@ from upslope.rewards.judge import Judge
 from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect
 from upslope.runs.folder import Run
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import Task, load_task
 from upslope.training.experience import Experience, shaped_rewards, trainable
 from upslope.training.stopping import Evaluation
 from upslope.types import Prompt, Reward, RolloutGroup, SamplingParams

@@ -46,7 +46,7 @@ from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
 from upslope.rollout.collect import length_metrics, sample
 from upslope.runs.progress import told
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
 from upslope.training.step import Forward, Outputs
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams

@@ -22,7 +22,7 @@ from torch import Tensor
 from upslope.build import Policy
 from upslope.functional.supervised_losses import minimum_risk
 from upslope.loop.pairs import PairData, PairLearner
-from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.options.pretrain import Seq2SeqOptions
 from upslope.rewards.judge import reward_metrics
 from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect, length_metrics

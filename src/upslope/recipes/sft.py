@@ -25,8 +25,7 @@ from upslope.loop.prompts import held_out_of
 from upslope.loop.rows import demonstrations, encoded, held_out_groups
 from upslope.loop.session import train
 from upslope.options import SFTOptions
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task, prompts_of
+from upslope.tasks.base import Task, load_task, prompts_of
 from upslope.training.step import Outputs, score
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example

@@ -34,8 +34,7 @@ from upslope.rollout.collect import collect
 from upslope.runs.folder import Run
 from upslope.studies import new_folder
 from upslope.studies.report import write_report
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task, prompts_of
+from upslope.tasks.base import Task, load_task, prompts_of
 from upslope.training.experience import Experience
 from upslope.training.step import score
 from upslope.types import Prompt, RolloutGroup, SamplingParams

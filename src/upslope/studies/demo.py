@@ -20,7 +20,7 @@ from upslope.recipes.ppo import ppo
 from upslope.recipes.sft import sft
 from upslope.runs.folder import Run
 from upslope.studies import new_folder
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
 from upslope.types import RolloutGroup
 
 SAMPLES_SHOWN = 6

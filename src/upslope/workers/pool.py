@@ -31,8 +31,16 @@ from typing import Any, Protocol
 
 from upslope.errors import ConfigError, DataError, RunError, UpslopeError
 from upslope.plugins import TIMED_OUT, first_line
-from upslope.workers.channel import TOKEN_BYTES, Channel, Garbled, wait
-from upslope.workers.keeper import END_LIMIT_S, children, descendants, end_descendants
+from upslope.workers.keeper import (
+    END_LIMIT_S,
+    TOKEN_BYTES,
+    Channel,
+    Garbled,
+    children,
+    descendants,
+    end_descendants,
+    wait,
+)
 
 START_LIMIT_S = 180.0
 # The worker ends awaits at the limit by itself; killing is for what cannot be interrupted.

@@ -23,8 +23,7 @@ from upslope.rewards.summands import (
     parse_rewards,
     split_rewards,
 )
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import Task, load_task
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 from upslope.workers.pool import Pool
 

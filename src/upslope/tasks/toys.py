@@ -10,11 +10,13 @@ Length and shortest count nodes, the start and the goal included. A walk that ta
 not reach the goal within max_length nodes, has optimality 0. What follows the goal is not read.
 """
 
+import hashlib
 import random
 from collections import deque
+from collections.abc import Sequence
 
 from upslope.errors import ConfigError, DataError
-from upslope.tasks.base import Split, Task, answered, check_split, content_key, derive_seed, shuffled
+from upslope.tasks.base import Split, Task, answered, check_split, checked_fraction, content_key, derive_seed, shuffled
 from upslope.types import Message, Prompt, Reward
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -140,3 +142,84 @@ def _shortest_lengths(edges: list[list[int]]) -> dict[int, int]:
                 found[earlier] = found[node] + 1
                 queue.append(earlier)
     return found
+
+
+ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+DIGITS = "0123456789"
+
+
+class KeyDoor(Task):
+    """Rooms with apples, a key, a corridor and a door.
+
+    steps: apples before the key; corridor: letters between key and door; door: what the door pays; noise: size of an
+    apple's worth; room: digits of the prompt. A completion that stops, or takes a letter of another step, within its
+    steps + 1 + corridor letters does not reach the door; what follows them is not read. `correct` says that the door
+    was opened.
+    """
+
+    name = "key_door"
+    inline_safe = True
+    open_ended = True
+
+    def __init__(
+        self,
+        *,
+        steps: int = 12,
+        corridor: int = 3,
+        door: float = 1.0,
+        noise: float = 3.0,
+        room: int = 6,
+        eval_fraction: float = 0.2,
+    ) -> None:
+        most = len(ALPHABET) // 2
+        if min(steps, room) < 1 or corridor < 0 or steps + 1 + corridor > most:
+            raise ConfigError(
+                f"'key_door': steps and room must be at least 1, corridor at least 0 and steps + 1 + corridor at most "
+                f"{most}, got {steps}, {room} and {corridor}"
+            )
+        if not (door > 0 and noise >= 0):
+            raise ConfigError(f"'key_door': door must be positive and noise not negative, got {door} and {noise}")
+        self.steps, self.corridor, self.door, self.noise = steps, corridor, door, noise
+        self.room, self.eval_fraction = room, checked_fraction(eval_fraction)
+
+    @property
+    def length(self) -> int:
+        """Letters of a whole way."""
+        return self.steps + 1 + self.corridor
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """`n` different rooms, each a few digits. DataError: there are fewer."""
+        draw = random.Random(derive_seed("key_door", split, seed))
+        rooms = (Prompt(key=0, text="".join(draw.choices(DIGITS, k=self.room))) for _ in iter(int, 1))
+        return self.select(rooms, split, n)
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """A way with letters drawn at random, the key taken half the time: the form, not the solution."""
+        assert prompt.text is not None
+        draw = random.Random(derive_seed("key_door walk", prompt.text))
+        return answered(prompt, self.way([draw.random() < 0.5 for _ in range(self.length)]))
+
+    def way(self, choices: Sequence[bool]) -> str:
+        """The letters of a choice at each step: False is a step's first letter, True its second."""
+        return "".join(ALPHABET[2 * step + choice] for step, choice in enumerate(choices))
+
+    def worth(self, room: str, step: int, letter: str) -> float:
+        """What a letter earns as the apple of a step."""
+        digest = hashlib.blake2b(f"{room}\x1f{step}\x1f{letter}".encode(), digest_size=1).digest()
+        return self.noise if digest[0] & 1 else -self.noise
+
+    def judge(self, prompt: Prompt, text: str) -> Reward:
+        """The apples of the way and the door's pay, at the letters that earned them."""
+        assert prompt.text is not None
+        way = "".join(text.split())[: self.length]
+        sound = next((i for i, x in enumerate(way) if x not in ALPHABET[2 * i : 2 * i + 2]), len(way))
+        apples = [(i, self.worth(prompt.text, i, way[i])) for i in range(min(sound, self.steps))]
+        opened = sound == self.length and way[self.steps] == ALPHABET[2 * self.steps + 1]
+        pay = self.door if opened else 0.0
+        collected = sum(value for _, value in apples)
+        return Reward(
+            value=collected + pay,
+            parts={"apples": collected, "door": pay},
+            correct=opened,
+            steps=[*apples, *([(self.length - 1, pay)] if opened else [])],
+        )
