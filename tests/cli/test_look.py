@@ -15,7 +15,7 @@ from upslope.loop.launch import begin
 from upslope.loop.look import look
 from upslope.options import EvalOptions, ExpertOptions, GRPOOptions, PretrainOptions, SFTOptions
 from upslope.tasks.base import Task, load_task, made_first
-from upslope.tasks.random_walks import KeyDoor
+from upslope.tasks.toys import KeyDoor
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from upslope.errors import ConfigError
 from upslope.rewards.functions import edit_distance, nearest, references_of
-from upslope.rewards.summands import FUNCTIONS, load_reward
+from upslope.rewards.summands import load_reward
 from upslope.types import Prompt
 
-OVERLAP = sorted(name for name, place in FUNCTIONS.items() if place.startswith("upslope.rewards.functions:"))
+OVERLAP = ["bleu", "chrf", "edit_similarity", "ngram_overlap", "rouge", "token_f1"]
 
 
 def table_distance(a: Any, b: Any) -> int:

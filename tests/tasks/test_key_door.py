@@ -9,7 +9,7 @@ import pytest
 
 from upslope.errors import ConfigError
 from upslope.tasks.base import load_task
-from upslope.tasks.random_walks import ALPHABET, KeyDoor
+from upslope.tasks.toys import ALPHABET, KeyDoor
 
 
 def test_pay_by_hand() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upslope.workers.keeper import TOKEN_BYTES, Channel, Garbled, wait
+from upslope.workers.process import TOKEN_BYTES, Channel, Garbled, wait
 
 TOKEN = bytes(range(TOKEN_BYTES))
 

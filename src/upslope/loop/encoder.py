@@ -36,7 +36,7 @@ from upslope.models.encoder.items import (
 )
 from upslope.models.encoder.labellers import Start
 from upslope.models.encoder.network import Encoder, load_encoder
-from upslope.options.pretrain import EncoderOptions
+from upslope.options.supervised import EncoderOptions
 from upslope.runs.encoding import to_json
 from upslope.training import checkpoint
 from upslope.training.optim import MasterAdamW, decay_groups

@@ -11,7 +11,7 @@ from upslope.data.examples import examples_of
 from upslope.data.records import read_records
 from upslope.loop.kept import Kept, tell_plain, too_long
 from upslope.loop.prompts import held_out_of
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.runs.progress import counted, told
 from upslope.tasks.base import Task
 from upslope.types import Example, Prompt, RolloutGroup, SamplingParams

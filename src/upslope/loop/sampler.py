@@ -21,7 +21,7 @@ from upslope.models.decoder.activations import Activations
 from upslope.options import GRPOOptions, RLOptions
 from upslope.rewards.judge import Judge
 from upslope.rewards.summands import Surroundings
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.runs.folder import Run
 from upslope.tasks.base import Task, load_task
 from upslope.training.experience import Experience, shaped_rewards, trainable

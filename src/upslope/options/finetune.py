@@ -1,4 +1,4 @@
-"""Options of what imitates: rows, a teacher, or the best of its own samples."""
+"""Options of what learns from rows, a teacher, the best of its own samples, or preferences."""
 
 import math
 from typing import Literal

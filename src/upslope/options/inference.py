@@ -1,4 +1,4 @@
-"""Options of `upslope generate`, `chat` and `serve`."""
+"""Options of what uses a trained model: `upslope generate`, `chat`, `serve` and `eval`."""
 
 import ipaddress
 import math

@@ -1,4 +1,4 @@
-"""Options of pretraining: a tokenizer and a model from text files."""
+"""Options of what learns from given texts and labels: pretraining, encoder-decoders, encoders."""
 
 from typing import Literal
 

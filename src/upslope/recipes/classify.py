@@ -36,7 +36,7 @@ from upslope.loop.session import train
 from upslope.models.encoder.items import Input
 from upslope.models.encoder.labellers import Start, check_length, inputs_of, load_start
 from upslope.models.encoder.network import Encoder
-from upslope.options.pretrain import ClassifyOptions
+from upslope.options.supervised import ClassifyOptions
 from upslope.runs.progress import told
 from upslope.training.stopping import Evaluation
 

@@ -44,7 +44,7 @@ from upslope.models.files.sources import resolve
 from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
-from upslope.rollout.collect import length_metrics, sample
+from upslope.rollout import length_metrics, sample
 from upslope.runs.progress import told
 from upslope.tasks.base import load_task
 from upslope.training.step import Forward, Outputs

@@ -38,7 +38,7 @@ from upslope.loop.launch import begin
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
 from upslope.loop.session import train
 from upslope.options import DPOOptions
-from upslope.options.imitation import SIMPO_MARGIN
+from upslope.options.finetune import SIMPO_MARGIN
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs
 from upslope.training.units import Unit, measure, sequence_logps, token_logps, unit_batches

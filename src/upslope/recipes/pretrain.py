@@ -26,7 +26,7 @@ from upslope.loop.launch import begin
 from upslope.loop.learner import PolicyLearner
 from upslope.loop.session import train
 from upslope.loop.texts import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
-from upslope.options.pretrain import PretrainOptions
+from upslope.options.supervised import PretrainOptions
 from upslope.recipes.pretrain_masked import MaskedPretrain
 from upslope.training.step import score
 from upslope.training.stopping import Evaluation, StepResult

@@ -19,7 +19,7 @@ from upslope.build import Policy
 from upslope.loop.launch import begin
 from upslope.loop.pairs import PairData, PairLearner, start_policy
 from upslope.loop.session import train
-from upslope.options.pretrain import Seq2SeqOptions
+from upslope.options.supervised import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.training.stopping import StepResult
 

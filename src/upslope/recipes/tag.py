@@ -32,7 +32,7 @@ from upslope.loop.launch import begin
 from upslope.loop.session import train
 from upslope.models.encoder.labellers import Sentences, Start, check_length, cut_words, load_start, pieces_of
 from upslope.models.encoder.network import Encoder
-from upslope.options.pretrain import TagOptions
+from upslope.options.supervised import TagOptions
 from upslope.training.stopping import Evaluation
 
 

@@ -3,6 +3,11 @@
 A reward function takes (prompts, completions) and its own parameters by name, and returns one judgement per
 completion. If it names a parameter `num_tokens` or `finish_reasons`, the judge fills in one per completion.
 `inline_safe` marks those that are quick on any text, so that they need no worker process.
+
+Those from `edit_similarity` on say how much a text has in common with a reference: edit distance, n-grams, and the
+field's own BLEU, chrF and ROUGE. They compare with each prompt's references: its answer and, where the task lists them
+in `metadata["references"]`, all of those, of which the nearest counts. A prompt without any gets None (no verdict).
+Each gives a number in [0, 1] (`ngram_overlap` with a weight below 0 is a penalty).
 """
 
 import importlib

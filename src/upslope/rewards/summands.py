@@ -29,12 +29,11 @@ if TYPE_CHECKING:
 
 RewardSpecs = Iterable[str | tuple[str, float]]
 FUNCTIONS: dict[str, str] = {
-    name: f"upslope.rewards.{module}:{name}"
-    for module, names in {
-        "functions": ("length", "format", "json_object", "repetition", "exact_match"),
-        "overlap": ("edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"),
-    }.items()
-    for name in names
+    name: f"upslope.rewards.functions:{name}"
+    for name in (
+        *("length", "format", "json_object", "repetition", "exact_match"),
+        *("edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"),
+    )
 }
 """Where every built-in reward function is."""
 NETWORKS: dict[str, str] = {

@@ -2,9 +2,12 @@
 
 One object serves supervised learning, reinforcement learning and evaluation, so that the three agree on the problem,
 the wording and the verdict. Free of torch: reward workers import this module.
+
+`load_task` goes from the text on the command line to a task, with an error that says what to change.
 """
 
 import hashlib
+import importlib
 import inspect
 import itertools
 import json
@@ -211,10 +214,10 @@ def chat_prompt(question: str, *, system: str = "", instruction: str = "", **fie
 TASKS: dict[str, str] = {
     "reasoning": "upslope.tasks.reasoning:ReasoningTask",
     "gsm8k": "upslope.tasks.gsm8k:GSM8K",
-    "sentiment": "upslope.tasks.sentiment:Sentiment",
-    "strict_json": "upslope.tasks.sentiment:StrictJson",
-    "random_walks": "upslope.tasks.random_walks:RandomWalks",
-    "key_door": "upslope.tasks.random_walks:KeyDoor",
+    "sentiment": "upslope.tasks.style:Sentiment",
+    "strict_json": "upslope.tasks.style:StrictJson",
+    "random_walks": "upslope.tasks.toys:RandomWalks",
+    "key_door": "upslope.tasks.toys:KeyDoor",
     "pairs": "upslope.tasks.pairs:Pairs",
     "phonemes": "upslope.tasks.pairs:Phonemes",
 }
@@ -311,8 +314,7 @@ def _named(task: Task) -> Task:
 
 def _reasoning_alias(parsed: Spec) -> Task:
     """A bare reasoning-gym name. Only an installed reasoning-gym knows all names, so that the error says so."""
-    from upslope.tasks import reasoning
-
+    reasoning = importlib.import_module("upslope.tasks.reasoning")
     try:
         names = reasoning.dataset_names()
     except ConfigError as error:

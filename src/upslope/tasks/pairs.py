@@ -2,6 +2,12 @@
 
 The data are rows {"prompt": source, "completion": target} in any form that `upslope sft --data` takes. Rows with the
 same source are one problem with several references: each is trained on, and the nearest one judges.
+
+Letters to phonemes: how an English word is spoken, by the CMU Pronouncing Dictionary (BSD licence).
+
+The source is a word's letters, the target its phonemes in ARPAbet, both split by spaces. The published measure is the
+phoneme error rate: edits to the nearest accepted pronunciation, over its length, summed over all words; the word error
+rate is the share of words without an exact match (Yolchuyeva et al. 2019, 2004.06338, report about 5.2 and 22 percent).
 """
 
 import hashlib

@@ -1,4 +1,12 @@
-"""Any data set of reasoning-gym as a task: endless problems with a verifier, split by the content of the question."""
+"""Any data set of reasoning-gym as a task: endless problems with a verifier, split by the content of the question.
+
+Its verifiers are made total: no model text is ever run, and no text makes a judgement fail.
+Some of its verifiers (release 0.1.25) pass the reply to `eval` or to SymPy's `parse_expr`, which evaluates it too:
+"9**9**9**9" would hang them and worse text would run. Here a reply reaches such a verifier only if it is inert: a
+Python literal, or algebra of a small grammar. countdown and puzzle24 are judged by this module alone, exactly and
+over fractions. Verifiers that accept wrong replies are closed too: puzzle24 takes any four numbers in range,
+game_of_life_halting any text, coin_flip any prefix of the number ("0"), complex_arithmetic "nan".
+"""
 
 import ast
 import dataclasses
@@ -16,7 +24,6 @@ from typing import Any
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
 from upslope.plugins import parse_value, suggest
-from upslope.tasks import reasoning as graders
 from upslope.tasks.base import Split, Task, chat_prompt, checked_fraction, derive_seed
 from upslope.types import Message, Prompt, Reward
 
@@ -54,7 +61,7 @@ class ReasoningTask(Task):
     belongs to the eval split. Every other parameter is the data set's own; lists are written a|b|c.
 
     The whole reply, stripped, is the answer: "7" is right where "The answer is 7" is not. Verifiers of reasoning-gym
-    that would run model text as Python are never given any (`upslope.tasks.reasoning`).
+    that would run model text as Python are never given any (`score`).
     """
 
     def __init__(
@@ -84,7 +91,7 @@ class ReasoningTask(Task):
         self.eval_fraction = eval_fraction
         self.config = _checked_config(name, config)
         self._verifier = self._dataset(0)
-        self.inline_safe = graders.is_quick(self._verifier, name)
+        self.inline_safe = is_quick(self._verifier, name)
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` distinct problems. DataError: the parameters allow fewer (two one-digit terms give 200 sums in all)."""
@@ -95,9 +102,9 @@ class ReasoningTask(Task):
         """1 and correct for a full score; below that 0 if strict, else the verifier's score."""
         known = prompt.metadata
         entry = {"question": known["question"], "answer": prompt.answer, "metadata": known["entry"]}
-        score = graders.score(self._verifier, self.name, entry, text.strip())
-        correct = score >= 1.0
-        return Reward(value=float(correct) if self.strict else score, correct=correct)
+        given = score(self._verifier, self.name, entry, text.strip())
+        correct = given >= 1.0
+        return Reward(value=float(correct) if self.strict else given, correct=correct)
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """The question and the gold answer. DataError: the data set gives none (boxnet, graph_color, ...)."""

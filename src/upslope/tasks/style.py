@@ -1,7 +1,13 @@
-"""Continue a neutral opening so that it sounds positive (or negative), judged by the VADER lexicon.
+"""How a reply is to sound or to look: a continuation of positive (or negative) tone, or strict JSON.
+
+Continue a neutral opening so that it sounds positive (or negative), judged by the VADER lexicon.
 
 A dense reward for free text: Hutto and Gilbert (2014), VADER, MIT. The classic first task of learning from a
 reward on language models (1909.08593, section 3.1), with a lexicon in the place of a learned classifier.
+
+Turn a sentence into strict JSON: short, checkable, and a habit small chat models do not have.
+
+"Return a JSON object with keys name and age for: Anna is 31." -> {"name": "Anna", "age": 31}
 """
 
 import json

@@ -1,4 +1,6 @@
-"""Shortest paths as text: walk from a node to the goal of a random directed graph in as few steps as possible.
+"""Two tasks of single letters whose best reply is known: shortest walks in a graph, and a key whose door pays late.
+
+Shortest paths as text: walk from a node to the goal of a random directed graph in as few steps as possible.
 
 The toy problem of trlx (its randomwalks example; Chen et al. 2021, arXiv 2106.01345, section 3, has the idea): a model
 imitates random walks, and reinforcement learning must find the shortest ones, which it has hardly seen. Nodes are
@@ -8,6 +10,26 @@ single letters; the goal is "a". The prompt is the start node, the completion th
 
 Length and shortest count nodes, the start and the goal included. A walk that takes an edge that is not there, or does
 not reach the goal within max_length nodes, has optimality 0. What follows the goal is not read.
+
+Credit behind noise: a choice in the middle of the way pays only at its end, and what came before it is a lottery.
+
+After Hung et al. (2019, arXiv 1810.06721), who measure how well an agent assigns credit to a key that opens a door
+much later, with distracting apples on the way. Here a letter is a step:
+
+    a or b, c or d, ... w or x    y or z      A or B, C or D, E or F
+    `-------- apples --------'    key         corridor
+
+Every step has two letters of its own, so that the last letter tells where one stands. At each of the first steps either
+letter is an apple worth +noise or -noise; then the second letter ("z" above) takes the key; at the end of the corridor
+the door pays `door` if it was taken.
+
+An apple's worth is a coin toss that depends on the room (the prompt), the step and the letter: known to the judge,
+the same whenever the same letter is picked there, zero on average, and in no relation to the key. Over many rooms there
+is nothing in it to learn, but it drowns the door in the total: apples bring `steps` times noise squared of variance.
+A learner that knows when rewards came is not fooled: what was earned before the key is not in its return to go, and a
+critic carries the door's pay back through the silent corridor.
+
+Rewards carry their steps (`Reward.steps`), one token per letter; a learner that looks at the total sees the sum.
 """
 
 import hashlib

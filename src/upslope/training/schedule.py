@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from upslope.errors import ConfigError
 from upslope.options import EncoderOptions, ExpertOptions, PretrainOptions, RunOptions, Seq2SeqOptions, SFTOptions
-from upslope.options.imitation import PreferenceData
+from upslope.options.finetune import PreferenceData
 
 ScheduleKind = Literal["constant", "linear", "cosine"]
 

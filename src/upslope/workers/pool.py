@@ -31,7 +31,7 @@ from typing import Any, Protocol
 
 from upslope.errors import ConfigError, DataError, RunError, UpslopeError
 from upslope.plugins import TIMED_OUT, first_line
-from upslope.workers.keeper import (
+from upslope.workers.process import (
     END_LIMIT_S,
     TOKEN_BYTES,
     Channel,
@@ -51,7 +51,7 @@ MAX_IDLE_DEATHS = 5
 _GARBLED = "the reward worker's answer was garbled: something in the reward writes into files it did not open"
 _BOOT = (
     "import json, sys; setup = json.loads(sys.argv[1]); sys.path[:] = setup['path']; "
-    "from upslope.workers.keeper import keep; keep(setup)"
+    "from upslope.workers.process import keep; keep(setup); from upslope.workers.pool import serve; serve(setup)"
 )
 _KINDS: dict[str, type[UpslopeError]] = {"ConfigError": ConfigError, "DataError": DataError}
 

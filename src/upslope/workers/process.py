@@ -1,4 +1,6 @@
-"""The keeper of a worker: a small process that starts it and ends everything it started.
+"""What a worker hangs on: the keeper that starts and ends it, and the channel through which it is asked and answers.
+
+The keeper of a worker: a small process that starts it and ends everything it started.
 
 What a job daemonises leaves its session and its parent, so neither a process group nor the worker can find it
 again. On Linux an orphan goes to its nearest subreaper; the keeper is that, and outlives the worker. Not the worker
@@ -8,6 +10,12 @@ The trainer holds the keeper's lifeline, a pipe: a byte in it, or its end when t
 than on Linux there are neither subreapers nor /proc: there, only the worker's process group is found.
 
 Imported by a fresh interpreter before anything else; standard library only.
+
+Numbered messages between the trainer and a worker: each arrives whole and unharmed, or as an error.
+
+A user's code shares the worker's process and may write into any open file. So a message begins with a word that only
+the two ends know and ends where its header says, with a checksum: rubbish on the way is found, never taken for an
+answer. No call waits for the rest of a message unless the socket is made to block.
 """
 
 import contextlib
@@ -35,7 +43,7 @@ _SEES_PROCESSES = sys.platform == "linux" and Path("/proc/self/stat").exists()
 
 
 def keep(setup: dict[str, Any]) -> None:
-    """The keeper's whole life; in its child, the worker's (`upslope.workers.pool.serve`).
+    """The keeper's whole life; returns in its child, the worker, which serves then (`upslope.workers.pool.serve`).
 
     setup: lifeline and connection (file descriptors), trainer (a pid), and what the worker needs. The keeper ends as
     its worker has ended: with its exit code or by its signal.
@@ -48,10 +56,8 @@ def keep(setup: dict[str, Any]) -> None:
         os.close(setup["lifeline"])
         os.setsid()
         _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == keeper:
-            from upslope.workers.pool import serve
-
-            serve(setup)
+        if os.getppid() != keeper:
+            sys.exit()
         return
     os.close(setup["connection"])
     status = _watch(worker, setup["lifeline"], setup["trainer"])
