@@ -111,11 +111,14 @@ def prompt_text(prompt: Prompt) -> str:
     return json.dumps([[m.role, m.content] for m in prompt.messages], ensure_ascii=False)
 
 
+def text_key(text: str) -> int:
+    """A stable 48-bit number for exactly this text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BITS // 8).digest())
+
+
 def content_key(text: str) -> int:
     """A stable 48-bit number for a text; letter case and white space do not matter."""
-    folded = " ".join(text.split()).casefold()
-    digest = hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=KEY_BITS // 8).digest()
-    return int.from_bytes(digest, "big")
+    return text_key(" ".join(text.split()).casefold())
 
 
 def split_of(key: int, eval_fraction: float) -> Split:
@@ -146,8 +149,8 @@ def checked_fraction(eval_fraction: float) -> float:
 
 def derive_seed(*parts: object) -> int:
     """A 31-bit seed from any values; different values give unrelated seeds (adjacent integers too)."""
-    text = "\x1f".join(repr(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 33
+    text = "\x1f".join(map(repr, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 33
 
 
 def shuffled(items: Iterable[T], *parts: object) -> list[T]:
@@ -204,11 +207,11 @@ def answered(prompt: Prompt, reply: str) -> tuple[Message, ...]:
     return (*asked, Message("assistant", reply))
 
 
-def chat_prompt(question: str, *, system: str = "", instruction: str = "", **fields: Any) -> Prompt:
+def chat_prompt(question: str, *, system: str = "", instruction: str = "", key: int = 0, **fields: Any) -> Prompt:
     """A prompt of one user turn: the question, then the instruction on a line of its own; `system` goes first."""
     content = f"{question}\n{instruction}" if instruction else question
     turns = (Message("system", system),) if system else ()
-    return Prompt(key=0, messages=(*turns, Message("user", content)), **fields)
+    return Prompt(key, messages=(*turns, Message("user", content)), **fields)
 
 
 TASKS: dict[str, str] = {
@@ -242,7 +245,10 @@ def load_task(spec: str | Task, **params: Any) -> Task:
     if parsed.path is None and parsed.name not in TASKS:
         task = _reasoning_alias(parsed)
     else:
-        task = _construct(_task_class(parsed), parsed)
+        cls = find(parsed, TASKS, kind="task")
+        if not (inspect.isclass(cls) and issubclass(cls, Task)):
+            raise ConfigError(f"'{parsed.label}' must be a class that extends upslope.tasks.Task, got {cls!r:.80}")
+        task = _construct(cls, parsed)
     task.spec = format_spec(parsed.absolute)
     return task
 
@@ -281,18 +287,11 @@ def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
         raise DataError(f"{where} must give a list of upslope.Prompt objects; it gave a {type(found).__name__}")
     if n and not found:
         raise DataError(f"{where}({split!r}, {n}) gave no prompt: it must give {n}")
-    wrong = next((i for i, prompt in enumerate(found) if not isinstance(prompt, Prompt)), None)
-    if wrong is not None:
-        got = f"number {wrong + 1} is a {type(found[wrong]).__name__}"
-        raise DataError(f"{where} must give upslope.Prompt objects, as chat_prompt makes them; {got}")
+    for number, prompt in enumerate(found, 1):
+        if not isinstance(prompt, Prompt):
+            got = f"number {number} is a {type(prompt).__name__}"
+            raise DataError(f"{where} must give upslope.Prompt objects, as chat_prompt makes them; {got}")
     return list(found)
-
-
-def _task_class(parsed: Spec) -> type[Task]:
-    found = find(parsed, TASKS, kind="task")
-    if not (inspect.isclass(found) and issubclass(found, Task)):
-        raise ConfigError(f"'{parsed.label}' must be a class that extends upslope.tasks.Task, got {found!r:.80}")
-    return found
 
 
 def _construct(cls: type[Task], parsed: Spec) -> Task:

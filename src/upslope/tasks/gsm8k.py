@@ -4,7 +4,6 @@ The data are given by path, one JSON object per line with `question` and `answer
 """
 
 import re
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -117,14 +116,14 @@ class GSM8K(Task):
         return Reward(float(correct), parts, correct)
 
     def _prompt(self, key: int, row: dict[str, str]) -> Prompt:
-        made = chat_prompt(
+        return chat_prompt(
             row["question"],
             system=self.system,
             instruction=self.instruction,
+            key=key,
             answer=row["gold"],
             metadata={"question": row["question"], "solution": row["solution"]},
         )
-        return replace(made, key=key)
 
     def _candidates(self, split: Split) -> list[tuple[int, dict[str, str]]]:
         """The rows that a split is taken from, by what they ask, in the order of their file."""
@@ -177,18 +176,14 @@ def extract_answer(text: str, *, strict: bool) -> str | None:
     """The final answer in a reply: the last `#### x`, else the last box, else (not strict) a stated or last number."""
     marked = _MARKED.findall(text)
     if marked:
-        latex = "\\" in marked[-1]
-        return (None if latex else _number_in(marked[-1], last=False)) or marked[-1].strip()
+        number = None if "\\" in marked[-1] else _NUMBER.search(marked[-1])
+        return number[0] if number else marked[-1].strip()
     boxed = last_box(text)
     if boxed is not None or strict:
         return boxed
     stated = _STATED.findall(text)
-    return (_number_in(stated[-1], last=False) if stated else None) or _number_in(text, last=True)
-
-
-def _number_in(text: str, *, last: bool) -> str | None:
-    numbers = _NUMBER.findall(text)
-    return numbers[-1 if last else 0] if numbers else None
+    numbers = _NUMBER.findall(stated[-1])[:1] if stated else []
+    return next(reversed(numbers or _NUMBER.findall(text)), None)
 
 
 def last_box(text: str) -> str | None:
@@ -207,13 +202,9 @@ def last_box(text: str) -> str | None:
 def plain_number(text: str) -> Fraction | None:
     """The exact value of "1,234", "$12.50", "-3/4" or "20%" (the number before the sign); None for anything else."""
     match = _PLAIN.fullmatch(text.strip().rstrip("."))
-    if match is None or not (match[3] or (match[4] or ".") != "."):
+    if match is None or not (match[3] or (match[4] or ".") != ".") or int(match[5] or 1) == 0:
         return None
-    value = Fraction(f"{match[3].replace(',', '') or '0'}{match[4] or ''}".rstrip("."))
-    if match[5] is not None:
-        if int(match[5]) == 0:
-            return None
-        value /= int(match[5])
+    value = Fraction(f"{match[3].replace(',', '') or '0'}{match[4] or ''}".rstrip(".")) / int(match[5] or 1)
     return -value if bool(match[1]) != bool(match[2]) else value
 
 
@@ -224,9 +215,7 @@ def same_number(found: str, gold: str) -> bool:
     ours, theirs = plain_number(found), plain_number(gold)
     if ours is not None and theirs is not None:
         return ours == theirs
-    if _LONG_POWER.search(found):
-        return False
-    return _math_verify(found, gold)
+    return not _LONG_POWER.search(found) and _math_verify(found, gold)
 
 
 def _math_verify(found: str, gold: str) -> bool:

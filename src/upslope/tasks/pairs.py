@@ -10,7 +10,6 @@ phoneme error rate: edits to the nearest accepted pronunciation, over its length
 rate is the share of words without an exact match (Yolchuyeva et al. 2019, 2004.06338, report about 5.2 and 22 percent).
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -34,30 +33,52 @@ from upslope.tasks.base import (
     repeats_line,
     shuffled,
     split_of,
+    text_key,
 )
 from upslope.types import Message, Prompt, Reward
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float] | None] = {
-    "exact": None,
-    "edit": None,
-    "bleu": sentence_bleu,
-    "chrf": sentence_chrf,
+METRICS: dict[str, Callable[[str, Sequence[str], int, int], float]] = {
+    "exact": lambda text, references, edits, length: float(edits == 0),
+    "edit": lambda text, references, edits, length: similarity(edits, length),
+    "bleu": lambda text, references, edits, length: sentence_bleu(text, references),
+    "chrf": lambda text, references, edits, length: sentence_chrf(text, references),
 }
+"""The reward of a text, given its references, and the edits to the nearest of them and that one's length."""
 
 
-class Pairs(Task):
+class Referenced(Task):
+    """A text is to be turned into one of its references.
+
+    The judgement's parts are the measure, the edits to the nearest reference and its length; correct means no edit.
+    Supervised learning imitates the first reference.
+    """
+
+    inline_safe = True
+    metric, part, unit = "edit", "similarity", "words"
+
+    def judge(self, prompt: Prompt, text: str) -> Reward:
+        """The chosen measure against the references."""
+        references = references_of(prompt)
+        edits, length = nearest(text, references, unit=self.unit)
+        value = METRICS[self.metric](text, references, edits, length)
+        parts = {self.part: value, "edits": float(edits), "reference_length": float(length)}
+        return Reward(value=value, parts=parts, correct=edits == 0)
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The source and its first reference."""
+        return answered(prompt, references_of(prompt)[0])
+
+
+class Pairs(Referenced):
     """Source texts with their targets.
 
     path: the rows. eval_path: held-out rows, which may stand alone; without it each source is held out, by its content,
     with a chance of eval_fraction. Sources that differ in letter case or white space only are never on both sides.
     metric: what the reward is: exact (1 or 0), edit (1 - the error rate), bleu or chrf (per sentence). unit: of the
     edit distance, words or characters. columns: what the rows' own are, as in prompt=en;completion=de.
-
-    The judgement's parts are the edits to the nearest reference and its length; correct means no edit.
     """
 
     name = "pairs"
-    inline_safe = True
 
     def __init__(
         self,
@@ -74,11 +95,9 @@ class Pairs(Task):
         if metric not in METRICS:
             raise ConfigError(f"'pairs': metric must be one of {', '.join(METRICS)}, not '{metric}'")
         units_of("", unit)
-        measure = METRICS[metric]
-        if measure is not None:  # a missing package is said now and not after the first rollout
-            measure("a", ["a"])
+        METRICS[metric]("a", ["a"], 0, 1)  # a missing package is said now and not after the first rollout
         self.path, self.eval_path = path, eval_path
-        self.metric, self.unit = metric, unit
+        self.metric, self.part, self.unit = metric, metric, unit
         self.eval_fraction = checked_fraction(eval_fraction)
         self.columns = columns.split(";") if columns else []
         column_names(self.columns)
@@ -116,30 +135,11 @@ class Pairs(Task):
             held_out = self.eval_path or "the held-out part (lower eval_fraction)"
             raise DataError(f"{self.path}: every source is in {held_out} too: nothing is left to train on")
         if n > len(prompts):
+            path = self.eval_path if split == "eval" and self.eval_path else self.path
             raise DataError(
-                f"task 'pairs': {self._file(split)} has {len(prompts)} different {split} sources where {n} were asked "
-                f"for; {FEWER}"
+                f"task 'pairs': {path} has {len(prompts)} different {split} sources where {n} were asked for; {FEWER}"
             )
         return shuffled(prompts, "pairs", split, seed)[:n]
-
-    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
-        """The source and its first reference."""
-        return answered(prompt, references_of(prompt)[0])
-
-    def judge(self, prompt: Prompt, text: str) -> Reward:
-        """The chosen measure against the references."""
-        references = references_of(prompt)
-        edits, length = nearest(text, references, unit=self.unit)
-        measure = METRICS[self.metric]
-        if measure is not None:
-            value = measure(text, references)
-        else:
-            value = similarity(edits, length) if self.metric == "edit" else float(edits == 0)
-        parts = {self.metric: value, "edits": float(edits), "reference_length": float(length)}
-        return Reward(value=value, parts=parts, correct=edits == 0)
-
-    def _file(self, split: Split) -> str:
-        return self.eval_path if split == "eval" and self.eval_path else self.path
 
     @cached_property
     def _splits(self) -> dict[Split, list[Prompt]]:
@@ -188,8 +188,8 @@ def read_pairs(path: str, columns: Sequence[str] = ()) -> tuple[list[Prompt], in
             references.append(target)
     if not sources:
         raise DataError(f"{path}: holds no rows; write one JSON object with prompt and completion per line")
-    prompts = [
-        Prompt(_exact_key(source), text=source, answer=references[0], metadata={"references": tuple(references)})
+    prompts = [  # pairs may differ in letter case alone
+        Prompt(text_key(source), text=source, answer=references[0], metadata={"references": tuple(references)})
         for source, references in sources.items()
     ]
     return prompts, repeated
@@ -202,37 +202,28 @@ def _sides(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
         what = f"no column {' and no column '.join(map(repr, missing))} (it has: {have})"
         raise DataError(f"{header_of(where)}: {what}; rename it, or name it in the task's columns (--columns)")
     record = record_of(row, where)
-    sides = []
     for key, side in (("prompt", record.prompt), ("completion", record.completion)):
         if not isinstance(side, str):
             raise DataError(f"{where}: {key!r} is a conversation; pairs are two texts")
         if not side.strip():
             raise DataError(f"{where}: {key!r} is empty; fill it or remove the row")
-        sides.append(side)
-    return sides[0], sides[1]
-
-
-def _exact_key(text: str) -> int:
-    """A 48-bit number for exactly this text: pairs may differ in letter case alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big")
+    return record.prompt, record.completion
 
 
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
 
 
-class Phonemes(Task):
+class Phonemes(Referenced):
     """Words of the CMU dictionary, judged against every pronunciation that it lists.
 
     limit: use only this many words, a fixed choice that no seed changes; 0 takes all, about 124,000. max_letters:
     leave longer words out; 0 leaves none out. stress: keep the digits that mark stress (AH0, AH1) in the phonemes.
     eval_fraction: the share of words, chosen by the word itself, that is held out.
 
-    The reward is 1 - min(1, error rate); its parts are the edits to the nearest pronunciation and that one's length.
-    Correct means: equal to one of them. Supervised learning imitates the first, the primary pronunciation.
+    The reward is 1 - min(1, error rate). Supervised learning imitates the first, the primary pronunciation.
     """
 
     name = "phonemes"
-    inline_safe = True
 
     def __init__(
         self, *, limit: int = 0, max_letters: int = 0, stress: bool = False, eval_fraction: float = 0.1
@@ -263,17 +254,6 @@ class Phonemes(Task):
         """`n` different words in an order given by `seed`. DataError: there are fewer."""
         words = shuffled(self.words, "phonemes", split, seed)
         return self.select(map(self._prompt, words), split, n, patience=len(words) + 1)
-
-    def judge(self, prompt: Prompt, text: str) -> Reward:
-        """1 - min(1, edits / phonemes) against the nearest pronunciation."""
-        edits, length = nearest(text, references_of(prompt))
-        value = similarity(edits, length)
-        parts = {"similarity": value, "edits": float(edits), "reference_length": float(length)}
-        return Reward(value=value, parts=parts, correct=edits == 0)
-
-    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
-        """The letters and the primary pronunciation."""
-        return answered(prompt, references_of(prompt)[0])
 
     def _prompt(self, word: str) -> Prompt:
         spoken = self.words[word]

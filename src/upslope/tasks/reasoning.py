@@ -9,7 +9,9 @@ game_of_life_halting any text, coin_flip any prefix of the number ("0"), complex
 """
 
 import ast
+import contextlib
 import dataclasses
+import itertools
 import json
 import operator
 import os
@@ -17,7 +19,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -95,8 +97,8 @@ class ReasoningTask(Task):
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` distinct problems. DataError: the parameters allow fewer (two one-digit terms give 200 sums in all)."""
-        made = self._candidates(split, seed)
-        return self.select(made, split, n, identity=lambda prompt: prompt.metadata["question"])
+        identity = lambda prompt: prompt.metadata["question"]  # noqa: E731
+        return self.select(self._candidates(split, seed), split, n, identity=identity)
 
     def judge(self, prompt: Prompt, text: str) -> Reward:
         """1 and correct for a full score; below that 0 if strict, else the verifier's score."""
@@ -114,11 +116,8 @@ class ReasoningTask(Task):
         return (*prompt.messages, Message("assistant", gap + prompt.answer))
 
     def _candidates(self, split: Split, seed: int) -> Iterator[Prompt]:
-        chunk = 0
-        while True:
-            for entry in self._entries(derive_seed(self.name, split, seed, chunk), chunk):
-                yield self._prompt(entry)
-            chunk += 1
+        for chunk in itertools.count():
+            yield from map(self._prompt, self._entries(derive_seed(self.name, split, seed, chunk), chunk))
 
     def _prompt(self, entry: dict[str, Any]) -> Prompt:
         known = {**entry["metadata"], "question": entry["question"]}
@@ -133,13 +132,11 @@ class ReasoningTask(Task):
             return chat_prompt(asked, system=self.system, instruction=self.instruction, **fields)
         return Prompt(key=0, text=f"{asked}\n{self.instruction}" if self.instruction else asked, **fields)
 
-    def _entries(self, seed: int, chunk: int) -> Iterator[dict[str, Any]]:
+    def _entries(self, seed: int, chunk: int) -> Iterable[dict[str, Any]]:
         if self.name in HASH_DEPENDENT:
-            yield from _entries_apart(self.name, self.config, seed, size=16 * 4 ** min(chunk, 3))
-            return
+            return _entries_apart(self.name, self.config, seed, size=16 * 4 ** min(chunk, 3))
         dataset = self._dataset(seed)
-        for index in range(CHUNK):
-            yield dataset[index]
+        return (dataset[index] for index in range(CHUNK))
 
     def _dataset(self, seed: int) -> Any:
         try:
@@ -159,15 +156,11 @@ def _checked_config(name: str, config: dict[str, Any]) -> dict[str, Any]:
             own = ("instruction", "system", "strict", "eval_fraction")
             listed = ", ".join((*own, *fields))
             raise ConfigError(f"'{name}' has no parameter '{key}'{suggest(key, (*own, *fields))} (it takes: {listed})")
-        checked[key] = _as_field(fields[key], value)
+        made = fields[key].default_factory
+        default = made() if callable(made) else fields[key].default
+        several = isinstance(default, list | tuple) and not isinstance(value, list | tuple)
+        checked[key] = type(default)(map(parse_value, str(value).split("|"))) if several else value
     return checked
-
-
-def _as_field(field: dataclasses.Field[Any], value: Any) -> Any:
-    default = field.default_factory() if callable(field.default_factory) else field.default
-    if isinstance(default, list | tuple) and not isinstance(value, list | tuple):
-        return type(default)(parse_value(part) for part in str(value).split("|"))
-    return value
 
 
 _APART = """
@@ -208,7 +201,8 @@ _MAKE_NUMBER = {"countdown": (0.05, 0.01), "puzzle24": (0.01, 0.01)}
 
 _POWER = r"\*\*\s*(?:-?\d{1,2}|[A-Za-z]|\(\s*-?\d{1,2}(?:\s*/\s*\d{1,2})?\s*\))(?![A-Za-z0-9.])(?!\s*\*\*)"
 _FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|pi|[A-Za-z])(?![A-Za-z0-9_])"
-_ALGEBRA_TOKEN = re.compile(rf"\s+|\d{{1,40}}(?:\.\d{{1,40}})?(?![A-Za-z0-9_.])|{_FUNCTION}|{_POWER}|\*(?!\*)|[-+/()]")
+_ALGEBRA_TOKEN = rf"\s+|\d{{1,40}}(?:\.\d{{1,40}})?(?![A-Za-z0-9_.])|{_FUNCTION}|{_POWER}|\*(?!\*)|[-+/()]"
+_ALGEBRA_TEXT = re.compile(rf"(?:{_ALGEBRA_TOKEN})++")  # possessive: token by token, no other division is tried
 
 
 def is_quick(verifier: Any, name: str) -> bool:
@@ -231,9 +225,7 @@ def score(verifier: Any, name: str, entry: dict[str, Any], text: str) -> float:
     readable = name not in _LITERAL or is_literal(text)
     if not readable and text not in (entry["answer"], *entry["metadata"].get("valid_answers", ())):
         return 0.0
-    if name in _ALGEBRA and not is_algebra(text):
-        return 0.0
-    if name in _NUMERIC and not _PLAIN_NUMBER.fullmatch(text):
+    if (name in _ALGEBRA and not is_algebra(text)) or (name in _NUMERIC and not _PLAIN_NUMBER.fullmatch(text)):
         return 0.0
     if name == "game_of_life_halting":
         return float(text.casefold() == entry["answer"].casefold())
@@ -253,15 +245,12 @@ def _close(text: str, answer: str) -> bool:
 def _check_on_gold(verifier: Any, name: str, entry: dict[str, Any], error: Exception) -> None:
     """A verifier that stumbled over a reply must at least accept its gold answer, or it is the verifier's fault."""
     broken = DataError(f"reasoning-gym's verifier of '{name}' failed: {type(error).__name__}: {str(error)[:200]}")
-    if entry["answer"] is None:
-        if isinstance(error, TypeError | AttributeError | ValueError | LookupError):
-            return
-        raise broken from error
-    try:
-        accepted = _bounded(verifier.score_answer(entry["answer"], entry)) == 1.0
-    except Exception:
-        raise broken from error
-    if not accepted:
+    gold, excused = entry["answer"], isinstance(error, TypeError | AttributeError | ValueError | LookupError)
+    if gold is not None:
+        excused = False
+        with contextlib.suppress(Exception):
+            excused = _bounded(verifier.score_answer(gold, entry)) == 1.0
+    if not excused:
         raise broken from error
 
 
@@ -283,15 +272,7 @@ def is_literal(text: str) -> bool:
 
 def is_algebra(text: str) -> bool:
     """True for sums, products, small powers and elementary functions of one-letter variables, and nothing else."""
-    if len(text) > 500 or text.count("(") > 40:
-        return False
-    position = 0
-    while position < len(text):
-        token = _ALGEBRA_TOKEN.match(text, position)
-        if token is None:
-            return False
-        position = token.end()
-    return position > 0
+    return len(text) <= 500 and text.count("(") <= 40 and _ALGEBRA_TEXT.fullmatch(text) is not None
 
 
 def _score_number(name: str, metadata: dict[str, Any], text: str) -> float:
@@ -313,10 +294,8 @@ def _evaluate(node: ast.AST | None) -> tuple[Fraction, list[int]]:
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         value, used = _evaluate(node.operand)
         return -value, used
-    if not isinstance(node, ast.BinOp):
+    if not isinstance(node, ast.BinOp) or type(node.op) not in _OPERATORS:
         raise ValueError("not arithmetic")
     left, left_used = _evaluate(node.left)
     right, right_used = _evaluate(node.right)
-    if type(node.op) not in _OPERATORS:
-        raise ValueError("not arithmetic")
     return _OPERATORS[type(node.op)](left, right), left_used + right_used

@@ -34,11 +34,20 @@ Rewards carry their steps (`Reward.steps`), one token per letter; a learner that
 
 import hashlib
 import random
-from collections import deque
 from collections.abc import Sequence
 
 from upslope.errors import ConfigError, DataError
-from upslope.tasks.base import Split, Task, answered, check_split, checked_fraction, content_key, derive_seed, shuffled
+from upslope.tasks.base import (
+    Split,
+    Task,
+    answered,
+    check_split,
+    checked_fraction,
+    content_key,
+    derive_seed,
+    prompt_text,
+    shuffled,
+)
 from upslope.types import Message, Prompt, Reward
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -92,8 +101,8 @@ class RandomWalks(Task):
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """One random walk from the prompt's node: legal, hardly ever shortest."""
-        assert prompt.text is not None
-        walk = self.walk(LETTERS.index(prompt.text), random.Random(derive_seed("walk", prompt.text)))
+        start = prompt_text(prompt)
+        walk = self.walk(LETTERS.index(start), random.Random(derive_seed("walk", start)))
         return answered(prompt, walk[1:])
 
     def walks(self, n: int, *, seed: int) -> list[str]:
@@ -121,11 +130,11 @@ class RandomWalks(Task):
 
     def judge(self, prompt: Prompt, text: str) -> Reward:
         """Optimality of the walk; correct means a shortest path."""
-        assert prompt.text is not None
-        length = self.length_of(prompt.text + "".join(text.split()))
-        shortest = self.shortest[LETTERS.index(prompt.text)]
+        start = prompt_text(prompt)
+        length = self.length_of(start + "".join(text.split()))
         if length is None:
             return Reward(value=0.0, parts={"reached": 0.0}, correct=False)
+        shortest = self.shortest[LETTERS.index(start)]
         optimality = (self.max_length - length) / (self.max_length - shortest)
         return Reward(value=optimality, parts={"reached": 1.0}, correct=length == shortest)
 
@@ -152,15 +161,10 @@ def _draw_graph(nodes: int, edge_probability: float, seed: int) -> list[list[int
 
 def _shortest_lengths(edges: list[list[int]]) -> dict[int, int]:
     """Nodes of a shortest path to the goal, both ends counted, by breadth-first search backwards."""
-    before: dict[int, list[int]] = {}
-    for node, successors in enumerate(edges):
-        for successor in successors:
-            before.setdefault(successor, []).append(node)
-    found, queue = {GOAL: 1}, deque([GOAL])
-    while queue:
-        node = queue.popleft()
-        for earlier in before.get(node, []):
-            if earlier not in found:
+    found, queue = {GOAL: 1}, [GOAL]
+    for node in queue:
+        for earlier, successors in enumerate(edges):
+            if node in successors and earlier not in found:
                 found[earlier] = found[node] + 1
                 queue.append(earlier)
     return found
@@ -217,8 +221,7 @@ class KeyDoor(Task):
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """A way with letters drawn at random, the key taken half the time: the form, not the solution."""
-        assert prompt.text is not None
-        draw = random.Random(derive_seed("key_door walk", prompt.text))
+        draw = random.Random(derive_seed("key_door walk", prompt_text(prompt)))
         return answered(prompt, self.way([draw.random() < 0.5 for _ in range(self.length)]))
 
     def way(self, choices: Sequence[bool]) -> str:
@@ -232,10 +235,9 @@ class KeyDoor(Task):
 
     def judge(self, prompt: Prompt, text: str) -> Reward:
         """The apples of the way and the door's pay, at the letters that earned them."""
-        assert prompt.text is not None
         way = "".join(text.split())[: self.length]
         sound = next((i for i, x in enumerate(way) if x not in ALPHABET[2 * i : 2 * i + 2]), len(way))
-        apples = [(i, self.worth(prompt.text, i, way[i])) for i in range(min(sound, self.steps))]
+        apples = [(i, self.worth(prompt_text(prompt), i, way[i])) for i in range(min(sound, self.steps))]
         opened = sound == self.length and way[self.steps] == ALPHABET[2 * self.steps + 1]
         pay = self.door if opened else 0.0
         collected = sum(value for _, value in apples)
