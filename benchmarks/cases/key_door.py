@@ -22,7 +22,7 @@ from upslope.recipes.grpo import grpo
 from upslope.recipes.ppo import ppo
 from upslope.recipes.reinforce import reinforce
 from upslope.tasks.base import load_task
-from upslope.tasks.random_walks import ALPHABET, DIGITS, KeyDoor
+from upslope.tasks.toys import ALPHABET, DIGITS, KeyDoor
 
 NAME = "key_door"
 OUTCOME_ONLY = ("rloo", "grpo")

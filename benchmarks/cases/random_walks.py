@@ -20,7 +20,7 @@ from upslope.recipes.grpo import grpo
 from upslope.recipes.ppo import ppo
 from upslope.recipes.reinforce import reinforce
 from upslope.tasks.base import load_task
-from upslope.tasks.random_walks import LETTERS, RandomWalks
+from upslope.tasks.toys import LETTERS, RandomWalks
 
 NAME = "random_walks"
 LEARNERS = ("reinforce", "a2c", "ppo", "rloo", "grpo")

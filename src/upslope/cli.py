@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from upslope.config import Setting, build, from_text, hints_of, meant, names_of, read_toml
+from upslope.config import Setting, build, coerce, hints_of, meant, names_of, read_toml
 from upslope.errors import ConfigError, RunError, UpslopeError, one_line
 from upslope.loop.look import look
 from upslope.version import __version__
@@ -227,7 +227,7 @@ def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[di
         while at_value() and (several or not parts):
             parts.append(queue.pop(0))
         if several:
-            made = tuple(from_text(field, part, hint, where) for part in parts)
+            made = tuple(coerce(field, part, hint, where, word=True) for part in parts)
             given[field] = Setting(before.value + made if before else made, where)
             continue
         if _is_switch(hint):
@@ -237,7 +237,7 @@ def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[di
                 raise ConfigError(f"{where}{wrong} {parts[0]!r}")
         if not parts:
             raise ConfigError(f"Missing value for argument {flag!r}; see upslope {name} --help")
-        given[field] = Setting(from_text(field, parts[0], hint, where), where)
+        given[field] = Setting(coerce(field, parts[0], hint, where, word=True), where)
     return given, files, helping
 
 

@@ -218,11 +218,6 @@ def coerce(name: str, value: Any, hint: Any, where: str, *, word: bool = False) 
         raise ConfigError(f"{where}: {name} must be {describe(hint)}, got {error.got}{error.hint}") from None
 
 
-def from_text(name: str, text: str, hint: Any, where: str) -> Any:
-    """A word of the command line as the type `hint` asks for (one element of it, for a list), or ConfigError."""
-    return coerce(name, text, hint, where, word=True)
-
-
 class _MismatchError(Exception):
     def __init__(self, value: Any, hint: str = "") -> None:
         text = repr(value)

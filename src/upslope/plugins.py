@@ -9,7 +9,6 @@ Free of torch.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import hashlib
 import importlib.util
@@ -27,7 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from upslope.config import OBJECT
+from upslope.config import OBJECT, suggestion
 from upslope.errors import ConfigError
 
 Value = int | float | bool | str
@@ -141,12 +140,6 @@ def _format_value(value: Value, key: str) -> str:
     return json.dumps(value)
 
 
-def suggest(word: str, choices: Iterable[str]) -> str:
-    """' (did you mean ...?)' or an empty string."""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
 _KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
 
 
@@ -167,7 +160,7 @@ def check_params(
             continue
         if key not in names:
             listed = ", ".join(names) or "none"
-            raise ConfigError(f"'{label}' has no parameter '{key}'{suggest(key, names)} (it takes: {listed})")
+            raise ConfigError(f"'{label}' has no parameter '{key}'{suggestion(key, names)} (it takes: {listed})")
         annotation = names[key].annotation
         kind = annotation if isinstance(annotation, str) else getattr(annotation, "__name__", "")
         allowed = _KINDS.get(kind)
@@ -249,7 +242,7 @@ def check_name(spec: str | Spec | Callable[..., Any], known: Iterable[str], *, k
     if not isinstance(parsed, Spec) or parsed.path is not None or parsed.name in known:
         return
     raise ConfigError(
-        f"no {kind} is called '{parsed.name}'{suggest(parsed.name, known)} "
+        f"no {kind} is called '{parsed.name}'{suggestion(parsed.name, known)} "
         f"(built in: {', '.join(known)}; your own: my_{kind}.py:function)"
     )
 
@@ -337,7 +330,7 @@ def line_in(error: BaseException, file: Path) -> int:
 
 
 def _nothing_called(parsed: Spec, names: Iterable[str]) -> ConfigError:
-    return ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggest(parsed.name, names)}")
+    return ConfigError(f"{parsed.path} has nothing called '{parsed.name}'{suggestion(parsed.name, names)}")
 
 
 def _check_leading(function: Callable[..., Any], label: str, takes: Sequence[str]) -> None:

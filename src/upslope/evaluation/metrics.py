@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError
 from upslope.evaluation.classification import classification_report, entities_of
 from upslope.evaluation.measurement import Measurement, mean_of, ratio
 from upslope.extras import require
-from upslope.plugins import suggest
 from upslope.rewards.functions import nearest, squad_words, token_f1
 from upslope.types import Prompt
 
@@ -54,7 +54,7 @@ def check_metrics(names: Sequence[str], language: str) -> None:
     """ConfigError for a metric that is not known, a package that is missing, or a language without its tokenizer."""
     for name in names:
         if name not in METRICS:
-            raise ConfigError(f"no metric is called '{name}'{suggest(name, METRICS)}; known: {', '.join(METRICS)}")
+            raise ConfigError(f"no metric is called '{name}'{suggestion(name, METRICS)}; known: {', '.join(METRICS)}")
     if "bleu" in names:
         bleu_metric(language)
 

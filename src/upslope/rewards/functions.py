@@ -15,7 +15,7 @@ import json
 import re
 import string
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -142,15 +142,10 @@ def exact_match(
 
     None (no verdict, the sample is excluded) for a prompt without an answer.
     """
-    return [_matches(prompt.answer, text, ignore_case) for prompt, text in zip(prompts, completions, strict=True)]
-
-
-def _matches(answer: str | None, text: str, ignore_case: bool) -> Reward | None:
-    if answer is None:
-        return None
-    left, right = text.strip(), answer.strip()
-    correct = left.casefold() == right.casefold() if ignore_case else left == right
-    return Reward(value=float(correct), correct=correct)
+    fold = str.casefold if ignore_case else str
+    paired = [(text.strip(), prompt.answer) for prompt, text in zip(prompts, completions, strict=True)]
+    verdicts = [None if answer is None else fold(text) == fold(answer.strip()) for text, answer in paired]
+    return [None if correct is None else Reward(float(correct), correct=correct) for correct in verdicts]
 
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -240,27 +235,26 @@ def ngram_overlap(
     if n < 1:
         raise ConfigError(f"reward 'ngram_overlap': n must be at least 1, got {n}")
     if against == "prompt":
-        asked = [prompt.text if prompt.text is not None else _asked(prompt) for prompt in prompts]
-        return [_ngram_f1(text, question, n) for question, text in zip(asked, completions, strict=True)]
+        return [_ngram_f1(text, _asked(prompt), n) for prompt, text in zip(prompts, completions, strict=True)]
     if against != "answer":
         raise ConfigError(f"reward 'ngram_overlap': against must be answer or prompt, not '{against}'")
     return _against(prompts, completions, lambda text, refs: max(_ngram_f1(text, ref, n) for ref in refs))
 
 
 def _asked(prompt: Prompt) -> str:
-    return "\n".join(message.content for message in prompt.messages if message.role == "user")
+    turns = "\n".join(message.content for message in prompt.messages if message.role == "user")
+    return turns if prompt.text is None else prompt.text
 
 
 def _ngram_f1(text: str, other: str, n: int) -> float:
-    left, right = Counter(ngrams(text, n)), Counter(ngrams(other, n))
-    if not left and not right:
-        return float(text.casefold().split() == other.casefold().split())
-    return _f1(left, right)
+    same = text.casefold().split() == other.casefold().split()
+    return _f1(ngrams(text, n), ngrams(other, n), float(same))
 
 
-def _f1(left: Counter[Any], right: Counter[Any]) -> float:
-    """2 shared / (all of the one + all of the other)."""
-    return 2.0 * (left & right).total() / (left.total() + right.total())
+def _f1(left: Iterable[Any], right: Iterable[Any], without: float) -> float:
+    """2 shared / (all of the one + all of the other); `without` any in either."""
+    ours, theirs = Counter(left), Counter(right)
+    return 2.0 * (ours & theirs).total() / (ours.total() + theirs.total()) if ours or theirs else without
 
 
 @quick
@@ -269,17 +263,14 @@ def token_f1(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[floa
 
     Source: Rajpurkar et al. 2016 (1606.05250), section 6.1. Two texts of which nothing remains are equal.
     """
-    return _against(prompts, completions, lambda text, refs: max(_squad_f1(text, ref) for ref in refs))
+    return _against(
+        prompts, completions, lambda text, refs: max(_f1(squad_words(text), squad_words(ref), 1.0) for ref in refs)
+    )
 
 
 def squad_words(text: str) -> list[str]:
     """An answer's words without case, punctuation and articles (Rajpurkar et al. 2016, arXiv 1606.05250, 6.1)."""
     return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
-
-
-def _squad_f1(text: str, reference: str) -> float:
-    left, right = Counter(squad_words(text)), Counter(squad_words(reference))
-    return _f1(left, right) if left or right else 1.0
 
 
 @quick

@@ -44,7 +44,16 @@ class Judge(AbstractContextManager[Any]):
         self.fill(groups)
         if self.networks:
             add_networks(self.networks, groups)
-        return _counted(groups, time.perf_counter() - start)
+        rewards = [rollout.reward for group in groups for rollout in group.rollouts]
+        errors = [reward.error or "not judged" for reward in rewards if reward.value is None]
+        if rewards and len(errors) == len(rewards):  # then there is nothing to learn from
+            first = f"the first: {errors[0]}"
+            raise DataError(f"no reward could be computed for any of {len(rewards)} completions; {first}")
+        return {
+            "reward/errors": float(len(errors)),
+            "reward/timeouts": float(sum(TIMED_OUT in error for error in errors)),
+            "reward/seconds": time.perf_counter() - start,
+        }
 
     def fill(self, groups: Sequence[RolloutGroup]) -> None:
         """Set every rollout's reward by the functions, or to 0 where there are none."""
@@ -76,19 +85,6 @@ class InlineJudge(Judge):
                 rollout.reward = reward
 
 
-def _counted(groups: Sequence[RolloutGroup], seconds: float) -> dict[str, float]:
-    """Count errors and timeouts. DataError when not one rollout was judged: then there is nothing to learn from."""
-    rewards = [rollout.reward for group in groups for rollout in group.rollouts]
-    errors = [reward.error or "not judged" for reward in rewards if reward.value is None]
-    if rewards and len(errors) == len(rewards):
-        raise DataError(f"no reward could be computed for any of {len(rewards)} completions; the first: {errors[0]}")
-    return {
-        "reward/errors": float(len(errors)),
-        "reward/timeouts": float(sum(TIMED_OUT in error for error in errors)),
-        "reward/seconds": seconds,
-    }
-
-
 def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Means over the judged rollouts, under the field's names.
 
@@ -99,12 +95,12 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     rewards = [reward for group in judged for reward in group]
     if not rewards:
         return {}
-    values = [_value(reward) for reward in rewards]
+    values = [reward.value or 0.0 for reward in rewards]
     mean = sum(values) / len(values)
     metrics = {"reward": mean, "reward_std": (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5}
     wide = [group for group in judged if len(group) > 1]
     if wide:
-        equal = sum(min(map(_value, group)) == max(map(_value, group)) for group in wide)
+        equal = sum(len({reward.value for reward in group}) == 1 for group in wide)
         metrics["frac_reward_zero_std"] = equal / len(wide)
     verdicts = [reward.correct for reward in rewards if reward.correct is not None]
     if verdicts:
@@ -113,11 +109,6 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         parts = [reward.parts[name] for reward in rewards if name in reward.parts]
         metrics[f"rewards/{name}/mean"] = sum(parts) / len(parts)
     return metrics
-
-
-def _value(reward: Reward) -> float:
-    assert reward.value is not None
-    return reward.value
 
 
 class WeightedSum:
@@ -211,14 +202,13 @@ async def _judge_all(
         for summand in summands
     ]
     try:
-        columns = []
-        for summand, future in zip(summands, waiting, strict=True):
-            columns.append(_call_sync(summand, prompt, samples) if future is None else await future)
-        return columns
+        return [
+            _call_sync(summand, prompt, samples) if future is None else await future
+            for summand, future in zip(summands, waiting, strict=True)
+        ]
     finally:
-        for future in waiting:
-            if future is not None and not future.done():
-                future.cancel()
+        for future in filter(None, waiting):
+            future.cancel()
 
 
 async def _call_async(
@@ -244,10 +234,9 @@ async def _await_one(
     except (_WrongReturn, ConfigError):
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, TimeoutError) and limit is not None and clock.expired():
-            error_line = f"{summand.name}: {TIMED_OUT} after {time.monotonic() - started:.3g} s"
-            return [Reward(value=None, error=error_line) for _ in samples]
-        return [Reward(value=None, error=f"{summand.name}: {_described(error)}") for _ in samples]
+        late = isinstance(error, TimeoutError) and limit is not None and clock.expired()
+        what = f"{TIMED_OUT} after {time.monotonic() - started:.3g} s" if late else _described(error)
+        return [Reward(value=None, error=f"{summand.name}: {what}") for _ in samples]
 
 
 def _call_sync(summand: Summand, prompt: Prompt, samples: Sequence[Sample]) -> list[Reward]:

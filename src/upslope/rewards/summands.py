@@ -144,8 +144,7 @@ def split_rewards(rewards: RewardSpecs) -> tuple[list[tuple[Any, float]], list[t
 
 
 def _is_network(spec: Any) -> bool:
-    parsed = parse_spec(spec) if isinstance(spec, str) else Spec("")
-    return parsed.path is None and parsed.name in NETWORKS
+    return isinstance(spec, str) and (parsed := parse_spec(spec)).path is None and parsed.name in NETWORKS
 
 
 def load_reward(spec: str | Callable[..., Any]) -> Summand:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
+from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.plugins import (
     Spec,
@@ -29,7 +30,6 @@ from upslope.plugins import (
     format_spec,
     line_in,
     parse_spec,
-    suggest,
 )
 from upslope.types import Message, Prompt, Reward
 
@@ -317,10 +317,10 @@ def _reasoning_alias(parsed: Spec) -> Task:
     try:
         names = reasoning.dataset_names()
     except ConfigError as error:
-        hint = f"task '{parsed.name}' is not built in{suggest(parsed.name, TASKS)}"
+        hint = f"task '{parsed.name}' is not built in{suggestion(parsed.name, TASKS)}"
         raise ConfigError(f"{hint}; if it is one of reasoning-gym's: {error}") from None
     if parsed.name not in names:
-        hint = f"no task is called '{parsed.name}'{suggest(parsed.name, (*TASKS, *names))}"
+        hint = f"no task is called '{parsed.name}'{suggestion(parsed.name, (*TASKS, *names))}"
         raise ConfigError(
             f"{hint} (built in: {', '.join(TASKS)}; any reasoning-gym data set; your own: my_task.py:MyTask)"
         )

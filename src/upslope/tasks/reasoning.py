@@ -23,9 +23,10 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any
 
+from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
-from upslope.plugins import parse_value, suggest
+from upslope.plugins import parse_value
 from upslope.tasks.base import Split, Task, chat_prompt, checked_fraction, derive_seed
 from upslope.types import Message, Prompt, Reward
 
@@ -80,7 +81,7 @@ class ReasoningTask(Task):
     ) -> None:
         names = dataset_names()
         if name not in names:
-            raise ConfigError(f"reasoning-gym has no data set '{name}'{suggest(str(name), names)}")
+            raise ConfigError(f"reasoning-gym has no data set '{name}'{suggestion(str(name), names)}")
         checked_fraction(eval_fraction)
         self.name = name
         self.ask = ask
@@ -155,7 +156,9 @@ def _checked_config(name: str, config: dict[str, Any]) -> dict[str, Any]:
         if key not in fields:
             own = ("instruction", "system", "strict", "eval_fraction")
             listed = ", ".join((*own, *fields))
-            raise ConfigError(f"'{name}' has no parameter '{key}'{suggest(key, (*own, *fields))} (it takes: {listed})")
+            raise ConfigError(
+                f"'{name}' has no parameter '{key}'{suggestion(key, (*own, *fields))} (it takes: {listed})"
+            )
         made = fields[key].default_factory
         default = made() if callable(made) else fields[key].default
         several = isinstance(default, list | tuple) and not isinstance(value, list | tuple)
