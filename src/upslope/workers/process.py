@@ -9,7 +9,7 @@ itself, which is what gets killed, and not the trainer, whose other libraries ha
 The trainer holds the keeper's lifeline, a pipe: a byte in it, or its end when the trainer dies, ends all. Elsewhere
 than on Linux there are neither subreapers nor /proc: there, only the worker's process group is found.
 
-Imported by a fresh interpreter before anything else; standard library only.
+Imported by a fresh interpreter before anything else: what judges is imported by `serve`, after the fork.
 
 Numbered messages between the trainer and a worker: each arrives whole and unharmed, or as an error.
 
@@ -22,6 +22,7 @@ import contextlib
 import ctypes
 import json
 import os
+import pickle
 import resource
 import select
 import selectors
@@ -32,9 +33,14 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.plugins import first_line
+
+KINDS: dict[str, type[UpslopeError]] = {"ConfigError": ConfigError, "DataError": DataError}
 END_LIMIT_S = 5.0
 # How often the keeper looks whether its parent still is the trainer: a fork of the trainer may hold the lifeline too.
 _LOOK_S = 0.5
@@ -43,7 +49,7 @@ _SEES_PROCESSES = sys.platform == "linux" and Path("/proc/self/stat").exists()
 
 
 def keep(setup: dict[str, Any]) -> None:
-    """The keeper's whole life; returns in its child, the worker, which serves then (`upslope.workers.pool.serve`).
+    """The keeper's whole life; returns in its child, the worker, which serves then (`serve`).
 
     setup: lifeline and connection (file descriptors), trainer (a pid), and what the worker needs. The keeper ends as
     its worker has ended: with its exit code or by its signal.
@@ -71,13 +77,11 @@ def keep(setup: dict[str, Any]) -> None:
 
 def children(process: int) -> set[int]:
     """The processes whose parent it is; none where that cannot be seen."""
-    found: set[int] = set()
     try:
-        for thread in os.listdir(f"/proc/{process}/task"):
-            found.update(map(int, Path(f"/proc/{process}/task/{thread}/children").read_text().split()))
+        lists = [Path(f"/proc/{process}/task/{name}/children") for name in os.listdir(f"/proc/{process}/task")]
+        return {int(pid) for children in lists for pid in children.read_text().split()}
     except OSError:  # an older kernel, or it has just ended
         return {pid for pid, parent in _parents().items() if parent == process}
-    return found
 
 
 def end_descendants(process: int, spared: frozenset[int] = frozenset()) -> None:
@@ -95,9 +99,8 @@ def end_descendants(process: int, spared: frozenset[int] = frozenset()) -> None:
 
 def descendants(process: int, spared: frozenset[int] = frozenset()) -> list[int]:
     """What lives and descends from a process, but for its children `spared` and theirs; none where that is not seen."""
-    parents = _parents()
     below: dict[int, list[int]] = {}
-    for pid, parent in parents.items():
+    for pid, parent in _parents().items():
         below.setdefault(parent, []).append(pid)
     found = [pid for pid in below.get(process, ()) if pid not in spared]
     for pid in found:
@@ -266,3 +269,35 @@ def wait(channels: Iterable[Channel], seconds: float) -> list[Channel]:
             with contextlib.suppress(OSError):  # an end that is gone can be read: it says so
                 key.data.flush()
     return [key.data for key, events in ready if events & selectors.EVENT_READ]
+
+
+def serve(setup: dict[str, Any]) -> None:
+    """The worker's whole life: load once what judges, then answer jobs until the parent closes its end."""
+    from upslope.rewards.judge import WeightedSum
+    from upslope.tasks.base import load_task
+
+    end = socket.socket(fileno=setup["connection"])
+    end.set_inheritable(False)
+    channel = Channel(end, bytes.fromhex(setup["token"]))
+    os.register_at_fork(after_in_child=channel.close)  # what a job forks cannot answer
+    try:
+        task = None if setup["task"] is None else load_task(setup["task"])
+        total = WeightedSum(task, [(spec, weight) for spec, weight in setup["rewards"]])
+    except Exception as error:
+        channel.send(0, _fatal(error))
+        return
+    channel.send(0, {"pid": os.getpid(), "whole_group": total.whole_group})
+    while (asked := channel.receive()) is not None:
+        number, message = asked
+        try:
+            rewards = total.judge(*pickle.loads(message), timeout_s=setup["timeout_s"])
+            found: dict[str, Any] = {"rewards": [asdict(reward) for reward in rewards]}
+        except Exception as error:
+            found = _fatal(error)
+        channel.send(number, found)
+
+
+def _fatal(error: Exception) -> dict[str, str]:
+    kind = next((name for name, cls in KINDS.items() if isinstance(error, cls)), "")
+    text = first_line(error) if kind else f"a reward worker failed: {type(error).__name__}: {first_line(error)}"
+    return {"fatal": text, "kind": kind}
