@@ -43,6 +43,7 @@ from upslope.tasks.base import Task, load_task
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 from upslope.workers.process import (
     END_LIMIT_S,
+    KINDS,
     TOKEN_BYTES,
     Channel,
     Garbled,
