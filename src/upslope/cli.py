@@ -158,29 +158,24 @@ def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
 
 def _file_of_resumed_run(name: str, given: Mapping[str, Setting]) -> list[str]:
     """With --resume --output-dir X, the configuration of the run in X: what is not said again stays as it was."""
-    resume, said = given.get("resume"), given.get("output_dir")
-    if resume is None or said is None or not resume.value or said.value is None:
+    unsaid = Setting(None, "")
+    folder = given.get("output_dir", unsaid).value
+    if folder is None or not given.get("resume", unsaid).value:
         return []
-    folder = said.value
     path = os.path.join(folder, "config.toml")
     if not os.path.isfile(path):
         raise ConfigError(
             f"--resume: {folder} is not a run folder (it has no config.toml); a run that was killed while it was made "
             "starts again without --resume"
         )
-    verb = _verb_of_run(folder)
+    written: Any = None
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "env.json"), encoding="utf-8") as file:
+        written = json.load(file)
+    verb = str(written.get("verb", "")) if isinstance(written, dict) else ""
     if verb in VERBS and verb != name:
         again = shlex.join(["upslope", verb, "--resume", "--output-dir", folder])
         raise ConfigError(f"--resume: {folder} is a run of {verb}, not of {name}; continue it with: {again}")
     return [path]
-
-
-def _verb_of_run(folder: str) -> str:
-    """What a run folder says that it is of; empty where it does not."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "env.json"), encoding="utf-8") as file:
-        said = json.load(file)
-        return str(said.get("verb", "")) if isinstance(said, dict) else ""
-    return ""
 
 
 def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[dict[str, Setting], list[str], bool]:

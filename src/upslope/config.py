@@ -13,7 +13,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
@@ -116,14 +116,8 @@ def _settings(
 
 def build(options: type[T], settings: Mapping[str, Setting]) -> T:
     """Make the options from settings whose values have the right types, and run the class's own `validate()`."""
-    missing = [
-        field.name
-        for field in dataclasses.fields(options)
-        if field.name not in settings
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
+    without = [field.name for field in dataclasses.fields(options) if field.default is dataclasses.MISSING]
+    if missing := [name for name in without if name not in settings]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise ConfigError(f"missing: {flags}; give it on the command line or in the file of --config")
     try:
@@ -164,7 +158,7 @@ def dump(options: Options) -> str:
         value = _in_text(field.name, getattr(options, field.name))
         if value is None:
             value = NONE
-        elif isinstance(value, str) and value.lower() == NONE and _allows_none(hints[field.name]):
+        elif isinstance(value, str) and value.lower() == NONE and type(None) in typing.get_args(hints[field.name]):
             raise ConfigError(f"{field.name}: the text {value!r} cannot be told from no value")
         lines.append(f"{field.name} = {_toml_value(field.name, value)}\n")
         if f'"{OBJECT}' in lines[-1]:
@@ -233,16 +227,12 @@ def _coerce(value: Any, hint: Any, word: bool) -> Any:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
         raise _MismatchError(value, suggestion(value, map(str, arguments)) if isinstance(value, str) else "")
-    if origin in (tuple, list, Sequence):
+    if origin is tuple:
         if word:
             return _coerce(value, arguments[0], word)
         if not isinstance(value, (list, tuple)):
             raise _MismatchError(value, "; also a single one in brackets, as in [f]" if isinstance(value, str) else "")
         return tuple(_coerce(item, arguments[0], word) for item in value)
-    if origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            raise _MismatchError(value)
-        return {key: _coerce(item, arguments[1], word) for key, item in value.items()}
     if hint in (int, float) and (word or (hint is float and type(value) is int)):
         try:
             return hint(value)
@@ -250,8 +240,6 @@ def _coerce(value: Any, hint: Any, word: bool) -> Any:
             raise _MismatchError(value) from None
     if hint is bool and word:
         value = {"true": True, "false": False}.get(value.lower(), value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise _MismatchError(value)
@@ -270,14 +258,7 @@ def _coerce_union(value: Any, arguments: tuple[Any, ...], word: bool) -> Any:
     raise _MismatchError(value, hints)
 
 
-NAMES = {
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-    Path: "a path",
-    type(None): "none",
-}
+NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "none"}
 
 
 def describe(hint: Any) -> str:
@@ -287,15 +268,7 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(argument) for argument in arguments)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
-    if origin in (tuple, list, Sequence):
-        return f"a list, each {describe(arguments[0])}"
-    if origin in (dict, Mapping):
-        return f"a table, each {describe(arguments[1])}"
-    return NAMES.get(hint, str(hint))
-
-
-def _allows_none(hint: Any) -> bool:
-    return type(None) in typing.get_args(hint)
+    return f"a list, each {describe(arguments[0])}" if origin is tuple else NAMES[hint]
 
 
 def _read_text(path: Path) -> str:
@@ -339,26 +312,21 @@ def _parses_without(key: str, text: str) -> bool:
 
 
 def _located(message: str, settings: Mapping[str, Setting]) -> str:
-    for word in re.findall(r"[a-z][a-z0-9_]*", message.replace("-", "_")):
-        if word in settings and settings[word].where:
-            return f"{settings[word].where}: {message}"
-    return message
+    places = (
+        settings[word].where for word in re.findall(r"[a-z][a-z0-9_]*", message.replace("-", "_")) if word in settings
+    )
+    place = next(filter(None, places), "")
+    return f"{place}: {message}" if place else message
 
 
 def _toml_value(name: str, value: Any) -> str:
     if isinstance(value, bool | int | float):
         return str(value).lower()
-    if isinstance(value, (str, Path)):
-        return _toml_string(name, str(value))
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(name, item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        pairs = (f"{_toml_string(name, str(key))} = {_toml_value(name, item)}" for key, item in value.items())
-        return "{" + ", ".join(pairs) + "}"
-    raise ConfigError(f"{name}: a {type(value).__name__} cannot be written to TOML")
-
-
-def _toml_string(name: str, text: str) -> str:
+    if not isinstance(value, str | Path):
+        raise ConfigError(f"{name}: a {type(value).__name__} cannot be written to TOML")
+    text = str(value)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError(f"{name}: {text!r} is not text (a lone surrogate)")
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # what JSON escapes TOML escapes alike

@@ -308,10 +308,9 @@ def ending_forks() -> Iterator[None]:
 
 
 def _exit_code(raised: BaseException | None) -> int:
-    if raised is None:
-        return 0
-    if isinstance(raised, SystemExit) and (raised.code is None or isinstance(raised.code, int)):
-        return (raised.code or 0) & 0xFF
+    code = raised.code if isinstance(raised, SystemExit) else raised
+    if code is None or isinstance(code, int):
+        return (code or 0) & 0xFF
     traceback.print_exception(raised)
     return 1
 

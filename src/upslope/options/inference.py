@@ -78,8 +78,7 @@ class GenerateOptions(DecodingOptions, ColumnOptions, JsonOptions):
     @property
     def policy_temperature(self) -> float:
         """The temperature in force."""
-        default = 0.7 if self.num_beams == 1 else 1.0
-        return default if self.temperature is None else self.temperature
+        return (0.7 if self.num_beams == 1 else 1.0) if self.temperature is None else self.temperature
 
     def _check(self) -> None:
         if self.prompt is not None and self.prompts is not None:
@@ -93,9 +92,6 @@ class GenerateOptions(DecodingOptions, ColumnOptions, JsonOptions):
             raise ConfigError("logprobs are written as JSON: add --json or --output FILE.jsonl")
         if self.stream and (rows or self.num_return_sequences > 1 or self.num_beams > 1):
             raise ConfigError("stream prints one reply as text: it goes with one prompt, one drawn reply and no JSON")
-        self._check_search()
-
-    def _check_search(self) -> None:
         if self.num_beams == 1:
             if self.length_penalty != 1.0:
                 raise ConfigError("length_penalty ranks beams: it needs num_beams above 1")
@@ -244,8 +240,7 @@ class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
     @property
     def sampling_temperature(self) -> float:
         """The temperature in force."""
-        default = 0.0 if self.num_generations == 1 else 1.0
-        return default if self.temperature is None else self.temperature
+        return (0.0 if self.num_generations == 1 else 1.0) if self.temperature is None else self.temperature
 
     @property
     def judge_at(self) -> tuple[str, str]:
@@ -270,9 +265,6 @@ class EvalOptions(PerplexityOptions, AnswerOptions, TaskOptions, JsonOptions):
             )
         if self.columns and self.data is None and not self.preferences:
             raise ConfigError("columns is about the rows of data or preferences, which are not given")
-        self._check_pairs()
-
-    def _check_pairs(self) -> None:
         if self.hypotheses and self.needs_model:
             raise ConfigError(f"{self.needs_model[0]} needs a model, and hypotheses are finished answers: name models")
         if self.hypotheses and self.data is not None and not self.metrics and self.judge is None:

@@ -68,10 +68,8 @@ class PretrainOptions(NetworkOptions, BatchOptions):
         self.within("eval_stride", 1, self.context_length - 1)
         if not self.data:
             raise ConfigError("data is missing: name text files to train on (--data texts/*.txt)")
-        if self.new:
-            self._validate_new()
-
-    def _validate_new(self) -> None:
+        if not self.new:
+            return
         kind = self.architecture or "decoder"
         if self.objective == ("causal" if kind == "encoder" else "masked"):
             raise ConfigError(

@@ -47,20 +47,14 @@ def length(
     """
     if target < 1:
         raise ConfigError(f"reward 'length': target must be at least 1, got {target}")
-    counts = _lengths(completions, unit, num_tokens)
+    if unit not in ("words", "characters", "tokens"):
+        raise ConfigError(f"reward 'length': unit must be words, characters or tokens, not '{unit}'")
+    counts: Sequence[int] | None = num_tokens
+    if unit != "tokens":
+        counts = [len(text.split() if unit == "words" else text) for text in completions]
+    if counts is None:
+        raise DataError("reward 'length': unit=tokens needs the completions' token counts (num_tokens)")
     return [max(0.0, 1.0 - abs(count - target) / target) for count in counts]
-
-
-def _lengths(completions: Sequence[str], unit: str, num_tokens: Sequence[int] | None) -> Sequence[int]:
-    if unit == "words":
-        return [len(text.split()) for text in completions]
-    if unit == "characters":
-        return [len(text) for text in completions]
-    if unit == "tokens":
-        if num_tokens is None:
-            raise DataError("reward 'length': unit=tokens needs the completions' token counts (num_tokens)")
-        return num_tokens
-    raise ConfigError(f"reward 'length': unit must be words, characters or tokens, not '{unit}'")
 
 
 def format(prompts: Sequence[Prompt], completions: Sequence[str], *, pattern: str) -> list[float]:
@@ -69,16 +63,11 @@ def format(prompts: Sequence[Prompt], completions: Sequence[str], *, pattern: st
     Source: the format reward of DeepSeek-R1 (2501.12948, section 2.2.2). Not inline_safe: a pattern can take
     exponential time on some replies, which the judge's time limit ends.
     """
-    compiled = _compiled(pattern)
-    return [float(compiled.fullmatch(text.strip()) is not None) for text in completions]
-
-
-@lru_cache(maxsize=64)
-def _compiled(pattern: str) -> re.Pattern[str]:
     try:
-        return re.compile(pattern, re.DOTALL)
+        compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise ConfigError(f"reward 'format': '{pattern}' is not a regular expression ({error})") from None
+    return [float(compiled.fullmatch(text.strip()) is not None) for text in completions]
 
 
 @quick

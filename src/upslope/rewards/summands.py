@@ -28,13 +28,8 @@ if TYPE_CHECKING:
     from upslope.tasks.base import Task
 
 RewardSpecs = Iterable[str | tuple[str, float]]
-FUNCTIONS: dict[str, str] = {
-    name: f"upslope.rewards.functions:{name}"
-    for name in (
-        *("length", "format", "json_object", "repetition", "exact_match"),
-        *("edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"),
-    )
-}
+_NAMES = "length format json_object repetition exact_match edit_similarity ngram_overlap token_f1 bleu chrf rouge"
+FUNCTIONS: dict[str, str] = {name: f"upslope.rewards.functions:{name}" for name in _NAMES.split()}
 """Where every built-in reward function is."""
 NETWORKS: dict[str, str] = {
     name: f"upslope.rewards.networks:load_{name}"

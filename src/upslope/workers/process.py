@@ -72,7 +72,13 @@ def keep(setup: dict[str, Any]) -> None:
     else:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(worker, signal.SIGKILL)
-    _leave_as(status)
+    code = os.waitstatus_to_exitcode(status or 0)
+    if code < 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        with contextlib.suppress(OSError):  # SIGKILL needs no default
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
 
 
 def children(process: int) -> set[int]:
@@ -146,16 +152,6 @@ def _reap(worker: int) -> int | None:
         while (ended := os.waitpid(-1, os.WNOHANG))[0]:
             status = ended[1] if ended[0] == worker else status
     return status
-
-
-def _leave_as(status: int | None) -> None:
-    code = os.waitstatus_to_exitcode(status or 0)
-    if code < 0:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-        with contextlib.suppress(OSError):  # SIGKILL needs no default
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    os._exit(code)
 
 
 def _prctl(option: int, value: int) -> None:
