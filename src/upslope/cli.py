@@ -18,7 +18,7 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -129,8 +129,7 @@ def _main(argv: list[str]) -> int:
         return 0
     look(options)
     module, _, function = verb.target.partition(":")
-    run: Callable[[Any], int | None] = getattr(importlib.import_module(module), function)
-    return run(options) or 0
+    return getattr(importlib.import_module(module), function)(options) or 0
 
 
 def overview() -> str:

@@ -175,8 +175,7 @@ def hints_of(options: type[Options]) -> dict[str, Any]:
 def names_of(options: type[Options]) -> dict[str, str]:
     """Every name that a file and the command line may call an option by, and the field that it means."""
     fields = [field.name for field in dataclasses.fields(options)]
-    also = {metadata_of(options, name).get("also", name): name for name in fields}
-    return {name: name for name in fields} | also
+    return {name: name for name in fields} | {metadata_of(options, name).get("also", name): name for name in fields}
 
 
 ELSEWHERE = {

@@ -135,9 +135,7 @@ def _format_value(value: Value, key: str) -> str:
         return repr(value)
     if not isinstance(value, str):
         raise ConfigError(f"parameter '{key}' must be a number, a bool or text, got {type(value).__name__}")
-    if _PLAIN.fullmatch(value) and isinstance(parse_value(value), str):
-        return value
-    return json.dumps(value)
+    return value if _PLAIN.fullmatch(value) and isinstance(parse_value(value), str) else json.dumps(value)
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}

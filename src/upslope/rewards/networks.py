@@ -310,15 +310,10 @@ def load_reward_model(
             f"the reward model {path} and the policy {around.policy_folder} have different tokenizers; "
             "add retokenize=true to its spec, and it reads the text through its own chat template"
         )
+    if aggregate:
+        settings = RewardSettings("process", aggregate)  # type: ignore[arg-type]
     model.to(around.device).requires_grad_(False)
-    return RewardModel(
-        model,
-        head.to(around.device),
-        settings if not aggregate else RewardSettings("process", aggregate),  # type: ignore[arg-type]
-        tokenizer=own,
-        retokenize=retokenize,
-        batch_tokens=batch_tokens,
-    )
+    return RewardModel(model, head.to(around.device), settings, own, retokenize, batch_tokens)
 
 
 @dataclass(eq=False)

@@ -126,10 +126,14 @@ def split_of(key: int, eval_fraction: float) -> Split:
     return "eval" if key % _BUCKETS < round(eval_fraction * _BUCKETS) else "train"
 
 
-def repeats_line(path: str, repeats: int, rows: int, what: str) -> list[str]:
-    """The remark on a file some of whose rows repeat others; none where none does."""
-    verbs = "repeats a {} and is" if repeats == 1 else "repeat a {} and are"
-    return [f"{path}: {repeats:,} of {rows:,} rows {verbs.format(what)} left out"] if repeats else []
+def repeats_lines(counts: Mapping[str, tuple[int, int]], what: str) -> list[str]:
+    """The remarks on files some of whose rows repeat others: path -> (how many, of how many rows)."""
+    return [
+        f"{path}: {repeats:,} of {rows:,} rows repeat{'s' if repeats == 1 else ''} a {what} and "
+        f"{'is' if repeats == 1 else 'are'} left out"
+        for path, (repeats, rows) in counts.items()
+        if repeats
+    ]
 
 
 def check_split(split: str, n: int) -> None:
@@ -149,8 +153,7 @@ def checked_fraction(eval_fraction: float) -> float:
 
 def derive_seed(*parts: object) -> int:
     """A 31-bit seed from any values; different values give unrelated seeds (adjacent integers too)."""
-    text = "\x1f".join(map(repr, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) >> 33
+    return int.from_bytes(hashlib.blake2b("\x1f".join(map(repr, parts)).encode(), digest_size=8).digest()) >> 33
 
 
 def shuffled(items: Iterable[T], *parts: object) -> list[T]:

@@ -19,7 +19,7 @@ from upslope.tasks.base import (
     check_split,
     checked_fraction,
     content_key,
-    repeats_line,
+    repeats_lines,
     shuffled,
     split_of,
 )
@@ -80,11 +80,8 @@ class GSM8K(Task):
     def remarks(self) -> list[str]:
         """How many rows of each file repeat a question."""
         read = {path: self._read(path) for path in (self.path, self.eval_path) if path}
-        return [
-            line
-            for path, rows in read.items()
-            for line in repeats_line(path, len(rows) - len({key for key, _ in rows}), len(rows), "question")
-        ]
+        counts = {path: (len(rows) - len({key for key, _ in rows}), len(rows)) for path, rows in read.items()}
+        return repeats_lines(counts, "question")
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different questions of the split in an order given by `seed`. DataError: it has fewer."""
@@ -95,9 +92,7 @@ class GSM8K(Task):
             )
         chosen: dict[int, Prompt] = {}
         for key, row in shuffled(self._candidates(split), "gsm8k", split, seed):
-            if len(chosen) == n:
-                break
-            if key not in chosen and self._belongs(key, split):
+            if len(chosen) < n and key not in chosen and self._belongs(key, split):
                 chosen[key] = self._prompt(key, row)
         if len(chosen) < n:
             hint = f", or change eval_fraction (now {self.eval_fraction})" if self.divided else ""
@@ -112,8 +107,7 @@ class GSM8K(Task):
         """1 and correct if the final number is right, else 0; `answered` says whether one was found."""
         found = extract_answer(text, strict=self.strict)
         correct = found is not None and same_number(found, prompt.answer or "")
-        parts = {"correct": float(correct), "answered": float(found is not None)}
-        return Reward(float(correct), parts, correct)
+        return Reward(float(correct), {"correct": float(correct), "answered": float(found is not None)}, correct)
 
     def _prompt(self, key: int, row: dict[str, str]) -> Prompt:
         return chat_prompt(
@@ -137,17 +131,14 @@ class GSM8K(Task):
 
     def _read(self, path: str) -> list[tuple[int, dict[str, str]]]:
         if path not in self._rows:
-            self._rows[path] = [(content_key(row["question"]), row) for row in read_rows(path)]
+            read = (_row(line, f"{path}:{number}") for number, line in lines_of(Path(path).expanduser()))
+            self._rows[path] = [(content_key(row["question"]), row) for row in read]
             _check_agreeing(path, self._rows[path])
         return self._rows[path]
 
 
-def read_rows(path: str) -> list[dict[str, str]]:
-    """Rows with `question`, `solution` (no calculator marks), `gold`, `line`. DataError names file and line."""
-    return [_row(line, f"{path}:{number}") for number, line in lines_of(Path(path).expanduser())]
-
-
 def _row(line: str, where: str) -> dict[str, str]:
+    """A row with `question`, `solution` (no calculator marks), `gold`, `line`. DataError names file and line."""
     record = json_of(line, where)
     for key in ("question", "answer"):
         if not isinstance(record, dict) or not isinstance(record.get(key), str):
@@ -229,6 +220,5 @@ def _math_verify(found: str, gold: str) -> bool:
 
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    inside = found.strip().strip("$")
-    read = parse(f"${inside}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    read = parse(f"${found.strip().strip('$')}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     return bool(read) and verify(parse(gold, parsing_timeout=None), read, timeout_seconds=None)  # pyright: ignore

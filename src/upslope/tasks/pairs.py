@@ -30,7 +30,7 @@ from upslope.tasks.base import (
     check_split,
     checked_fraction,
     content_key,
-    repeats_line,
+    repeats_lines,
     shuffled,
     split_of,
     text_key,
@@ -117,11 +117,7 @@ class Pairs(Referenced):
     def remarks(self) -> list[str]:
         """How many rows of each file repeat a pair; further targets of a source are its references."""
         self.size("train")  # reads the files
-        return [
-            line
-            for path, (repeated, rows) in self._repeated.items()
-            for line in repeats_line(path, repeated, rows, "pair")
-        ]
+        return repeats_lines(self._repeated, "pair")
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` sources in an order given by `seed`; `answer` is the first reference. DataError: there are fewer."""

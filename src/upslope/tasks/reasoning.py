@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -118,7 +118,10 @@ class ReasoningTask(Task):
 
     def _candidates(self, split: Split, seed: int) -> Iterator[Prompt]:
         for chunk in itertools.count():
-            yield from map(self._prompt, self._entries(derive_seed(self.name, split, seed, chunk), chunk))
+            own, apart = derive_seed(self.name, split, seed, chunk), self.name in HASH_DEPENDENT
+            size = 16 * 4 ** min(chunk, 3)
+            made = _entries_apart(self.name, self.config, own, size) if apart else self._dataset(own)
+            yield from map(self._prompt, made)
 
     def _prompt(self, entry: dict[str, Any]) -> Prompt:
         known = {**entry["metadata"], "question": entry["question"]}
@@ -132,12 +135,6 @@ class ReasoningTask(Task):
         if self.chat:
             return chat_prompt(asked, system=self.system, instruction=self.instruction, **fields)
         return Prompt(key=0, text=f"{asked}\n{self.instruction}" if self.instruction else asked, **fields)
-
-    def _entries(self, seed: int, chunk: int) -> Iterable[dict[str, Any]]:
-        if self.name in HASH_DEPENDENT:
-            return _entries_apart(self.name, self.config, seed, size=16 * 4 ** min(chunk, 3))
-        dataset = self._dataset(seed)
-        return (dataset[index] for index in range(CHUNK))
 
     def _dataset(self, seed: int) -> Any:
         try:

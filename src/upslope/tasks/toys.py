@@ -102,8 +102,7 @@ class RandomWalks(Task):
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """One random walk from the prompt's node: legal, hardly ever shortest."""
         start = prompt_text(prompt)
-        walk = self.walk(LETTERS.index(start), random.Random(derive_seed("walk", start)))
-        return answered(prompt, walk[1:])
+        return answered(prompt, self.walk(LETTERS.index(start), random.Random(derive_seed("walk", start)))[1:])
 
     def walks(self, n: int, *, seed: int) -> list[str]:
         """`n` random walks from random start nodes: what the model is to imitate before it is rewarded."""
