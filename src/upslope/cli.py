@@ -12,6 +12,7 @@ import inspect
 import itertools
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
@@ -128,8 +129,7 @@ def _main(argv: list[str]) -> int:
     if options is None:
         return 0
     look(options)
-    module, _, function = verb.target.partition(":")
-    return getattr(importlib.import_module(module), function)(options) or 0
+    return pkgutil.resolve_name(verb.target)(options) or 0
 
 
 def overview() -> str:

@@ -221,7 +221,16 @@ class _MismatchError(Exception):
 def _coerce(value: Any, hint: Any, word: bool) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        return _coerce_union(value, arguments, word)
+        if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() == NONE)):
+            return None
+        hints = ""
+        for argument in arguments:
+            try:
+                if argument is not type(None):
+                    return _coerce(value, argument, word)
+            except _MismatchError as error:
+                hints = hints or error.hint
+        raise _MismatchError(value, hints)
     if origin is Literal:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
@@ -242,19 +251,6 @@ def _coerce(value: Any, hint: Any, word: bool) -> Any:
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise _MismatchError(value)
-
-
-def _coerce_union(value: Any, arguments: tuple[Any, ...], word: bool) -> Any:
-    if type(None) in arguments and (value is None or (isinstance(value, str) and value.lower() == NONE)):
-        return None
-    hints = ""
-    for argument in arguments:
-        try:
-            if argument is not type(None):
-                return _coerce(value, argument, word)
-        except _MismatchError as error:
-            hints = hints or error.hint
-    raise _MismatchError(value, hints)
 
 
 NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "none"}

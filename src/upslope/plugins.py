@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import json
 import os
+import pkgutil
 import re
 import symtable
 import sys
@@ -225,8 +226,7 @@ def find(parsed: Spec, table: Mapping[str, str], *, kind: str, known: Iterable[s
             raise _nothing_called(parsed, [name for name in vars(module) if not name.startswith("_")])
         return getattr(module, parsed.name)
     if parsed.name in table:
-        module_name, _, attribute = table[parsed.name].partition(":")
-        return getattr(importlib.import_module(module_name), attribute)
+        return pkgutil.resolve_name(table[parsed.name])
     check_name(parsed, (*table, *known), kind=kind)
     raise ConfigError(f"'{parsed.name}' is no {kind} here")
 

@@ -6,6 +6,7 @@ The data are given by path, one JSON object per line with `question` and `answer
 import re
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from upslope.data.readers import json_of, lines_of
 from upslope.errors import ConfigError, DataError
@@ -71,16 +72,16 @@ class GSM8K(Task):
         self.strict = strict
         self.instruction, self.system = instruction, system
         self.divided = not eval_path
-        self._rows: dict[str, list[tuple[int, dict[str, str]]]] = {}
+        self._rows: dict[str, list[Prompt]] = {}
 
     def size(self, split: Split) -> int:
         """How many different questions the split has."""
-        return len({key for key, _ in self._candidates(split) if self._belongs(key, split)})
+        return len({prompt.key for prompt in self._candidates(split) if self._belongs(prompt, split)})
 
     def remarks(self) -> list[str]:
         """How many rows of each file repeat a question."""
         read = {path: self._read(path) for path in (self.path, self.eval_path) if path}
-        counts = {path: (len(rows) - len({key for key, _ in rows}), len(rows)) for path, rows in read.items()}
+        counts = {path: (len(rows) - len({prompt.key for prompt in rows}), len(rows)) for path, rows in read.items()}
         return repeats_lines(counts, "question")
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
@@ -90,14 +91,16 @@ class GSM8K(Task):
             raise DataError(
                 f"gsm8k: eval_path={self.eval_path} is held out and there is no path to train on; add path=train.jsonl"
             )
-        chosen: dict[int, Prompt] = {}
-        for key, row in shuffled(self._candidates(split), "gsm8k", split, seed):
-            if len(chosen) < n and key not in chosen and self._belongs(key, split):
-                chosen[key] = self._prompt(key, row)
-        if len(chosen) < n:
+        different: dict[int, Prompt] = {}
+        for prompt in shuffled(self._candidates(split), "gsm8k", split, seed):
+            if self._belongs(prompt, split):
+                different.setdefault(prompt.key, prompt)
+        if len(different) < n:
             hint = f", or change eval_fraction (now {self.eval_fraction})" if self.divided else ""
-            raise DataError(f"gsm8k: {len(chosen)} distinct {split} rows exist where {n} were asked for; {FEWER}{hint}")
-        return list(chosen.values())
+            raise DataError(
+                f"gsm8k: {len(different)} distinct {split} rows exist where {n} were asked for; {FEWER}{hint}"
+            )
+        return list(different.values())[:n]
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """The worked solution without the calculator marks (<<48/2=24>>)."""
@@ -109,58 +112,49 @@ class GSM8K(Task):
         correct = found is not None and same_number(found, prompt.answer or "")
         return Reward(float(correct), {"correct": float(correct), "answered": float(found is not None)}, correct)
 
-    def _prompt(self, key: int, row: dict[str, str]) -> Prompt:
-        return chat_prompt(
-            row["question"],
-            system=self.system,
-            instruction=self.instruction,
-            key=key,
-            answer=row["gold"],
-            metadata={"question": row["question"], "solution": row["solution"]},
-        )
-
-    def _candidates(self, split: Split) -> list[tuple[int, dict[str, str]]]:
-        """The rows that a split is taken from, by what they ask, in the order of their file."""
+    def _candidates(self, split: Split) -> list[Prompt]:
+        """The rows that a split is taken from, in the order of their file."""
         if self.eval_path and split == "eval":
             return self._read(self.eval_path)
-        held_out = {key for key, _ in self._read(self.eval_path)} if self.eval_path else set()
-        return [(key, row) for key, row in self._read(self.path) if key not in held_out] if self.path else []
+        held_out = {prompt.key for prompt in self._read(self.eval_path)} if self.eval_path else set()
+        return [prompt for prompt in self._read(self.path) if prompt.key not in held_out] if self.path else []
 
-    def _belongs(self, key: int, split: Split) -> bool:
-        return not self.divided or split_of(key, self.eval_fraction) == split
+    def _belongs(self, prompt: Prompt, split: Split) -> bool:
+        return not self.divided or split_of(prompt.key, self.eval_fraction) == split
 
-    def _read(self, path: str) -> list[tuple[int, dict[str, str]]]:
+    def _read(self, path: str) -> list[Prompt]:
+        """A file's rows. DataError names file and line, also where two rows ask the same and have different answers:
+        which one counted would be chance."""
         if path not in self._rows:
-            read = (_row(line, f"{path}:{number}") for number, line in lines_of(Path(path).expanduser()))
-            self._rows[path] = [(content_key(row["question"]), row) for row in read]
-            _check_agreeing(path, self._rows[path])
+            rows = {f"{path}:{number}": line for number, line in lines_of(Path(path).expanduser())}
+            prompts = {where: self._prompt(json_of(line, where), where) for where, line in rows.items()}
+            first: dict[int, str] = {}
+            for where, prompt in prompts.items():
+                other = first.setdefault(prompt.key, where)
+                mine, theirs = str(prompt.answer), str(prompts[other].answer)
+                if mine != theirs and not same_number(mine, theirs):
+                    raise DataError(
+                        f"{where}: asks what {other} asks and answers {mine[:40]!r}, not {theirs[:40]!r}: "
+                        "correct one, or remove it"
+                    )
+            self._rows[path] = list(prompts.values())
         return self._rows[path]
 
-
-def _row(line: str, where: str) -> dict[str, str]:
-    """A row with `question`, `solution` (no calculator marks), `gold`, `line`. DataError names file and line."""
-    record = json_of(line, where)
-    for key in ("question", "answer"):
-        if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            raise DataError(f"{where}: the key '{key}' with a text is missing")
-    marked = _MARKED.findall(record["answer"])
-    if not marked:
-        raise DataError(f"{where}: 'answer' has no '#### ' line with the final number")
-    solution = _CALCULATOR.sub("", record["answer"])
-    gold = marked[-1].strip().replace(",", "")
-    return {"question": record["question"], "solution": solution, "gold": gold, "line": where.rpartition(":")[2]}
-
-
-def _check_agreeing(path: str, rows: list[tuple[int, dict[str, str]]]) -> None:
-    """DataError where two rows ask the same and have different answers: which one counted would be chance."""
-    first: dict[int, dict[str, str]] = {}
-    for key, row in rows:
-        other = first.setdefault(key, row)
-        if other["gold"] != row["gold"] and not same_number(row["gold"], other["gold"]):
-            raise DataError(
-                f"{path}:{row['line']}: asks what {path}:{other['line']} asks and answers {row['gold'][:40]!r}, not "
-                f"{other['gold'][:40]!r}: correct one, or remove it"
-            )
+    def _prompt(self, record: Any, where: str) -> Prompt:
+        for key in ("question", "answer"):
+            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                raise DataError(f"{where}: the key '{key}' with a text is missing")
+        marked = _MARKED.findall(record["answer"])
+        if not marked:
+            raise DataError(f"{where}: 'answer' has no '#### ' line with the final number")
+        return chat_prompt(
+            record["question"],
+            system=self.system,
+            instruction=self.instruction,
+            key=content_key(record["question"]),
+            answer=marked[-1].strip().replace(",", ""),
+            metadata={"question": record["question"], "solution": _CALCULATOR.sub("", record["answer"])},
+        )
 
 
 def extract_answer(text: str, *, strict: bool) -> str | None:

@@ -169,21 +169,14 @@ class Garbled(Exception):
 
 
 class Channel:
-    """One end of a socket pair. token: TOKEN_BYTES random bytes, the same at both ends."""
+    """One end of a socket pair. token: TOKEN_BYTES random bytes, the same at both ends.
+
+    unread: what arrived after the last message taken. unsent: what has not left yet.
+    """
 
     def __init__(self, end: socket.socket, token: bytes) -> None:
         self._end, self._token = end, token
-        self._arrived, self._unsent = bytearray(), b""
-
-    @property
-    def unread(self) -> bool:
-        """Whether something arrived after the last message taken."""
-        return bool(self._arrived)
-
-    @property
-    def sending(self) -> bool:
-        """Whether a part of a message has not left yet."""
-        return bool(self._unsent)
+        self.unread, self.unsent = bytearray(), b""
 
     def fileno(self) -> int:
         """The socket's, for selectors."""
@@ -191,16 +184,16 @@ class Channel:
 
     def put(self, number: int, message: bytes) -> None:
         """Queue a message; `flush` sends it."""
-        self._unsent += _HEAD.pack(self._token, number, len(message), _checksum(number, message)) + message
+        self.unsent += _HEAD.pack(self._token, number, len(message), _checksum(number, message)) + message
 
     def flush(self) -> None:
         """Send as much as the socket takes now. OSError: the other end is gone."""
         try:
-            self._unsent = self._unsent[self._end.send(self._unsent) :]
+            self.unsent = self.unsent[self._end.send(self.unsent) :]
         except BlockingIOError:
             return
         except OSError:
-            self._unsent = b""
+            self.unsent = b""
             raise
 
     def fill(self) -> None:
@@ -211,28 +204,28 @@ class Channel:
             return
         if not chunk:
             raise EOFError
-        self._arrived += chunk
+        self.unread += chunk
 
     def take(self) -> tuple[int, bytes] | None:
         """The next whole message with its number, None while there is none. Garbled: what arrived is no message."""
-        if not self._token.startswith(self._arrived[:TOKEN_BYTES]):
+        if not self._token.startswith(self.unread[:TOKEN_BYTES]):
             raise Garbled
-        if len(self._arrived) < _HEAD.size:
+        if len(self.unread) < _HEAD.size:
             return None
-        _, number, length, checksum = _HEAD.unpack_from(self._arrived)
+        _, number, length, checksum = _HEAD.unpack_from(self.unread)
         end = _HEAD.size + length
-        if len(self._arrived) < end:
+        if len(self.unread) < end:
             return None
-        message = bytes(self._arrived[_HEAD.size : end])
+        message = bytes(self.unread[_HEAD.size : end])
         if _checksum(number, message) != checksum:
             raise Garbled
-        del self._arrived[:end]
+        del self.unread[:end]
         return number, message
 
     def send(self, number: int, answer: dict[str, Any]) -> None:
         """The worker's side: one answer, sent whole."""
         self.put(number, json.dumps(answer).encode())
-        while self.sending:
+        while self.unsent:
             self.flush()
 
     def receive(self) -> tuple[int, bytes] | None:
@@ -257,7 +250,7 @@ def wait(channels: Iterable[Channel], seconds: float) -> list[Channel]:
     """Those that can be read, after `seconds` at most; what is unsent goes out meanwhile."""
     with selectors.DefaultSelector() as selector:
         for channel in channels:
-            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.sending else 0)
+            events = selectors.EVENT_READ | (selectors.EVENT_WRITE if channel.unsent else 0)
             selector.register(channel, events, channel)
         ready = selector.select(max(0.0, seconds))
     for key, events in ready:
