@@ -90,7 +90,10 @@ def read_toml(options: type[Options], path: str | Path) -> dict[str, Setting]:
     except RecursionError:
         raise ConfigError(f"{path}: not valid TOML: values are nested too deeply") from None
     except ValueError as error:  # TOMLDecodeError, or a number too long to convert
-        raise ConfigError(_toml_message(path, text, str(error))) from None
+        place = re.search(r"\(at line (\d+), column \d+\)", str(error))
+        line = int(place[1]) if place else text.count("\n") + 1
+        reason = re.sub(r"\s*\(at (line \d+, column \d+|end of document)\)", "", str(error))
+        raise ConfigError(f"{path}:{line}: not valid TOML: {reason}") from None
     settings = _settings(options, "key", table, lambda key: f"{path}:{_line_of(text, key)}")
     of_a_launch = LAUNCH if (Path(path).parent / "env.json").is_file() else {}
     return {name: setting for name, setting in settings.items() if name not in of_a_launch}
@@ -124,7 +127,9 @@ def build(options: type[T], settings: Mapping[str, Setting]) -> T:
         made = options(**{name: setting.value for name, setting in settings.items()})
         getattr(made, "validate", lambda: None)()
     except ConfigError as error:
-        raise ConfigError(_located(str(error), settings)) from None
+        words = re.findall(r"[a-z][a-z0-9_]*", str(error).replace("-", "_"))
+        place = next(filter(None, (settings[word].where for word in words if word in settings)), "")
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from None
     return made
 
 
@@ -281,13 +286,6 @@ def _read_text(path: Path) -> str:
         raise ConfigError(f"{str(path)!r}: not a path: {error}") from None
 
 
-def _toml_message(path: str | Path, text: str, message: str) -> str:
-    place = re.search(r"\(at line (\d+), column \d+\)", message)
-    line = int(place[1]) if place else text.count("\n") + 1
-    reason = re.sub(r"\s*\(at (line \d+, column \d+|end of document)\)", "", message)
-    return f"{path}:{line}: not valid TOML: {reason}"
-
-
 def _line_of(text: str, key: str) -> int:
     """The line on which top-level `key` is set: it names the key, and what stands before it is TOML without it."""
     part = rf"""(?:{re.escape(key)}|"{re.escape(key)}"|'{re.escape(key)}')"""
@@ -304,14 +302,6 @@ def _parses_without(key: str, text: str) -> bool:
         return key not in tomllib.loads(text)
     except ValueError:
         return False
-
-
-def _located(message: str, settings: Mapping[str, Setting]) -> str:
-    places = (
-        settings[word].where for word in re.findall(r"[a-z][a-z0-9_]*", message.replace("-", "_")) if word in settings
-    )
-    place = next(filter(None, places), "")
-    return f"{place}: {message}" if place else message
 
 
 def _toml_value(name: str, value: Any) -> str:

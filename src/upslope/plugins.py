@@ -302,15 +302,11 @@ def ending_forks() -> Iterator[None]:
         raise
     finally:
         if os.getpid() != process:
-            os._exit(_exit_code(raised))
-
-
-def _exit_code(raised: BaseException | None) -> int:
-    code = raised.code if isinstance(raised, SystemExit) else raised
-    if code is None or isinstance(code, int):
-        return (code or 0) & 0xFF
-    traceback.print_exception(raised)
-    return 1
+            code = raised.code if isinstance(raised, SystemExit) else raised
+            if code is not None and not isinstance(code, int):
+                traceback.print_exception(raised)
+                code = 1
+            os._exit((code or 0) & 0xFF)
 
 
 def first_line(error: BaseException) -> str:

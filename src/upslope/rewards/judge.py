@@ -42,9 +42,15 @@ class Judge(AbstractContextManager[Any]):
         """
         start = time.perf_counter()
         self.fill(groups)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         if self.networks:
-            add_networks(self.networks, groups)
-        rewards = [rollout.reward for group in groups for rollout in group.rollouts]
+            asked = time.perf_counter()
+            columns = [_checked(network, network.function(groups), len(rollouts)) for network in self.networks]
+            seconds = (time.perf_counter() - asked) / max(1, len(rollouts))
+            for rollout, row in zip(rollouts, zip(*columns, strict=True), strict=True):
+                before = replace(rollout.reward, seconds=rollout.reward.seconds + seconds)
+                rollout.reward = summed(self.networks, row, before)
+        rewards = [rollout.reward for rollout in rollouts]
         errors = [reward.error or "not judged" for reward in rewards if reward.value is None]
         if rewards and len(errors) == len(rewards):  # then there is nothing to learn from
             first = f"the first: {errors[0]}"
@@ -136,16 +142,6 @@ class WeightedSum:
         rewards = [summed(self.summands, row) for row in zip(*columns, strict=True)]
         seconds = (time.perf_counter() - start) / max(1, len(samples))
         return [replace(reward, seconds=seconds) for reward in rewards]
-
-
-def add_networks(networks: Sequence[Summand], groups: Sequence[RolloutGroup]) -> None:
-    """Add what networks say to the rewards that the rollouts have. DataError: one gave too few or too many."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    start = time.perf_counter()
-    columns = [_checked(network, network.function(groups), len(rollouts)) for network in networks]
-    seconds = (time.perf_counter() - start) / max(1, len(rollouts))
-    for rollout, row in zip(rollouts, zip(*columns, strict=True), strict=True):
-        rollout.reward = summed(networks, row, replace(rollout.reward, seconds=rollout.reward.seconds + seconds))
 
 
 def summed(summands: Sequence[Summand], rewards: Sequence[Reward], before: Reward | None = None) -> Reward:

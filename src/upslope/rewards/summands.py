@@ -174,12 +174,16 @@ def load_summands(task: Task | None, rewards: RewardSpecs = ()) -> list[Summand]
 
     Raises ConfigError: there is nothing that judges, or a name is unknown.
     """
-    pairs = parse_rewards(rewards)
-    if not pairs and (task is None or not task.has_reward):
+    pairs, own = parse_rewards(rewards), None
+    if task is not None and task.has_reward:
+        own = Summand(task.name, task.rewards, task.inline_safe, task.whole_group, is_task=True)
+    elif not pairs:
         named = f"task '{task.name}' has no reward of its own" if task else "no task is given"
         raise ConfigError(f"{named}; name a reward, such as --reward my_rewards.py:fn")
+    elif any(spec == TASK_REWARD for spec, _ in pairs):
+        raise ConfigError("the reward 'task' means the task's own, and there is none")
     return _named(
-        replace(_own_reward(task) if spec == TASK_REWARD else load_reward(spec), weight=weight)
+        replace(own if own and spec == TASK_REWARD else load_reward(spec), weight=weight)
         for spec, weight in pairs or [(TASK_REWARD, 1.0)]
     )
 
@@ -193,12 +197,6 @@ def load_networks(specs: Sequence[tuple[str, float]], around: Surroundings) -> l
         check_params(factory, parsed.params, parsed.label, filled=("around",))
         loaded.append(Summand(parsed.name, factory(**parsed.params, around=around).rewards, weight=weight))
     return _named(loaded)
-
-
-def _own_reward(task: Task | None) -> Summand:
-    if task is None or not task.has_reward:
-        raise ConfigError("the reward 'task' means the task's own, and there is none")
-    return Summand(task.name, task.rewards, task.inline_safe, task.whole_group, is_task=True)
 
 
 def _named(summands: Iterable[Summand]) -> list[Summand]:

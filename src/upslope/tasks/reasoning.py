@@ -94,7 +94,8 @@ class ReasoningTask(Task):
         self.eval_fraction = eval_fraction
         self.config = _checked_config(name, config)
         self._verifier = self._dataset(0)
-        self.inline_safe = is_quick(self._verifier, name)
+        plain = _gym().dataset.ProceduralDataset.score_answer
+        self.inline_safe = name in _QUICK or type(self._verifier).score_answer is plain
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` distinct problems. DataError: the parameters allow fewer (two one-digit terms give 200 sums in all)."""
@@ -203,13 +204,6 @@ _POWER = r"\*\*\s*(?:-?\d{1,2}|[A-Za-z]|\(\s*-?\d{1,2}(?:\s*/\s*\d{1,2})?\s*\))(
 _FUNCTION = r"(?:sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|exp|log|ln|sqrt|pi|[A-Za-z])(?![A-Za-z0-9_])"
 _ALGEBRA_TOKEN = rf"\s+|\d{{1,40}}(?:\.\d{{1,40}})?(?![A-Za-z0-9_.])|{_FUNCTION}|{_POWER}|\*(?!\*)|[-+/()]"
 _ALGEBRA_TEXT = re.compile(rf"(?:{_ALGEBRA_TOKEN})++")  # possessive: token by token, no other division is tried
-
-
-def is_quick(verifier: Any, name: str) -> bool:
-    """Whether judging any text is quick and runs none of it, so that the trainer's own process may do it."""
-    from reasoning_gym.dataset import ProceduralDataset
-
-    return name in _QUICK or type(verifier).score_answer is ProceduralDataset.score_answer
 
 
 def score(verifier: Any, name: str, entry: dict[str, Any], text: str) -> float:

@@ -206,11 +206,7 @@ class KeyDoor(Task):
             raise ConfigError(f"'key_door': door must be positive and noise not negative, got {door} and {noise}")
         self.steps, self.corridor, self.door, self.noise = steps, corridor, door, noise
         self.room, self.eval_fraction = room, checked_fraction(eval_fraction)
-
-    @property
-    def length(self) -> int:
-        """Letters of a whole way."""
-        return self.steps + 1 + self.corridor
+        self.length = steps + 1 + corridor  # letters of a whole way
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different rooms, each a few digits. DataError: there are fewer."""
