@@ -112,7 +112,10 @@ def _fail(message: str, code: int) -> int:
 
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in {"-h", "--help", "help"}:
-        print(overview())
+        width = max(map(len, VERBS))
+        verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+        title = f"upslope {__version__}: post-training of language models, from theory to practice"
+        print(f"{title}\n\n{USAGE}\n\n{verbs}\n\n`upslope VERB --help` shows a verb's options.")
         return 0
     if argv[0] in {"-V", "--version", "version"}:
         print(f"upslope {__version__}")
@@ -130,16 +133,6 @@ def _main(argv: list[str]) -> int:
         return 0
     look(options)
     return pkgutil.resolve_name(verb.target)(options) or 0
-
-
-def overview() -> str:
-    """The text of `upslope --help`."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
-    return (
-        f"upslope {__version__}: post-training of language models, from theory to practice\n\n{USAGE}\n\n{verbs}\n\n"
-        "`upslope VERB --help` shows a verb's options."
-    )
 
 
 def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:

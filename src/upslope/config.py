@@ -5,6 +5,7 @@ line, the string "none" means no value for an option that may have none, and an 
 Free of torch.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -292,16 +293,10 @@ def _line_of(text: str, key: str) -> int:
     pattern = re.compile(rf"\s*(?:{part}\s*[=.]|\[+\s*{part}\s*[\].])")
     lines = text.split("\n")
     for index, line in enumerate(lines):
-        if pattern.match(line) and _parses_without(key, "\n".join(lines[:index])):
-            return index + 1
+        with contextlib.suppress(ValueError):
+            if pattern.match(line) and key not in tomllib.loads("\n".join(lines[:index])):
+                return index + 1
     return 1  # a key written with escapes: the file is right, the line unknown
-
-
-def _parses_without(key: str, text: str) -> bool:
-    try:
-        return key not in tomllib.loads(text)
-    except ValueError:
-        return False
 
 
 def _toml_value(name: str, value: Any) -> str:

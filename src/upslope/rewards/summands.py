@@ -114,21 +114,16 @@ def parse_rewards(specs: Iterable[Any]) -> list[tuple[Any, float]]:
     """
     pairs = []
     for item in specs:
-        spec, weight = item if isinstance(item, tuple) else _split_weight(item)
+        spec, weight = item if isinstance(item, tuple) else (item, 1.0)
+        if match := _WEIGHT.fullmatch(item) if isinstance(item, str) else None:
+            try:
+                spec, weight = match["spec"], float(match["weight"])
+            except ValueError:
+                raise ConfigError(f"reward '{item}': '{match['weight']}' after @ is not a number") from None
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ConfigError(f"reward '{spec}': the weight must be a finite number, got {weight!r}")
         pairs.append((spec, float(weight)))
     return pairs
-
-
-def _split_weight(text: Any) -> tuple[Any, float]:
-    match = _WEIGHT.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        return text, 1.0
-    try:
-        return match["spec"], float(match["weight"])
-    except ValueError:
-        raise ConfigError(f"reward '{text}': '{match['weight']}' after @ is not a number") from None
 
 
 def split_rewards(rewards: RewardSpecs) -> tuple[list[tuple[Any, float]], list[tuple[str, float]]]:

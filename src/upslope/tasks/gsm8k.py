@@ -3,6 +3,7 @@
 The data are given by path, one JSON object per line with `question` and `answer`; any file in this form will do.
 """
 
+import logging
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -200,16 +201,10 @@ def same_number(found: str, gold: str) -> bool:
     ours, theirs = plain_number(found), plain_number(gold)
     if ours is not None and theirs is not None:
         return ours == theirs
-    return not _LONG_POWER.search(found) and _math_verify(found, gold)
-
-
-def _math_verify(found: str, gold: str) -> bool:
-    """math-verify without its alarm clock, which is swallowed as 'wrong' and works in the main thread only.
-
-    The judge's time limit kills what takes too long, and counts it as an error.
-    """
-    import logging
-
+    if _LONG_POWER.search(found):
+        return False
+    # Without its alarm clock, which is swallowed as 'wrong' and works in the main thread only: the judge's time limit
+    # kills what takes too long, and counts it as an error.
     from math_verify import parse, verify
 
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):

@@ -97,7 +97,10 @@ class RandomWalks(Task):
                 f"task 'random_walks': only {len(self.starts)} start nodes reach the goal where {n} prompts were "
                 f"asked for; ask for at most {len(self.starts)}"
             )
-        return [self._prompt(node) for node in shuffled(self.starts, "random_walks", split, seed)[:n]]
+        return [
+            Prompt(content_key(LETTERS[node]), text=LETTERS[node], answer=self.shortest_walk(node)[1:])
+            for node in shuffled(self.starts, "random_walks", split, seed)[:n]
+        ]
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """One random walk from the prompt's node: legal, hardly ever shortest."""
@@ -122,10 +125,6 @@ class RandomWalks(Task):
         while nodes[-1] != GOAL:
             nodes.append(min(self.edges[nodes[-1]], key=lambda node: self.shortest.get(node, self.nodes + 1)))
         return "".join(LETTERS[node] for node in nodes)
-
-    def _prompt(self, node: int) -> Prompt:
-        letter = LETTERS[node]
-        return Prompt(key=content_key(letter), text=letter, answer=self.shortest_walk(node)[1:])
 
     def judge(self, prompt: Prompt, text: str) -> Reward:
         """Optimality of the walk; correct means a shortest path."""
