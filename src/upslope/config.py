@@ -55,11 +55,8 @@ def option(default: V, low: float | None = None, high: float = math.inf, *, also
 
 def metadata_of(options: type[Options], name: str) -> dict[str, Any]:
     """What `option` was told of a field in the class and in those that it is made from; the nearest wins."""
-    said: dict[str, Any] = {}
-    for base in reversed(options.__mro__):
-        if name in vars(base).get("__dataclass_fields__", {}):
-            said |= vars(base)["__dataclass_fields__"][name].metadata
-    return said
+    fields = [vars(base).get("__dataclass_fields__", {}).get(name) for base in reversed(options.__mro__)]
+    return {key: value for field in fields if field for key, value in field.metadata.items()}
 
 
 @dataclass(frozen=True, slots=True)

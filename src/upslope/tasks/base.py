@@ -21,16 +21,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from upslope.config import suggestion
 from upslope.errors import ConfigError, DataError, UpslopeError
-from upslope.plugins import (
-    Spec,
-    check_params,
-    ending_forks,
-    find,
-    first_line,
-    format_spec,
-    line_in,
-    parse_spec,
-)
+from upslope.plugins import Spec, check_params, ending_forks, find, first_line, format_spec, line_in, parse_spec
 from upslope.types import Message, Prompt, Reward
 
 T = TypeVar("T")
@@ -98,6 +89,10 @@ class Task:
     def has_reward(self) -> bool:
         """Whether the task judges replies itself."""
         return type(self).rewards is not Task.rewards or type(self).judge is not Task.judge
+
+    def count(self, texts: Iterable[str], split: Split) -> int:
+        """How many different texts belong to the split by their content."""
+        return sum(split_of(key, self.eval_fraction) == split for key in {content_key(text) for text in texts})
 
     def select(self, candidates: Iterable[Prompt], split: Split, n: int, **how: Any) -> list[Prompt]:
         """`select_prompts` under the task's name, with its eval_fraction."""
@@ -252,7 +247,8 @@ def load_task(spec: str | Task, **params: Any) -> Task:
         if not (inspect.isclass(cls) and issubclass(cls, Task)):
             raise ConfigError(f"'{parsed.label}' must be a class that extends upslope.tasks.Task, got {cls!r:.80}")
         task = _construct(cls, parsed)
-    task.spec = format_spec(parsed.absolute)
+    path = parsed.path and str(Path(parsed.path).expanduser().resolve())
+    task.spec = format_spec(replace(parsed, path=path))
     return task
 
 

@@ -243,8 +243,7 @@ class Phonemes(Referenced):
 
     def size(self, split: Split) -> int:
         """How many words the split has."""
-        keys = (content_key(" ".join(word)) for word in self.words)
-        return sum(split_of(key, self.eval_fraction) == split for key in keys)
+        return self.count(map(" ".join, self.words), split)
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different words in an order given by `seed`. DataError: there are fewer."""

@@ -13,7 +13,6 @@ Turn a sentence into strict JSON: short, checkable, and a habit small chat model
 import json
 import random
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,17 +20,7 @@ from upslope.data.readers import lines_of
 from upslope.errors import ConfigError
 from upslope.extras import require
 from upslope.rewards.functions import json_object
-from upslope.tasks.base import (
-    Split,
-    Task,
-    answered,
-    chat_prompt,
-    checked_fraction,
-    content_key,
-    derive_seed,
-    shuffled,
-    split_of,
-)
+from upslope.tasks.base import Split, Task, answered, chat_prompt, checked_fraction, derive_seed, shuffled
 from upslope.types import Message, Prompt, Reward
 
 THRESHOLD = 0.05
@@ -70,11 +59,13 @@ class Sentiment(Task):
         self.chat, self.open_ended = chat, not chat
         self.eval_fraction = checked_fraction(eval_fraction)
         require("tasks", "vaderSentiment")
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+        self._analyzer = SentimentIntensityAnalyzer()
 
     def size(self, split: Split) -> int:
         """How many different openings the split has."""
-        keys = {content_key(opening) for opening in self._all()}
-        return sum(split_of(key, self.eval_fraction) == split for key in keys)
+        return self.count(self._all(), split)
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different openings, in an order given by `seed`. DataError: there are fewer."""
@@ -92,12 +83,6 @@ class Sentiment(Task):
         if not self.openings:
             return built_in_openings()
         return [line.strip() for _, line in lines_of(Path(self.openings).expanduser())]
-
-    @cached_property
-    def _analyzer(self) -> Any:
-        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
-
-        return SentimentIntensityAnalyzer()
 
     def _prompt(self, opening: str) -> Prompt:
         metadata = {"opening": opening}

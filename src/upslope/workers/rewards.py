@@ -129,9 +129,7 @@ class _Worker:
             self.process.kill()
             self.process.wait()
         self.channel.close()
-        if code is None:
-            return "killed"
-        return f"signal {-code}" if code < 0 else f"exit code {code}"
+        return "killed" if code is None else f"signal {-code}" if code < 0 else f"exit code {code}"
 
     def order_end(self) -> None:
         """Tell the keeper, without waiting; by a byte too, as a fork of this process may hold the pipe open."""
