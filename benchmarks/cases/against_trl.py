@@ -125,7 +125,7 @@ def _tokenizer():  # type: ignore[no-untyped-def]
 
 
 def _prompts() -> list[str]:
-    from upslope.tasks.loading import load_task
+    from upslope.tasks.base import load_task
 
     task = load_task(f"{ROOT / 'benchmarks' / 'sums.py'}:Sums")
     return [p.text or "" for p in task.prompts("train", TRAIN_PROMPTS, seed=0)]

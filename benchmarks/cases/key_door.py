@@ -21,8 +21,8 @@ from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions
 from upslope.recipes.grpo import grpo
 from upslope.recipes.ppo import ppo
 from upslope.recipes.reinforce import reinforce
-from upslope.tasks.key_door import ALPHABET, DIGITS, KeyDoor
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
+from upslope.tasks.toys import ALPHABET, DIGITS, KeyDoor
 
 NAME = "key_door"
 OUTCOME_ONLY = ("rloo", "grpo")

@@ -23,8 +23,8 @@ from upslope.build import load_policy, make_engine
 from upslope.options import ReinforceOptions, RunOptions, Seq2SeqOptions
 from upslope.recipes.reinforce import reinforce
 from upslope.recipes.seq2seq import seq2seq
-from upslope.rollout.collect import collect
-from upslope.tasks.loading import load_task
+from upslope.rollout import collect
+from upslope.tasks.base import load_task
 from upslope.types import SamplingParams
 from upslope.workers.rewards import make_scorer
 

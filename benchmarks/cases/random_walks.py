@@ -19,8 +19,8 @@ from upslope.options import GRPOOptions, PPOOptions, ReinforceOptions, RLOptions
 from upslope.recipes.grpo import grpo
 from upslope.recipes.ppo import ppo
 from upslope.recipes.reinforce import reinforce
-from upslope.tasks.loading import load_task
-from upslope.tasks.random_walks import LETTERS, RandomWalks
+from upslope.tasks.base import load_task
+from upslope.tasks.toys import LETTERS, RandomWalks
 
 NAME = "random_walks"
 LEARNERS = ("reinforce", "a2c", "ppo", "rloo", "grpo")

@@ -33,14 +33,13 @@ from upslope.devices.hardware import device_of_machine
 from upslope.errors import DataError
 from upslope.evaluation.behaviour import distinct_n
 from upslope.options import PPOOptions, ReinforceOptions, RLOptions
-from upslope.options.pretrain import PretrainOptions
+from upslope.options.supervised import PretrainOptions
 from upslope.recipes.ppo import ppo
 from upslope.recipes.pretrain import Pretrain, causal_texts, pretrain
 from upslope.recipes.reinforce import reinforce
 from upslope.rewards.summands import Surroundings
-from upslope.rollout.collect import collect
-from upslope.tasks.base import Task, select_prompts
-from upslope.tasks.loading import load_task
+from upslope.rollout import collect
+from upslope.tasks.base import Task, load_task, select_prompts
 from upslope.types import Prompt, SamplingParams
 from upslope.workers.rewards import make_scorer
 

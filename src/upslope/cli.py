@@ -12,17 +12,18 @@ import inspect
 import itertools
 import json
 import os
+import pkgutil
 import re
 import shlex
 import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
-from upslope.config import Setting, build, from_text, hints_of, meant, names_of, read_toml
+from upslope.config import Setting, build, coerce, hints_of, meant, names_of, read_toml
 from upslope.errors import ConfigError, RunError, UpslopeError, one_line
 from upslope.loop.look import look
 from upslope.version import __version__
@@ -111,7 +112,10 @@ def _fail(message: str, code: int) -> int:
 
 def _main(argv: list[str]) -> int:
     if not argv or argv[0] in {"-h", "--help", "help"}:
-        print(overview())
+        width = max(map(len, VERBS))
+        verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+        title = f"upslope {__version__}: post-training of language models, from theory to practice"
+        print(f"{title}\n\n{USAGE}\n\n{verbs}\n\n`upslope VERB --help` shows a verb's options.")
         return 0
     if argv[0] in {"-V", "--version", "version"}:
         print(f"upslope {__version__}")
@@ -128,19 +132,7 @@ def _main(argv: list[str]) -> int:
     if options is None:
         return 0
     look(options)
-    module, _, function = verb.target.partition(":")
-    run: Callable[[Any], int | None] = getattr(importlib.import_module(module), function)
-    return run(options) or 0
-
-
-def overview() -> str:
-    """The text of `upslope --help`."""
-    width = max(map(len, VERBS))
-    verbs = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
-    return (
-        f"upslope {__version__}: post-training of language models, from theory to practice\n\n{USAGE}\n\n{verbs}\n\n"
-        "`upslope VERB --help` shows a verb's options."
-    )
+    return pkgutil.resolve_name(verb.target)(options) or 0
 
 
 def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
@@ -158,20 +150,20 @@ def parse(name: str, options_class: type[Any], arguments: Sequence[str]) -> Any:
 
 def _file_of_resumed_run(name: str, given: Mapping[str, Setting]) -> list[str]:
     """With --resume --output-dir X, the configuration of the run in X: what is not said again stays as it was."""
-    resume, said = given.get("resume"), given.get("output_dir")
-    if resume is None or said is None or not resume.value or said.value is None:
+    unsaid = Setting(None, "")
+    folder = given.get("output_dir", unsaid).value
+    if folder is None or not given.get("resume", unsaid).value:
         return []
-    folder = said.value
     path = os.path.join(folder, "config.toml")
     if not os.path.isfile(path):
         raise ConfigError(
             f"--resume: {folder} is not a run folder (it has no config.toml); a run that was killed while it was made "
             "starts again without --resume"
         )
-    verb = ""
+    written: Any = None
     with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "env.json"), encoding="utf-8") as file:
-        said = json.load(file)
-        verb = str(said.get("verb", "")) if isinstance(said, dict) else ""
+        written = json.load(file)
+    verb = str(written.get("verb", "")) if isinstance(written, dict) else ""
     if verb in VERBS and verb != name:
         again = shlex.join(["upslope", verb, "--resume", "--output-dir", folder])
         raise ConfigError(f"--resume: {folder} is a run of {verb}, not of {name}; continue it with: {again}")
@@ -222,7 +214,7 @@ def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[di
         while at_value() and (several or not parts):
             parts.append(queue.pop(0))
         if several:
-            made = tuple(from_text(field, part, hint, where) for part in parts)
+            made = tuple(coerce(field, part, hint, where, word=True) for part in parts)
             given[field] = Setting(before.value + made if before else made, where)
             continue
         if _is_switch(hint):
@@ -232,7 +224,7 @@ def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[di
                 raise ConfigError(f"{where}{wrong} {parts[0]!r}")
         if not parts:
             raise ConfigError(f"Missing value for argument {flag!r}; see upslope {name} --help")
-        given[field] = Setting(from_text(field, parts[0], hint, where), where)
+        given[field] = Setting(coerce(field, parts[0], hint, where, word=True), where)
     return given, files, helping
 
 

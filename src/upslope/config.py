@@ -14,7 +14,7 @@ import re
 import tomllib
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, cast
@@ -55,11 +55,8 @@ def option(default: V, low: float | None = None, high: float = math.inf, *, also
 
 def metadata_of(options: type[Options], name: str) -> dict[str, Any]:
     """What `option` was told of a field in the class and in those that it is made from; the nearest wins."""
-    said: dict[str, Any] = {}
-    for base in reversed(options.__mro__):
-        if name in vars(base).get("__dataclass_fields__", {}):
-            said |= vars(base)["__dataclass_fields__"][name].metadata
-    return said
+    fields = [vars(base).get("__dataclass_fields__", {}).get(name) for base in reversed(options.__mro__)]
+    return {key: value for field in fields if field for key, value in field.metadata.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +117,8 @@ def _settings(
 
 def build(options: type[T], settings: Mapping[str, Setting]) -> T:
     """Make the options from settings whose values have the right types, and run the class's own `validate()`."""
-    missing = [
-        field.name
-        for field in dataclasses.fields(options)
-        if field.name not in settings
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
+    without = [field.name for field in dataclasses.fields(options) if field.default is dataclasses.MISSING]
+    if missing := [name for name in without if name not in settings]:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise ConfigError(f"missing: {flags}; give it on the command line or in the file of --config")
     try:
@@ -135,8 +126,8 @@ def build(options: type[T], settings: Mapping[str, Setting]) -> T:
         getattr(made, "validate", lambda: None)()
     except ConfigError as error:
         words = re.findall(r"[a-z][a-z0-9_]*", str(error).replace("-", "_"))
-        where = next((settings[word].where for word in words if word in settings and settings[word].where), "")
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from None
+        place = next(filter(None, (settings[word].where for word in words if word in settings)), "")
+        raise ConfigError(f"{place}: {error}" if place else str(error)) from None
     return made
 
 
@@ -187,8 +178,7 @@ def hints_of(options: type[Options]) -> dict[str, Any]:
 def names_of(options: type[Options]) -> dict[str, str]:
     """Every name that a file and the command line may call an option by, and the field that it means."""
     fields = [field.name for field in dataclasses.fields(options)]
-    also = {metadata_of(options, name).get("also", name): name for name in fields}
-    return {name: name for name in fields} | also
+    return {name: name for name in fields} | {metadata_of(options, name).get("also", name): name for name in fields}
 
 
 ELSEWHERE = {
@@ -224,11 +214,6 @@ def coerce(name: str, value: Any, hint: Any, where: str, *, word: bool = False) 
         raise ConfigError(f"{where}: {name} must be {describe(hint)}, got {error.got}{error.hint}") from None
 
 
-def from_text(name: str, text: str, hint: Any, where: str) -> Any:
-    """A word of the command line as the type `hint` asks for (one element of it, for a list), or ConfigError."""
-    return coerce(name, text, hint, where, word=True)
-
-
 class _MismatchError(Exception):
     def __init__(self, value: Any, hint: str = "") -> None:
         text = repr(value)
@@ -253,16 +238,12 @@ def _coerce(value: Any, hint: Any, word: bool) -> Any:
         if value in arguments and type(value) in {type(choice) for choice in arguments}:
             return value
         raise _MismatchError(value, suggestion(value, map(str, arguments)) if isinstance(value, str) else "")
-    if origin in (tuple, list, Sequence):
+    if origin is tuple:
         if word:
             return _coerce(value, arguments[0], word)
         if not isinstance(value, (list, tuple)):
             raise _MismatchError(value, "; also a single one in brackets, as in [f]" if isinstance(value, str) else "")
         return tuple(_coerce(item, arguments[0], word) for item in value)
-    if origin in (dict, Mapping):
-        if not isinstance(value, Mapping):
-            raise _MismatchError(value)
-        return {key: _coerce(item, arguments[1], word) for key, item in value.items()}
     if hint in (int, float) and (word or (hint is float and type(value) is int)):
         try:
             return hint(value)
@@ -270,21 +251,12 @@ def _coerce(value: Any, hint: Any, word: bool) -> Any:
             raise _MismatchError(value) from None
     if hint is bool and word:
         value = {"true": True, "false": False}.get(value.lower(), value)
-    if hint is Path and isinstance(value, str):
-        return Path(value)
     if isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise _MismatchError(value)
 
 
-NAMES = {
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    bool: "true or false",
-    Path: "a path",
-    type(None): "none",
-}
+NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "none"}
 
 
 def describe(hint: Any) -> str:
@@ -294,11 +266,7 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(argument) for argument in arguments)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
-    if origin in (tuple, list, Sequence):
-        return f"a list, each {describe(arguments[0])}"
-    if origin in (dict, Mapping):
-        return f"a table, each {describe(arguments[1])}"
-    return NAMES.get(hint, str(hint))
+    return f"a list, each {describe(arguments[0])}" if origin is tuple else NAMES[hint]
 
 
 def _read_text(path: Path) -> str:
@@ -331,17 +299,11 @@ def _line_of(text: str, key: str) -> int:
 def _toml_value(name: str, value: Any) -> str:
     if isinstance(value, bool | int | float):
         return str(value).lower()
-    if isinstance(value, (str, Path)):
-        return _toml_string(name, str(value))
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(_toml_value(name, item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        pairs = (f"{_toml_string(name, str(key))} = {_toml_value(name, item)}" for key, item in value.items())
-        return "{" + ", ".join(pairs) + "}"
-    raise ConfigError(f"{name}: a {type(value).__name__} cannot be written to TOML")
-
-
-def _toml_string(name: str, text: str) -> str:
+    if not isinstance(value, str | Path):
+        raise ConfigError(f"{name}: a {type(value).__name__} cannot be written to TOML")
+    text = str(value)
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise ConfigError(f"{name}: {text!r} is not text (a lone surrogate)")
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # what JSON escapes TOML escapes alike

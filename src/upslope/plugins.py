@@ -22,7 +22,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -58,11 +58,6 @@ class Spec:
         """How messages call it."""
         return f"{self.path}:{self.name}" if self.path else self.name
 
-    @property
-    def absolute(self) -> Spec:
-        """The same from any folder."""
-        return replace(self, path=str(Path(self.path).expanduser().resolve())) if self.path else self
-
 
 def parse_spec(text: str, kind: str = "task or reward") -> Spec:
     """Read a name with its parameters. Values are int, float, bool (true, false) or text; quotes keep them text.
@@ -97,9 +92,7 @@ def parse_value(text: str) -> Value:
         return int(stripped)
     if _FLOAT.fullmatch(stripped):
         return float(stripped)
-    if stripped.lower() in ("true", "false"):
-        return stripped.lower() == "true"
-    return stripped
+    return {"true": True, "false": False}.get(stripped.lower(), stripped)
 
 
 def _parse_params(text: str, whole: str) -> dict[str, Value]:
@@ -136,9 +129,7 @@ def _format_value(value: Value, key: str) -> str:
         return repr(value)
     if not isinstance(value, str):
         raise ConfigError(f"parameter '{key}' must be a number, a bool or text, got {type(value).__name__}")
-    if _PLAIN.fullmatch(value) and isinstance(parse_value(value), str):
-        return value
-    return json.dumps(value)
+    return value if _PLAIN.fullmatch(value) and isinstance(parse_value(value), str) else json.dumps(value)
 
 
 _KINDS: Mapping[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}

@@ -18,7 +18,7 @@ from upslope.errors import ConfigError, DataError
 from upslope.loop.expert_rows import load_mix
 from upslope.loop.pairs import PairData
 from upslope.options import EvalOptions, ExpertOptions, GenerateOptions, Seq2SeqOptions
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
 
 PAIRS = [{"prompt": word, "completion": word[::-1]} for word in WORDS]
 NAMED = ("prompt=question", "completion=my answer")

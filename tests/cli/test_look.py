@@ -14,9 +14,8 @@ from upslope.errors import ConfigError
 from upslope.loop.launch import begin
 from upslope.loop.look import look
 from upslope.options import EvalOptions, ExpertOptions, GRPOOptions, PretrainOptions, SFTOptions
-from upslope.tasks.base import Task
-from upslope.tasks.key_door import KeyDoor
-from upslope.tasks.loading import load_task, made_first
+from upslope.tasks.base import Task, load_task, made_first
+from upslope.tasks.toys import KeyDoor
 
 
 @pytest.fixture

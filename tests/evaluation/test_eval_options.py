@@ -14,7 +14,7 @@ from upslope.build import Policy, load_inference, make_engine
 from upslope.cli import main
 from upslope.data.chat import encode_prompt
 from upslope.evaluation.scorer import Scorer
-from upslope.rewards.overlap import edit_distance
+from upslope.rewards.functions import edit_distance
 from upslope.tasks import load_task
 from upslope.types import SamplingParams
 

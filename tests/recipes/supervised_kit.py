@@ -31,7 +31,7 @@ from upslope.models.encoder.network import Kind
 from upslope.models.protocol import CausalModel
 from upslope.options import ClassifyOptions, PretrainOptions, Seq2SeqOptions, SFTOptions, TagOptions
 from upslope.options.common import RunOptions
-from upslope.options.encoder import EncoderOptions
+from upslope.options.supervised import EncoderOptions
 from upslope.recipes import classify, tag
 from upslope.recipes.pretrain import Pretrain, causal_texts
 from upslope.recipes.pretrain_masked import MaskedPretrain

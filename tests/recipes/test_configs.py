@@ -10,7 +10,7 @@ from upslope import options
 from upslope.config import load
 from upslope.preview.plan import plan_of
 from upslope.recipes import CLASSES
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").rglob("*.toml"))
 

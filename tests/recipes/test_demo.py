@@ -36,7 +36,7 @@ def test_summary_of_the_demo(tiny: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_no_held_out_problem_is_trained_on() -> None:
-    from upslope.tasks.loading import load_task
+    from upslope.tasks.base import load_task
 
     task = load_task(DemoOptions().task)
     held_out = {p.key for p in task.prompts("eval", DemoOptions().eval_samples, seed=0)}

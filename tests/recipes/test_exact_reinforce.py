@@ -28,7 +28,7 @@ from torch import Tensor
 
 from upslope.loop import sampler as sampler_module
 from upslope.recipes.reinforce import Reinforce
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 
 pytestmark = pytest.mark.usefixtures("in_float64")

@@ -15,7 +15,7 @@ from upslope.loop import sampler as sampler_module
 from upslope.options import PPOOptions
 from upslope.recipes.grpo import GRPO
 from upslope.recipes.ppo import PPO
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.workers.rewards import make_scorer
 
 pytestmark = pytest.mark.usefixtures("in_float64")

@@ -24,7 +24,7 @@ from upslope.options import GRPOOptions, PPOOptions, SFTOptions
 from upslope.recipes import CLASSES
 from upslope.recipes.grpo import grpo
 from upslope.recipes.sft import sft
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
 from upslope.workers.rewards import make_scorer
 
 PROGRAM = """

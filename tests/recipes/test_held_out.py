@@ -9,7 +9,7 @@ import pytest
 
 from upslope.cli import main
 from upslope.loop.kept import tell_task
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
 
 
 def rows(path: Path, count: int) -> str:

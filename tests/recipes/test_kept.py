@@ -25,7 +25,7 @@ from upslope.options import (
     SFTOptions,
     TagOptions,
 )
-from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.options.supervised import Seq2SeqOptions
 from upslope.recipes import classify, distill, dpo, expert, pretrain, reward, seq2seq, sft, tag
 
 LONG = "a" * 300

@@ -23,8 +23,7 @@ from upslope.recipes.expert import expert
 from upslope.recipes.grpo import GRPO, grpo
 from upslope.recipes.ppo import ppo
 from upslope.recipes.reinforce import reinforce
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task, prompts_of
+from upslope.tasks.base import Task, load_task, prompts_of
 from upslope.training.optim import MasterAdamW
 from upslope.types import SamplingParams
 

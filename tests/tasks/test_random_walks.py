@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError, DataError
-from upslope.tasks.loading import load_task
-from upslope.tasks.random_walks import GOAL, LETTERS, RandomWalks
+from upslope.tasks.base import load_task
+from upslope.tasks.toys import GOAL, LETTERS, RandomWalks
 
 
 @pytest.fixture(scope="module")

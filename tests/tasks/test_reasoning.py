@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 pytest.importorskip("reasoning_gym", reason="the extra `tasks` brings it")
 
 from upslope.errors import DataError
-from upslope.tasks import graders, load_task
+from upslope.tasks import load_task
+from upslope.tasks import reasoning as graders
 from upslope.tasks.base import Task, content_key, split_of
 from upslope.tasks.reasoning import HASH_DEPENDENT, _entries_apart, dataset_names
 from upslope.types import Prompt

@@ -13,7 +13,7 @@ pytest.importorskip("vaderSentiment", reason="the extra `tasks` brings it")
 
 from upslope.errors import DataError
 from upslope.tasks import load_task
-from upslope.tasks.sentiment import built_in_openings
+from upslope.tasks.style import built_in_openings
 
 POSITIVE, NEGATIVE = load_task("sentiment"), load_task("sentiment:target=negative")
 (PROMPT,) = POSITIVE.prompts("train", 1, seed=0)

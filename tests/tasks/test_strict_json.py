@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from upslope.errors import ConfigError, DataError
-from upslope.tasks.loading import load_task
-from upslope.tasks.strict_json import StrictJson
+from upslope.tasks.base import load_task
+from upslope.tasks.style import StrictJson
 from upslope.types import Prompt
 
 ANNA = Prompt(0, text="?", answer='{"name": "Anna", "age": 31}', metadata={"name": "Anna", "age": 31})

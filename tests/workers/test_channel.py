@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from upslope.workers.channel import TOKEN_BYTES, Channel, Garbled, wait
+from upslope.workers.process import TOKEN_BYTES, Channel, Garbled, wait
 
 TOKEN = bytes(range(TOKEN_BYTES))
 
@@ -36,7 +36,7 @@ def sent(messages: list[tuple[int, bytes]], piece: int = 1 << 20) -> bytes:
     channel = Channel(recorder, TOKEN)  # type: ignore[arg-type]
     for number, message in messages:
         channel.put(number, message)
-    while channel.sending:
+    while channel.unsent:
         channel.flush()
     return recorder.sent
 
@@ -114,12 +114,12 @@ def test_neither_sending_nor_receiving_waits(pair: tuple[Channel, Channel]) -> N
     assert ours.take() is None
     theirs.put(1, b"x" * 10_000_000)
     theirs.flush()
-    assert theirs.sending
+    assert theirs.unsent
     started = time.monotonic()
     assert wait([theirs], 0.2) == []
     assert 0.2 <= time.monotonic() - started < 5
     for _ in range(10_000):
-        if theirs.sending:
+        if theirs.unsent:
             wait([theirs], 0)
         wait([ours], 0)
         ours.fill()
@@ -134,6 +134,6 @@ def test_an_end_that_is_gone_can_be_read_and_says_so(pair: tuple[Channel, Channe
     theirs.close()
     ours.put(1, b"a job")
     assert wait([ours], 10) == [ours]
-    assert not ours.sending
+    assert not ours.unsent
     with pytest.raises((EOFError, OSError)):
         ours.fill()

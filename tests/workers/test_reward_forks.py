@@ -98,7 +98,7 @@ def stops_halfway(prompts, completions):
     if "half" in completions:
         (channel,) = [one for one in gc.get_objects() if type(one).__name__ == "Channel"]
         channel.put(1, b"x" * 100)
-        os.write(channel.fileno(), channel._unsent[:60])
+        os.write(channel.fileno(), channel.unsent[:60])
         time.sleep(60)
     return numbers(completions)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from reward_kit import alive, gone, group, values
 
-from upslope.workers.keeper import children, end_descendants
+from upslope.workers.process import children, end_descendants
 from upslope.workers.rewards import RewardPool
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere only a process group is found")

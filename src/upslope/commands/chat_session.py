@@ -10,7 +10,7 @@ from typing import Any
 
 from upslope.build import load_inference
 from upslope.commands.decoding import has_template, open_engine, say_suggested
-from upslope.config import from_text, hints_of, suggestion
+from upslope.config import coerce, hints_of, suggestion
 from upslope.data.chat import encode_prompt
 from upslope.data.records import Record
 from upslope.data.template import Tools
@@ -141,7 +141,7 @@ class ChatSession:
                 f"no setting {name!r}{suggestion(key, SETTINGS)}; there are: {', '.join(map(repr, SETTINGS))}"
             )
         hint = hints_of(ChatOptions)[key]
-        values = tuple(from_text(key, word, hint, f"/set {name}") for word in words)
+        values = tuple(coerce(key, word, hint, f"/set {name}", word=True) for word in words)
         if key != "stop" and len(values) != 1:
             raise ConfigError(f"/set {name} takes one value")
         changed = replace(self.options, **{key: values if key == "stop" else values[0]})

@@ -11,7 +11,7 @@ from upslope.errors import ModelError
 from upslope.models.attention.context import BLOCK, KVCache
 from upslope.models.files.folders import GENERATION_CONFIG
 from upslope.models.files.sources import say
-from upslope.options.generate import DecodingOptions
+from upslope.options.inference import DecodingOptions
 
 # A model's text may hold escape sequences, which a terminal would obey: retitle, recolour, overwrite what was said.
 _HARMLESS = {ord("\n"), ord("\t")}

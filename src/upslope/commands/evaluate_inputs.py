@@ -17,8 +17,7 @@ from upslope.evaluation.samples import Sample, read_samples
 from upslope.models.files.config_json import ModelKind
 from upslope.options import EvalOptions
 from upslope.runs.progress import Progress
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task, prompts_of
+from upslope.tasks.base import Task, load_task, prompts_of
 from upslope.types import Prompt
 
 TASK_PROBLEMS = 200

@@ -23,7 +23,7 @@ from upslope.evaluation.scorer import Scorer
 from upslope.evaluation.verdicts import verdicts
 from upslope.rewards.networks import load_reward_model
 from upslope.rewards.summands import Surroundings
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.tasks.base import SPLITS, Task
 from upslope.types import Message, SamplingParams
 from upslope.workers.rewards import make_scorer

@@ -19,7 +19,7 @@ from upslope.errors import ConfigError, DataError, located
 from upslope.evaluation.measurement import Figure, Measurement
 from upslope.evaluation.metrics import SPACELESS, Texts, bleu_metric, measure
 from upslope.evaluation.scorer import Request, Scorer
-from upslope.rewards.overlap import nearest
+from upslope.rewards.functions import nearest
 
 GRID = (0.0, *(round(10 ** (e / 4), 4) for e in range(-8, 9)))
 """Weights that are tried: 0, and 0.01 to 100 in four steps per power of ten."""

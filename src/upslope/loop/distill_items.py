@@ -13,8 +13,7 @@ from upslope.loop.kept import DataAccount, Kept, shared_out, tell_task, too_long
 from upslope.loop.prompts import demonstrations, fitting
 from upslope.options import DistillOptions
 from upslope.runs.progress import counted
-from upslope.tasks.base import Task
-from upslope.tasks.loading import prompts_of
+from upslope.tasks.base import Task, prompts_of
 from upslope.types import Example, Prompt
 
 

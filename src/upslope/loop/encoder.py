@@ -37,7 +37,7 @@ from upslope.models.encoder.items import (
 )
 from upslope.models.encoder.labellers import Start, check_length, load_start
 from upslope.models.encoder.network import Encoder, Kind, load_encoder
-from upslope.options.encoder import EncoderOptions
+from upslope.options.supervised import EncoderOptions
 from upslope.runs.encoding import to_json
 from upslope.training import checkpoint
 from upslope.training.optim import MasterAdamW, decay_groups, rate_at

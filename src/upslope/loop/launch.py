@@ -20,7 +20,7 @@ from upslope.loop.look import look
 from upslope.options import RunOptions
 from upslope.runs.folder import Run
 from upslope.runs.resume import check_resume
-from upslope.tasks.loading import made_first
+from upslope.tasks.base import made_first
 from upslope.training import checkpoint
 
 MAY_CHANGE = frozenset(

@@ -18,7 +18,7 @@ from upslope.loop.sampler import Sampler
 from upslope.loop.updater import Updater
 from upslope.options import RLOptions
 from upslope.rewards.judge import reward_metrics
-from upslope.rollout.collect import length_metrics
+from upslope.rollout import length_metrics
 from upslope.runs.folder import Run
 from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience

@@ -24,13 +24,12 @@ from upslope.loop.learner import PolicyLearner
 from upslope.models.files.loading import save_model
 from upslope.models.seq2seq.config import Seq2SeqConfig
 from upslope.models.seq2seq.network import Seq2Seq
-from upslope.options.seq2seq import SCRATCH, Seq2SeqOptions
+from upslope.options.supervised import SCRATCH, Seq2SeqOptions
+from upslope.rewards.functions import nearest, references_of, similarity
 from upslope.rewards.judge import Judge
-from upslope.rewards.overlap import nearest, references_of, similarity
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.runs.progress import counted
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task, prompts_of
+from upslope.tasks.base import Task, load_task, prompts_of
 from upslope.tasks.pairs import Pairs, count_pairs
 from upslope.training import checkpoint
 from upslope.training.step import score

@@ -17,7 +17,7 @@ from upslope.evaluation.measurement import wilson
 from upslope.evaluation.preferences import share
 from upslope.loop.kept import DataAccount, Kept, shared_out, tell_plain, too_long
 from upslope.loop.learner import PolicyLearner
-from upslope.options.preference import PreferenceData
+from upslope.options.finetune import PreferenceData
 from upslope.runs.progress import told
 from upslope.training.optim import Group
 from upslope.training.step import Forward, Loss, Unit, measure, unit_batches, weighted_mean

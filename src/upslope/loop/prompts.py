@@ -15,10 +15,9 @@ from upslope.engine.request import check_prompt
 from upslope.errors import ConfigError, DataError
 from upslope.loop.kept import DataAccount, Kept, tell_plain, tell_task, too_long
 from upslope.options import RLOptions
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.runs.progress import counted, told
-from upslope.tasks.base import Task
-from upslope.tasks.loading import prompts_of
+from upslope.tasks.base import Task, prompts_of
 from upslope.types import Example, Prompt, RolloutGroup, SamplingParams
 from upslope.workers.rewards import make_scorer
 

@@ -24,10 +24,9 @@ from upslope.models.decoder.activations import Activations
 from upslope.options import GRPOOptions, RLOptions
 from upslope.rewards.judge import Judge
 from upslope.rewards.summands import Surroundings
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.runs.folder import Run
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import Task, load_task
 from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience, shaped_rewards, trainable
 from upslope.training.stopping import Evaluation

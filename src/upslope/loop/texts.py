@@ -21,7 +21,7 @@ from upslope.models.files.folders import read_config
 from upslope.models.files.sources import resolve
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.protocol import CausalModel
-from upslope.options.pretrain import PretrainOptions
+from upslope.options.supervised import PretrainOptions
 from upslope.runs.progress import counted, told
 
 Objective = Literal["causal", "masked"]

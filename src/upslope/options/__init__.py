@@ -6,14 +6,10 @@ file and options on the command line are these names (on the command line with d
 """
 
 from upslope.options.common import Dtype, RLOptions, RunOptions
-from upslope.options.encoder import ClassifyOptions, EncoderOptions, TagOptions
-from upslope.options.evaluate import EvalOptions
-from upslope.options.generate import ChatOptions, GenerateOptions, ServeOptions
-from upslope.options.imitation import DistillOptions, ExpertOptions, SFTOptions
+from upslope.options.finetune import DistillOptions, DPOOptions, ExpertOptions, RewardOptions, SFTOptions
+from upslope.options.inference import ChatOptions, EvalOptions, GenerateOptions, ServeOptions
 from upslope.options.policy import GRPOOptions, PPOOptions, ReinforceOptions
-from upslope.options.preference import DPOOptions, RewardOptions
-from upslope.options.pretrain import PretrainOptions
-from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.options.supervised import ClassifyOptions, EncoderOptions, PretrainOptions, Seq2SeqOptions, TagOptions
 from upslope.options.tools import (
     CompareOptions,
     DemoOptions,

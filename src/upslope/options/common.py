@@ -252,8 +252,7 @@ class RunOptions(OptimizerOptions, StopOptions, DtypeOptions, LaunchOptions):
         """What the adapters are to be, as models.lora.add_adapters takes it."""
         alpha = self.lora_alpha if self.lora_alpha is not None else 2 * self.lora_rank
         targets = [name for word in self.lora_target_modules for name in word.split(",")]
-        more = {"targets": targets, "dropout": self.lora_dropout, "seed": self.seed}
-        return {"rank": self.lora_rank, "alpha": alpha, **more}
+        return dict(rank=self.lora_rank, alpha=alpha, targets=targets, dropout=self.lora_dropout, seed=self.seed)
 
 
 class RewardedOptions(Options):

@@ -32,7 +32,7 @@ from upslope.loop.session import Recipe
 from upslope.models.encoder.items import Input
 from upslope.models.encoder.labellers import Start, inputs_of
 from upslope.models.encoder.network import Encoder
-from upslope.options.encoder import ClassifyOptions
+from upslope.options.supervised import ClassifyOptions
 from upslope.runs.progress import told
 from upslope.training.stopping import Evaluation
 

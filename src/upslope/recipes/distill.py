@@ -42,9 +42,9 @@ from upslope.models.files.sources import resolve
 from upslope.models.modes import evaluating
 from upslope.models.protocol import CausalModel
 from upslope.options import DistillOptions
-from upslope.rollout.collect import length_metrics, sample
+from upslope.rollout import length_metrics, sample
 from upslope.runs.progress import told
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
 from upslope.training.step import Forward, Outputs
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example, Reward, Rollout, RolloutGroup, SamplingParams

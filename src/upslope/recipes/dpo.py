@@ -37,7 +37,7 @@ from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
 from upslope.loop.session import Recipe
 from upslope.options import DPOOptions
-from upslope.options.preference import SIMPO_MARGIN
+from upslope.options.finetune import SIMPO_MARGIN
 from upslope.runs.progress import Progress
 from upslope.training.step import Loss, Outputs, Unit, measure, sequence_logps, token_logps, unit_batches
 from upslope.types import Batch

@@ -22,10 +22,10 @@ from torch import Tensor
 from upslope.build import Policy
 from upslope.functional.supervised_losses import minimum_risk
 from upslope.loop.pairs import PairData, PairLearner
-from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.options.supervised import Seq2SeqOptions
 from upslope.rewards.judge import reward_metrics
 from upslope.rewards.summands import Surroundings
-from upslope.rollout.collect import collect, length_metrics
+from upslope.rollout import collect, length_metrics
 from upslope.training.experience import Experience, group_rewards
 from upslope.training.step import Outputs, score
 from upslope.training.stopping import StepResult

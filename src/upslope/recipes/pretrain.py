@@ -25,7 +25,7 @@ from upslope.errors import DataError
 from upslope.loop.learner import PolicyLearner
 from upslope.loop.session import Recipe
 from upslope.loop.texts import Texts, load_texts, objective_of, start_encoder, start_policy, start_tokenizer
-from upslope.options.pretrain import PretrainOptions
+from upslope.options.supervised import PretrainOptions
 from upslope.recipes.pretrain_masked import MaskedPretrain
 from upslope.training.step import score
 from upslope.training.stopping import Evaluation, StepResult

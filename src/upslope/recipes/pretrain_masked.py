@@ -27,7 +27,7 @@ from upslope.models.encoder.items import Input, ItemBatch, item_logits
 from upslope.models.encoder.labellers import Start
 from upslope.models.encoder.network import Encoder
 from upslope.models.modes import evaluating
-from upslope.options.pretrain import PretrainOptions
+from upslope.options.supervised import PretrainOptions
 from upslope.training.stopping import Evaluation, StepResult
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from upslope.build import Policy
 from upslope.loop.pairs import PairData, PairLearner, start_policy
 from upslope.loop.session import Recipe
-from upslope.options.seq2seq import Seq2SeqOptions
+from upslope.options.supervised import Seq2SeqOptions
 from upslope.recipes.minimum_risk import MinimumRisk
 from upslope.training.stopping import StepResult
 

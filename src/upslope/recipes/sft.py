@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor
 
 from upslope.build import Policy
-from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.verdicts import evaluate
 from upslope.functional.supervised_losses import dft
 from upslope.loop.kept import DataAccount, per_token, shared_out, tell_task, within_context
@@ -24,8 +23,7 @@ from upslope.loop.learner import PolicyLearner
 from upslope.loop.prompts import demonstrations, encoded, held_out_groups, held_out_of
 from upslope.loop.session import Recipe
 from upslope.options import SFTOptions
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task, prompts_of
+from upslope.tasks.base import Task, load_task, prompts_of
 from upslope.training.step import Outputs, score
 from upslope.training.stopping import Evaluation, StepResult
 from upslope.types import Batch, Example

@@ -28,7 +28,7 @@ from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, prepared,
 from upslope.loop.session import Recipe
 from upslope.models.encoder.labellers import Sentences, Start, cut_words, pieces_of
 from upslope.models.encoder.network import Encoder
-from upslope.options.encoder import TagOptions
+from upslope.options.supervised import TagOptions
 from upslope.training.stopping import Evaluation
 
 

@@ -42,9 +42,24 @@ class Judge(AbstractContextManager[Any]):
         """
         start = time.perf_counter()
         self.fill(groups)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
         if self.networks:
-            add_networks(self.networks, groups)
-        return _counted(groups, time.perf_counter() - start)
+            asked = time.perf_counter()
+            columns = [_checked(network, network.function(groups), len(rollouts)) for network in self.networks]
+            seconds = (time.perf_counter() - asked) / max(1, len(rollouts))
+            for rollout, row in zip(rollouts, zip(*columns, strict=True), strict=True):
+                before = replace(rollout.reward, seconds=rollout.reward.seconds + seconds)
+                rollout.reward = summed(self.networks, row, before)
+        rewards = [rollout.reward for rollout in rollouts]
+        errors = [reward.error or "not judged" for reward in rewards if reward.value is None]
+        if rewards and len(errors) == len(rewards):  # then there is nothing to learn from
+            first = f"the first: {errors[0]}"
+            raise DataError(f"no reward could be computed for any of {len(rewards)} completions; {first}")
+        return {
+            "reward/errors": float(len(errors)),
+            "reward/timeouts": float(sum(TIMED_OUT in error for error in errors)),
+            "reward/seconds": time.perf_counter() - start,
+        }
 
     def fill(self, groups: Sequence[RolloutGroup]) -> None:
         """Set every rollout's reward by the functions, or to 0 where there are none."""
@@ -76,19 +91,6 @@ class InlineJudge(Judge):
                 rollout.reward = reward
 
 
-def _counted(groups: Sequence[RolloutGroup], seconds: float) -> dict[str, float]:
-    """Count errors and timeouts. DataError when not one rollout was judged: then there is nothing to learn from."""
-    rewards = [rollout.reward for group in groups for rollout in group.rollouts]
-    errors = [reward.error or "not judged" for reward in rewards if reward.value is None]
-    if rewards and len(errors) == len(rewards):
-        raise DataError(f"no reward could be computed for any of {len(rewards)} completions; the first: {errors[0]}")
-    return {
-        "reward/errors": float(len(errors)),
-        "reward/timeouts": float(sum(TIMED_OUT in error for error in errors)),
-        "reward/seconds": seconds,
-    }
-
-
 def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     """Means over the judged rollouts, under the field's names.
 
@@ -99,12 +101,12 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     rewards = [reward for group in judged for reward in group]
     if not rewards:
         return {}
-    values = [_value(reward) for reward in rewards]
+    values = [reward.value or 0.0 for reward in rewards]
     mean = sum(values) / len(values)
     metrics = {"reward": mean, "reward_std": (sum((value - mean) ** 2 for value in values) / len(values)) ** 0.5}
     wide = [group for group in judged if len(group) > 1]
     if wide:
-        equal = sum(min(map(_value, group)) == max(map(_value, group)) for group in wide)
+        equal = sum(len({reward.value for reward in group}) == 1 for group in wide)
         metrics["frac_reward_zero_std"] = equal / len(wide)
     verdicts = [reward.correct for reward in rewards if reward.correct is not None]
     if verdicts:
@@ -113,11 +115,6 @@ def reward_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         parts = [reward.parts[name] for reward in rewards if name in reward.parts]
         metrics[f"rewards/{name}/mean"] = sum(parts) / len(parts)
     return metrics
-
-
-def _value(reward: Reward) -> float:
-    assert reward.value is not None
-    return reward.value
 
 
 class WeightedSum:
@@ -145,16 +142,6 @@ class WeightedSum:
         rewards = [summed(self.summands, row) for row in zip(*columns, strict=True)]
         seconds = (time.perf_counter() - start) / max(1, len(samples))
         return [replace(reward, seconds=seconds) for reward in rewards]
-
-
-def add_networks(networks: Sequence[Summand], groups: Sequence[RolloutGroup]) -> None:
-    """Add what networks say to the rewards that the rollouts have. DataError: one gave too few or too many."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
-    start = time.perf_counter()
-    columns = [_checked(network, network.function(groups), len(rollouts)) for network in networks]
-    seconds = (time.perf_counter() - start) / max(1, len(rollouts))
-    for rollout, row in zip(rollouts, zip(*columns, strict=True), strict=True):
-        rollout.reward = summed(networks, row, replace(rollout.reward, seconds=rollout.reward.seconds + seconds))
 
 
 def summed(summands: Sequence[Summand], rewards: Sequence[Reward], before: Reward | None = None) -> Reward:
@@ -211,14 +198,13 @@ async def _judge_all(
         for summand in summands
     ]
     try:
-        columns = []
-        for summand, future in zip(summands, waiting, strict=True):
-            columns.append(_call_sync(summand, prompt, samples) if future is None else await future)
-        return columns
+        return [
+            _call_sync(summand, prompt, samples) if future is None else await future
+            for summand, future in zip(summands, waiting, strict=True)
+        ]
     finally:
-        for future in waiting:
-            if future is not None and not future.done():
-                future.cancel()
+        for future in filter(None, waiting):
+            future.cancel()
 
 
 async def _call_async(
@@ -244,10 +230,9 @@ async def _await_one(
     except (_WrongReturn, ConfigError):
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, TimeoutError) and limit is not None and clock.expired():
-            error_line = f"{summand.name}: {TIMED_OUT} after {time.monotonic() - started:.3g} s"
-            return [Reward(value=None, error=error_line) for _ in samples]
-        return [Reward(value=None, error=f"{summand.name}: {_described(error)}") for _ in samples]
+        late = isinstance(error, TimeoutError) and limit is not None and clock.expired()
+        what = f"{TIMED_OUT} after {time.monotonic() - started:.3g} s" if late else _described(error)
+        return [Reward(value=None, error=f"{summand.name}: {what}") for _ in samples]
 
 
 def _call_sync(summand: Summand, prompt: Prompt, samples: Sequence[Sample]) -> list[Reward]:

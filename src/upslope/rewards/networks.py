@@ -82,8 +82,7 @@ def load_fluency(
     around: Surroundings,
 ) -> LikelihoodReward:
     """The reward `fluency:path=FOLDER`; ngram=0 switches the count of repetitions off."""
-    how = {"scale": scale, "per": per, "floor": floor, "ngram": ngram}
-    return _load("fluency", path, dtype, around, **how)
+    return _load("fluency", path, dtype, around, scale=scale, per=per, floor=floor, ngram=ngram)
 
 
 def load_coherence(path: str, per: str = "token", dtype: str = "auto", *, around: Surroundings) -> LikelihoodReward:
@@ -203,16 +202,12 @@ class LikelihoodReward:
 
     def _value(self, rollout: Rollout, example: Example, totals: Sequence[float]) -> float:
         units = sum(example.mask) if self.per == "token" else len(rollout.text)
-        if not totals or units == 0:
-            return 0.0 if self.kind == "coherence" else self._scaled(self.floor)
+        scored = totals and units
         if self.kind == "coherence":
-            return (totals[0] - totals[1]) / units
-        value = max(self.floor, totals[0] / units)
-        if self.ngram:
+            return (totals[0] - totals[1]) / units if scored else 0.0
+        value = max(self.floor, totals[0] / units) if scored else self.floor
+        if scored and self.ngram:
             value = max(self.floor, value + math.log(distinct_share(rollout.text, self.ngram)))
-        return self._scaled(value)
-
-    def _scaled(self, value: float) -> float:
         return math.exp(value) if self.scale == "prob" else value
 
 
@@ -251,20 +246,16 @@ class EmbeddingReward:
         vectors = embeddings(self.encoder, self.tokenizer, texts)
         made = []
         for text, other in pairs:
-            if other is None:
-                made.append(Reward(value=None, error="the prompt has no answer to compare with"))
-            elif text not in place or other not in place:
-                made.append(Reward(0.0))
-            else:
-                made.append(Reward(float(vectors[place[text]] @ vectors[place[other]])))
+            both = text in place and other in place
+            cosine = float(vectors[place[text]] @ vectors[place[other]]) if both else 0.0
+            unasked = Reward(value=None, error="the prompt has no answer to compare with")
+            made.append(unasked if other is None else Reward(cosine))
         return made
 
     def _other(self, prompt: Prompt) -> str | None:
-        if self.kind == "similarity":
-            return prompt.answer
-        if prompt.text is not None:
-            return prompt.text
-        return next((m.content for m in reversed(prompt.messages) if m.role == "user"), "")
+        said = [message.content for message in prompt.messages if message.role == "user"] or [""]
+        asked = said[-1] if prompt.text is None else prompt.text
+        return prompt.answer if self.kind == "similarity" else asked
 
 
 @torch.no_grad()
@@ -273,10 +264,7 @@ def embeddings(encoder: Encoder, tokenizer: Any, texts: Sequence[str], *, batch_
 
     The pooling of Sentence-BERT (arXiv 1908.10084).
     """
-    width = encoder.config.hidden_size
-    vectors = torch.zeros(len(texts), width)
-    if not texts:
-        return vectors
+    vectors = torch.zeros(len(texts), encoder.config.hidden_size)
     encoder.eval()
     ids = [tokenizer(text, truncation=encoder.max_positions is not None, max_length=encoder.max_positions)["input_ids"]
            for text in texts]  # fmt: skip
@@ -321,15 +309,10 @@ def load_reward_model(
             f"the reward model {path} and the policy {around.policy_folder} have different tokenizers; "
             "add retokenize=true to its spec, and it reads the text through its own chat template"
         )
+    if aggregate:
+        settings = RewardSettings("process", aggregate)  # type: ignore[arg-type]
     model.to(around.device).requires_grad_(False)
-    return RewardModel(
-        model,
-        head.to(around.device),
-        settings if not aggregate else RewardSettings("process", aggregate),  # type: ignore[arg-type]
-        tokenizer=own,
-        retokenize=retokenize,
-        batch_tokens=batch_tokens,
-    )
+    return RewardModel(model, head.to(around.device), settings, own, retokenize, batch_tokens)
 
 
 @dataclass(eq=False)

@@ -28,14 +28,8 @@ if TYPE_CHECKING:
     from upslope.tasks.base import Task
 
 RewardSpecs = Iterable[str | tuple[str, float]]
-FUNCTIONS: dict[str, str] = {
-    name: f"upslope.rewards.{module}:{name}"
-    for module, names in {
-        "functions": ("length", "format", "json_object", "repetition", "exact_match"),
-        "overlap": ("edit_similarity", "ngram_overlap", "token_f1", "bleu", "chrf", "rouge"),
-    }.items()
-    for name in names
-}
+_NAMES = "length format json_object repetition exact_match edit_similarity ngram_overlap token_f1 bleu chrf rouge"
+FUNCTIONS: dict[str, str] = {name: f"upslope.rewards.functions:{name}" for name in _NAMES.split()}
 """Where every built-in reward function is."""
 NETWORKS: dict[str, str] = {
     name: f"upslope.rewards.networks:load_{name}"
@@ -120,21 +114,16 @@ def parse_rewards(specs: Iterable[Any]) -> list[tuple[Any, float]]:
     """
     pairs = []
     for item in specs:
-        spec, weight = item if isinstance(item, tuple) else _split_weight(item)
+        spec, weight = item if isinstance(item, tuple) else (item, 1.0)
+        if match := _WEIGHT.fullmatch(item) if isinstance(item, str) else None:
+            try:
+                spec, weight = match["spec"], float(match["weight"])
+            except ValueError:
+                raise ConfigError(f"reward '{item}': '{match['weight']}' after @ is not a number") from None
         if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
             raise ConfigError(f"reward '{spec}': the weight must be a finite number, got {weight!r}")
         pairs.append((spec, float(weight)))
     return pairs
-
-
-def _split_weight(text: Any) -> tuple[Any, float]:
-    match = _WEIGHT.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        return text, 1.0
-    try:
-        return match["spec"], float(match["weight"])
-    except ValueError:
-        raise ConfigError(f"reward '{text}': '{match['weight']}' after @ is not a number") from None
 
 
 def split_rewards(rewards: RewardSpecs) -> tuple[list[tuple[Any, float]], list[tuple[str, float]]]:
@@ -145,8 +134,7 @@ def split_rewards(rewards: RewardSpecs) -> tuple[list[tuple[Any, float]], list[t
 
 
 def _is_network(spec: Any) -> bool:
-    parsed = parse_spec(spec) if isinstance(spec, str) else Spec("")
-    return parsed.path is None and parsed.name in NETWORKS
+    return isinstance(spec, str) and (parsed := parse_spec(spec)).path is None and parsed.name in NETWORKS
 
 
 def load_reward(spec: str | Callable[..., Any]) -> Summand:
@@ -181,12 +169,16 @@ def load_summands(task: Task | None, rewards: RewardSpecs = ()) -> list[Summand]
 
     Raises ConfigError: there is nothing that judges, or a name is unknown.
     """
-    pairs = parse_rewards(rewards)
-    if not pairs and (task is None or not task.has_reward):
+    pairs, own = parse_rewards(rewards), None
+    if task is not None and task.has_reward:
+        own = Summand(task.name, task.rewards, task.inline_safe, task.whole_group, is_task=True)
+    elif not pairs:
         named = f"task '{task.name}' has no reward of its own" if task else "no task is given"
         raise ConfigError(f"{named}; name a reward, such as --reward my_rewards.py:fn")
+    elif any(spec == TASK_REWARD for spec, _ in pairs):
+        raise ConfigError("the reward 'task' means the task's own, and there is none")
     return _named(
-        replace(_own_reward(task) if spec == TASK_REWARD else load_reward(spec), weight=weight)
+        replace(own if own and spec == TASK_REWARD else load_reward(spec), weight=weight)
         for spec, weight in pairs or [(TASK_REWARD, 1.0)]
     )
 
@@ -200,12 +192,6 @@ def load_networks(specs: Sequence[tuple[str, float]], around: Surroundings) -> l
         check_params(factory, parsed.params, parsed.label, filled=("around",))
         loaded.append(Summand(parsed.name, factory(**parsed.params, around=around).rewards, weight=weight))
     return _named(loaded)
-
-
-def _own_reward(task: Task | None) -> Summand:
-    if task is None or not task.has_reward:
-        raise ConfigError("the reward 'task' means the task's own, and there is none")
-    return Summand(task.name, task.rewards, task.inline_safe, task.whole_group, is_task=True)
 
 
 def _named(summands: Iterable[Summand]) -> list[Summand]:

@@ -7,7 +7,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from upslope.errors import UpslopeError
-from upslope.options.generate import KEY_VARIABLE
+from upslope.options.inference import KEY_VARIABLE
 from upslope.serving.access import reply, service_of
 from upslope.serving.bodies import ModelBody
 from upslope.serving.engine_thread import Stopped

@@ -29,12 +29,11 @@ from upslope.loop.kept import tell_task
 from upslope.options import CompareOptions, RunOptions
 from upslope.preview.plan import plan_of
 from upslope.recipes import CLASSES, recipe_of
-from upslope.rollout.collect import collect
+from upslope.rollout import collect
 from upslope.runs.folder import Run
 from upslope.studies import new_folder
 from upslope.studies.report import write_report
-from upslope.tasks.base import Task
-from upslope.tasks.loading import load_task, prompts_of
+from upslope.tasks.base import Task, load_task, prompts_of
 from upslope.training.experience import Experience
 from upslope.training.step import score
 from upslope.types import Prompt, SamplingParams

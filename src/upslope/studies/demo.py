@@ -12,7 +12,6 @@ from typing import Any
 
 from upslope.atomic import write_atomic
 from upslope.build import load_policy
-from upslope.evaluation.accuracy import evaluate
 from upslope.evaluation.verdicts import evaluate
 from upslope.loop.prompts import held_out_groups
 from upslope.loop.session import peak_memory_gb
@@ -21,7 +20,7 @@ from upslope.recipes.ppo import ppo
 from upslope.recipes.sft import sft
 from upslope.runs.folder import Run
 from upslope.studies import new_folder
-from upslope.tasks.loading import load_task
+from upslope.tasks.base import load_task
 from upslope.types import RolloutGroup
 
 SAMPLES_SHOWN = 6

@@ -2,16 +2,26 @@
 
 One object serves supervised learning, reinforcement learning and evaluation, so that the three agree on the problem,
 the wording and the verdict. Free of torch: reward workers import this module.
+
+`load_task` goes from the text on the command line to a task, with an error that says what to change.
 """
 
 import hashlib
+import importlib
+import inspect
+import itertools
 import json
 import random
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
-from upslope.errors import ConfigError, DataError
+from upslope.config import suggestion
+from upslope.errors import ConfigError, DataError, UpslopeError
+from upslope.plugins import Spec, check_params, ending_forks, find, first_line, format_spec, line_in, parse_spec
 from upslope.types import Message, Prompt, Reward
 
 T = TypeVar("T")
@@ -80,6 +90,10 @@ class Task:
         """Whether the task judges replies itself."""
         return type(self).rewards is not Task.rewards or type(self).judge is not Task.judge
 
+    def count(self, texts: Iterable[str], split: Split) -> int:
+        """How many different texts belong to the split by their content."""
+        return sum(split_of(key, self.eval_fraction) == split for key in {content_key(text) for text in texts})
+
     def select(self, candidates: Iterable[Prompt], split: Split, n: int, **how: Any) -> list[Prompt]:
         """`select_prompts` under the task's name, with its eval_fraction."""
         return select_prompts(candidates, split, n, name=self.name, eval_fraction=self.eval_fraction, **how)
@@ -92,11 +106,14 @@ def prompt_text(prompt: Prompt) -> str:
     return json.dumps([[m.role, m.content] for m in prompt.messages], ensure_ascii=False)
 
 
+def text_key(text: str) -> int:
+    """A stable 48-bit number for exactly this text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BITS // 8).digest())
+
+
 def content_key(text: str) -> int:
     """A stable 48-bit number for a text; letter case and white space do not matter."""
-    folded = " ".join(text.split()).casefold()
-    digest = hashlib.blake2b(folded.encode("utf-8", "surrogatepass"), digest_size=KEY_BITS // 8).digest()
-    return int.from_bytes(digest, "big")
+    return text_key(" ".join(text.split()).casefold())
 
 
 def split_of(key: int, eval_fraction: float) -> Split:
@@ -104,10 +121,14 @@ def split_of(key: int, eval_fraction: float) -> Split:
     return "eval" if key % _BUCKETS < round(eval_fraction * _BUCKETS) else "train"
 
 
-def repeats_line(path: str, repeats: int, rows: int, what: str) -> list[str]:
-    """The remark on a file some of whose rows repeat others; none where none does."""
-    verbs = "repeats a {} and is" if repeats == 1 else "repeat a {} and are"
-    return [f"{path}: {repeats:,} of {rows:,} rows {verbs.format(what)} left out"] if repeats else []
+def repeats_lines(counts: Mapping[str, tuple[int, int]], what: str) -> list[str]:
+    """The remarks on files some of whose rows repeat others: path -> (how many, of how many rows)."""
+    return [
+        f"{path}: {repeats:,} of {rows:,} rows repeat{'s' if repeats == 1 else ''} a {what} and "
+        f"{'is' if repeats == 1 else 'are'} left out"
+        for path, (repeats, rows) in counts.items()
+        if repeats
+    ]
 
 
 def check_split(split: str, n: int) -> None:
@@ -127,8 +148,7 @@ def checked_fraction(eval_fraction: float) -> float:
 
 def derive_seed(*parts: object) -> int:
     """A 31-bit seed from any values; different values give unrelated seeds (adjacent integers too)."""
-    text = "\x1f".join(repr(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 33
+    return int.from_bytes(hashlib.blake2b("\x1f".join(map(repr, parts)).encode(), digest_size=8).digest()) >> 33
 
 
 def shuffled(items: Iterable[T], *parts: object) -> list[T]:
@@ -185,8 +205,124 @@ def answered(prompt: Prompt, reply: str) -> tuple[Message, ...]:
     return (*asked, Message("assistant", reply))
 
 
-def chat_prompt(question: str, *, system: str = "", instruction: str = "", **fields: Any) -> Prompt:
+def chat_prompt(question: str, *, system: str = "", instruction: str = "", key: int = 0, **fields: Any) -> Prompt:
     """A prompt of one user turn: the question, then the instruction on a line of its own; `system` goes first."""
     content = f"{question}\n{instruction}" if instruction else question
     turns = (Message("system", system),) if system else ()
-    return Prompt(key=0, messages=(*turns, Message("user", content)), **fields)
+    return Prompt(key, messages=(*turns, Message("user", content)), **fields)
+
+
+TASKS: dict[str, str] = {
+    "reasoning": "upslope.tasks.reasoning:ReasoningTask",
+    "gsm8k": "upslope.tasks.gsm8k:GSM8K",
+    "sentiment": "upslope.tasks.style:Sentiment",
+    "strict_json": "upslope.tasks.style:StrictJson",
+    "random_walks": "upslope.tasks.toys:RandomWalks",
+    "key_door": "upslope.tasks.toys:KeyDoor",
+    "pairs": "upslope.tasks.pairs:Pairs",
+    "phonemes": "upslope.tasks.pairs:Phonemes",
+}
+_MADE: dict[str, Task] = {}
+
+
+def load_task(spec: str | Task, **params: Any) -> Task:
+    """The task that `spec` names; keyword arguments go over the parameters in the text.
+
+    spec: a built-in ("gsm8k:path=train.jsonl"), a reasoning-gym data set ("chain_sum:min_terms=2,max_terms=2", the
+    same as "reasoning:name=chain_sum,..."), or a class of a file ("my_task.py:MyTask:level=3"). The task remembers
+    the full text in `.spec`, from which a worker process builds its equal. A task is given back as it is.
+
+    Raises ConfigError: unknown name or parameter (with the nearest known one), or a file that does not load.
+    """
+    if isinstance(spec, Task):
+        return _named(spec)
+    if not params and spec in _MADE:
+        return _MADE.pop(spec)
+    parsed = parse_spec(spec)
+    parsed = replace(parsed, params={**parsed.params, **params})
+    if parsed.path is None and parsed.name not in TASKS:
+        task = _reasoning_alias(parsed)
+    else:
+        cls = find(parsed, TASKS, kind="task")
+        if not (inspect.isclass(cls) and issubclass(cls, Task)):
+            raise ConfigError(f"'{parsed.label}' must be a class that extends upslope.tasks.Task, got {cls!r:.80}")
+        task = _construct(cls, parsed)
+    path = parsed.path and str(Path(parsed.path).expanduser().resolve())
+    task.spec = format_spec(replace(parsed, path=path))
+    return task
+
+
+@contextmanager
+def made_first(spec: Any) -> Iterator[None]:
+    """Within it the next `load_task` of this spec gives the task made here, before what takes long is loaded."""
+    if isinstance(spec, str):
+        _MADE[spec] = load_task(spec)
+    try:
+        yield
+    finally:
+        _MADE.pop(spec, None)
+
+
+def prompts_of(task: Task, split: Split, n: int, *, seed: int) -> list[Prompt]:
+    """The task's prompts, checked; of an endless stream the first `n`.
+
+    Raises DataError that names the task's file and class: `prompts` is missing, fails, or gives none or other things.
+    """
+    cls = type(task)
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or cls.__module__
+    where = f"{file}: {cls.__name__}.prompts"
+    if cls.prompts is Task.prompts:
+        raise DataError(f"{where} is not written: give it prompts(self, split, n, *, seed) -> list[Prompt]")
+    try:
+        with ending_forks():
+            given = task.prompts(split, n, seed=seed)
+            found = list(itertools.islice(given, n)) if isinstance(given, Iterator) else given
+    except UpslopeError:
+        raise
+    except Exception as error:
+        line = line_in(error, Path(file))
+        raise DataError(f"{where}, line {line}: {type(error).__name__}: {first_line(error)}") from error
+    if not isinstance(found, list | tuple):
+        raise DataError(f"{where} must give a list of upslope.Prompt objects; it gave a {type(found).__name__}")
+    if n and not found:
+        raise DataError(f"{where}({split!r}, {n}) gave no prompt: it must give {n}")
+    for number, prompt in enumerate(found, 1):
+        if not isinstance(prompt, Prompt):
+            got = f"number {number} is a {type(prompt).__name__}"
+            raise DataError(f"{where} must give upslope.Prompt objects, as chat_prompt makes them; {got}")
+    return list(found)
+
+
+def _construct(cls: type[Task], parsed: Spec) -> Task:
+    check_params(cls, parsed.params, parsed.label)
+    try:
+        with ending_forks():
+            task = cls(**parsed.params)
+    except UpslopeError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"'{parsed.label}' could not be made: {type(error).__name__}: {first_line(error)}") from error
+    return _named(task)
+
+
+def _named(task: Task) -> Task:
+    task.name = type(task).__name__ if task.name == Task.name else task.name
+    return task
+
+
+def _reasoning_alias(parsed: Spec) -> Task:
+    """A bare reasoning-gym name. Only an installed reasoning-gym knows all names, so that the error says so."""
+    reasoning = importlib.import_module("upslope.tasks.reasoning")
+    try:
+        names = reasoning.dataset_names()
+    except ConfigError as error:
+        hint = f"task '{parsed.name}' is not built in{suggestion(parsed.name, TASKS)}"
+        raise ConfigError(f"{hint}; if it is one of reasoning-gym's: {error}") from None
+    if parsed.name not in names:
+        hint = f"no task is called '{parsed.name}'{suggestion(parsed.name, (*TASKS, *names))}"
+        raise ConfigError(
+            f"{hint} (built in: {', '.join(TASKS)}; any reasoning-gym data set; your own: my_task.py:MyTask)"
+        )
+    if "name" in parsed.params:
+        raise ConfigError(f"'{parsed.name}' is the data set's name already; leave name=... out")
+    return _construct(reasoning.ReasoningTask, replace(parsed, params={"name": parsed.name, **parsed.params}))

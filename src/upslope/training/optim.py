@@ -19,7 +19,7 @@ from upslope.devices.hardware import keep_freed_memory
 from upslope.errors import ConfigError, RunError
 from upslope.kernels.sums import accumulate_
 from upslope.options import EncoderOptions, ExpertOptions, PretrainOptions, RunOptions, Seq2SeqOptions, SFTOptions
-from upslope.options.preference import PreferenceData
+from upslope.options.finetune import PreferenceData
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from upslope.errors import ConfigError, ModelError
 from upslope.models.encoder.items import Input, likeliest, pads_of, scores
 from upslope.models.encoder.network import Encoder, Kind, load_encoder
 from upslope.models.files.sources import resolve
-from upslope.options.encoder import EncoderOptions
+from upslope.options.supervised import EncoderOptions
 from upslope.runs.progress import counted, told
 
 

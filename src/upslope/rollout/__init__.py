@@ -1,1 +1,0 @@
-"""Prompts x engine x judge -> judged groups of rollouts."""
