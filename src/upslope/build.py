@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from upslope.config import check
-from upslope.data.chat import load_tokenizer, token_count
-from upslope.data.ends import turn_ends, write_ends
+from upslope.data.chat import load_tokenizer, token_count, turn_ends, write_ends
 from upslope.devices.hardware import choose_dtype, device_of_machine
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError, RunError
 from upslope.models.attention.context import BLOCK, KVCache
 from upslope.models.files.adapters import PREFIX, WEIGHTS, merge_adapters
 from upslope.models.files.folders import is_adapter
-from upslope.models.files.loading import load_model, save_model
-from upslope.models.files.reward_folder import stored_score
+from upslope.models.files.loading import load_model, save_model, stored_score
 from upslope.models.files.sources import base_folder, resolve, say
 from upslope.models.files.weights import load as load_weights
 from upslope.models.files.weights import read_file
@@ -49,7 +47,7 @@ class Policy:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a completion (data.ends.turn_ends)."""
+        """The ids that end a completion (data.chat.turn_ends)."""
         return turn_ends(self.folder, self.tokenizer, vocab_size=self.model.spec.vocab_size)
 
     def write(self, folder: Path, trained: Mapping[str, Tensor]) -> None:

@@ -17,8 +17,7 @@ from upslope.build import Policy, load_inference
 from upslope.commands.export_card import write_card
 from upslope.commands.export_origin import Origin, origin_of
 from upslope.commands.export_verify import Gap, is_classifier, verify_folder, verify_gguf
-from upslope.data.chat import load_tokenizer, token_count
-from upslope.data.ends import write_ends
+from upslope.data.chat import load_tokenizer, token_count, write_ends
 from upslope.errors import ModelError, RunError
 from upslope.extras import require
 from upslope.models.decoder.network import Decoder

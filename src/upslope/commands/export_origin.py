@@ -10,8 +10,7 @@ from typing import Any
 from upslope.cache import cache_root
 from upslope.errors import ModelError, UpslopeError
 from upslope.models.files.adapters import adapter_config, base_source
-from upslope.models.files.folders import is_adapter, provenance
-from upslope.models.files.places import model_of_run, run_of
+from upslope.models.files.folders import is_adapter, model_of_run, provenance, run_of
 from upslope.models.files.sources import ALIASES
 from upslope.runs.folder import Run
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from upslope.build import Policy
 from upslope.commands.llama_cpp import LlamaCpp
 from upslope.data.chat import load_tokenizer
-from upslope.data.pairs import PairTokenizer
+from upslope.data.pieces import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.config_json import architecture, quiet

@@ -5,22 +5,18 @@ there, and a sampled completion ends there too. What does not fit max_length is 
 counted; nothing is ever cut.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from upslope.data.chat import TooLongError, check_length, encode_completion, encode_conversation, encode_document
 from upslope.data.messages import at, finite, list_of, text_of
+from upslope.data.pieces import FastTokenizer
 from upslope.data.records import Content, Record
 from upslope.errors import DataError
 from upslope.types import Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Row = TypeVar("Row")
 STEP_END = "\n"
@@ -76,7 +72,7 @@ class Encoded(Generic[Row]):
     too_long: list[int]
 
 
-def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Example:
+def example_of(record: Record, tokenizer: FastTokenizer, *, max_length: int | None) -> Example:
     """The training sequence of a text, messages or prompt-and-completion record.
 
     Text: every token, EOS appended. Prompt and completion: the completion with its EOS or end-of-turn token. Messages:
@@ -97,9 +93,7 @@ def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length
         )
 
 
-def examples_of(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> EncodedRecords:
+def examples_of(records: Iterable[Record], tokenizer: FastTokenizer, *, max_length: int | None) -> EncodedRecords:
     """The examples of all records, in order, and those left out for their length. DataError: no record remains."""
     rows, lost = fitting(records, lambda _, record: example_of(record, tokenizer, max_length=max_length), max_length)
     return EncodedRecords(list(rows.values()), list(rows), lost)
@@ -133,7 +127,7 @@ def fitting(
 
 
 def answer(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: FastTokenizer,
     prompt: Content,
     completion: Content,
     *,
@@ -150,7 +144,7 @@ def answer(
     return Example(example.tokens[:end], example.mask[:end])
 
 
-def pairs_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Encoded[Pair]:
+def pairs_of(records: Sequence[Record], tokenizer: FastTokenizer, *, max_length: int | None) -> Encoded[Pair]:
     """Preference pairs. DataError naming the row: another kind, equal sides, a margin that is no number."""
 
     def encode(_: int, record: Record) -> Pair:
@@ -174,9 +168,7 @@ def pairs_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, m
     return _encoded(records, encode, max_length)
 
 
-def judged_of(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> Encoded[Judged]:
+def judged_of(records: Sequence[Record], tokenizer: FastTokenizer, *, max_length: int | None) -> Encoded[Judged]:
     """Labelled answers, each with the mismatched one: its prompt and the answer of the next row of another prompt.
 
     DataError naming the row: another kind, or all labels alike, or all prompts alike.
@@ -200,9 +192,7 @@ def judged_of(
     return _encoded(records, encode, max_length)
 
 
-def solutions_of(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> Encoded[Solution]:
+def solutions_of(records: Sequence[Record], tokenizer: FastTokenizer, *, max_length: int | None) -> Encoded[Solution]:
     """Rows {prompt, steps, labels}: one label from 0 to 1 per step (the share of right continuations, or 0 and 1).
 
     The answer is the steps with a newline between them. DataError naming the row: steps and labels of different
@@ -232,7 +222,7 @@ def solutions_of(
     return _encoded(records, encode, max_length)
 
 
-def step_ends(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def step_ends(tokens: Sequence[int], tokenizer: FastTokenizer) -> list[int]:
     """Places in a completion's `tokens` at which a step ends: tokens with a newline, and the last token.
 
     A line of white space is no step, so neither blank lines nor a newline before EOS count twice. A pure function of
@@ -276,9 +266,7 @@ def _text(content: Content | None) -> str:
     return "\n".join(m.content + (json.dumps([dict(c) for c in m.tool_calls]) if m.tool_calls else "") for m in content)
 
 
-def _mismatched(
-    records: Sequence[Record], index: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> Example:
+def _mismatched(records: Sequence[Record], index: int, tokenizer: FastTokenizer, max_length: int | None) -> Example:
     """The prompt of a row with the answer of the next row that has another prompt and fits."""
     record = records[index]
     assert record.prompt is not None

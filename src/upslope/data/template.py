@@ -9,8 +9,6 @@ Whatever is rendered is checked for what the template leaves out: a conversation
 no place for, or cuts, is refused by name (data/lost.py).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import threading
@@ -19,17 +17,14 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upslope.data.lost import check_nothing_cut, check_nothing_lost, check_reply_whole, name_of
 from upslope.data.messages import at, message_of, tools_of
-from upslope.data.pieces import closing_special
+from upslope.data.pieces import FastTokenizer, closing_special
 from upslope.data.sandbox import FAULTS, budget, compiled, line_of
 from upslope.errors import DataError, one_line
 from upslope.types import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
@@ -72,9 +67,7 @@ class ChatTemplate:
     Raises DataError when the tokenizer has none.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, tools: Tools = (), variables: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: FastTokenizer, tools: Tools = (), variables: Mapping[str, Any] | None = None) -> None:
         if tokenizer.chat_template is None:
             raise DataError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: put a "

@@ -7,18 +7,14 @@ char  characters; one that the training texts did not show is spelled in its UTF
 The same texts in the same order give the same tokenizer.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from upslope.data.pieces import FastTokenizer
 from upslope.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 TokenizerKind = Literal["bpe", "word", "char"]
 KINDS: tuple[TokenizerKind, ...] = get_args(TokenizerKind)
@@ -47,7 +43,7 @@ _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 def train_tokenizer(
     texts: Iterable[str], kind: TokenizerKind, vocab_size: int, *, special_tokens: Sequence[str] = CAUSAL_SPECIALS
-) -> PreTrainedTokenizerFast:
+) -> FastTokenizer:
     """Train a tokenizer of at most `vocab_size` tokens, special ones included; `save_pretrained` writes it.
 
     `texts` is read once and not kept. Special tokens get the ids from 0 on, in their order (`word` adds [UNK]); names
@@ -139,7 +135,7 @@ def _frame(inner: Tokenizer, specials: Sequence[str]) -> None:
         )
 
 
-def _wrapped(inner: Tokenizer, specials: Sequence[str]) -> PreTrainedTokenizerFast:
+def _wrapped(inner: Tokenizer, specials: Sequence[str]) -> FastTokenizer:
     from transformers import PreTrainedTokenizerFast
 
     roles: dict[str, str] = {}

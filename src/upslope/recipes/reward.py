@@ -32,7 +32,7 @@ from upslope.loop.launch import begin
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
 from upslope.loop.session import train
 from upslope.models.files.config_json import SCORE
-from upslope.models.files.reward_folder import (
+from upslope.models.files.loading import (
     RewardSettings,
     check_can_be_saved,
     save_reward_folder,

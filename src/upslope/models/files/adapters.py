@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from upslope.errors import ModelError
 from upslope.json_file import read_object
-from upslope.models.files.folders import ADAPTER_CONFIG, check_intact, copy_companions, new_folder
+from upslope.models.files.folders import ADAPTER_CONFIG, check_intact, copy_companions, new_folder, run_of
 from upslope.models.files.loading import load_model, save_model
-from upslope.models.files.places import run_of
 from upslope.models.files.weights import read_file
 
 WEIGHTS = "adapter_model.safetensors"

@@ -276,7 +276,7 @@ class _Portable:
 
 
 def _generation_config(metadata: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The ends that the file names, BOS and padding. What closes the chat template's turns data.ends finds in it."""
+    """The ends that the file names, BOS and padding. What closes the chat template's turns data.chat finds in it."""
     ids = _ends(metadata)
     config: dict[str, Any] = {"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {}
     for name, token in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", tokenizer.pad_token_id)):
