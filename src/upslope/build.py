@@ -132,8 +132,7 @@ def load_inference(source: str | Path, *, dtype: str = "auto", base: str | None 
 
 def _keep_tokens(model: CausalModel, tokenizer: Any, folder: Path) -> None:
     """Predict only what the tokenizer knows, and say what that leaves out."""
-    left_out = model.keep_tokens(token_count(tokenizer), folder)
-    if left_out:
+    if left_out := model.keep_tokens(token_count(tokenizer), folder):
         say(f"{folder}: {left_out} of the {len(model.output_weight)} rows of its head are no token; never predicted")
 
 
@@ -214,8 +213,7 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
         )
     head = ScalarHead(trunk.spec.hidden_size)
     if choice != "separate":
-        weight = stored_score(source)
-        if weight is None:
+        if (weight := stored_score(source)) is None:
             raise ModelError(f"{choice}: no score.weight in it; a critic starts from a reward model with a scalar head")
         head.score.weight.data.copy_(weight)
     masters = _to_compute(trunk, policy.model.dtype, policy.model.device)

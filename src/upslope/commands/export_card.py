@@ -159,8 +159,7 @@ def _data(stage: Stage) -> list[tuple[str, str]]:
     rows = []
     for key in _DATA_KEYS:
         for value in _values(stage.config.get(key)):
-            path = launched / Path(value).expanduser()
-            if path.is_file():
+            if (path := launched / Path(value).expanduser()).is_file():
                 digest = hashlib.sha256(path.read_bytes()).hexdigest()
                 words = f"file {path.name}, {path.stat().st_size:,} bytes, sha256 {digest} (as found at export)"
             elif _FILES.fullmatch(value):

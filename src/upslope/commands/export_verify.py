@@ -142,8 +142,7 @@ def verify_gguf(written: Path, policy: Policy, kind: GGUFType) -> list[Gap]:
         differences, agreed, total = [], 0, 0
         for ids in _token_lists(policy, room=_GENERATED + 1):  # llama.cpp refuses a prompt that fills its context
             found = list(program.predictions(ids, top=_TOP, then=_GENERATED))
-            ours_TV = _logprobs(policy.model, found[-1][0])
-            for ours_V, (_, top) in zip(ours_TV, found, strict=True):
+            for ours_V, (_, top) in zip(_logprobs(policy.model, found[-1][0]), found, strict=True):
                 differences.append((ours_V[[t for t, _ in top]] - torch.tensor([x for _, x in top])).abs())
                 agreed += int(ours_V.argmax()) == top[0][0]
             total += len(found)
@@ -263,8 +262,7 @@ def _transformers(folder: Path, dtype: torch.dtype) -> Any:
     import transformers
 
     name = architecture(read_config(folder))
-    kind = getattr(transformers, name, None)
-    if kind is None:
+    if (kind := getattr(transformers, name, None)) is None:
         raise ModelError(f"{folder}: transformers has no {name}, so there is nothing to compare with")
     with quiet():
         network, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)

@@ -67,8 +67,7 @@ class LlamaCpp:
 
     def ends_with(self, token: int) -> bool:
         """Whether generation stops after `token`."""
-        answer = self._complete([self._plain], n_predict=2, logit_bias=[[token, _CERTAIN]])
-        return answer["stop_type"] == "eos"
+        return self._complete([self._plain], n_predict=2, logit_bias=[[token, _CERTAIN]])["stop_type"] == "eos"
 
     def predictions(self, tokens: Sequence[int], *, top: int, then: int) -> Iterator[Prediction]:
         """For every prefix of `tokens`, and `then` greedy tokens more: (prefix, the `top` likeliest (token, log-prob)).

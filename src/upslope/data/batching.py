@@ -154,8 +154,7 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
         raise ValueError(f"split_by_tokens: a length is {min(lengths)}; every sequence has at least 1 token")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     alone = [[index] for index in order if lengths[index] > budget]
-    rest = [index for index in order if lengths[index] <= budget]
-    if not rest:
+    if not (rest := [index for index in order if lengths[index] <= budget]):
         return alone
     fewest = len(_cut(rest, lengths, budget))
     limits = range(lengths[rest[0]], budget)

@@ -52,8 +52,7 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     path = Path(folder).expanduser()
     file = path / _CONFIG
-    config = read_object(file, ModelError) if file.is_file() else {}
-    if config.get("is_encoder_decoder"):
+    if (config := read_object(file, ModelError) if file.is_file() else {}).get("is_encoder_decoder"):
         source = _load_one(path / SOURCE_FOLDER, pair=True) if (path / SOURCE_FOLDER).is_dir() else None
         return pair_tokenizer(path, config, _load_one(path, pair=True), source)
     return _load_one(path, ours=str(config.get("model_type")).startswith("upslope_"))
@@ -179,8 +178,7 @@ def encode_completion(
         if not isinstance(completion, str):
             raise DataError("'prompt' is text but 'completion' is a list of messages: make both the same")
         _check_no_tools(tools)
-        head = encode_text(tokenizer, prompt)
-        if not head:
+        if not (head := encode_text(tokenizer, prompt)):
             raise DataError("'prompt' has no tokens")
         tail = with_eos(tokenizer, encode_pieces(tokenizer, completion, (), continues=True)[0])
         return _checked(head, tail, max_length)
@@ -200,8 +198,7 @@ def encode_document(
     if isinstance(tokenizer, PairTokenizer):
         raise DataError("an encoder-decoder learns from pairs: give records with 'prompt' (source) and 'completion'")
     _check_no_tools(tools)
-    ids = encode_text(tokenizer, text)
-    if not ids:
+    if not (ids := encode_text(tokenizer, text)):
         raise DataError("'text' has no tokens")
     ids = with_eos(tokenizer, ids)
     return _checked(ids[:1], ids[1:], max_length)
@@ -209,8 +206,7 @@ def encode_document(
 
 def with_eos(tokenizer: FastTokenizer, ids: list[int]) -> list[int]:
     """`ids` ended by exactly one EOS token. Raises DataError when the tokenizer has none."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    if (eos := tokenizer.eos_token_id) is None:
         raise DataError("the tokenizer has no EOS token, so nothing can teach the model to stop: set its eos_token")
     return ids if ids[-1:] == [eos] else [*ids, eos]
 

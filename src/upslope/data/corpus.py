@@ -50,8 +50,7 @@ def corpus_files(sources: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
-        path = Path(source).expanduser()
-        if path.is_file() and path.suffix.lower() not in KINDS:
+        if (path := Path(source).expanduser()).is_file() and path.suffix.lower() not in KINDS:
             raise DataError(f"{path}: pretraining reads {' and '.join(KINDS)} files; convert it to one of them")
         inside = sorted(path.rglob("*")) if path.is_dir() else map(Path, sorted(glob.glob(str(path), recursive=True)))
         files = [path] if path.is_file() else [p for p in inside if p.suffix.lower() in KINDS and p.is_file()]
@@ -84,8 +83,7 @@ def _split(text: str, where: str) -> Iterator[str]:
     start = 0
     text = text.replace("\r\n", "\n")
     while start < len(text):
-        end = text.find("\n", start) + 1 or len(text)
-        if end - start > LARGEST_ROW:
+        if (end := text.find("\n", start) + 1 or len(text)) - start > LARGEST_ROW:
             raise DataError(f"{where}: a line of {end - start:,} characters in its text, at most {LARGEST_ROW:,}")
         yield text[start:end]
         start = end
@@ -114,8 +112,7 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
 
 def _text_column(line: str, where: str) -> str:
     row = object_of(json_of(line.strip(), where), where, "each line must be one JSON object")
-    text = row.get("text")
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance((text := row.get("text")), str) or not text.strip():
         what = f"has {', '.join(map(repr, row)) or 'nothing'}" if "text" not in row else f"is {text!r}"[:60]
         raise DataError(f'{where}: needs a column "text" with a text in it; it {what}')
     return text
@@ -213,8 +210,7 @@ def open_corpus(files: Sequence[Path], tokenizer: FastTokenizer, *, cache: Path)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            meta = _meta(folder)
-            if meta is None:
+            if (meta := _meta(folder)) is None:
                 for stale in cache.glob(f".{folder.name}.tmp-*"):
                     shutil.rmtree(stale)
                 meta = _build(folder, files, tokenizer, border)

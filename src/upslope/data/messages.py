@@ -36,8 +36,7 @@ def at(where: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        said = str(error)
-        if not said.startswith(where):
+        if not (said := str(error)).startswith(where):
             error.args = (f"{where}: {said}",)
         raise
 
@@ -53,8 +52,7 @@ def message_of(entry: Any, key: str, where: str = "") -> Message:
         if "role" not in entry:
             raise DataError(f"{key!r} has no 'role'; add it (one of {', '.join(ROLES)})")
         role = _role(entry["role"], key)
-        calls = _calls(entry.get("tool_calls", ()), key)
-        if calls and role != "assistant":
+        if (calls := _calls(entry.get("tool_calls", ()), key)) and role != "assistant":
             raise DataError(f"'{key}.tool_calls' belong to an assistant message, this one is from {role!r}")
         if "tool_call_id" in entry and role in _SPOKEN:
             raise DataError(f"'{key}.tool_call_id' belongs to a tool's message, this one is from {role!r}")
@@ -119,8 +117,7 @@ def train_of(entry: Mapping[str, Any], key: str) -> bool | None:
     """`train`, or `weight` 0 or 1 as hosted fine-tuning formats write it."""
     found = None
     for name in ("train", "weight"):
-        value = entry.get(name)
-        if value is None:
+        if (value := entry.get(name)) is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise DataError(f"'{key}.{name}' must be true or false, is {described(value)}")
@@ -194,8 +191,7 @@ def _call(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     named = {"id": text_of(entry["id"], f"{key}.id")} if "id" in entry else {}
     name = text_of(given.get("name"), f"{key}.function.name")
     whose = f"{key}.function.arguments" + "".join(f" of call {call_id[:64]}" for call_id in named.values())
-    arguments = given.get("arguments", {})
-    if isinstance(arguments, str):
+    if isinstance((arguments := given.get("arguments", {})), str):
         arguments = parsed(arguments, whose)
     return {**named, "type": "function", "function": {"name": name, "arguments": _object(arguments, whose)}}
 
@@ -284,8 +280,7 @@ class ToolReader:
         self._held += piece
         found: list[str | ToolCall] = []
         while (start := self._held.find(OPEN)) >= 0:
-            end = self._held.find(CLOSE, start)
-            if end < 0 and not final:
+            if (end := self._held.find(CLOSE, start)) < 0 and not final:
                 break
             inner = self._held[start + len(OPEN) : end if end >= 0 else None]
             rest = self._held[end + len(CLOSE) :] if end >= 0 else ""
@@ -310,8 +305,7 @@ class ToolReader:
 
     def _settled(self) -> int:
         """Where the tail begins that has to wait: an open tag or the beginning of one, and white space before it."""
-        start = self._held.find(OPEN)
-        if start < 0:
+        if (start := self._held.find(OPEN)) < 0:
             begun = (length for length in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:length]))
             start = len(self._held) - next(begun, 0)
         return len(self._held[:start].rstrip())

@@ -126,8 +126,7 @@ def _drop_word_marks(state: dict[str, Any]) -> set[str]:
             schemes.add("always")
             part["add_prefix_space"] = False
     steps = steps_of(state, "normalizer")
-    kept = [part for part in steps if part["type"] != "Prepend"]
-    if kept != steps:
+    if (kept := [part for part in steps if part["type"] != "Prepend"]) != steps:
         schemes.add("always")
         state["normalizer"] = {"type": "Sequence", "normalizers": kept} if kept else None
     return schemes
@@ -135,8 +134,7 @@ def _drop_word_marks(state: dict[str, Any]) -> set[str]:
 
 def steps_of(state: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
     """The steps of a serialised tokenizer's "normalizer" or "pre_tokenizer"."""
-    whole = state.get(part)
-    if whole is None or whole["type"] != "Sequence":
+    if (whole := state.get(part)) is None or whole["type"] != "Sequence":
         return [] if whole is None else [whole]
     return list(whole[{"normalizer": "normalizers", "pre_tokenizer": "pretokenizers"}[part]])
 

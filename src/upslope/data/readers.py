@@ -53,8 +53,7 @@ def _renamed(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Ma
 
 
 def _rows_as_given(source: str | Path, split: str | None) -> Iterator[Row]:
-    path = Path(source).expanduser()
-    if path.is_file():
+    if (path := Path(source).expanduser()).is_file():
         if split is not None:
             raise ConfigError(f"{source}: a split ({split!r}) can be chosen from a hub data set, not from a file")
         yield from _reader(path)(path)
@@ -77,14 +76,12 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
 
 
 def _names_a_file(source: str) -> bool:
-    name = source.lower().removesuffix(".gz")
-    return name.endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(source)
+    return source.lower().removesuffix(".gz").endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(source)
 
 
 def near_file(path: Path) -> str:
     """What to add to "no such file": the nearest name in its folder, or that there is no such folder."""
-    folder = path.parent
-    if not folder.is_dir():
+    if not (folder := path.parent).is_dir():
         return f" (the folder {folder} does not exist)"
     return suggestion(path.name, (entry.name for entry in folder.iterdir()))
 
@@ -106,8 +103,7 @@ def text_of(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise not_utf8(path, line, error) from error
+        raise not_utf8(path, raw.count(b"\n", 0, error.start) + 1, error) from error
 
 
 def not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
@@ -166,8 +162,7 @@ def _check_row(row: Any, where: str) -> int:
     """How long the row's texts are. DataError where that is too long to be one sequence."""
     size, rest = 0, [row]
     while rest:
-        value = rest.pop()
-        if isinstance(value, str | bytes):
+        if isinstance((value := rest.pop()), str | bytes):
             size += len(value)
         elif isinstance(value, list | Mapping):
             rest += value.values() if isinstance(value, Mapping) else value
@@ -201,8 +196,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     text = text_of(path)
-    rows = json_of(text, str(path))
-    if not isinstance(rows, list):
+    if not isinstance((rows := json_of(text, str(path))), list):
         raise DataError(f"{path}: must be a list of objects, is {_kind(rows)}")
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
@@ -215,8 +209,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(LARGEST_ROW)
     reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
     try:
-        header = next(reader)
-        if len(set(header)) != len(header) or not all(name.strip() for name in header):
+        if len(set(header := next(reader))) != len(header) or not all(name.strip() for name in header):
             raise DataError(f"{path}:1: the header has an empty or a repeated column name: {header!r}")
         line = reader.line_num + 1
         for cells in reader:

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -90,15 +90,13 @@ class ChatTemplate:
         if not messages:
             raise DataError("the conversation has no messages")
         with budget(seconds=_CONVERSATION_SECONDS):
-            return self._render(_in_form(messages), add_generation_prompt)
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
-        text, marked = self._raw(messages, add_generation_prompt)
-        check_nothing_lost(
-            messages, self.tools or [], text, lambda m, tools: self._raw(m, add_generation_prompt, tools)[0]
-        )
-        starts = {k: self._start(text, messages[:k]) for k, turn in enumerate(messages) if turn.role == "assistant"}
-        check_nothing_cut(messages, text, starts)
+            messages = _in_form(messages)
+            text, marked = self._raw(messages, add_generation_prompt)
+            check_nothing_lost(
+                messages, self.tools or [], text, lambda m, tools: self._raw(m, add_generation_prompt, tools)[0]
+            )
+            starts = {k: self._start(text, messages[:k]) for k, turn in enumerate(messages) if turn.role == "assistant"}
+            check_nothing_cut(messages, text, starts)
         return Rendered(text, starts, marked if self.has_marks else None)
 
     def closed(self, messages: Sequence[Message]) -> tuple[str, str | None]:
@@ -136,8 +134,7 @@ class ChatTemplate:
         return spans
 
     def _turn_spans(self, rendered: Rendered, messages: Sequence[Message], k: int) -> list[Span]:
-        start = rendered.starts[k]
-        if start is None:
+        if (start := rendered.starts[k]) is None:
             raise DataError(
                 "the chat template is not prefix-preserving: what the model would be prompted "
                 "with here is not how the whole conversation begins, so it cannot be trained as one sequence; split it "
@@ -156,25 +153,23 @@ class ChatTemplate:
                 f"its content holds {closing!r}, the token that ends a turn: the model would "
                 "learn to go on after an end; take it out, the template writes it"
             )
+        spans = [(start, len(closed))]
         if rendered.marked is not None:
             spans = self._marked_spans(rendered, start, closing, messages[k])
-            if spans:
-                reply = "".join(rendered.text[low:high] for low, high in spans)
-                check_reply_whole(rendered.text[: spans[0][0]], reply, messages[k])
-            return spans
-        if not rendered.text.startswith(closed) or len(closed) <= start:
+        elif not rendered.text.startswith(closed) or len(closed) <= start:
             raise DataError(
                 "the chat template is not prefix-preserving: it writes this turn differently "
                 "once more messages follow; set train to false on all but the last assistant turn, or split the "
                 "conversation into one per reply, or use a template with {% generation %} blocks"
             )
-        check_reply_whole(rendered.text[:start], rendered.text[start : len(closed)], messages[k])
-        return [(start, len(closed))]
+        if spans:
+            reply = "".join(rendered.text[low:high] for low, high in spans)
+            check_reply_whole(rendered.text[: spans[0][0]], reply, messages[k])
+        return spans
 
     def _marked_spans(self, rendered: Rendered, start: int, closing: str, turn: Message) -> list[Span]:
         """The {% generation %} spans of a turn, the last one made to end right after the end-of-turn token."""
-        later = [s for s in rendered.starts.values() if s is not None and s > start]
-        limit = min(later, default=len(rendered.text))
+        limit = min((cut for cut in rendered.cuts if cut > start), default=len(rendered.text))
         spans = [span for span in rendered.marked or [] if start <= span[0] < limit and span[0] < span[1]]
         if not spans:
             if turn.train:
@@ -183,37 +178,28 @@ class ChatTemplate:
         low, high = spans[-1]
         inner = rendered.text[low:high].rstrip()
         if closing_special(self.tokenizer, inner) is not None:
-            end = low + len(inner)
-        elif rendered.text.startswith(closing, high):
-            end = high + len(closing)
-        else:
-            raise DataError(
-                f"the template's generation block ends before the end-of-turn token "
-                f"{closing!r}, so the model would never learn to stop; "
-                "move {% endgeneration %} behind it"
-            )
-        return [*spans[:-1], (low, end)]
+            return [*spans[:-1], (low, low + len(inner))]
+        if rendered.text.startswith(closing, high):
+            return [*spans[:-1], (low, high + len(closing))]
+        raise DataError(
+            f"the template's generation block ends before the end-of-turn token {closing!r}, so the model would never "
+            "learn to stop; move {% endgeneration %} behind it"
+        )
 
     def _check_generation_prompt(self, text: str, start: int, turn: Message) -> None:
         """Refuse a template that opens an assistant turn with a header the sampler would never be given."""
-        content = turn.content.strip()
-        if "add_generation_prompt" in self.source or not content:
-            return
-        header = text[start : max(start, text.find(content, start))].strip()
-        if header:
+        header = text[start : max(start, text.find(turn.content.strip(), start))].strip()
+        if header and "add_generation_prompt" not in self.source:
             raise DataError(
                 f"the chat template ignores add_generation_prompt, so the model would have to "
                 f"write {header!r} itself; add '{{% if add_generation_prompt %}}' with it to the template's end"
             )
 
     def _start(self, text: str, before: Sequence[Message]) -> int | None:
-        if not before:
-            return None
-        try:
-            prompt = self._raw(before, True)[0]
-        except DataError:
-            return None  # a template may refuse to prompt here; training on such a turn is refused by name
-        return len(prompt) if text.startswith(prompt) else None
+        with suppress(DataError):  # a template may refuse to prompt here; training on such a turn is refused by name
+            if before and text.startswith(prompt := self._raw(before, True)[0]):
+                return len(prompt)
+        return None
 
     def _raw(
         self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools | None = None
@@ -223,7 +209,7 @@ class ChatTemplate:
             "documents": None,
             **self.tokenizer.special_tokens_map,
             **self.variables,
-            "messages": [_shown(message) for message in messages],
+            "messages": [replace(message, train=None).as_mapping() for message in messages],
             "tools": self.tools if tools is None else list(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -238,7 +224,7 @@ class ChatTemplate:
                     tracked.enter_context(_MARKING)
                     tracked.enter_context(template.environment.activate_tracker(blocks, marked))
                 for block in template.root_render_func(template.new_context(given)):
-                    blocks.append(block)
+                    blocks.append(block)  # one by one: the tracker reads what is there
         except FAULTS as error:
             raise DataError(self._refusal(messages, error, line_of(error, template))) from error
         return "".join(blocks), marked
@@ -261,8 +247,3 @@ def _in_form(messages: Sequence[Message]) -> list[Message]:
         message_of(message.as_mapping(), f"messages[{k}]", _HERE) if message.tool_calls else message
         for k, message in enumerate(messages)
     ]
-
-
-def _shown(message: Message) -> dict[str, Any]:
-    """A message as a template gets it."""
-    return replace(message, train=None).as_mapping()

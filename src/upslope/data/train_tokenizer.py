@@ -9,6 +9,7 @@ The same texts in the same order give the same tokenizer.
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Literal, get_args
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -114,9 +115,7 @@ def _word(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokeniz
 
 
 def _char(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
+    counts = Counter(chain.from_iterable(texts))
     room = vocab_size - len(specials) - len(_BYTES)
     frequent = sorted(counts, key=lambda character: (-counts[character], character))[:room]
     tokens = [*specials, *_BYTES, *sorted(frequent)]
@@ -142,8 +141,8 @@ def _wrapped(inner: Tokenizer, specials: Sequence[str]) -> FastTokenizer:
     for name in specials:
         if name in _ROLES:
             roles.setdefault(_ROLES[name], name)
-    if "pad_token" not in roles and "eos_token" in roles:
-        roles["pad_token"] = roles["eos_token"]
+    if "eos_token" in roles:
+        roles.setdefault("pad_token", roles["eos_token"])
     further = [name for name in specials if name not in roles.values()]
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,

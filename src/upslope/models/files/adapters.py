@@ -87,8 +87,7 @@ def base_source(folder: Path | str) -> str:
 
 def _model_of_run(folder: Path) -> str | None:
     """`model` in the config.toml of the run whose checkpoint `folder` is; a relative path starts where the run did."""
-    run = run_of(folder)
-    if run is None:
+    if (run := run_of(folder)) is None:
         return None
     try:
         model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model")
@@ -111,8 +110,7 @@ def merge_adapters(model: nn.Module, folder: Path | str) -> None:
     folder = Path(folder)
     check_intact(folder)
     config = adapter_config(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
+    if not (path := folder / WEIGHTS).is_file():
         raise ModelError(f"{path}: no such file; adapters are read from safetensors only")
     stored = {name.removeprefix(PREFIX): x for name, x in read_file(path).items()}
     parameters = dict(model.named_parameters())

@@ -58,8 +58,7 @@ def convert(
         config = hf_config(metadata, {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}, where=path)
         say(f"{path.name}: de-quantising {len(reader.tensors)} tensors")
         tensors = _tensors(reader, DecoderConfig.from_hf(config), config["model_type"], path)
-        factors = tensors.pop(_ROPE_FACTORS, None)
-        if factors is not None:
+        if (factors := tensors.pop(_ROPE_FACTORS, None)) is not None:
             config["rope_parameters"] |= _llama3_scaling(factors, config, path)
         network = DecoderConfig.from_hf(config)
         check_shapes(expected_shapes(network), {name: t.shape for name, t in tensors.items()}, where=path)
@@ -105,20 +104,17 @@ def hf_config(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, where: Path | str = "GGUF"
 ) -> dict[str, Any]:
     """config.json for a file with these metadata; `shapes` are GGUF's (fastest dimension first)."""
-    kind = metadata.get("general.architecture")
-    if kind not in ARCHITECTURES:
+    if (kind := metadata.get("general.architecture")) not in ARCHITECTURES:
         raise ModelError(f"{where}: GGUF architecture {kind!r} is not supported, only {', '.join(ARCHITECTURES)}")
 
     def key(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"{kind}.{name}", default)
-        if value is None:
+        if (value := metadata.get(f"{kind}.{name}", default)) is None:
             raise ModelError(f"{where}: GGUF metadata lacks {kind}.{name}; get the file again")
         if type(value) not in (int, float) or not value > 0:
             raise ModelError(f"{where}: GGUF metadata {kind}.{name} = {value!r:.60}; it must be a number above 0")
         return value
 
-    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
-    if scaling != "none":
+    if (scaling := metadata.get(f"{kind}.rope.scaling.type", "none")) != "none":
         raise ModelError(f"{where}: rotary scaling {scaling!r} is not supported in a GGUF; use the model's own folder")
     hidden, heads = key("embedding_length"), key("attention.head_count")
     head_dim = key("attention.key_length", hidden // heads)
@@ -148,8 +144,7 @@ def hf_config(
     if kind != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
     for name in ("bos", "eos", "padding"):
-        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token is not None:
+        if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
             config[f"{'pad' if name == 'padding' else name}_token_id"] = token
     check_config(config, where)
     check_sizes(config, shapes, where)

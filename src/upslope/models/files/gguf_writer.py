@@ -75,14 +75,12 @@ def as_stored(tensor: Tensor, kind: GGUFType) -> Tensor:
 
 def rope_order(rows: Tensor, heads: int) -> Tensor:
     """Rows of a query or key projection, [heads * d, ...]: halves (i, i + d/2) to pairs (2i, 2i+1)."""
-    halves = rows.view(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.transpose(1, 2).reshape(rows.shape)
+    return rows.view(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _architecture(config: DecoderConfig) -> str:
     """llama.cpp's name of the architecture; ModelError for what its graph of that name does not compute."""
-    arch = _ARCHITECTURES[config.model_type]
-    if arch == "qwen3" and config.attention_bias:
+    if (arch := _ARCHITECTURES[config.model_type]) == "qwen3" and config.attention_bias:
         raise ModelError("a qwen3 network with attention_bias cannot be written as GGUF: llama.cpp has no such biases")
     if config.rope["rope_type"] == "llama3" and arch != "llama":
         raise ModelError(f"a {arch} network with llama3 rotary scaling cannot be written as GGUF; llama.cpp ignores it")
@@ -268,8 +266,7 @@ def _quoted(text: str) -> str:
 
 def _tokens(tokenizer: Any, size: int) -> tuple[list[str], list[int]]:
     """Token text and kind of every embedding row."""
-    by_id = {i: text for text, i in tokenizer.get_vocab().items()}
-    if by_id and max(by_id) >= size:
+    if (by_id := {i: text for text, i in tokenizer.get_vocab().items()}) and max(by_id) >= size:
         raise ModelError(f"the tokenizer has token {max(by_id)}, but the model's embedding only {size} rows")
     added = tokenizer.added_tokens_decoder
     kinds = [NORMAL if i in by_id else UNUSED for i in range(size)]
@@ -319,8 +316,7 @@ def _split_name(state: Mapping[str, Any]) -> str:
         kinds = ", ".join(part["type"] for part in normalizers)
         raise ModelError(f"the tokenizer normalises text by {kinds}, which llama.cpp's byte-level BPE cannot do")
     parts = tuple(_describe(part) for part in _steps(state.get("pre_tokenizer"), "pretokenizers"))
-    whole = bool(state["model"].get("ignore_merges"))
-    name = _SPLITS.get((parts, whole))
+    name = _SPLITS.get((parts, bool(state["model"].get("ignore_merges"))))
     if name is None:
         raise ModelError(
             f"the tokenizer cuts text by {' then '.join(parts) or 'nothing'}, for which no name of llama.cpp is known "
@@ -337,9 +333,7 @@ def _describe(part: Mapping[str, Any]) -> str:
         return "bytes of gpt-2's words" if part.get("use_regex", True) else "bytes"
     pattern = part.get("pattern", {})
     if part["type"] == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
-        if pattern == {"Regex": r"\p{N}"}:
-            return "single digits"
-        return pattern.get("Regex", json.dumps(pattern))
+        return "single digits" if pattern == {"Regex": r"\p{N}"} else pattern.get("Regex", json.dumps(pattern))
     return json.dumps(part, ensure_ascii=False)
 
 

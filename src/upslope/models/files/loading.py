@@ -56,8 +56,7 @@ def load_model(
         return _filled(LSTM, LSTMConfig.from_hf(raw), folder, dtype, gradient_checkpointing)
     if is_seq2seq(raw):
         return load_seq2seq(folder, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
-    config = decoder_config(folder)
-    if config is None:
+    if (config := decoder_config(folder)) is None:
         from upslope.models.transformers_model import TransformersModel
 
         return TransformersModel.from_folder(folder, dtype=dtype, gradient_checkpointing=gradient_checkpointing)
@@ -90,8 +89,7 @@ def decoder_config(folder: Path | str) -> DecoderConfig | None:
 
     Keys that config.json leaves out get transformers' defaults for the architecture.
     """
-    raw = read_config(folder)
-    if raw.get("quantization_config"):
+    if (raw := read_config(folder)).get("quantization_config"):
         raise ModelError(f"{folder}: holds quantised weights; training needs the unquantised model")
     if raw.get("model_type") not in MODEL_TYPES:
         return None
@@ -204,8 +202,7 @@ def score_head(hidden_size: int, weight: Tensor) -> ScalarHead:
 
 def stored_score(folder: Path | str) -> Tensor | None:
     """The scalar head of a folder in float32 [1, D], or None where it has none. ModelError: it has several labels."""
-    shape = read_shapes(folder).get(SCORE)
-    if shape is None:
+    if (shape := read_shapes(folder).get(SCORE)) is None:
         return None
     if len(shape) != 2 or shape[0] != 1:
         raise ModelError(f"{folder}: {SCORE} is {list(shape)}; a reward model has one label, so [1, width]")
@@ -219,8 +216,7 @@ def load_reward_folder(
 
     Raises ModelError, naming the folder, where there is no scalar head.
     """
-    weight = stored_score(folder)
-    if weight is None:
+    if (weight := stored_score(folder)) is None:
         raise ModelError(f"{folder}: no {SCORE} in it, so it is no reward model; make one with upslope reward")
     model = load_model(folder, dtype=dtype, trunk=True)
     settings = read_config(folder).get(_KEY) or {}

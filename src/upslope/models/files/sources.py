@@ -97,8 +97,7 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
     Safe when several processes ask at once. Raises ModelError where nothing is found or a checkpoint is damaged,
     RunError where the cache cannot be written.
     """
-    text = str(source)
-    if len(text) > 2000 or "\0" in text:
+    if len(text := str(source)) > 2000 or "\0" in text:
         raise ModelError(
             f"{text[:60]!r}...: no such folder; give a model folder, a .gguf file, a hub id or {_aliases()}"
         )
@@ -214,8 +213,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
     reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
-        info = _ask_hub(repo, revision)
-        if not isinstance(info, str):
+        if not isinstance((info := _ask_hub(repo, revision)), str):
             files = [f.rfilename for f in info.siblings or () if _HUB_FILES.fullmatch(f.rfilename)]
             if not any(name.endswith(".safetensors") for name in files):
                 raise ModelError(f"{repo}: the hub has no safetensors weights of it; pickle files are not read")

@@ -94,8 +94,7 @@ def check_shapes(
         if name in found and tuple(found[name]) != tuple(shape)
     ]
     kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-    parts = [listed(kind, items) for kind, items in kinds if items]
-    if parts:
+    if parts := [listed(kind, items) for kind, items in kinds if items]:
         raise ModelError(
             f"{where}: weights do not fit config.json: {'; '.join(parts)}; get the folder again, or correct config.json"
         )
