@@ -6,7 +6,7 @@ program that the format is for loads the result before it gets its name: what fa
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,14 +117,13 @@ def _write_folder(source: Source, output: Path, options: ExportOptions, origin: 
     known = {k: v for k, v in provenance(source.folder).items() if k not in ("kind", "origin")}  # no paths of ours
     record = {"kind": "export", "origin": origin.base_model, **known}
     with new_folder(output, overwrite=options.overwrite, record=record) as temp:
-        if policy is not None and is_adapter(source.found):
-            tensors = {name: p.detach() for name, p in policy.model.named_parameters()}
-            _check_range(tensors, dtype)
+        adapted = policy is not None and is_adapter(source.found)
+        tensors = dict(policy.model.named_parameters()) if adapted else load(source.folder)
+        _check_range(tensors, dtype)
+        if adapted:
             tokenizer = policy.tokenizer if (source.found / "tokenizer.json").is_file() else None
             save_model(policy.model, temp, tensors=tensors, source_folder=source.folder, tokenizer=tokenizer, **sizes)
         else:
-            tensors = load(source.folder)
-            _check_range(tensors, dtype)
             save_folder(temp, source.config, tensors, source_folder=source.folder, **sizes)
         if policy is not None and not is_classifier(source.config):
             write_ends(temp, policy.eos_token_ids)
@@ -151,13 +150,12 @@ def _write_file(source: Source, output: Path, options: ExportOptions, origin: Or
             f"{source.found}: {kind} cannot be written as GGUF; language models of the llama, mistral, qwen2 "
             "and qwen3 families can, without sliding windows and other variants (use --format hf)"
         )
-    tensors = {name: p.detach() for name, p in policy.model.named_parameters()}
     about = {"name": options.name or output.stem, "license": origin.license, "description": origin.summary}
     with new_file(output, overwrite=options.overwrite) as temp:
         write_gguf(
             temp,
             policy.model.config,
-            tensors,
+            dict(policy.model.named_parameters()),
             policy.tokenizer,
             kind=options.dtype,
             eos_token_ids=policy.eos_token_ids,
@@ -171,7 +169,7 @@ def _report(output: Path, options: ExportOptions, gaps: list[Gap]) -> None:
     files = sorted(p for p in output.rglob("*") if p.is_file()) if output.is_dir() else [output]
     size = sum(path.stat().st_size for path in files)
     if options.json:
-        found = [gap.as_json() for gap in gaps]
+        found = list(map(asdict, gaps))
         print(json.dumps({"output": str(output), "dtype": options.dtype, "bytes": size, "verified": found}))
         return
     print(output)

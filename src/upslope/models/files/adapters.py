@@ -175,7 +175,5 @@ def _check_fit(folder: Path, parameters: Mapping[str, Tensor], shapes: Mapping[s
 
 def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     """peft's rule: the first pattern that is the layer's name, or the end of it from a dot on."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-            return value
-    return default
+    matching = (value for pattern, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+    return next(matching, default)

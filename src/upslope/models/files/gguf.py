@@ -27,6 +27,7 @@ from upslope.models.files.weights import check_shapes, save_folder
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+_SPECIALS = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
 _ROPE_FACTORS = "rope_freqs.weight"
 _ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))  # of a text, a turn, a message
 
@@ -143,9 +144,8 @@ def hf_config(
     }
     if kind != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    for name in ("bos", "eos", "padding"):
-        if (token := metadata.get(f"tokenizer.ggml.{name}_token_id")) is not None:
-            config[f"{'pad' if name == 'padding' else name}_token_id"] = token
+    tokens = {f"{ours}_token_id": metadata.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in _SPECIALS}
+    config |= {name: token for name, token in tokens.items() if token is not None}
     check_config(config, where)
     check_sizes(config, shapes, where)
     return config
@@ -273,8 +273,6 @@ class _Portable:
 def _generation_config(metadata: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     """The ends that the file names, BOS and padding. What closes the chat template's turns data.chat finds in it."""
     ids = _ends(metadata)
-    config: dict[str, Any] = {"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {}
-    for name, token in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", tokenizer.pad_token_id)):
-        if token is not None:
-            config[name] = token
-    return config
+    config = {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}
+    config |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {name: value for name, value in config.items() if value is not None}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from upslope.data.pieces import steps_of
 from upslope.errors import ModelError
 from upslope.models.decoder.network import DecoderConfig, rope_frequencies
 from upslope.models.files.gguf import expected_shapes, gguf_names, rotary_heads
@@ -61,7 +62,9 @@ def write_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         for key, text in (about or {}).items():
             writer.add_string(f"general.{key}", text)
-        _add(writer, {**_shape(config), **vocab, **_ends(tokenizer, eos_token_ids)})
+        for name, value in {**_shape(config), **vocab, **_ends(tokenizer, eos_token_ids)}.items():
+            if value is not None:
+                getattr(writer, f"add_{name}")(value)
         _write_tensors(writer, config, arch, tensors, kind)
     finally:
         writer.close()
@@ -87,15 +90,8 @@ def _architecture(config: DecoderConfig) -> str:
     return arch
 
 
-def _add(writer: gguf.GGUFWriter, values: Mapping[str, Any]) -> None:
-    """Metadata by the writer's names of them; what is None is left out."""
-    for name, value in values.items():
-        if value is not None:
-            getattr(writer, f"add_{name}")(value)
-
-
 def _shape(config: DecoderConfig) -> dict[str, Any]:
-    """The hyperparameters."""
+    """The hyperparameters by GGUFWriter's names of them; what is None is left out."""
     linear = config.rope["rope_type"] == "linear"
     return {
         "block_count": config.num_hidden_layers,
@@ -297,8 +293,7 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 
 def _space_prefix(state: Mapping[str, Any]) -> bool:
     """Whether a SentencePiece tokenizer puts a space before a text; ModelError where it does more than that."""
-    normalizers = _steps(state.get("normalizer"), "normalizers")
-    splits = _steps(state.get("pre_tokenizer"), "pretokenizers")
+    normalizers, splits = steps_of(state, "normalizer"), steps_of(state, "pre_tokenizer")
     kinds = [part["type"] for part in normalizers + splits]
     if kinds in (["Prepend", "Replace"], ["Replace"]):
         replace = normalizers[-1]
@@ -311,11 +306,12 @@ def _space_prefix(state: Mapping[str, Any]) -> bool:
 
 def _split_name(state: Mapping[str, Any]) -> str:
     """llama.cpp's name of the way a byte-level tokenizer cuts text."""
-    normalizers = _steps(state.get("normalizer"), "normalizers")
-    if [part["type"] for part in normalizers] not in ([], ["NFC"]):  # llama.cpp has no NFC; text mostly is in it
-        kinds = ", ".join(part["type"] for part in normalizers)
-        raise ModelError(f"the tokenizer normalises text by {kinds}, which llama.cpp's byte-level BPE cannot do")
-    parts = tuple(_describe(part) for part in _steps(state.get("pre_tokenizer"), "pretokenizers"))
+    kinds = [part["type"] for part in steps_of(state, "normalizer")]
+    if kinds not in ([], ["NFC"]):  # llama.cpp has no NFC; text mostly is in it
+        raise ModelError(
+            f"the tokenizer normalises text by {', '.join(kinds)}, which llama.cpp's byte-level BPE cannot do"
+        )
+    parts = tuple(map(_describe, steps_of(state, "pre_tokenizer")))
     name = _SPLITS.get((parts, bool(state["model"].get("ignore_merges"))))
     if name is None:
         raise ModelError(
@@ -335,9 +331,3 @@ def _describe(part: Mapping[str, Any]) -> str:
     if part["type"] == "Split" and part.get("behavior") == "Isolated" and not part.get("invert"):
         return "single digits" if pattern == {"Regex": r"\p{N}"} else pattern.get("Regex", json.dumps(pattern))
     return json.dumps(part, ensure_ascii=False)
-
-
-def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
-    if part is None:
-        return []
-    return list(part[key]) if part["type"] == "Sequence" else [part]

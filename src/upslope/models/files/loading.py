@@ -178,7 +178,6 @@ def _check_tied_copy(folder: Path | str) -> None:
         )
 
 
-_HEAD = "lm_head.weight"
 _KEY = "upslope_reward"
 
 Aggregate = Literal["min", "prod", "last", "mean"]
