@@ -95,8 +95,7 @@ def load_policy(options: RunOptions, *, trunk: bool = False) -> Policy:
     dtype, _ = choose_dtype(options.dtype, device)
     folder = resolve(options.model)
     tokenizer = load_tokenizer(folder)
-    checkpointing = options.gradient_checkpointing
-    model = load_model(folder, dtype=torch.float32, gradient_checkpointing=checkpointing, trunk=trunk)
+    model = load_model(folder, gradient_checkpointing=options.gradient_checkpointing, trunk=trunk)
     _keep_tokens(model, tokenizer, folder)
     turn_ends(folder, tokenizer, vocab_size=model.spec.vocab_size)  # what is wrong is said now, not at a checkpoint
     lora = add_adapters(model, folder, **options.adapters) if options.lora_rank else None
@@ -204,8 +203,7 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
     if choice == "shared":
         return Critic(head.to(policy.model.device), None, {})
     source = resolve(options.model if choice == "separate" else choice)
-    checkpointing = options.gradient_checkpointing
-    trunk = load_model(source, dtype=torch.float32, gradient_checkpointing=checkpointing, trunk=True)
+    trunk = load_model(source, gradient_checkpointing=options.gradient_checkpointing, trunk=True)
     rows, own = len(trunk.output_weight), len(policy.model.output_weight)
     if rows != own:
         raise ModelError(

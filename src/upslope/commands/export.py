@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_inference
-from upslope.commands.export_card import write_card
-from upslope.commands.export_origin import Origin, origin_of
+from upslope.commands.export_card import Origin, origin_of, write_card
 from upslope.commands.export_verify import Gap, is_classifier, verify_folder, verify_gguf
 from upslope.data.chat import load_tokenizer, token_count, write_ends
 from upslope.errors import ModelError, RunError
@@ -57,11 +56,8 @@ def run(options: ExportOptions) -> int:
     if source.found.resolve().is_relative_to(output.resolve()):
         raise RunError(f"{output} holds what is to be exported; choose another --output")
     origin = origin_of(source.found, source.folder, base=options.base, license=options.license)
-    if options.format == "gguf":
-        gaps = _write_file(source, output, options, origin)
-    else:
-        gaps = _write_folder(source, output, options, origin)
-    _report(output, options, gaps)
+    write = _write_file if options.format == "gguf" else _write_folder
+    _report(output, options, write(source, output, options, origin))
     return 0
 
 

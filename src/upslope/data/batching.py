@@ -46,7 +46,10 @@ def collate(
     for index, example in enumerate(examples):
         _check(index, example, examples[0], feed_last=feed_last)
     layout = _Layout()
-    prompts = [_untrained_head(example) if share_prompts else () for example in examples]
+    prompts = [
+        tuple(example.tokens[: next((t for t, flag in enumerate(example.mask) if flag), 0)]) if share_prompts else ()
+        for example in examples
+    ]
     counts = Counter(prompts)
     places = [
         layout.add(example.tokens if feed_last else example.tokens[:-1], prompt if counts[prompt] > 1 else ())
@@ -95,11 +98,6 @@ class _Layout:
         self.lengths.append(len(tokens))
         self.parents.append(parent)
         return first, len(self.lengths) - 1
-
-
-def _untrained_head(example: Example) -> tuple[int, ...]:
-    """The tokens before the first trained one; nothing where none is trained."""
-    return tuple(example.tokens[: next((t for t, flag in enumerate(example.mask) if flag), 0)])
 
 
 def _check(index: int, example: Example, first: Example, *, feed_last: bool) -> None:

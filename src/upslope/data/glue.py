@@ -116,20 +116,22 @@ def labelled(items: Items) -> list[LabelledText]:
     """What an encoder reads: one text or a pair, and the label. ConfigError for copa and record."""
     if not (form := items.form).text:
         raise ConfigError(f"{form.name}: a label per text cannot choose among texts; measure a causal model on it")
-    made = []
-    for item in items.items:
-        texts = [text.format(**item.fields) for text in form.text]
-        made.append(LabelledText(texts[0], item.label, texts[1] if len(texts) > 1 else None, item.where))
-    return made
+    first, second = (*form.text, None)[:2]
+    return [
+        LabelledText(first.format(**item.fields), item.label, second and second.format(**item.fields), item.where)
+        for item in items.items
+    ]
 
 
 def _rows(form: Form, source: str, split: Split, broken: list[str]) -> Iterator[Row]:
-    if (path := Path(source).expanduser()).is_dir():
-        names = [name.format(form.part) for name in _FILES[split]]
-        path = next((path / name for name in names if (path / name).is_file()), path)
+    path = Path(source).expanduser()
+    files = [name.format(form.part) for name in _FILES[split]]
+    path = next((path / name for name in files if (path / name).is_file()), path)
     name = path.name.lower().removesuffix(".gz")
-    if path.is_dir():
-        yield from _folder_rows(form, path, split)
+    part = split if split == "train" else split + form.part  # the split's name in a hub data set
+    if path.is_dir():  # laid out as a hub data set is
+        why = f"{path}: has no {' or '.join(files)}, and as a data set"
+        yield from table_rows(str(path), "", part, str(path), why)
     elif name.endswith(".tsv"):
         if not path.is_file():
             raise DataError(f"{path}: no such file")
@@ -137,19 +139,7 @@ def _rows(form: Form, source: str, split: Split, broken: list[str]) -> Iterator[
     elif path.is_file() or name.endswith((".jsonl", ".json", ".csv", ".parquet")):
         yield from rows_of(path)
     else:
-        yield from rows_of(source, split=_part(form, split))
-
-
-def _part(form: Form, split: Split) -> str:
-    """The split's name in a hub data set."""
-    return split if split == "train" else split + form.part
-
-
-def _folder_rows(form: Form, folder: Path, split: Split) -> Iterator[Row]:
-    """Rows of a folder laid out as a hub data set is."""
-    files = " or ".join(name.format(form.part) for name in _FILES[split])
-    why = f"{folder}: has no {files}, and as a data set"
-    yield from table_rows(str(folder), "", _part(form, split), str(folder), why)
+        yield from rows_of(source, split=part)
 
 
 def _tsv_rows(form: Form, path: Path, split: Split, broken: list[str]) -> Iterator[Row]:

@@ -61,7 +61,7 @@ def _rows_as_given(source: str | Path, split: str | None) -> Iterator[Row]:
         raise DataError(f"{source}: is a folder; name one data file in it")
     elif path.exists():
         raise DataError(f"{source}: a pipe or device, not a plain file; copy what it holds into one")
-    elif _names_a_file(str(source)):
+    elif str(source).lower().removesuffix(".gz").endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(str(source)):
         raise DataError(f"{source}: no such file{near_file(path)}")
     else:
         yield from _hub_rows(str(source), split or "train")
@@ -73,10 +73,6 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
         if name.endswith(suffix) and not (suffix == ".parquet" and path.name.lower().endswith(".gz")):
             return reader
     raise DataError(f"{path}: unknown kind of file; accepted: {', '.join(_READERS)} (text kinds also as .gz)")
-
-
-def _names_a_file(source: str) -> bool:
-    return source.lower().removesuffix(".gz").endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(source)
 
 
 def near_file(path: Path) -> str:

@@ -275,8 +275,7 @@ def _split_sides(prompt: Content | None, chosen: Content, rejected: Content) -> 
 
 
 def _of_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-    common = "".join(letter for letter, _ in same)
+    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     end = common.rfind(_TURN)
     cut = end + len(_TURN) if end >= 0 else len(common[: max(common.rfind(" "), common.rfind("\n"))].rstrip())
     if chosen == rejected or not common[:cut].strip():

@@ -140,7 +140,12 @@ class ChatTemplate:
                 "with here is not how the whole conversation begins, so it cannot be trained as one sequence; split it "
                 "into one conversation per reply, or use a template that leaves earlier turns as they were"
             )
-        self._check_generation_prompt(rendered.text, start, messages[k])
+        header = rendered.text[start : max(start, rendered.text.find(messages[k].content.strip(), start))].strip()
+        if header and "add_generation_prompt" not in self.source:
+            raise DataError(
+                f"the chat template ignores add_generation_prompt, so the model would have to "
+                f"write {header!r} itself; add '{{% if add_generation_prompt %}}' with it to the template's end"
+            )
         closed, closing = self.closed(messages[: k + 1])
         if closing is None:
             raise DataError(
@@ -186,15 +191,6 @@ class ChatTemplate:
             "learn to stop; move {% endgeneration %} behind it"
         )
 
-    def _check_generation_prompt(self, text: str, start: int, turn: Message) -> None:
-        """Refuse a template that opens an assistant turn with a header the sampler would never be given."""
-        header = text[start : max(start, text.find(turn.content.strip(), start))].strip()
-        if header and "add_generation_prompt" not in self.source:
-            raise DataError(
-                f"the chat template ignores add_generation_prompt, so the model would have to "
-                f"write {header!r} itself; add '{{% if add_generation_prompt %}}' with it to the template's end"
-            )
-
     def _start(self, text: str, before: Sequence[Message]) -> int | None:
         with suppress(DataError):  # a template may refuse to prompt here; training on such a turn is refused by name
             if before and text.startswith(prompt := self._raw(before, True)[0]):
@@ -219,7 +215,7 @@ class ChatTemplate:
         try:
             with budget(sum(len(message.content) for message in messages)), ExitStack() as tracked:
                 template = compiled(self.source)
-                template.globals["strftime_now"] = _strftime_now
+                template.globals["strftime_now"] = lambda format: (_CLOCK.get() or datetime.now()).strftime(format)
                 if self.has_marks:  # the tracker is the template's, which threads share
                     tracked.enter_context(_MARKING)
                     tracked.enter_context(template.environment.activate_tracker(blocks, marked))
@@ -235,10 +231,6 @@ class ChatTemplate:
         where = f" ({', '.join(places)})" if places else ""
         roles = ", ".join(message.role for message in messages[:8]) + ", …" * (len(messages) > 8)
         return f"the chat template{where} refuses this conversation ({roles}): {one_line(error)}"
-
-
-def _strftime_now(format: str) -> str:
-    return (_CLOCK.get() or datetime.now()).strftime(format)
 
 
 def _in_form(messages: Sequence[Message]) -> list[Message]:

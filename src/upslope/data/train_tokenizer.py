@@ -71,7 +71,12 @@ def train_tokenizer(
     if not counted.characters:
         raise DataError("no text to train a tokenizer on: every text is empty")
     inner.add_special_tokens(specials)
-    _frame(inner, specials)
+    if {"[CLS]", "[SEP]"} <= set(specials):
+        inner.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(name, inner.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+        )
     return _wrapped(inner, specials)
 
 
@@ -122,16 +127,6 @@ def _char(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokeniz
     inner = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=[], byte_fallback=True))
     inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     return inner
-
-
-def _frame(inner: Tokenizer, specials: Sequence[str]) -> None:
-    """[CLS] text [SEP], where both are among the special tokens."""
-    if {"[CLS]", "[SEP]"} <= set(specials):
-        inner.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(name, inner.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
-        )
 
 
 def _wrapped(inner: Tokenizer, specials: Sequence[str]) -> FastTokenizer:

@@ -3,6 +3,9 @@
 It holds config.json, weights (models.files.weights), the tokenizer's files and, where upslope made it, an
 upslope_source.json that says where it came from. One in a checkpoint has a manifest, one in the cache a record of its
 files: `check_intact` compares every byte with them.
+
+What a name stands for before anything is fetched: of a run its best checkpoint's model, else its last one's; of a name
+that is no model, a path or a model of the hub, and what lies near it.
 """
 
 import difflib

@@ -2,6 +2,11 @@
 
 Matrices are stored in the number type asked for, norms and biases in float32, as llama.cpp wants them. The rows of
 llama's query and key projections are put into the order of its rotary kernel. Format: ggml's docs/gguf.md.
+
+A tokenizer is stored as tokens, their kinds, merges, and the name of the split before the merges. llama.cpp does not
+read how a byte-level vocabulary cuts text before it merges; it knows some dozens of ways by name
+("tokenizer.ggml.pre"). Its own converter finds the name by a hash of the ids of one test text, so only of vocabularies
+it has seen. Here the way of cutting itself is compared, which also names the split of a new vocabulary.
 """
 
 import json

@@ -1,4 +1,10 @@
-"""A folder into a network and back: our decoder where it can run the model exactly, the adapter elsewhere."""
+"""A folder into a network and back: our decoder where it can run the model exactly, the adapter elsewhere.
+
+A reward model is transformers' sequence classifier with one label: `model.*` and `score.weight` [1, D] in place of the
+language head; config.json names the architecture (LlamaForSequenceClassification and its like) and, under
+"upslope_reward", what the numbers mean. There is no bias: the layout has none, and a comparison of two answers does not
+see one.
+"""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -75,7 +81,12 @@ def _filled(network: type[Any], config: Any, folder: Path | str, dtype: torch.dt
         model = network(config, gradient_checkpointing=checkpointing)
     expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
     if config.tie_word_embeddings and _HEAD in found and _EMBEDDING in found:
-        _check_tied_copy(folder)
+        pair = load(folder, names=[_HEAD, _EMBEDDING])
+        if not torch.equal(pair[_HEAD], pair[_EMBEDDING]):
+            raise ModelError(
+                f"{folder}: config.json ties the head to the embedding but {_HEAD} differs from {_EMBEDDING}; "
+                "set tie_word_embeddings to false to use both"
+            )
         del found[_HEAD]
     check_shapes(expected, found, where=folder)
     model.load_state_dict(load(folder, dtype=dtype, names=list(expected)), assign=True)
@@ -166,16 +177,6 @@ def save_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(str(temp))
     return Path(folder)
-
-
-def _check_tied_copy(folder: Path | str) -> None:
-    """A tied folder may still store the head; it must then be the embedding."""
-    pair = load(folder, names=[_HEAD, _EMBEDDING])
-    if not torch.equal(pair[_HEAD], pair[_EMBEDDING]):
-        raise ModelError(
-            f"{folder}: config.json ties the head to the embedding but {_HEAD} differs from {_EMBEDDING}; "
-            "set tie_word_embeddings to false to use both"
-        )
 
 
 _KEY = "upslope_reward"

@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from upslope import packages
 from upslope.cache import cache_root
 from upslope.config import suggestion
-from upslope.errors import ModelError, RunError, UpslopeError
+from upslope.errors import ModelError, RunError
 from upslope.models.files.folders import (
     ADAPTER_CONFIG,
     check_intact,
@@ -332,8 +332,6 @@ def _cached(name: str) -> Iterator[tuple[Path, bool]]:
             yield target, whole
             if not whole:
                 seal(target)
-    except UpslopeError:
-        raise
     except OSError as error:
         raise RunError(f"cannot write the cache {target.parent}: {error}; free space or set UPSLOPE_HOME") from error
 
@@ -348,8 +346,7 @@ def _aliases(name: str = "") -> str:
 
 
 def _line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def say(message: str) -> None:
