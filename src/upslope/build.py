@@ -137,9 +137,8 @@ def _keep_tokens(model: CausalModel, tokenizer: Any, folder: Path) -> None:
 
 def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Cast the module; return the float32 originals of what is trained and was rounded."""
-    masters = {}
-    if dtype != torch.float32:
-        masters = {name: p.detach().to(device) for name, p in model.named_parameters() if p.requires_grad}
+    rounded = [] if dtype == torch.float32 else [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    masters = {name: p.detach().to(device) for name, p in rounded}
     model.to(device=device, dtype=dtype)
     return masters
 

@@ -83,8 +83,7 @@ def _encoder_kind(config: dict[str, Any]) -> Any:
 
     if config.get("model_type") not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return None
-    name = architecture(config)
-    return next((kind for ending, kind in _ENCODER_HEADS.items() if name.endswith(ending)), "masked")
+    return next((kind for ending, kind in _ENCODER_HEADS.items() if architecture(config).endswith(ending)), "masked")
 
 
 def _refuse_unusable(folder: Path) -> None:

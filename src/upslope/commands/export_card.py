@@ -185,8 +185,7 @@ def write_card(origin: Origin, folder: Path, *, name: str, dtype: str, gaps: Seq
     """Write README.md into the exported `folder`, and the files that its commands name."""
     config = read_config(folder)
     files = {f"upslope_{i}_{s.verb or 'run'}.toml": s.config_toml for i, s in enumerate(origin.stages, 1)}
-    commands = _commands(origin, files, dtype)
-    stages = [_chapter(*stage) for stage in zip(origin.stages, files, commands, strict=True)]
+    stages = [_chapter(*stage) for stage in zip(origin.stages, files, _commands(origin, files, dtype), strict=True)]
     parts = [
         f"---\n{_head(origin, config, name)}\n---",
         f"# {name}",

@@ -94,8 +94,7 @@ def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str
     Tokens of texts, the rendering of a chat and the ends of a turn are compared too. RunError for any difference beyond
     rounding.
     """
-    tokenizer = policy.tokenizer if policy is not None else load_tokenizer(source)
-    _same_tokenizer(tokenizer, load_tokenizer(written))
+    _same_tokenizer(load_tokenizer(source) if policy is None else policy.tokenizer, load_tokenizer(written))
     config = read_config(written)
     if policy is not None:
         _round(policy.model, lambda p: p.to(getattr(torch, dtype)))

@@ -75,7 +75,12 @@ def _documents(path: Path) -> Iterator[Iterator[str]]:
         if len(line) > _LARGEST_ROW:
             raise DataError(f"{path}:{number}: a row of more than {_LARGEST_ROW:,} characters; split the document")
         if line.strip():
-            yield _split(_text_column(line, f"{path}:{number}"), f"{path}:{number}")
+            where = f"{path}:{number}"
+            row = object_of(json_of(line.strip(), where), where, "each line must be one JSON object")
+            if not isinstance((text := row.get("text")), str) or not text.strip():
+                what = f"has {', '.join(map(repr, row)) or 'nothing'}" if "text" not in row else f"is {text!r}"[:60]
+                raise DataError(f'{where}: needs a column "text" with a text in it; it {what}')
+            yield _split(text, where)
 
 
 def _split(text: str, where: str) -> Iterator[str]:
@@ -108,14 +113,6 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
         raise not_utf8(path, number, error) from error
     if empty:
         raise DataError(f"{path}: the file is empty; leave it out")
-
-
-def _text_column(line: str, where: str) -> str:
-    row = object_of(json_of(line.strip(), where), where, "each line must be one JSON object")
-    if not isinstance((text := row.get("text")), str) or not text.strip():
-        what = f"has {', '.join(map(repr, row)) or 'nothing'}" if "text" not in row else f"is {text!r}"[:60]
-        raise DataError(f'{where}: needs a column "text" with a text in it; it {what}')
-    return text
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,9 +202,8 @@ def solutions_of(records: Sequence[Record], tokenizer: FastTokenizer, *, max_len
                 f"this tokenizer shows {len(ends)} step ends in {len(steps)} steps; is every step "
                 "a line of text of its own?"
             )
-        values = [math.nan] * (len(example.tokens) - first)
-        for end, label in zip(ends, labels, strict=True):
-            values[end] = label
+        labelled = dict(zip(ends, labels, strict=True))
+        values = [labelled.get(place, math.nan) for place in range(len(example.tokens) - first)]
         return Solution(example, values, record.where)
 
     return _encoded(records, encode, max_length)

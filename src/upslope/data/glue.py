@@ -130,8 +130,7 @@ def _rows(form: Form, source: str, split: Split, broken: list[str]) -> Iterator[
     name = path.name.lower().removesuffix(".gz")
     part = split if split == "train" else split + form.part  # the split's name in a hub data set
     if path.is_dir():  # laid out as a hub data set is
-        why = f"{path}: has no {' or '.join(files)}, and as a data set"
-        yield from table_rows(str(path), "", part, str(path), why)
+        yield from table_rows(str(path), "", part, str(path), f"{path}: has no {' or '.join(files)}, and as a data set")
     elif name.endswith(".tsv"):
         if not path.is_file():
             raise DataError(f"{path}: no such file")
@@ -195,8 +194,7 @@ def items_of_multirc(form: Form, row: Row) -> Iterator[Item]:
     where, values = row
     if "passage" not in values:
         for item in flat(form, row):
-            if not isinstance((index := values.get("idx")), Mapping):
-                index = item.fields
+            index = values["idx"] if isinstance(values.get("idx"), Mapping) else item.fields
             yield replace(item, group=f"{index.get('paragraph')}\0{index.get('question')}")
         return
     passage = _key(values, "passage", dict)

@@ -198,8 +198,7 @@ def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[_Part]:
             yield _Part(_mark("content", k), what, "messages", without(content=""), tools)
         for j, call in enumerate(calls):
             what = f"{lacks} tool_calls (its call of {call['function']['name']!r})"
-            rest = (*calls[:j], *calls[j + 1 :])
-            yield _Part(_mark("call", k, j), what, "messages", without(tool_calls=rest), tools)
+            yield _Part(_mark("call", k, j), what, "messages", without(tool_calls=(*calls[:j], *calls[j + 1 :])), tools)
             if call["function"]["arguments"]:
                 bare = {**call, "function": {**call["function"], "arguments": {}}}
                 fewer = (*calls[:j], bare, *calls[j + 1 :])

@@ -13,10 +13,10 @@ An encoder-decoder's two tokenizers are a `PairTokenizer`.
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from upslope.errors import DataError, ModelError, is_rust_error, located, one_line
@@ -142,6 +142,7 @@ def steps_of(state: Mapping[str, Any], part: str) -> list[dict[str, Any]]:
 SOURCE_FOLDER = "source_tokenizer"
 
 
+@dataclass(eq=False)
 class PairTokenizer:
     """The tokenizer of an encoder-decoder: a source text becomes the prompt, a target text the completion.
 
@@ -153,32 +154,28 @@ class PairTokenizer:
     when a side has no EOS, or decoder_start_token_id could not be told from a source's end.
     """
 
-    chat_template: None = None
+    chat_template: ClassVar[None] = None
 
-    def __init__(
-        self,
-        target: FastTokenizer,
-        source: FastTokenizer | None = None,
-        *,
-        decoder_start_token_id: int,
-        source_offset: int = 0,
-    ) -> None:
-        if (source is None) != (source_offset == 0):
+    target: FastTokenizer
+    source: FastTokenizer | None = None
+    _: KW_ONLY
+    decoder_start_token_id: int
+    source_offset: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.source is None) != (self.source_offset == 0):
             raise ModelError("a source tokenizer of its own goes with a source_offset, the number of target tokens")
-        self.target = target
-        self.source = target if source is None else source
-        self.eos_token_id: int = target.eos_token_id
-        self.pad_token_id: int | None = target.pad_token_id
-        self.bos_token_id: int | None = target.bos_token_id  # a target begins with decoder_start
-        self.decoder_start_token_id = decoder_start_token_id
-        self.source_offset = source_offset
-        for side, tokenizer in (("target", target), ("source", self.source)):
+        self.source = self.target if self.source is None else self.source
+        self.eos_token_id: int = self.target.eos_token_id
+        self.pad_token_id: int | None = self.target.pad_token_id
+        self.bos_token_id: int | None = self.target.bos_token_id  # a target begins with decoder_start
+        for side, tokenizer in (("target", self.target), ("source", self.source)):
             if tokenizer.eos_token_id is None:
                 raise ModelError(f"the {side} tokenizer has no EOS token: set its eos_token")
-        if decoder_start_token_id == self.source.eos_token_id + source_offset:
+        if self.decoder_start_token_id == self.source.eos_token_id + self.source_offset:
             raise ModelError(
-                f"decoder_start_token_id {decoder_start_token_id} is also the source's EOS token, so a source's end "
-                "could not be found: use the padding token, and give EOS a token of its own"
+                f"decoder_start_token_id {self.decoder_start_token_id} is also the source's EOS token, so a source's "
+                "end could not be found: use the padding token, and give EOS a token of its own"
             )
 
     def __len__(self) -> int:

@@ -47,8 +47,7 @@ def _renamed(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Ma
         if column not in row:
             there = ", ".join(map(str, row))
             raise DataError(f"{header_of(where)}: no column {column!r} to take {name} from; there are {there}")
-    taken = set(names.values())
-    rest = {key: value for key, value in row.items() if key not in names and key not in taken}
+    rest = {key: value for key, value in row.items() if key not in names and key not in names.values()}
     return {**{name: row[column] for name, column in names.items()}, **rest}
 
 
@@ -64,7 +63,10 @@ def _rows_as_given(source: str | Path, split: str | None) -> Iterator[Row]:
     elif str(source).lower().removesuffix(".gz").endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(str(source)):
         raise DataError(f"{source}: no such file{near_file(path)}")
     else:
-        yield from _hub_rows(str(source), split or "train")
+        name, _, configuration = str(source).partition(":")
+        why, remedy = f"{source}: no such file, and as a hub data set", "; offline, pass the path of a local file"
+        for where, row in table_rows(name, configuration, split or "train", str(source), why, remedy):
+            yield where, _as_given(object_of(row, where, "a row must have named columns"))
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
@@ -248,13 +250,6 @@ def _rows_at_once(path: Path, metadata: Any) -> int:
     largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
     least = 1 if largest > _GROWTH // 10 * path.stat().st_size else 32
     return min(1024, max(least, 16 * LARGEST_ROW // max(1, largest)))
-
-
-def _hub_rows(source: str, split: str) -> Iterator[Row]:
-    name, _, configuration = source.partition(":")
-    why = f"{source}: no such file, and as a hub data set"
-    for where, row in table_rows(name, configuration, split, source, why, "; offline, pass the path of a local file"):
-        yield where, _as_given(object_of(row, where, "a row must have named columns"))
 
 
 def table_rows(path: str, configuration: str, split: str, name: str, why: str, remedy: str = "") -> Iterator[Row]:

@@ -191,8 +191,7 @@ def _label(value: Any, key: str) -> bool:
 
 
 def _messages(value: Any, key: str) -> tuple[Message, ...]:
-    entries = list_of(value, key, "messages")
-    return tuple(message_of(entry, f"{key}[{i}]") for i, entry in enumerate(entries))
+    return tuple(message_of(entry, f"{key}[{i}]") for i, entry in enumerate(list_of(value, key, "messages")))
 
 
 _VALUES: dict[str, Callable[[Any, str], Any]] = {"text": text_of, "messages": _messages, "label": _label}
@@ -213,8 +212,7 @@ def _sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
         if unknown := sorted(str(k) for k, v in entry.items() if v is not None and k not in _SHAREGPT_KEYS):
             raise DataError(f"{key!r} has the unknown key {unknown[0]!r}; accepted: {', '.join(_SHAREGPT_KEYS)}")
         if not isinstance((speaker := entry["from"]), str) or speaker not in _SHAREGPT_ROLES:
-            accepted = ", ".join(_SHAREGPT_ROLES)
-            raise DataError(f"'{key}.from' is {described(speaker)}; accepted: {accepted}")
+            raise DataError(f"'{key}.from' is {described(speaker)}; accepted: {', '.join(_SHAREGPT_ROLES)}")
         content = text_of(entry["value"], f"{key}.value", empty=True)
         messages.append(Message(_SHAREGPT_ROLES[speaker], content, train=train_of(entry, key)))
     return tuple(messages)
@@ -231,10 +229,8 @@ def _alpaca(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Message,
             raise DataError(f"'history[{i}]' must be a pair [instruction, answer], is {described(pair)}")
         turns.append(Message("user", text_of(pair[0], f"history[{i}][0]")))
         turns.append(Message("assistant", text_of(pair[1], f"history[{i}][1]")))
-    asked = text_of(row["instruction"], "instruction")
-    if row.get("input"):
-        asked = f"{asked}\n{text_of(row['input'], 'input')}"
-    turns.append(Message("user", asked))
+    asked = ("instruction", "input") if row.get("input") else ("instruction",)
+    turns.append(Message("user", "\n".join(text_of(row[key], key) for key in asked)))
     return tuple(turns), (Message("assistant", text_of(row["output"], "output")),)
 
 

@@ -222,15 +222,14 @@ class ChatTemplate:
                 for block in template.root_render_func(template.new_context(given)):
                     blocks.append(block)  # one by one: the tracker reads what is there
         except FAULTS as error:
-            raise DataError(self._refusal(messages, error, line_of(error, template))) from error
+            path = os.path.join(self.tokenizer.name_or_path or "", "chat_template.jinja")
+            line = line_of(error, template)
+            places = [path] * os.path.isfile(path) + [f"line {line}"] * (line is not None)
+            where = f" ({', '.join(places)})" if places else ""
+            roles = ", ".join(message.role for message in messages[:8]) + ", …" * (len(messages) > 8)
+            said = f"the chat template{where} refuses this conversation ({roles}): {one_line(error)}"
+            raise DataError(said) from error
         return "".join(blocks), marked
-
-    def _refusal(self, messages: Sequence[Message], error: Exception, line: int | None) -> str:
-        path = os.path.join(self.tokenizer.name_or_path or "", "chat_template.jinja")
-        places = [path] * os.path.isfile(path) + [f"line {line}"] * (line is not None)
-        where = f" ({', '.join(places)})" if places else ""
-        roles = ", ".join(message.role for message in messages[:8]) + ", …" * (len(messages) > 8)
-        return f"the chat template{where} refuses this conversation ({roles}): {one_line(error)}"
 
 
 def _in_form(messages: Sequence[Message]) -> list[Message]:

@@ -56,9 +56,7 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise ConfigError(f"tokenizer {kind!r} is unknown: {', '.join(KINDS)}")
-    specials = list(dict.fromkeys(special_tokens))
-    if kind == "word" and UNKNOWN not in specials:
-        specials.append(UNKNOWN)
+    specials = list(dict.fromkeys([*special_tokens, *[UNKNOWN] * (kind == "word")]))
     least = len(specials) + (1 if kind == "word" else 256)
     if vocab_size < least:
         needed = "one word" if kind == "word" else "256 bytes"

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,9 @@ def check_intact(folder: Path | str) -> None:
 
 def _is_checkpoint(path: Path) -> bool:
     """By its name, which then calls for a manifest; or, of one that was renamed, by its manifest."""
-    try:
+    with suppress(RunError):
         return step_of(path) >= 0 or bool(read_manifest(path))
-    except RunError:
-        return False
+    return False
 
 
 def seal(folder: Path) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -223,17 +223,15 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             except Exception as error:  # also the HTTP client's own errors, which the hub library lets through
                 raise ModelError(f"{repo}: the download from the hub broke off ({_line(error)}); run again") from error
         reason = info
-    try:
+    with suppress(LocalEntryNotFoundError, ValueError):
         cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        cached = None
-    if cached is None or not _complete(cached):
-        raise HubUnreachable(
-            f"{repo}: cannot be fetched from the hub ({reason}) and is not in its cache; check the name and the "
-            f"network, or give a model folder, a .gguf file or {_aliases(repo)}"
-        )
-    say(f"{repo}: using the hub's cache, {cached} ({reason})")
-    return cached
+        if _complete(cached):
+            say(f"{repo}: using the hub's cache, {cached} ({reason})")
+            return cached
+    raise HubUnreachable(
+        f"{repo}: cannot be fetched from the hub ({reason}) and is not in its cache; check the name and the "
+        f"network, or give a model folder, a .gguf file or {_aliases(repo)}"
+    )
 
 
 def _ask_hub(repo: str, revision: str | None) -> Any:
