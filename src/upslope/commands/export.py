@@ -39,11 +39,6 @@ class Source:
     folder: Path
     policy: Policy | None
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json of the model, or of the base that adapters belong to."""
-        return read_config(self.folder)
-
 
 def run(options: ExportOptions) -> int:
     """Write, compare, report. RunError where the comparison fails; then nothing was written."""
@@ -119,8 +114,8 @@ def _write_folder(source: Source, output: Path, options: ExportOptions, origin: 
             tokenizer = policy.tokenizer if (source.found / "tokenizer.json").is_file() else None
             save_model(policy.model, temp, tensors=tensors, source_folder=source.folder, tokenizer=tokenizer, **sizes)
         else:
-            save_folder(temp, source.config, tensors, source_folder=source.folder, **sizes)
-        if policy is not None and not is_classifier(source.config):
+            save_folder(temp, read_config(source.folder), tensors, source_folder=source.folder, **sizes)
+        if policy is not None and not is_classifier(read_config(source.folder)):
             write_ends(temp, policy.eos_token_ids)
         gaps = verify_folder(temp, source.folder, policy, options.dtype) if options.verify else []
         write_card(origin, temp, name=options.name or output.name, dtype=options.dtype, gaps=gaps)
@@ -137,7 +132,7 @@ def _check_range(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _write_file(source: Source, output: Path, options: ExportOptions, origin: Origin) -> list[Gap]:
-    policy, config = source.policy, source.config
+    policy, config = source.policy, read_config(source.folder)
     kind = architecture(config) or config.get("model_type")
     causal = policy is not None and isinstance(policy.model, Decoder) and not is_classifier(config)
     if policy is None or not causal or decoder_config(source.folder) is None:

@@ -102,9 +102,7 @@ def origin_of(found: Path, folder: Path, *, base: str | None = None, license: st
         source = base if base is not None else base_source(found)
         start = folder
     base_model, words, known = _base(source, start)
-    return Origin(
-        stages=tuple(stages), base_model=base_model, base_words=words, license=license or known, adapters=adapters
-    )
+    return Origin(tuple(stages), base_model, words, license or known, adapters)
 
 
 def _stage(run: Path, model: Path) -> Stage:
@@ -112,7 +110,6 @@ def _stage(run: Path, model: Path) -> Stage:
     found = next(filter(None, (re.match(r"step-(\d+)", name) for name in names)), None)
     step = int(found[1]) if found else None
     with Run.open(run, read_only=True) as opened:
-        result = opened.result
         environment: Mapping[str, Any] = {}
         with suppress(UpslopeError):
             environment = opened.environment
@@ -122,7 +119,7 @@ def _stage(run: Path, model: Path) -> Stage:
             config=opened.config,
             config_toml=opened.config_toml,
             environment=environment,
-            result=result,
+            result=opened.result,
             step=step,
             figures={} if step is None else opened.evaluated(step) or {},
         )
@@ -142,10 +139,11 @@ def _base(source: str, folder: Path | None) -> tuple[str, str, str | None]:
     """Hub id, words and licence of a model that no run here made."""
     if source in ("none", "scratch"):
         return "", "random weights", None
-    name = source if source in ALIASES and folder is None else _alias_of(folder)
+    homes = {name: cache_root() / "models" / name for name in ALIASES}
+    found = (name for name, home in homes.items() if folder is not None and folder.resolve() == home.resolve())
+    name = source if source in ALIASES and folder is None else next(found, None)
     if name is not None:
-        alias, cached = ALIASES[name], cache_root() / "models" / name
-        record = provenance(cached) if cached.is_dir() else {}
+        alias, record = ALIASES[name], provenance(homes[name]) if homes[name].is_dir() else {}
         took = f"{alias.repo}, its weights from {record['origin']}" if record.get("kind") == "gguf" else alias.repo
         return alias.repo, took, alias.license
     if folder is None:
@@ -158,12 +156,6 @@ def _base(source: str, folder: Path | None) -> tuple[str, str, str | None]:
     if record.get("kind") in ("gguf", "wheel"):
         return named, f"{record.get('origin')} (sha256 {record.get('sha256') or record.get('wheel_sha256')})", license
     return named, f"{named or f'the local folder {folder.name}, whose origin is not known'}", license
-
-
-def _alias_of(folder: Path | None) -> str | None:
-    """The alias whose cached folder this is."""
-    cached = {(cache_root() / "models" / name).resolve(): name for name in ALIASES}
-    return None if folder is None else cached.get(folder.resolve())
 
 
 def _said_by_card(folder: Path) -> tuple[str, str | None]:
@@ -266,12 +258,10 @@ def _usage(config: Mapping[str, Any]) -> str:
 
 def _commands(origin: Origin, files: Iterable[str], dtype: str) -> list[str]:
     """What runs each stage again, one after the other; a later one starts from the step that was taken before it."""
-    commands = []
+    commands, start = [], ""
     for number, (stage, file) in enumerate(zip(origin.stages, files, strict=True), 1):
-        start = ""
-        if number > 1 and (step := origin.stages[number - 2].step) is not None:
-            start = f" --model new/{number - 1}/checkpoints/step-{step:08d}"
         commands.append(f"upslope {stage.verb} --config {file}{start} --output-dir new/{number}")
+        start = "" if stage.step is None else f" --model new/{number}/checkpoints/step-{stage.step:08d}"
     if commands:
         commands[-1] += f"\nupslope export new/{len(commands)} --dtype {dtype} --output FOLDER"
     return commands

@@ -248,7 +248,11 @@ def label_of(form: Form, values: Mapping[str, Any]) -> str:
     """The label's name; where the labels have none, the number as text."""
     value = _cell(values, form.label)
     if form.graded:
-        return _score(value)
+        if (score := finite(value)) == -1:
+            raise DataError("the score is -1: this split keeps its labels back; use the validation split")
+        if isinstance(value, bool) or score is None or not 0 <= score <= 5:
+            raise DataError(f"the score is {value!r:.60}; it must be a number from 0 to 5")
+        return repr(score)
     column = form.label[0]
     if not (text := "" if value is None else str(value).strip()):
         raise DataError(f"{column} is empty; every row needs a label (the official test sets have none)")
@@ -262,14 +266,6 @@ def label_of(form: Form, values: Mapping[str, Any]) -> str:
         f"{column} is {text!r:.60}; {form.name} has {', '.join(form.labels)} "
         f"(or 0 to {len(form.labels) - 1} in this order){suggestion(text, form.labels)}"
     )
-
-
-def _score(value: Any) -> str:
-    if (score := finite(value)) == -1:
-        raise DataError("the score is -1: this split keeps its labels back; use the validation split")
-    if isinstance(value, bool) or score is None or not 0 <= score <= 5:
-        raise DataError(f"the score is {value!r:.60}; it must be a number from 0 to 5")
-    return repr(score)
 
 
 def _cloze(passage: str, query: str, entities: Sequence[str], answers: Sequence[str], where: str) -> Item:

@@ -52,7 +52,11 @@ def message_of(entry: Any, key: str, where: str = "") -> Message:
         if "role" not in entry:
             raise DataError(f"{key!r} has no 'role'; add it (one of {', '.join(ROLES)})")
         role = _role(entry["role"], key)
-        if (calls := _calls(entry.get("tool_calls", ()), key)) and role != "assistant":
+        written = entry.get("tool_calls", ())
+        if not isinstance(written, (list, tuple)) or not all(isinstance(call, Mapping) for call in written):
+            raise DataError(f"'{key}.tool_calls' must be a list of objects, is {described(written)}")
+        calls = tuple(_call(call, f"{key}.tool_calls[{i}]") for i, call in enumerate(written))
+        if calls and role != "assistant":
             raise DataError(f"'{key}.tool_calls' belong to an assistant message, this one is from {role!r}")
         if "tool_call_id" in entry and role in _SPOKEN:
             raise DataError(f"'{key}.tool_call_id' belongs to a tool's message, this one is from {role!r}")
@@ -176,12 +180,6 @@ def _parts(value: Any, key: str) -> str:
         part = _given(part, f"{key}[{i}]", "with type and text", ("type", "text"))
         texts.append(text_of(part.get("text"), f"{key}[{i}].text", empty=True))
     return "".join(texts)
-
-
-def _calls(value: Any, key: str) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(call, Mapping) for call in value):
-        raise DataError(f"'{key}.tool_calls' must be a list of objects, is {described(value)}")
-    return tuple(_call(call, f"{key}.tool_calls[{i}]") for i, call in enumerate(value))
 
 
 def _call(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -166,11 +166,9 @@ def _check_fit(folder: Path, parameters: Mapping[str, Tensor], shapes: Mapping[s
     for name, shape in shapes.items():
         if name not in parameters:
             raise ModelError(f"{folder}: adapts {name}, which the base model does not have; is it the right --base?")
-        if tuple(parameters[name].shape) != shape:
-            own = list(parameters[name].shape)
-            raise ModelError(
-                f"{folder}: {name} is {list(shape)} but the base model's is {own}; is it the right --base?"
-            )
+        if (own := tuple(parameters[name].shape)) != shape:
+            said = f"{name} is {list(shape)} but the base model's is {list(own)}"
+            raise ModelError(f"{folder}: {said}; is it the right --base?")
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:

@@ -247,7 +247,8 @@ def pinned_template(template: str, tokenizer: Any, *, bos: int | None, eos: int 
     for the names of other tokens; transformers writes the tokenizer's tokens, and nothing for one that it lacks.
     """
     theirs = dict.fromkeys(_TOKEN_NAMES, "")
-    theirs |= {"bos_token": _text(tokenizer, bos), "eos_token": _text(tokenizer, eos)}
+    for name, token in (("bos_token", bos), ("eos_token", eos)):
+        theirs[name] = None if token is None else tokenizer.convert_ids_to_tokens(token)
     ours = {name: getattr(tokenizer, name) or "" for name in theirs if re.search(rf"\b{name}\b", template)}
     lead = [f"{{%- set {name} = {_quoted(text)} -%}}" for name, text in ours.items() if text != theirs[name]]
     if not lead or template.startswith("".join(lead).removesuffix("-%}")):  # read from such a file
@@ -255,10 +256,6 @@ def pinned_template(template: str, tokenizer: Any, *, bos: int | None, eos: int 
     if template[0].isspace():  # which `-%}` would remove; a newline after a block is removed alone
         lead[-1] = lead[-1].removesuffix("-%}") + "%}\n"
     return "".join(lead) + template
-
-
-def _text(tokenizer: Any, token: int | None) -> str | None:
-    return None if token is None else tokenizer.convert_ids_to_tokens(token)
 
 
 def _quoted(text: str) -> str:
