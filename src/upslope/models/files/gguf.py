@@ -236,21 +236,14 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any
         with one_model_error(f"{path}: the tokenizer cannot be converted"):
             rebuilt = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
     if byte_level and split in _DIGIT_SPLITS:
-        rebuilt.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        rebuilt.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     framed = metadata.get("tokenizer.ggml.add_bos_token", True)
     has_bos = framed or metadata.get("tokenizer.ggml.bos_token_id") is not None  # transformers then names some token
     return PreTrainedTokenizerFast(
         tokenizer_object=rebuilt.backend_tokenizer,
         bos_token=rebuilt.bos_token if has_bos else None,
-        eos_token=rebuilt.eos_token,
-        unk_token=rebuilt.unk_token,
-        pad_token=rebuilt.pad_token,
-        chat_template=rebuilt.chat_template,
+        **{name: getattr(rebuilt, name) for name in ("eos_token", "unk_token", "pad_token", "chat_template")},
         model_max_length=config["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
     )
