@@ -73,8 +73,7 @@ class Policy:
         """The start model inside the trained one: its adapters switched off. Only under LoRA."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-        if not layers:
+        if not (layers := [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]):
             raise ConfigError("the reference model is inside the policy only when adapters are trained (lora_rank > 0)")
         for layer in layers:
             layer.enable_adapters(False)

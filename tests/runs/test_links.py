@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from upslope.errors import RunError
-from upslope.models.files.folders import model_of_run, run_of
+from upslope.models.files.places import model_of_run, run_of
 from upslope.runs import Run
 from upslope.training import checkpoint
 

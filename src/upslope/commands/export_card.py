@@ -18,7 +18,8 @@ from upslope.commands.export_verify import Gap
 from upslope.errors import ModelError, UpslopeError
 from upslope.models.files.adapters import adapter_config, base_source
 from upslope.models.files.config_json import architecture
-from upslope.models.files.folders import is_adapter, model_of_run, provenance, read_config, run_of
+from upslope.models.files.folders import is_adapter, provenance, read_config
+from upslope.models.files.places import model_of_run, run_of
 from upslope.models.files.sources import ALIASES
 from upslope.models.files.weights import read_shapes
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE

@@ -249,8 +249,7 @@ def padded_from_flat(values_N: Tensor, sequence_N: Tensor, num_sequences: int) -
     if count and int(sequence_N[-1]) >= num_sequences:
         raise ValueError(f"padded_from_flat: sequence {int(sequence_N[-1])} of only {num_sequences}")
     counts_B = torch.bincount(sequence_N, minlength=num_sequences)
-    width = int(counts_B.max()) if num_sequences else 0
-    mask_BT = torch.arange(width, device=values_N.device) < counts_B[:, None]
+    mask_BT = torch.arange(int(counts_B.max()) if num_sequences else 0, device=values_N.device) < counts_B[:, None]
     return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N), mask_BT
 
 

@@ -319,8 +319,7 @@ def _common(tokenizer: FastTokenizer, text: str, other: str) -> str:
 
 def _ids(config: dict[str, Any], path: Path) -> list[int]:
     """eos_token_id as a list; of a text model's part of config.json too. ModelError for what are no token ids."""
-    value = config.get("eos_token_id")
-    if value is None and isinstance(text := config.get("text_config"), dict):
+    if (value := config.get("eos_token_id")) is None and isinstance(text := config.get("text_config"), dict):
         value = text.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):

@@ -200,8 +200,7 @@ def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[_Part]:
             what = f"{lacks} tool_calls (its call of {call['function']['name']!r})"
             yield _Part(_mark("call", k, j), what, "messages", without(tool_calls=(*calls[:j], *calls[j + 1 :])), tools)
             if call["function"]["arguments"]:
-                bare = {**call, "function": {**call["function"], "arguments": {}}}
-                fewer = (*calls[:j], bare, *calls[j + 1 :])
+                fewer = (*calls[:j], {**call, "function": {**call["function"], "arguments": {}}}, *calls[j + 1 :])
                 what = f"{what}: the arguments are not shown"
                 yield _Part(_mark("argument", k, j), what, "messages", without(tool_calls=fewer), tools)
 

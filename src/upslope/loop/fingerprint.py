@@ -25,7 +25,7 @@ from upslope.data.corpus import corpus_files
 from upslope.data.glue import form_of
 from upslope.data.pieces import PairTokenizer
 from upslope.errors import ModelError, RunError
-from upslope.models.files.folders import lies_in_run, model_of_run
+from upslope.models.files.places import lies_in_run, model_of_run
 from upslope.plugins import parse_spec
 from upslope.rewards.summands import parse_rewards
 from upslope.types import Prompt

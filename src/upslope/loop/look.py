@@ -14,7 +14,7 @@ from upslope.config import PLUGINS
 from upslope.data.readers import near_file, rows_of
 from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError, ModelError, RunError
-from upslope.models.files.folders import is_path, near_names
+from upslope.models.files.places import is_path, near_names
 from upslope.options import DistillOptions, DPOOptions, RewardOptions, RunOptions, SFTOptions
 from upslope.plugins import check_file, parse_spec
 from upslope.rewards.summands import check_reward, parse_rewards

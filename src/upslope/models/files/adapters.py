@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from upslope.errors import ModelError
 from upslope.json_file import read_object
-from upslope.models.files.folders import ADAPTER_CONFIG, check_intact, copy_companions, new_folder, run_of
+from upslope.models.files.folders import ADAPTER_CONFIG, check_intact, copy_companions, new_folder
 from upslope.models.files.loading import load_model, save_model
+from upslope.models.files.places import run_of
 from upslope.models.files.weights import read_file
 
 WEIGHTS = "adapter_model.safetensors"
@@ -74,8 +75,7 @@ def base_source(folder: Path | str) -> str:
     where neither says it.
     """
     folder = Path(folder)
-    named = adapter_config(folder).get("base_model_name_or_path")
-    if not named or not Path(str(named)).is_dir():
+    if not (named := adapter_config(folder).get("base_model_name_or_path")) or not Path(str(named)).is_dir():
         named = _model_of_run(folder) or named
     if not named:
         raise ModelError(

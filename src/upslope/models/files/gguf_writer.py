@@ -296,8 +296,7 @@ def _scores(tokens: list[str], kinds: list[int], merges: list[tuple[str, ...]]) 
 def _space_prefix(state: Mapping[str, Any]) -> bool:
     """Whether a SentencePiece tokenizer puts a space before a text; ModelError where it does more than that."""
     normalizers, splits = steps_of(state, "normalizer"), steps_of(state, "pre_tokenizer")
-    kinds = [part["type"] for part in normalizers + splits]
-    if kinds in (["Prepend", "Replace"], ["Replace"]):
+    if (kinds := [part["type"] for part in normalizers + splits]) in (["Prepend", "Replace"], ["Replace"]):
         replace = normalizers[-1]
         if replace["pattern"] == {"String": " "} and replace["content"] == _SPACE:
             return kinds[0] == "Prepend"
@@ -314,8 +313,7 @@ def _split_name(state: Mapping[str, Any]) -> str:
             f"the tokenizer normalises text by {', '.join(kinds)}, which llama.cpp's byte-level BPE cannot do"
         )
     parts = tuple(map(_describe, steps_of(state, "pre_tokenizer")))
-    name = _SPLITS.get((parts, bool(state["model"].get("ignore_merges"))))
-    if name is None:
+    if (name := _SPLITS.get((parts, bool(state["model"].get("ignore_merges"))))) is None:
         raise ModelError(
             f"the tokenizer cuts text by {' then '.join(parts) or 'nothing'}, for which no name of llama.cpp is known "
             "here; if llama.cpp has one, give it with --pre-tokenizer and check it with --verify"

@@ -32,14 +32,11 @@ from upslope.models.files.folders import (
     check_intact,
     damage_of_cached,
     is_adapter,
-    is_path,
-    lies_in_run,
-    model_of_run,
-    near_names,
     new_folder,
     provenance,
     seal,
 )
+from upslope.models.files.places import is_path, lies_in_run, model_of_run, near_names
 
 CONVERTER_VERSION = 1  # raised when models.files.gguf writes something else, so that cached folders are made again
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
