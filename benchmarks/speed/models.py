@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.speed import work
 from upslope.models.decoder.network import Decoder, DecoderConfig
 from upslope.models.files.config_json import SCORE
-from upslope.models.files.loading import load_model
-from upslope.models.files.reward_folder import RewardSettings, save_reward_folder
+from upslope.models.files.loading import RewardSettings, load_model, save_reward_folder
 from upslope.models.files.weights import save_folder
 
 

@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from upslope.config import check
-from upslope.data.chat import load_tokenizer, token_count
-from upslope.data.ends import turn_ends, write_ends
+from upslope.data.chat import load_tokenizer, token_count, turn_ends, write_ends
 from upslope.devices.hardware import choose_dtype, device_of_machine
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, ModelError, RunError
 from upslope.models.attention.context import BLOCK, KVCache
 from upslope.models.files.adapters import PREFIX, WEIGHTS, merge_adapters
 from upslope.models.files.folders import is_adapter
-from upslope.models.files.loading import load_model, save_model
-from upslope.models.files.reward_folder import stored_score
+from upslope.models.files.loading import load_model, save_model, stored_score
 from upslope.models.files.sources import base_folder, resolve, say
 from upslope.models.files.weights import load as load_weights
 from upslope.models.files.weights import read_file
@@ -49,7 +47,7 @@ class Policy:
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """The ids that end a completion (data.ends.turn_ends)."""
+        """The ids that end a completion (data.chat.turn_ends)."""
         return turn_ends(self.folder, self.tokenizer, vocab_size=self.model.spec.vocab_size)
 
     def write(self, folder: Path, trained: Mapping[str, Tensor]) -> None:
@@ -75,8 +73,7 @@ class Policy:
         """The start model inside the trained one: its adapters switched off. Only under LoRA."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-        if not layers:
+        if not (layers := [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]):
             raise ConfigError("the reference model is inside the policy only when adapters are trained (lora_rank > 0)")
         for layer in layers:
             layer.enable_adapters(False)
@@ -97,8 +94,7 @@ def load_policy(options: RunOptions, *, trunk: bool = False) -> Policy:
     dtype, _ = choose_dtype(options.dtype, device)
     folder = resolve(options.model)
     tokenizer = load_tokenizer(folder)
-    checkpointing = options.gradient_checkpointing
-    model = load_model(folder, dtype=torch.float32, gradient_checkpointing=checkpointing, trunk=trunk)
+    model = load_model(folder, gradient_checkpointing=options.gradient_checkpointing, trunk=trunk)
     _keep_tokens(model, tokenizer, folder)
     turn_ends(folder, tokenizer, vocab_size=model.spec.vocab_size)  # what is wrong is said now, not at a checkpoint
     lora = add_adapters(model, folder, **options.adapters) if options.lora_rank else None
@@ -134,16 +130,14 @@ def load_inference(source: str | Path, *, dtype: str = "auto", base: str | None 
 
 def _keep_tokens(model: CausalModel, tokenizer: Any, folder: Path) -> None:
     """Predict only what the tokenizer knows, and say what that leaves out."""
-    left_out = model.keep_tokens(token_count(tokenizer), folder)
-    if left_out:
+    if left_out := model.keep_tokens(token_count(tokenizer), folder):
         say(f"{folder}: {left_out} of the {len(model.output_weight)} rows of its head are no token; never predicted")
 
 
 def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Cast the module; return the float32 originals of what is trained and was rounded."""
-    masters = {}
-    if dtype != torch.float32:
-        masters = {name: p.detach().to(device) for name, p in model.named_parameters() if p.requires_grad}
+    rounded = [] if dtype == torch.float32 else [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    masters = {name: p.detach().to(device) for name, p in rounded}
     model.to(device=device, dtype=dtype)
     return masters
 
@@ -207,8 +201,7 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
     if choice == "shared":
         return Critic(head.to(policy.model.device), None, {})
     source = resolve(options.model if choice == "separate" else choice)
-    checkpointing = options.gradient_checkpointing
-    trunk = load_model(source, dtype=torch.float32, gradient_checkpointing=checkpointing, trunk=True)
+    trunk = load_model(source, gradient_checkpointing=options.gradient_checkpointing, trunk=True)
     rows, own = len(trunk.output_weight), len(policy.model.output_weight)
     if rows != own:
         raise ModelError(
@@ -216,8 +209,7 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
         )
     head = ScalarHead(trunk.spec.hidden_size)
     if choice != "separate":
-        weight = stored_score(source)
-        if weight is None:
+        if (weight := stored_score(source)) is None:
             raise ModelError(f"{choice}: no score.weight in it; a critic starts from a reward model with a scalar head")
         head.score.weight.data.copy_(weight)
     masters = _to_compute(trunk, policy.model.dtype, policy.model.device)

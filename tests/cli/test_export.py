@@ -241,7 +241,7 @@ def _wrong_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upslope.models.files.gguf_vocab._split_name", lambda state: "gpt-2")
+    monkeypatch.setattr("upslope.models.files.gguf_writer._split_name", lambda state: "gpt-2")
 
 
 def _wrong_template(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,7 +252,7 @@ def _wrong_template(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _wrong_frame(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("upslope.models.files.gguf_vocab._frame", lambda tokenizer: (True, False))
+    monkeypatch.setattr("upslope.models.files.gguf_writer._frame", lambda tokenizer: (True, False))
 
 
 def _wrong_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,7 +400,7 @@ def test_encoders(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_reward_models(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from upslope.models.files.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
+    from upslope.models.files.loading import RewardSettings, load_reward_folder, save_reward_folder
 
     model = load_model(tiny)
     torch.manual_seed(0)

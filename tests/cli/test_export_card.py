@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_one_line(work: Path, tmp_path: Path, capsys: py
 
 
 def test_the_alias_is_named_with_its_licence(smollm2_folder: Path, tmp_path: Path) -> None:
-    from upslope.commands.export_origin import origin_of
+    from upslope.commands.export_card import origin_of
 
     origin = origin_of(smollm2_folder, smollm2_folder)
     assert origin.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -14,8 +14,7 @@ from tiny_model import CHATML
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from upslope.build import load_inference
-from upslope.data.chat import load_tokenizer
-from upslope.data.ends import closing_tokens, turn_ends, write_ends
+from upslope.data.chat import closing_tokens, load_tokenizer, turn_ends, write_ends
 from upslope.errors import ModelError
 
 # Phi-3's way: the EOS after a conversation's last turn only.

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from upslope.data.chat import encode_completion, encode_conversation, encode_document, encode_prompt, load_tokenizer
 from upslope.data.examples import examples_of
-from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer
+from upslope.data.pieces import SOURCE_FOLDER, PairTokenizer
 from upslope.data.records import record_of
 from upslope.engine.text import TextStream
 from upslope.errors import DataError, ModelError

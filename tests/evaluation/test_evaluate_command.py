@@ -212,8 +212,7 @@ def test_a_benchmark_of_a_language_model(models, tmp_path: Path, capsys) -> None
 def test_a_reward_model_is_measured_on_preferences(tmp_path: Path, capsys) -> None:
     import torch
 
-    from upslope.models.files.loading import load_model
-    from upslope.models.files.reward_folder import RewardSettings, save_reward_folder
+    from upslope.models.files.loading import RewardSettings, load_model, save_reward_folder
 
     source = tiny_folder(tmp_path / "m")
     model = load_model(source)

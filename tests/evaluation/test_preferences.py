@@ -15,8 +15,7 @@ from upslope.data.records import Record
 from upslope.errors import DataError
 from upslope.evaluation.preferences import reward_accuracy
 from upslope.models.decoder.network import Decoder
-from upslope.models.files.loading import load_model
-from upslope.models.files.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
+from upslope.models.files.loading import RewardSettings, load_model, load_reward_folder, save_reward_folder
 from upslope.rewards.networks import RewardModel
 from upslope.types import Reward, RolloutGroup
 

@@ -26,8 +26,7 @@ from upslope.models.encoder.network import load_encoder
 from upslope.models.files.adapters import base_source
 from upslope.models.files.gguf import convert, read_ends
 from upslope.models.files.gguf_writer import write_gguf
-from upslope.models.files.loading import decoder_config, save_model
-from upslope.models.files.reward_folder import load_reward_folder
+from upslope.models.files.loading import decoder_config, load_reward_folder, save_model
 from upslope.models.files.weights import load
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.training.step import score

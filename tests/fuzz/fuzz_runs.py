@@ -16,7 +16,7 @@ from tiny_model import tiny_folder
 
 from upslope.build import load_inference
 from upslope.cli import main
-from upslope.commands.export_origin import origin_of
+from upslope.commands.export_card import origin_of
 from upslope.errors import ConfigError, DataError, ModelError, RunError
 from upslope.loop.expert_rows import groups_of_run
 from upslope.manifest import write_manifest

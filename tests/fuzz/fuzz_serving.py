@@ -14,8 +14,7 @@ from fuzz_kit import Family, damaged, damaged_json
 from tiny_model import CHATML, tiny_folder, tiny_tokenizer
 
 from upslope.build import load_inference
-from upslope.data.chat import encode_conversation, encode_prompt
-from upslope.data.ends import closing_tokens
+from upslope.data.chat import closing_tokens, encode_conversation, encode_prompt
 from upslope.data.messages import message_of, tools_of
 from upslope.data.readers import json_of
 from upslope.engine import Engine

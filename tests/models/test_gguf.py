@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from tiny_models import TEMPLATE, rotary_order, tiny_network, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from upslope.data.chat import load_tokenizer
-from upslope.data.ends import turn_ends
+from upslope.data.chat import load_tokenizer, turn_ends
 from upslope.errors import DataError, ModelError
 from upslope.models.decoder.network import DecoderConfig
 from upslope.models.files.gguf import convert, expected_shapes, gguf_names, hf_config, undo_rope_order

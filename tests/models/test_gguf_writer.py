@@ -24,8 +24,7 @@ from upslope.errors import ModelError, RunError
 from upslope.models.decoder.network import DecoderConfig
 from upslope.models.files.folders import new_file
 from upslope.models.files.gguf import convert, read_ends, undo_rope_order
-from upslope.models.files.gguf_vocab import pinned_template, read_vocab
-from upslope.models.files.gguf_writer import as_stored, rope_order, write_gguf
+from upslope.models.files.gguf_writer import as_stored, pinned_template, read_vocab, rope_order, write_gguf
 from upslope.models.files.loading import decoder_config
 from upslope.models.files.weights import load
 

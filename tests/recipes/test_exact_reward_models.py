@@ -25,7 +25,7 @@ from plain_kit import (
 from torch import Tensor
 
 from upslope.models.files.config_json import SCORE
-from upslope.models.files.reward_folder import load_reward_folder
+from upslope.models.files.loading import load_reward_folder
 from upslope.options import RewardOptions
 from upslope.recipes.reward import RewardLearner
 

@@ -29,7 +29,7 @@ from supervised_kit import (
 )
 from torch import Tensor
 
-from upslope.data.masking import Masking
+from upslope.data.batching import Masking
 from upslope.errors import ConfigError
 from upslope.loop.texts import objective_of, start_encoder, start_policy, start_tokenizer
 from upslope.models.protocol import CausalModel

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tiny_model import tiny_folder
 
 from upslope.cli import main
-from upslope.data.masking import Masking
+from upslope.data.batching import Masking
 from upslope.data.train_tokenizer import train_tokenizer
 from upslope.errors import ConfigError, DataError, RunError, UpslopeError
 from upslope.models.files.loading import load_model

@@ -20,7 +20,7 @@ from upslope.build import load_critic, load_policy
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError, ModelError, UpslopeError
 from upslope.models.files.folders import read_config
-from upslope.models.files.reward_folder import load_reward_folder
+from upslope.models.files.loading import load_reward_folder
 from upslope.models.files.weights import load as load_weights
 from upslope.options import PPOOptions, RewardOptions
 from upslope.recipes.ppo import PPO, ppo

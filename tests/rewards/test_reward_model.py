@@ -18,8 +18,7 @@ from upslope.data.examples import solutions_of, step_ends
 from upslope.data.records import record_of
 from upslope.errors import ConfigError, DataError
 from upslope.models.decoder.network import Decoder
-from upslope.models.files.loading import load_model
-from upslope.models.files.reward_folder import RewardSettings, load_reward_folder, save_reward_folder
+from upslope.models.files.loading import RewardSettings, load_model, load_reward_folder, save_reward_folder
 from upslope.rewards.judge import InlineJudge, reward_metrics
 from upslope.rewards.networks import AGGREGATES, RewardModel, load_reward_model
 from upslope.rewards.summands import NETWORKS, Summand, Surroundings, load_reward, split_rewards

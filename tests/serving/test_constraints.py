@@ -14,7 +14,7 @@ import pytest
 from tests.tiny_model import tiny_folder, tiny_tokenizer
 from upslope.build import load_inference
 from upslope.data.chat import load_tokenizer
-from upslope.data.tool_calls import ToolCall, ToolReader
+from upslope.data.messages import ToolCall, ToolReader
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, DataError
 from upslope.serving.constraints import Constraint, Grammars, Marks, calls_grammar, offered_grammar

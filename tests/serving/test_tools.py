@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from upslope.data.tool_calls import ToolCall, ToolReader
+from upslope.data.messages import ToolCall, ToolReader
 
 
 def pieces(text: str, size: int) -> Iterator[str]:

@@ -6,7 +6,7 @@ program that the format is for loads the result before it gets its name: what fa
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy, load_inference
-from upslope.commands.export_card import write_card
-from upslope.commands.export_origin import Origin, origin_of
+from upslope.commands.export_card import Origin, origin_of, write_card
 from upslope.commands.export_verify import Gap, is_classifier, verify_folder, verify_gguf
-from upslope.data.chat import load_tokenizer, token_count
-from upslope.data.ends import write_ends
+from upslope.data.chat import load_tokenizer, token_count, write_ends
 from upslope.errors import ModelError, RunError
 from upslope.extras import require
 from upslope.models.decoder.network import Decoder
@@ -41,11 +39,6 @@ class Source:
     folder: Path
     policy: Policy | None
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """config.json of the model, or of the base that adapters belong to."""
-        return read_config(self.folder)
-
 
 def run(options: ExportOptions) -> int:
     """Write, compare, report. RunError where the comparison fails; then nothing was written."""
@@ -58,11 +51,8 @@ def run(options: ExportOptions) -> int:
     if source.found.resolve().is_relative_to(output.resolve()):
         raise RunError(f"{output} holds what is to be exported; choose another --output")
     origin = origin_of(source.found, source.folder, base=options.base, license=options.license)
-    if options.format == "gguf":
-        gaps = _write_file(source, output, options, origin)
-    else:
-        gaps = _write_folder(source, output, options, origin)
-    _report(output, options, gaps)
+    write = _write_file if options.format == "gguf" else _write_folder
+    _report(output, options, write(source, output, options, origin))
     return 0
 
 
@@ -88,8 +78,7 @@ def _encoder_kind(config: dict[str, Any]) -> Any:
 
     if config.get("model_type") not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return None
-    name = architecture(config)
-    return next((kind for ending, kind in _ENCODER_HEADS.items() if name.endswith(ending)), "masked")
+    return next((kind for ending, kind in _ENCODER_HEADS.items() if architecture(config).endswith(ending)), "masked")
 
 
 def _refuse_unusable(folder: Path) -> None:
@@ -118,16 +107,15 @@ def _write_folder(source: Source, output: Path, options: ExportOptions, origin: 
     known = {k: v for k, v in provenance(source.folder).items() if k not in ("kind", "origin")}  # no paths of ours
     record = {"kind": "export", "origin": origin.base_model, **known}
     with new_folder(output, overwrite=options.overwrite, record=record) as temp:
-        if policy is not None and is_adapter(source.found):
-            tensors = {name: p.detach() for name, p in policy.model.named_parameters()}
-            _check_range(tensors, dtype)
+        adapted = policy is not None and is_adapter(source.found)
+        tensors = dict(policy.model.named_parameters()) if adapted else load(source.folder)
+        _check_range(tensors, dtype)
+        if adapted:
             tokenizer = policy.tokenizer if (source.found / "tokenizer.json").is_file() else None
             save_model(policy.model, temp, tensors=tensors, source_folder=source.folder, tokenizer=tokenizer, **sizes)
         else:
-            tensors = load(source.folder)
-            _check_range(tensors, dtype)
-            save_folder(temp, source.config, tensors, source_folder=source.folder, **sizes)
-        if policy is not None and not is_classifier(source.config):
+            save_folder(temp, read_config(source.folder), tensors, source_folder=source.folder, **sizes)
+        if policy is not None and not is_classifier(read_config(source.folder)):
             write_ends(temp, policy.eos_token_ids)
         gaps = verify_folder(temp, source.folder, policy, options.dtype) if options.verify else []
         write_card(origin, temp, name=options.name or output.name, dtype=options.dtype, gaps=gaps)
@@ -144,7 +132,7 @@ def _check_range(tensors: dict[str, Tensor], dtype: torch.dtype) -> None:
 
 
 def _write_file(source: Source, output: Path, options: ExportOptions, origin: Origin) -> list[Gap]:
-    policy, config = source.policy, source.config
+    policy, config = source.policy, read_config(source.folder)
     kind = architecture(config) or config.get("model_type")
     causal = policy is not None and isinstance(policy.model, Decoder) and not is_classifier(config)
     if policy is None or not causal or decoder_config(source.folder) is None:
@@ -152,13 +140,12 @@ def _write_file(source: Source, output: Path, options: ExportOptions, origin: Or
             f"{source.found}: {kind} cannot be written as GGUF; language models of the llama, mistral, qwen2 "
             "and qwen3 families can, without sliding windows and other variants (use --format hf)"
         )
-    tensors = {name: p.detach() for name, p in policy.model.named_parameters()}
     about = {"name": options.name or output.stem, "license": origin.license, "description": origin.summary}
     with new_file(output, overwrite=options.overwrite) as temp:
         write_gguf(
             temp,
             policy.model.config,
-            tensors,
+            dict(policy.model.named_parameters()),
             policy.tokenizer,
             kind=options.dtype,
             eos_token_ids=policy.eos_token_ids,
@@ -172,7 +159,7 @@ def _report(output: Path, options: ExportOptions, gaps: list[Gap]) -> None:
     files = sorted(p for p in output.rglob("*") if p.is_file()) if output.is_dir() else [output]
     size = sum(path.stat().st_size for path in files)
     if options.json:
-        found = [gap.as_json() for gap in gaps]
+        found = list(map(asdict, gaps))
         print(json.dumps({"output": str(output), "dtype": options.dtype, "bytes": size, "verified": found}))
         return
     print(output)

@@ -8,7 +8,7 @@ order of rows, a wrong tokenizer. The bounds lie several times above what correc
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from upslope.build import Policy
 from upslope.commands.llama_cpp import LlamaCpp
 from upslope.data.chat import load_tokenizer
-from upslope.data.pairs import PairTokenizer
+from upslope.data.pieces import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.config_json import architecture, quiet
@@ -69,10 +69,6 @@ class Gap:
     mean_allowed: float
     also: str = ""
 
-    def as_json(self) -> dict[str, Any]:
-        """The comparison as a JSON object."""
-        return asdict(self)
-
     def in_words(self) -> str:
         """One line."""
         words = f"{self.name}: largest difference {self.largest:.2g} (allowed {self.largest_allowed:g})"
@@ -98,8 +94,7 @@ def verify_folder(written: Path, source: Path, policy: Policy | None, dtype: str
     Tokens of texts, the rendering of a chat and the ends of a turn are compared too. RunError for any difference beyond
     rounding.
     """
-    tokenizer = policy.tokenizer if policy is not None else load_tokenizer(source)
-    _same_tokenizer(tokenizer, load_tokenizer(written))
+    _same_tokenizer(load_tokenizer(source) if policy is None else policy.tokenizer, load_tokenizer(written))
     config = read_config(written)
     if policy is not None:
         _round(policy.model, lambda p: p.to(getattr(torch, dtype)))
@@ -142,8 +137,7 @@ def verify_gguf(written: Path, policy: Policy, kind: GGUFType) -> list[Gap]:
         differences, agreed, total = [], 0, 0
         for ids in _token_lists(policy, room=_GENERATED + 1):  # llama.cpp refuses a prompt that fills its context
             found = list(program.predictions(ids, top=_TOP, then=_GENERATED))
-            ours_TV = _logprobs(policy.model, found[-1][0])
-            for ours_V, (_, top) in zip(ours_TV, found, strict=True):
+            for ours_V, (_, top) in zip(_logprobs(policy.model, found[-1][0]), found, strict=True):
                 differences.append((ours_V[[t for t, _ in top]] - torch.tensor([x for _, x in top])).abs())
                 agreed += int(ours_V.argmax()) == top[0][0]
             total += len(found)
@@ -213,8 +207,8 @@ def _same_chat(policy: Policy, program: LlamaCpp) -> bool:
     if not policy.tokenizer.chat_template:
         return False
     ours, theirs = _chat(policy.tokenizer), program.render(MESSAGES)
-    bos = policy.tokenizer.bos_token
-    if ours != theirs and ours.removeprefix(bos or "") != theirs:  # llama.cpp leaves a BOS to its tokenizer
+    bos = policy.tokenizer.bos_token or ""
+    if theirs not in (ours, ours.removeprefix(bos)):  # llama.cpp leaves a BOS to its tokenizer
         raise RunError(f"llama.cpp renders a chat as {theirs!r} instead of {ours!r}, so nothing was written")
     return True
 
@@ -263,8 +257,7 @@ def _transformers(folder: Path, dtype: torch.dtype) -> Any:
     import transformers
 
     name = architecture(read_config(folder))
-    kind = getattr(transformers, name, None)
-    if kind is None:
+    if (kind := getattr(transformers, name, None)) is None:
         raise ModelError(f"{folder}: transformers has no {name}, so there is nothing to compare with")
     with quiet():
         network, report = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, use_safetensors=True)

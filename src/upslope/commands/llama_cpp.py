@@ -67,8 +67,7 @@ class LlamaCpp:
 
     def ends_with(self, token: int) -> bool:
         """Whether generation stops after `token`."""
-        answer = self._complete([self._plain], n_predict=2, logit_bias=[[token, _CERTAIN]])
-        return answer["stop_type"] == "eos"
+        return self._complete([self._plain], n_predict=2, logit_bias=[[token, _CERTAIN]])["stop_type"] == "eos"
 
     def predictions(self, tokens: Sequence[int], *, top: int, then: int) -> Iterator[Prediction]:
         """For every prefix of `tokens`, and `then` greedy tokens more: (prefix, the `top` likeliest (token, log-prob)).
@@ -78,8 +77,7 @@ class LlamaCpp:
         known = list(tokens)
         for count in range(1, len(known) + then + 1):
             # A token that ends inside a character would be held back with its log-probs: a plain one is forced.
-            bias = [[self._plain, _CERTAIN]]
-            answer = self._complete(known[:count], n_predict=1, n_probs=top, logit_bias=bias)
+            answer = self._complete(known[:count], n_predict=1, n_probs=top, logit_bias=[[self._plain, _CERTAIN]])
             best = [(e["id"], e["logprob"]) for e in answer["completion_probabilities"][0]["top_logprobs"]]
             yield known[:count], best
             if count >= len(tokens):

@@ -1,14 +1,17 @@
-"""Examples to packed batches, micro-batches under a token budget, and the order in which data is met.
+"""Examples to packed batches, micro-batches under a token budget, the order in which data is met, and masked tokens.
 
 Everything here is a pure function of its arguments: which sequences share a micro-batch never changes a gradient, and
-which item stands at a position of the data order follows from (seed, position) alone, so a run resumes exactly.
+which item stands at a position of the data order, and what is masked of it, follows from (seed, position) alone, so a
+run resumes exactly. Of numpy's Philox generator only raw outputs are used, which it keeps unchanged between versions.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,42 +37,36 @@ def collate(
     rows_N is the row of the token before each trained token, whose output predicts it. With `share_prompts`, what
     comes before the first trained token is laid down once for all examples in which it is the same. Without
     `feed_last` each example's last token is only predicted, which is all that a loss over tokens needs: it follows no
-    other, and ends_B is None. `fields` are
-    concatenated to [N] tensors: int64 where every value is an integer, else float32 (a tensor keeps its own floating
-    type). Raises ValueError for lengths that do not fit each other, a trained first token, or examples whose fields
-    differ.
+    other, and ends_B is None. `fields` are concatenated to [N] tensors: int64 where every value is an integer, else
+    float32 (a tensor keeps its own floating type). Raises ValueError for lengths that do not fit each other, a trained
+    first token, or examples whose fields differ.
     """
     if not examples:
         raise ValueError("collate: no examples")
     for index, example in enumerate(examples):
         _check(index, example, examples[0], feed_last=feed_last)
     layout = _Layout()
-    prompts = [_untrained_head(example) if share_prompts else () for example in examples]
+    prompts = [
+        tuple(example.tokens[: next((t for t, flag in enumerate(example.mask) if flag), 0)]) if share_prompts else ()
+        for example in examples
+    ]
     counts = Counter(prompts)
-    rows: list[int] = []
-    targets: list[int] = []
-    ends: list[int] = []
-    for example, prompt in zip(examples, prompts, strict=True):
-        fed = example.tokens if feed_last else example.tokens[:-1]
-        place = layout.add(fed, prompt if counts[prompt] > 1 else ())
-        trained = [t for t, flag in enumerate(example.mask) if flag]
-        rows += [place[t - 1] for t in trained]
-        targets += [example.tokens[t] for t in trained]
-        ends.append(place[-1])
-    fields = {name: _field([example.fields[name] for example in examples], name) for name in examples[0].fields}
-    sequence_N = torch.repeat_interleave(
-        torch.arange(len(examples)), torch.tensor([sum(map(bool, example.mask)) for example in examples])
-    )
+    places = [
+        layout.add(example.tokens if feed_last else example.tokens[:-1], prompt if counts[prompt] > 1 else ())
+        for example, prompt in zip(examples, prompts, strict=True)
+    ]
+    trained = [(i, t) for i, example in enumerate(examples) for t, flag in enumerate(example.mask) if flag]
+    whole = partial(torch.tensor, dtype=torch.int64, device=device)
     return Batch(
-        tokens_T=torch.tensor(layout.tokens, dtype=torch.int64).to(device),
-        positions_T=torch.tensor(layout.positions, dtype=torch.int64).to(device),
+        tokens_T=whole(layout.tokens),
+        positions_T=whole(layout.positions),
         lengths=layout.lengths,
         parents=layout.parents,
-        rows_N=torch.tensor(rows, dtype=torch.int64).to(device),
-        targets_N=torch.tensor(targets, dtype=torch.int64).to(device),
-        sequence_N=sequence_N.to(device),
-        ends_B=torch.tensor(ends, dtype=torch.int64).to(device) if feed_last else None,
-        fields={name: values.to(device) for name, values in fields.items()},
+        rows_N=whole([places[i][t - 1] for i, t in trained]),
+        targets_N=whole([examples[i].tokens[t] for i, t in trained]),
+        sequence_N=whole([i for i, _ in trained]),
+        ends_B=whole([place[-1] for place in places]) if feed_last else None,
+        fields={name: _field([e.fields[name] for e in examples], name).to(device) for name in examples[0].fields},
     )
 
 
@@ -81,20 +78,18 @@ class _Layout:
     positions: list[int] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     parents: list[int] = field(default_factory=list)
-    shared: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=dict)
+    shared: dict[tuple[int, ...], tuple[int, int]] = field(default_factory=lambda: {(): (0, -1)})
 
     def add(self, tokens: Sequence[int], prompt: tuple[int, ...]) -> list[int]:
         """Lay down a sequence, its shared prompt only if it is new; returns the row of each of its tokens."""
-        if not prompt:
-            first, _ = self._segment(tokens, 0, -1)
-            return list(range(first, first + len(tokens)))
         if prompt not in self.shared:
             self.shared[prompt] = self._segment(prompt, 0, -1)
         start, parent = self.shared[prompt]
-        if len(tokens) == len(prompt):
-            return list(range(start, start + len(prompt)))
-        first, _ = self._segment(tokens[len(prompt) :], len(prompt), parent)
-        return [*range(start, start + len(prompt)), *range(first, first + len(tokens) - len(prompt))]
+        place = list(range(start, start + len(prompt)))
+        if rest := tokens[len(prompt) :]:
+            first, _ = self._segment(rest, len(prompt), parent)
+            place += range(first, first + len(rest))
+        return place
 
     def _segment(self, tokens: Sequence[int], position: int, parent: int) -> tuple[int, int]:
         first = len(self.tokens)
@@ -103,12 +98,6 @@ class _Layout:
         self.lengths.append(len(tokens))
         self.parents.append(parent)
         return first, len(self.lengths) - 1
-
-
-def _untrained_head(example: Example) -> tuple[int, ...]:
-    """The tokens before the first trained one; nothing where none is trained."""
-    first = next((t for t, flag in enumerate(example.mask) if flag), 0)
-    return tuple(example.tokens[:first])
 
 
 def _check(index: int, example: Example, first: Example, *, feed_last: bool) -> None:
@@ -131,11 +120,10 @@ def _check(index: int, example: Example, first: Example, *, feed_last: bool) -> 
 def _field(parts: Sequence[Any], name: str) -> Tensor:
     """Per-trained-token values of all examples as one [N] tensor."""
     tensors = [_values(part, name) for part in parts]
-    if any(tensor.is_floating_point() for tensor in tensors):
-        # an example without trained tokens says nothing about the type
-        kind = max((t.dtype for t in tensors if t.is_floating_point()), key=lambda dtype: dtype.itemsize)
-        return torch.cat([tensor.to(kind) for tensor in tensors])
-    return torch.cat([tensor.to(torch.int64) for tensor in tensors])
+    floating = (t.dtype for t in tensors if t.is_floating_point())
+    # an example without trained tokens says nothing about the type
+    kind = max(floating, key=lambda dtype: dtype.itemsize, default=torch.int64)
+    return torch.cat([tensor.to(kind) for tensor in tensors])
 
 
 def _values(part: Any, name: str) -> Tensor:
@@ -164,18 +152,12 @@ def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
         raise ValueError(f"split_by_tokens: a length is {min(lengths)}; every sequence has at least 1 token")
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     alone = [[index] for index in order if lengths[index] > budget]
-    rest = [index for index in order if lengths[index] <= budget]
-    if not rest:
+    if not (rest := [index for index in order if lengths[index] <= budget]):
         return alone
     fewest = len(_cut(rest, lengths, budget))
-    low, high = lengths[rest[0]], budget
-    while low < high:
-        middle = (low + high) // 2
-        if len(_cut(rest, lengths, middle)) <= fewest:
-            high = middle
-        else:
-            low = middle + 1
-    return alone + _cut(rest, lengths, low)
+    limits = range(lengths[rest[0]], budget)
+    few = bisect_left(limits, True, key=lambda limit: len(_cut(rest, lengths, limit)) <= fewest)
+    return alone + _cut(rest, lengths, limits.start + few)
 
 
 def _cut(order: Sequence[int], lengths: Sequence[int], limit: int) -> list[list[int]]:
@@ -194,14 +176,16 @@ def data_order(n: int, *, seed: int, epoch: int) -> list[int]:
     """A permutation of range(n), a pure function of (n, seed, epoch).
 
     Items are sorted by the raw 64-bit outputs of a Philox counter generator keyed with (seed, epoch) (Salmon et al.
-    2011). Only raw outputs are used, the one thing numpy keeps unchanged between versions, so the order is stable
-    across versions and machines. Raises ValueError for n < 0 or epoch < 0.
+    2011), so the order is stable across versions and machines. Raises ValueError for n < 0 or epoch < 0.
     """
     if n < 0 or epoch < 0:
         raise ValueError(f"data_order: n={n} and epoch={epoch} must not be negative")
-    key = np.array([seed & _WORD, epoch & _WORD], dtype=np.uint64)
-    raw = np.random.Philox(key=key).random_raw(n)
-    return np.argsort(raw, kind="stable").tolist()
+    return np.argsort(_raw(n, seed, epoch), kind="stable").tolist()
+
+
+def _raw(n: int, *key: int) -> np.ndarray:
+    """The first n outputs of a Philox generator with this key of two numbers."""
+    return np.random.Philox(key=np.array([part & _WORD for part in key], dtype=np.uint64)).random_raw(n)
 
 
 @dataclass(slots=True)
@@ -265,10 +249,8 @@ def padded_from_flat(values_N: Tensor, sequence_N: Tensor, num_sequences: int) -
     if count and int(sequence_N[-1]) >= num_sequences:
         raise ValueError(f"padded_from_flat: sequence {int(sequence_N[-1])} of only {num_sequences}")
     counts_B = torch.bincount(sequence_N, minlength=num_sequences)
-    width = int(counts_B.max()) if num_sequences else 0
-    mask_BT = torch.arange(width, device=values_N.device) < counts_B[:, None]
-    padded_BT = values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N)
-    return padded_BT, mask_BT
+    mask_BT = torch.arange(int(counts_B.max()) if num_sequences else 0, device=values_N.device) < counts_B[:, None]
+    return values_N.new_zeros(mask_BT.shape).masked_scatter(mask_BT, values_N), mask_BT
 
 
 def flat_from_padded(padded_BT: Tensor, mask_BT: Tensor) -> Tensor:
@@ -277,3 +259,36 @@ def flat_from_padded(padded_BT: Tensor, mask_BT: Tensor) -> Tensor:
         shapes = f"{list(padded_BT.shape)} and mask {list(mask_BT.shape)} ({mask_BT.dtype})"
         raise ValueError(f"flat_from_padded: values {shapes} do not fit")
     return padded_BT[mask_BT]
+
+
+@dataclass(frozen=True, slots=True)
+class Masking:
+    """Which tokens the masked objective hides, and what it puts in their place (Devlin et al. 2019, arXiv 1810.04805).
+
+    Of the chosen tokens 80% become [MASK], 10% another token, 10% stay: the network cannot know which ones it is asked
+    for. The choice is a pure function of (seed, counter).
+
+    probability: share of the tokens chosen. words: the ids that may stand in for a token. keep: never chosen.
+    """
+
+    probability: float
+    mask_id: int
+    words: Sequence[int]
+    keep: Container[int]
+    seed: int
+
+    def apply(self, tokens: Sequence[int], counter: int) -> tuple[list[int], list[int]]:
+        """The tokens with some replaced, and the places chosen, ascending; at least one where any may be."""
+        raw = _raw(3 * len(tokens), self.seed, counter)
+        choose, how = (raw[: 2 * len(tokens)] >> np.uint64(11)).reshape(2, -1) * 2.0**-53
+        free = [t for t, token in enumerate(tokens) if token not in self.keep]
+        places = [t for t in free if choose[t] < self.probability]
+        if free and not places:
+            places = [min(free, key=lambda t: choose[t])]
+        changed = list(tokens)
+        for t in places:
+            if how[t] < 0.8:
+                changed[t] = self.mask_id
+            elif how[t] < 0.9:
+                changed[t] = self.words[int(raw[2 * len(tokens) + t]) % len(self.words)]
+        return changed, places

@@ -2,26 +2,35 @@
 
 For every assistant turn the prompt's tokens (`encode_prompt` of the messages before it) are a prefix of the training
 tokens (`encode_conversation` of the whole): both tokenise the template's text in the same pieces.
+
+What ends a turn: the tokens after which a completion stops, here and wherever the model is taken. transformers reads
+them from generation_config.json, else from config.json. What training ends a sequence with may be another token: the
+tokenizer's EOS after a text, the special token with which the chat template closes an assistant's turn after a
+conversation. All of these end a turn; `write_ends` says so in a folder, so that others stop there too.
 """
 
-from __future__ import annotations
-
+import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upslope.atomic import read_object
 from upslope.data.messages import at
-from upslope.data.pairs import SOURCE_FOLDER, PairTokenizer, pair_tokenizer
-from upslope.data.pieces import encode_pieces
+from upslope.data.pieces import (
+    SOURCE_FOLDER,
+    FastTokenizer,
+    PairTokenizer,
+    closing_special,
+    encode_pieces,
+    pair_tokenizer,
+)
 from upslope.data.template import ChatTemplate, Tools
 from upslope.errors import DataError, ModelError, is_rust_error, one_line
 from upslope.types import Example, Message, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 _NO_CHAT = "an encoder-decoder takes a text as prompt (the source) and as completion (the target), not messages"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -42,15 +51,14 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises ModelError when the folder or its files are missing or cannot be read.
     """
     path = Path(folder).expanduser()
-    file = path / "config.json"
-    config = read_object(file, ModelError) if file.is_file() else {}
-    if config.get("is_encoder_decoder"):
+    file = path / _CONFIG
+    if (config := read_object(file, ModelError) if file.is_file() else {}).get("is_encoder_decoder"):
         source = _load_one(path / SOURCE_FOLDER, pair=True) if (path / SOURCE_FOLDER).is_dir() else None
         return pair_tokenizer(path, config, _load_one(path, pair=True), source)
     return _load_one(path, ours=str(config.get("model_type")).startswith("upslope_"))
 
 
-def _load_one(path: Path, *, pair: bool = False, ours: bool = False) -> PreTrainedTokenizerBase:
+def _load_one(path: Path, *, pair: bool = False, ours: bool = False) -> FastTokenizer:
     """One tokenizer; of a pair, or of an architecture that transformers does not have, whatever class it has for it."""
     if not path.is_dir():
         raise ModelError(f"{path}: no such model folder")
@@ -82,7 +90,7 @@ def token_count(tokenizer: Any) -> int:
     return 1 + max(tokenizer.get_vocab().values())
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
+def encode_prompt(tokenizer: FastTokenizer, prompt: Prompt, *, tools: Tools = ()) -> list[int]:
     """The tokens a sampler is given for `prompt`.
 
     Messages go through the chat template with a generation prompt; text is taken as it stands, behind a BOS token only
@@ -109,7 +117,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, *, tools: 
     return ids
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_text(tokenizer: FastTokenizer, text: str) -> list[int]:
     """The tokens of a text as it stands, behind BOS if the tokenizer adds one itself and the text does not have it."""
     ids, _ = encode_pieces(tokenizer, text, ())
     bos = tokenizer.bos_token_id
@@ -118,7 +126,7 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, max_length: int | None = None, tools: Tools = ()
+    tokenizer: FastTokenizer, messages: Sequence[Message], *, max_length: int | None = None, tools: Tools = ()
 ) -> Example:
     """The training sequence of a conversation; the mask is True on its assistant turns' own tokens.
 
@@ -148,7 +156,7 @@ def encode_conversation(
 
 
 def encode_completion(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: FastTokenizer,
     prompt: str | Sequence[Message],
     completion: str | Sequence[Message],
     *,
@@ -170,8 +178,7 @@ def encode_completion(
         if not isinstance(completion, str):
             raise DataError("'prompt' is text but 'completion' is a list of messages: make both the same")
         _check_no_tools(tools)
-        head = encode_text(tokenizer, prompt)
-        if not head:
+        if not (head := encode_text(tokenizer, prompt)):
             raise DataError("'prompt' has no tokens")
         tail = with_eos(tokenizer, encode_pieces(tokenizer, completion, (), continues=True)[0])
         return _checked(head, tail, max_length)
@@ -181,7 +188,7 @@ def encode_completion(
 
 
 def encode_document(
-    tokenizer: PreTrainedTokenizerBase, text: str, *, max_length: int | None = None, tools: Tools = ()
+    tokenizer: FastTokenizer, text: str, *, max_length: int | None = None, tools: Tools = ()
 ) -> Example:
     """The training sequence of a plain text: every token is trained on, with EOS at the end.
 
@@ -191,17 +198,15 @@ def encode_document(
     if isinstance(tokenizer, PairTokenizer):
         raise DataError("an encoder-decoder learns from pairs: give records with 'prompt' (source) and 'completion'")
     _check_no_tools(tools)
-    ids = encode_text(tokenizer, text)
-    if not ids:
+    if not (ids := encode_text(tokenizer, text)):
         raise DataError("'text' has no tokens")
     ids = with_eos(tokenizer, ids)
     return _checked(ids[:1], ids[1:], max_length)
 
 
-def with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+def with_eos(tokenizer: FastTokenizer, ids: list[int]) -> list[int]:
     """`ids` ended by exactly one EOS token. Raises DataError when the tokenizer has none."""
-    eos = tokenizer.eos_token_id
-    if eos is None:
+    if (eos := tokenizer.eos_token_id) is None:
         raise DataError("the tokenizer has no EOS token, so nothing can teach the model to stop: set its eos_token")
     return ids if ids[-1:] == [eos] else [*ids, eos]
 
@@ -221,3 +226,102 @@ def check_length(length: int, max_length: int | None) -> None:
     """TooLongError beyond `max_length` tokens; None is no limit."""
     if max_length is not None and length > max_length:
         raise TooLongError(length, max_length)
+
+
+_GENERATION, _CONFIG = "generation_config.json", "config.json"
+_COPIED = ("bos_token_id", "pad_token_id", "decoder_start_token_id")
+_ASKED, _REPLY, _TOOLS = Message("user", "What is it?"), "It is one.", ("first_tool", "second_tool")
+_CALLS = [{"id": f"callabcd{i}", "type": "function", "function": {"name": _TOOLS[i], "arguments": {}}} for i in (0, 1)]
+_NO_ARGUMENTS = {"type": "object", "properties": {}}
+_OFFERED = [
+    {"type": "function", "function": {"name": name, "description": "A tool.", "parameters": _NO_ARGUMENTS}}
+    for name in _TOOLS
+]
+# (tools, a turn of the assistant, text from which on its end is looked for)
+_PROBES: tuple[tuple[list[dict[str, Any]], Message, str], ...] = (
+    ([], Message("assistant", _REPLY), _REPLY),
+    (_OFFERED, Message("assistant", "", tool_calls=tuple(_CALLS)), _TOOLS[0]),
+)
+
+
+def turn_ends(folder: Path | str, tokenizer: Any, *, vocab_size: int | None = None) -> tuple[int, ...]:
+    """The ids that end a turn of the model in `folder`, each once.
+
+    In this order: those of generation_config.json, else of config.json; the tokenizer's EOS; what closes the chat
+    template's turns. ModelError where there is none, and for one that is no token of `vocab_size`.
+    """
+    paths = (Path(folder) / name for name in (_GENERATION, _CONFIG))
+    said = ((path, _ids(read_object(path, ModelError), path)) for path in paths if path.is_file())
+    where, named = next(((path, ids) for path, ids in said if ids), ("", []))
+    found = dict.fromkeys(named, f"{where}: eos_token_id")
+    if tokenizer.eos_token_id is not None:
+        found.setdefault(tokenizer.eos_token_id, f"{folder}: the tokenizer's EOS")
+    for token in closing_tokens(tokenizer):
+        found.setdefault(tokenizer.convert_tokens_to_ids(token), f"{folder}: the chat template's {token!r}")
+    if not found:
+        raise ModelError(
+            f"{folder}: neither {_GENERATION}, {_CONFIG}, the tokenizer nor a chat template says what ends a turn; "
+            f"write eos_token_id into {_GENERATION}"
+        )
+    for token_id, who in found.items():
+        if vocab_size is not None and token_id >= vocab_size:
+            raise ModelError(f"{who} is token {token_id}, but the model has only {vocab_size} tokens; correct it")
+    return tuple(found)
+
+
+def write_ends(folder: Path, ends: Sequence[int]) -> None:
+    """Make the model folder's generation_config.json say that these ids end a turn, if it does not yet.
+
+    Where there is no such file it also gets what transformers would have taken from config.json.
+    """
+    path = folder / _GENERATION
+    config = read_object(path if path.is_file() else folder / _CONFIG, ModelError)
+    if set(_ids(config, path)) == set(ends):
+        return
+    if not path.is_file():
+        config = {name: config[name] for name in _COPIED if config.get(name) is not None}
+    config["eos_token_id"] = ends[0] if len(ends) == 1 else list(ends)
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def closing_tokens(tokenizer: FastTokenizer) -> list[str]:
+    """The special tokens with which the chat template closes an assistant's turn: a reply, and a turn of tool calls.
+
+    Each as training marks it, and, where the template writes more after a conversation's last turn, as it closes a
+    turn that a user's follows. Nothing where there is no template or it refuses; nor a token that the template writes
+    within the turn too, since that does not end it.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        return []
+    turns: list[str] = []
+    for tools, turn, mark in _PROBES:
+        with suppress(DataError):  # a template may refuse such a conversation, which then nobody trains on
+            template = ChatTemplate(tokenizer, tools)
+            last = _since(mark, template.closed([_ASKED, turn])[0])
+            turns.append(last)
+            followed = _since(mark, template.closed([_ASKED, turn, _ASKED])[0])
+            turns.append(_common(tokenizer, last, followed).rstrip())
+    found = [(closing_special(tokenizer, text), text) for text in turns]
+    return list(dict.fromkeys(token for token, text in found if token is not None and text.count(token) == 1))
+
+
+def _since(mark: str, text: str) -> str:
+    """`text` from the last `mark` on; nothing where it is not there."""
+    return text[text.rindex(mark) :] if mark in text else ""
+
+
+def _common(tokenizer: FastTokenizer, text: str, other: str) -> str:
+    """The beginning of `text` whose tokens are also those of `other`."""
+    ids, starts = encode_pieces(tokenizer, text, ())
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(ids, encode_pieces(tokenizer, other, ())[0], strict=False))
+    return text[: [*starts, len(text)][len(list(same))]]
+
+
+def _ids(config: dict[str, Any], path: Path) -> list[int]:
+    """eos_token_id as a list; of a text model's part of config.json too. ModelError for what are no token ids."""
+    if (value := config.get("eos_token_id")) is None and isinstance(text := config.get("text_config"), dict):
+        value = text.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+        raise ModelError(f"{path}: eos_token_id is {value!r}; it must be a token id or a list of them")
+    return ids

@@ -10,8 +10,6 @@ own text stands in it; a row of a .jsonl file is one, its column "text". Each li
 included; CRLF counts as one line break and a byte-order mark is left out.
 """
 
-from __future__ import annotations
-
 import codecs
 import glob
 import hashlib
@@ -21,22 +19,20 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
-from tokenizers import Tokenizer
 
 from upslope.atomic import fsync_folder, fsync_tree, read_object
+from upslope.data.pieces import FastTokenizer, plain_backend
 from upslope.data.readers import LARGEST_ROW, json_of, not_utf8, object_of, reading
 from upslope.errors import ConfigError, DataError, RunError
-from upslope.manifest import damaged_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from upslope.manifest import damaged_file, inventory
 
 KINDS = (".txt", ".jsonl")
 FILES = ("tokens.bin", "marks.bin")
@@ -53,16 +49,10 @@ def corpus_files(sources: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for source in sources:
-        path = Path(source).expanduser()
-        if path.is_file():
-            if path.suffix.lower() not in KINDS:
-                raise DataError(f"{path}: pretraining reads {' and '.join(KINDS)} files; convert it to one of them")
-            files = [path]
-        elif path.is_dir():
-            files = sorted(p for p in path.rglob("*") if p.suffix.lower() in KINDS and p.is_file())
-        else:
-            matches = (Path(p) for p in sorted(glob.glob(str(path), recursive=True)))
-            files = [p for p in matches if p.suffix.lower() in KINDS and p.is_file()]
+        if (path := Path(source).expanduser()).is_file() and path.suffix.lower() not in KINDS:
+            raise DataError(f"{path}: pretraining reads {' and '.join(KINDS)} files; convert it to one of them")
+        inside = sorted(path.rglob("*")) if path.is_dir() else map(Path, sorted(glob.glob(str(path), recursive=True)))
+        files = [path] if path.is_file() else [p for p in inside if p.suffix.lower() in KINDS and p.is_file()]
         if not files:
             raise DataError(f"{source}: no such file, and no {' or '.join(KINDS)} file in it or matching it")
         found.update(dict.fromkeys(files))
@@ -71,9 +61,8 @@ def corpus_files(sources: Sequence[str]) -> list[Path]:
 
 def texts_of(files: Iterable[Path]) -> Iterator[str]:
     """The files' texts line by line, as they are encoded; for training a tokenizer."""
-    for file in files:
-        for document in _documents(file):
-            yield from document
+    for document in chain.from_iterable(map(_documents, files)):
+        yield from document
 
 
 def _documents(path: Path) -> Iterator[Iterator[str]]:
@@ -85,7 +74,12 @@ def _documents(path: Path) -> Iterator[Iterator[str]]:
         if len(line) > _LARGEST_ROW:
             raise DataError(f"{path}:{number}: a row of more than {_LARGEST_ROW:,} characters; split the document")
         if line.strip():
-            yield _split(_text_column(line, f"{path}:{number}"), f"{path}:{number}")
+            where = f"{path}:{number}"
+            row = object_of(json_of(line.strip(), where), where, "each line must be one JSON object")
+            if not isinstance((text := row.get("text")), str) or not text.strip():
+                what = f"has {', '.join(map(repr, row)) or 'nothing'}" if "text" not in row else f"is {text!r}"[:60]
+                raise DataError(f'{where}: needs a column "text" with a text in it; it {what}')
+            yield _split(text, where)
 
 
 def _split(text: str, where: str) -> Iterator[str]:
@@ -93,8 +87,7 @@ def _split(text: str, where: str) -> Iterator[str]:
     start = 0
     text = text.replace("\r\n", "\n")
     while start < len(text):
-        end = text.find("\n", start) + 1 or len(text)
-        if end - start > LARGEST_ROW:
+        if (end := text.find("\n", start) + 1 or len(text)) - start > LARGEST_ROW:
             raise DataError(f"{where}: a line of {end - start:,} characters in its text, at most {LARGEST_ROW:,}")
         yield text[start:end]
         start = end
@@ -119,15 +112,6 @@ def _lines(path: Path, limit: int) -> Iterator[str]:
         raise not_utf8(path, number, error) from error
     if empty:
         raise DataError(f"{path}: the file is empty; leave it out")
-
-
-def _text_column(line: str, where: str) -> str:
-    row = object_of(json_of(line.strip(), where), where, "each line must be one JSON object")
-    text = row.get("text")
-    if not isinstance(text, str) or not text.strip():
-        what = f"has {', '.join(map(repr, row)) or 'nothing'}" if "text" not in row else f"is {text!r}"[:60]
-        raise DataError(f'{where}: needs a column "text" with a text in it; it {what}')
-    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +190,7 @@ class Corpus:
         return TokenStream(self.tokens[start - 1 : end], high - low)
 
 
-def open_corpus(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, cache: Path) -> Corpus:
+def open_corpus(files: Sequence[Path], tokenizer: FastTokenizer, *, cache: Path) -> Corpus:
     """The files' tokens, encoded now or taken from `cache` when neither files nor tokenizer have changed.
 
     A file counts as changed when its size or its time of modification differs. What the cache holds is read through
@@ -222,8 +206,7 @@ def open_corpus(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, *, ca
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
-            meta = _meta(folder)
-            if meta is None:
+            if (meta := _meta(folder)) is None:
                 for stale in cache.glob(f".{folder.name}.tmp-*"):
                     shutil.rmtree(stale)
                 meta = _build(folder, files, tokenizer, border)
@@ -240,21 +223,20 @@ def _meta(folder: Path) -> dict[str, Any] | None:
     """What the cache knows of a corpus that is there and whole; None where it has to be made, the old one removed."""
     if not folder.is_dir():
         return None
-    try:
+    reason = "meta.json is damaged or of an earlier version"
+    with suppress(DataError, KeyError, TypeError):
         meta = read_object(folder / "meta.json", DataError)
         problem = damaged_file(folder, {name: meta["files"][name] for name in FILES})
         whole = isinstance(meta["documents"], int) and meta["sha256"] == meta["files"]["tokens.bin"]["sha256"]
-    except (DataError, KeyError, TypeError):
-        problem, whole = None, False
-    if problem is None and whole:
-        return meta
-    reason = problem or "meta.json is damaged or of an earlier version"
+        if problem is None and whole:
+            return meta
+        reason = problem or reason
     print(f"upslope: {folder}: {reason}; the text is encoded again", file=sys.stderr)
     shutil.rmtree(folder)
     return None
 
 
-def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
+def _key(files: Sequence[Path], tokenizer: FastTokenizer) -> str:
     digest = hashlib.sha256(f"{_VERSION}\n{tokenizer.backend_tokenizer.to_str()}".encode())  # type: ignore[attr-defined]
     for file in files:
         try:
@@ -265,12 +247,13 @@ def _key(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase) -> str:
     return digest.hexdigest()[:24]
 
 
-def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int) -> dict[str, Any]:
+def _build(folder: Path, files: Sequence[Path], tokenizer: FastTokenizer, border: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.tmp-", dir=folder.parent) as work:
         temp = Path(work, "corpus")
         temp.mkdir()
-        with (temp / FILES[0]).open("wb") as tokens, (temp / FILES[1]).open("wb") as marks:
-            meta = _encode(files, tokenizer, border, (_Hashed(tokens), _Hashed(marks)))
+        documents = _encode(files, tokenizer, border, temp)
+        facts = {name: inventory(temp)[name] for name in FILES}
+        meta = {"documents": documents, "sha256": facts[FILES[0]]["sha256"], "files": facts}
         (temp / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
         fsync_tree(temp)
         os.replace(temp, folder)
@@ -278,38 +261,33 @@ def _build(folder: Path, files: Sequence[Path], tokenizer: PreTrainedTokenizerBa
     return meta
 
 
-def _encode(
-    files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, border: int, out: tuple[_Hashed, _Hashed]
-) -> dict[str, Any]:
-    """Encode the lines in chunks; tokens and marks are written as they come. Returns meta.json's content."""
-    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-    inner.no_truncation()
-    inner.no_padding()
-    tokens, marks = out
-    tokens.write(np.array([border], dtype=np.uint32))
+def _encode(files: Sequence[Path], tokenizer: FastTokenizer, border: int, folder: Path) -> int:
+    """Encode the lines in chunks; tokens and marks are written as they come. Returns the number of documents."""
+    inner = plain_backend(tokenizer.backend_tokenizer.to_str())
     count, size, documents = 1, 0, 0
-    for chunk in _chunks(files):
-        encoded = inner.encode_batch_fast([line for line, _ in chunk], add_special_tokens=False)
-        ids: list[int] = []
-        begun: list[tuple[int, int]] = []
-        for (line, last), encoding in zip(chunk, encoded, strict=True):
-            begun.append((count + len(ids), size))
-            ids += encoding.ids + [border] * last
-            size += len(line.encode())
-            documents += last
-        count += len(ids)
-        tokens.write(np.array(ids, dtype=np.uint32))
-        marks.write(np.array(begun, dtype=np.uint64))
-    marks.write(np.array([[count, size]], dtype=np.uint64))
-    facts = dict(zip(FILES, (part.facts() for part in out), strict=True))
-    return {"documents": documents, "sha256": facts[FILES[0]]["sha256"], "files": facts}
+    with (folder / FILES[0]).open("wb") as tokens, (folder / FILES[1]).open("wb") as marks:
+        tokens.write(np.array([border], dtype=np.uint32).tobytes())
+        for chunk in _chunks(files):
+            encoded = inner.encode_batch_fast([line for line, _ in chunk], add_special_tokens=False)
+            ids: list[int] = []
+            begun: list[tuple[int, int]] = []
+            for (line, last), encoding in zip(chunk, encoded, strict=True):
+                begun.append((count + len(ids), size))
+                ids += encoding.ids + [border] * last
+                size += len(line.encode())
+                documents += last
+            count += len(ids)
+            tokens.write(np.array(ids, dtype=np.uint32).tobytes())
+            marks.write(np.array(begun, dtype=np.uint64).tobytes())
+        marks.write(np.array([[count, size]], dtype=np.uint64).tobytes())
+    return documents
 
 
 def _chunks(files: Sequence[Path]) -> Iterator[list[tuple[str, bool]]]:
     """Lines of all documents, each with whether it is its document's last, some _CHUNK characters at a time."""
     chunk: list[tuple[str, bool]] = []
     characters = 0
-    for document in (document for file in files for document in _documents(file)):
+    for document in chain.from_iterable(map(_documents, files)):
         for line, after in pairwise(chain(document, [None])):
             assert line is not None
             chunk.append((line, after is None))
@@ -319,20 +297,3 @@ def _chunks(files: Sequence[Path]) -> Iterator[list[tuple[str, bool]]]:
                 chunk, characters = [], 0
     if chunk:
         yield chunk
-
-
-class _Hashed:
-    """An open file and the digest of what was written into it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest = file, hashlib.sha256()
-
-    def write(self, values: np.ndarray) -> None:
-        """The values' bytes."""
-        content = values.tobytes()
-        self.file.write(content)
-        self.digest.update(content)
-
-    def facts(self) -> dict[str, Any]:
-        """Its bytes and SHA-256."""
-        return {"bytes": self.file.tell(), "sha256": self.digest.hexdigest()}

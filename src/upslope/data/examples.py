@@ -5,22 +5,18 @@ there, and a sampled completion ends there too. What does not fit max_length is 
 counted; nothing is ever cut.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from upslope.data.chat import TooLongError, check_length, encode_completion, encode_conversation, encode_document
 from upslope.data.messages import at, finite, list_of, text_of
-from upslope.data.records import Content, Record
+from upslope.data.pieces import FastTokenizer
+from upslope.data.records import KEYS, Content, Kind, Record
 from upslope.errors import DataError
 from upslope.types import Example
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Row = TypeVar("Row")
 STEP_END = "\n"
@@ -76,7 +72,7 @@ class Encoded(Generic[Row]):
     too_long: list[int]
 
 
-def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Example:
+def example_of(record: Record, tokenizer: FastTokenizer, *, max_length: int | None) -> Example:
     """The training sequence of a text, messages or prompt-and-completion record.
 
     Text: every token, EOS appended. Prompt and completion: the completion with its EOS or end-of-turn token. Messages:
@@ -97,9 +93,7 @@ def example_of(record: Record, tokenizer: PreTrainedTokenizerBase, *, max_length
         )
 
 
-def examples_of(
-    records: Iterable[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> EncodedRecords:
+def examples_of(records: Iterable[Record], tokenizer: FastTokenizer, *, max_length: int | None) -> EncodedRecords:
     """The examples of all records, in order, and those left out for their length. DataError: no record remains."""
     rows, lost = fitting(records, lambda _, record: example_of(record, tokenizer, max_length=max_length), max_length)
     return EncodedRecords(list(rows.values()), list(rows), lost)
@@ -133,7 +127,7 @@ def fitting(
 
 
 def answer(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: FastTokenizer,
     prompt: Content,
     completion: Content,
     *,
@@ -150,59 +144,45 @@ def answer(
     return Example(example.tokens[:end], example.mask[:end])
 
 
-def pairs_of(records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None) -> Encoded[Pair]:
+def pairs_of(records: Sequence[Record], tokenizer: FastTokenizer, *, max_length: int | None) -> Encoded[Pair]:
     """Preference pairs. DataError naming the row: another kind, equal sides, a margin that is no number."""
 
     def encode(_: int, record: Record) -> Pair:
-        _check_kind(record, "preference", "chosen and rejected (prompt may be left out)")
-        assert record.prompt is not None
-        assert record.chosen is not None
-        assert record.rejected is not None
+        prompt, *both = _values(record, "preference", "chosen and rejected (prompt may be left out)")
         for key in ("chosen", "rejected"):
             _check_not_empty(record, key)
-        if _text(record.chosen) == _text(record.rejected):
+        if _text(both[0]) == _text(both[1]):
             raise DataError("'chosen' and 'rejected' are the same; drop the row")
+        sides = [answer(tokenizer, prompt, side, max_length=None, tools=record.tools) for side in both]
         # the length that counts is that of the longer one, whichever side it is
-        sides = [
-            answer(tokenizer, record.prompt, side, max_length=None, tools=record.tools)
-            for side in (record.chosen, record.rejected)
-        ]
-        longest = max(len(side.tokens) for side in sides)
-        check_length(longest, max_length)
-        return Pair(sides[0], sides[1], record.where, _margin(record))
+        check_length(max(len(side.tokens) for side in sides), max_length)
+        return Pair(*sides, record.where, _margin(record))
 
     return _encoded(records, encode, max_length)
 
 
-def judged_of(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> Encoded[Judged]:
+def judged_of(records: Sequence[Record], tokenizer: FastTokenizer, *, max_length: int | None) -> Encoded[Judged]:
     """Labelled answers, each with the mismatched one: its prompt and the answer of the next row of another prompt.
 
     DataError naming the row: another kind, or all labels alike, or all prompts alike.
     """
     for record in records:
         with at(record.where):
-            _check_kind(record, "labelled", "prompt, completion, label")
+            _values(record, "labelled", "prompt, completion, label")
             _check_not_empty(record, "completion")
     if len({record.label for record in records}) < 2:
         label, where = str(records[0].label).lower(), records[0].where
         raise DataError(f"{where}: every row has label {label}; kto learns from both good and bad answers: add some")
 
     def encode(index: int, record: Record) -> Judged:
-        assert record.prompt is not None
-        assert record.completion is not None
-        assert record.label is not None
-        example = answer(tokenizer, record.prompt, record.completion, max_length=max_length, tools=record.tools)
-        mismatched = _mismatched(records, index, tokenizer, max_length)
-        return Judged(example, mismatched, record.label, record.where)
+        prompt, completion, label = _values(record, "labelled", "prompt, completion, label")
+        example = answer(tokenizer, prompt, completion, max_length=max_length, tools=record.tools)
+        return Judged(example, _mismatched(records, index, tokenizer, max_length), label, record.where)
 
     return _encoded(records, encode, max_length)
 
 
-def solutions_of(
-    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None
-) -> Encoded[Solution]:
+def solutions_of(records: Sequence[Record], tokenizer: FastTokenizer, *, max_length: int | None) -> Encoded[Solution]:
     """Rows {prompt, steps, labels}: one label from 0 to 1 per step (the share of right continuations, or 0 and 1).
 
     The answer is the steps with a newline between them. DataError naming the row: steps and labels of different
@@ -211,45 +191,39 @@ def solutions_of(
 
     def encode(_: int, record: Record) -> Solution:
         if record.prompt is None:
-            _check_kind(record, "prompt", "prompt, steps, labels")
+            _values(record, "prompt", "prompt, steps, labels")
         steps, labels = _steps(record), _labels(record)
         if len(steps) != len(labels):
             raise DataError(f"{len(steps)} steps but {len(labels)} labels; give every step exactly one label")
-        assert record.prompt is not None
         example = answer(tokenizer, record.prompt, STEP_END.join(steps), max_length=max_length, tools=record.tools)
         first = example.mask.index(True)
-        ends = step_ends(example.tokens[first:], tokenizer)
-        if len(ends) != len(steps):
+        if len(ends := step_ends(example.tokens[first:], tokenizer)) != len(steps):
             raise DataError(
                 f"this tokenizer shows {len(ends)} step ends in {len(steps)} steps; is every step "
                 "a line of text of its own?"
             )
-        values = [math.nan] * (len(example.tokens) - first)
-        for end, label in zip(ends, labels, strict=True):
-            values[end] = label
+        labelled = dict(zip(ends, labels, strict=True))
+        values = [labelled.get(place, math.nan) for place in range(len(example.tokens) - first)]
         return Solution(example, values, record.where)
 
     return _encoded(records, encode, max_length)
 
 
-def step_ends(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def step_ends(tokens: Sequence[int], tokenizer: FastTokenizer) -> list[int]:
     """Places in a completion's `tokens` at which a step ends: tokens with a newline, and the last token.
 
     A line of white space is no step, so neither blank lines nor a newline before EOS count twice. A pure function of
     the tokens, the same for data and for what was sampled.
     """
-    special = set(tokenizer.all_special_ids)
-    pieces = {
-        t: "" if t in special else str(tokenizer.decode([t], clean_up_tokenization_spaces=False)) for t in set(tokens)
-    }
+    plain = set(tokens).difference(tokenizer.all_special_ids)
+    pieces = {t: str(tokenizer.decode([t], clean_up_tokenization_spaces=False)) for t in plain}
     ends: list[int] = []
     filled = False
     for place, token in enumerate(tokens):
-        before, newline, after = pieces[token].partition(STEP_END)
+        before, newline, after = pieces.get(token, "").partition(STEP_END)
         filled = filled or bool(before.strip())
         if newline:
-            if filled:
-                ends.append(place)
+            ends += [place] * filled
             filled = bool(after.strip())
     return [*ends, len(tokens) - 1] if filled else ends
 
@@ -259,14 +233,16 @@ def _encoded(records: Sequence[Record], encode: Callable[[int, Record], Row], ma
     return Encoded(list(rows.values()), [length for _, length in lost])
 
 
-def _check_kind(record: Record, kind: str, keys: str) -> None:
-    if record.kind != kind:
+def _values(record: Record, kind: Kind, keys: str) -> list[Any]:
+    """What a record of that kind holds, in the order of KEYS. DataError for one of another kind."""
+    values = [getattr(record, key) for key in KEYS[kind]]
+    if record.kind != kind or None in values:
         raise DataError(f"a record of kind {record.kind!r}; this needs the keys {keys}")
+    return values
 
 
 def _check_not_empty(record: Record, key: str) -> None:
-    value = getattr(record, key)
-    if not _text(value).strip():
+    if not _text(getattr(record, key)).strip():
         raise DataError(f"{key!r} is empty; fill it in or drop the row")
 
 
@@ -276,32 +252,24 @@ def _text(content: Content | None) -> str:
     return "\n".join(m.content + (json.dumps([dict(c) for c in m.tool_calls]) if m.tool_calls else "") for m in content)
 
 
-def _mismatched(
-    records: Sequence[Record], index: int, tokenizer: PreTrainedTokenizerBase, max_length: int | None
-) -> Example:
+def _mismatched(records: Sequence[Record], index: int, tokenizer: FastTokenizer, max_length: int | None) -> Example:
     """The prompt of a row with the answer of the next row that has another prompt and fits."""
+    refused = DataError("every row has this prompt; kto compares it with answers to other prompts")
     record = records[index]
-    assert record.prompt is not None
-    refused: TooLongError | None = None
-    for other in (records[(index + k) % len(records)] for k in range(1, len(records))):
+    for other in (*records[index + 1 :], *records[:index]):
         same_form = isinstance(other.prompt, str) == isinstance(record.prompt, str)
-        if not same_form or _text(other.prompt) == _text(record.prompt) or other.completion is None:
-            continue
-        try:
-            return answer(tokenizer, record.prompt, other.completion, max_length=max_length, tools=record.tools)
-        except TooLongError as error:
-            refused = error
-    if refused is not None:
-        raise refused
-    raise DataError("every row has this prompt; kto compares it with answers to other prompts")
+        if same_form and _text(other.prompt) != _text(record.prompt) and other.completion is not None:
+            try:
+                return answer(tokenizer, record.prompt, other.completion, max_length=max_length, tools=record.tools)
+            except TooLongError as error:
+                refused = error
+    raise refused
 
 
 def _margin(record: Record) -> float | None:
-    value = record.extra.get("margin")
-    if value is None or value == "":
+    if (value := record.extra.get("margin")) in (None, ""):
         return None
-    number = finite(value)
-    if number is None:
+    if (number := finite(value)) is None:
         raise DataError(f"'margin' must be a finite number, is {value!r:.40}")
     return number
 
@@ -325,8 +293,7 @@ def _steps(record: Record) -> Sequence[str]:
 def _labels(record: Record) -> list[float]:
     labels = []
     for i, label in enumerate(_per_step(record, "labels")):
-        number = finite(label)
-        if number is None or not 0 <= number <= 1:
+        if (number := finite(label)) is None or not 0 <= number <= 1:
             raise DataError(f"'labels[{i}]' must be true, false or a number from 0 to 1, is {label!r:.40}")
         labels.append(number)
     return labels

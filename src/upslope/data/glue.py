@@ -84,8 +84,7 @@ class Items:
 def form_of(spec: str) -> tuple[Form, str] | None:
     """The form and the source of NAME:SOURCE; None where the text does not begin with the name of a task."""
     name, colon, source = spec.partition(":")
-    form = FORMS.get(name)
-    if form is None or not colon:
+    if (form := FORMS.get(name)) is None or not colon:
         return None
     if not source:
         raise ConfigError(f"{spec}: name the file, folder or hub data set behind the colon, as in {name}:dev.tsv")
@@ -98,8 +97,7 @@ def read_items(spec: str, *, split: Split = "validation") -> Items:
     DataError names file, row, column and remedy: no such file, a column that is not there, an empty text, a label
     that the task does not have or that is kept back (-1), a row of another width, no rows. ConfigError: no such task.
     """
-    found = form_of(spec)
-    if found is None:
+    if (found := form_of(spec)) is None:
         name = spec.partition(":")[0]
         hint = suggestion(name, FORMS)
         raise ConfigError(f"{spec}: no GLUE or SuperGLUE task {name!r}{hint} (there are {', '.join(FORMS)})")
@@ -116,24 +114,23 @@ def read_items(spec: str, *, split: Split = "validation") -> Items:
 
 def labelled(items: Items) -> list[LabelledText]:
     """What an encoder reads: one text or a pair, and the label. ConfigError for copa and record."""
-    form = items.form
-    if not form.text:
+    if not (form := items.form).text:
         raise ConfigError(f"{form.name}: a label per text cannot choose among texts; measure a causal model on it")
-    made = []
-    for item in items.items:
-        texts = [text.format(**item.fields) for text in form.text]
-        made.append(LabelledText(texts[0], item.label, texts[1] if len(texts) > 1 else None, item.where))
-    return made
+    first, second = (*form.text, None)[:2]
+    return [
+        LabelledText(first.format(**item.fields), item.label, second and second.format(**item.fields), item.where)
+        for item in items.items
+    ]
 
 
 def _rows(form: Form, source: str, split: Split, broken: list[str]) -> Iterator[Row]:
     path = Path(source).expanduser()
-    if path.is_dir():
-        names = [name.format(form.part) for name in _FILES[split]]
-        path = next((path / name for name in names if (path / name).is_file()), path)
+    files = [name.format(form.part) for name in _FILES[split]]
+    path = next((path / name for name in files if (path / name).is_file()), path)
     name = path.name.lower().removesuffix(".gz")
-    if path.is_dir():
-        yield from _folder_rows(form, path, split)
+    part = split if split == "train" else split + form.part  # the split's name in a hub data set
+    if path.is_dir():  # laid out as a hub data set is
+        yield from table_rows(str(path), "", part, str(path), f"{path}: has no {' or '.join(files)}, and as a data set")
     elif name.endswith(".tsv"):
         if not path.is_file():
             raise DataError(f"{path}: no such file")
@@ -141,19 +138,7 @@ def _rows(form: Form, source: str, split: Split, broken: list[str]) -> Iterator[
     elif path.is_file() or name.endswith((".jsonl", ".json", ".csv", ".parquet")):
         yield from rows_of(path)
     else:
-        yield from rows_of(source, split=_part(form, split))
-
-
-def _part(form: Form, split: Split) -> str:
-    """The split's name in a hub data set."""
-    return split if split == "train" else split + form.part
-
-
-def _folder_rows(form: Form, folder: Path, split: Split) -> Iterator[Row]:
-    """Rows of a folder laid out as a hub data set is."""
-    files = " or ".join(name.format(form.part) for name in _FILES[split])
-    why = f"{folder}: has no {files}, and as a data set"
-    yield from table_rows(str(folder), "", _part(form, split), str(folder), why)
+        yield from rows_of(source, split=part)
 
 
 def _tsv_rows(form: Form, path: Path, split: Split, broken: list[str]) -> Iterator[Row]:
@@ -165,8 +150,7 @@ def _tsv_rows(form: Form, path: Path, split: Split, broken: list[str]) -> Iterat
     for number, line in enumerate(lines[not bare :], 2 - bare):
         if not line.strip():
             continue
-        cells = line.split("\t")
-        if len(cells) == len(header):
+        if len(cells := line.split("\t")) == len(header):
             yield f"{path}:{number}", dict(zip(header, cells, strict=True))
         elif form.name == "qqp":
             broken.append(f"{path}:{number}")
@@ -210,9 +194,7 @@ def items_of_multirc(form: Form, row: Row) -> Iterator[Item]:
     where, values = row
     if "passage" not in values:
         for item in flat(form, row):
-            index = values.get("idx")
-            if not isinstance(index, Mapping):
-                index = item.fields
+            index = values["idx"] if isinstance(values.get("idx"), Mapping) else item.fields
             yield replace(item, group=f"{index.get('paragraph')}\0{index.get('question')}")
         return
     passage = _key(values, "passage", dict)
@@ -256,8 +238,7 @@ def marked_wsc(form: Form, row: Row) -> Iterator[Item]:
     noun, pronoun = (_text(form, spans, (name,)) for name in ("span1_text", "span2_text"))
     words, place = text.split(" "), _number(spans, "span2_index")
     end = place + len(pronoun.split(" "))
-    found = " ".join(words[place:end])
-    if not found.lower().startswith(pronoun.lower().rstrip(".,;:!?")):
+    if not (found := " ".join(words[place:end])).lower().startswith(pronoun.lower().rstrip(".,;:!?")):
         raise DataError(f"span2_index {place} is not where {pronoun!r:.60} stands in the text")
     marked = " ".join([*words[:place], f"*{found}*", *words[end:]])
     yield Item({"text": marked, "noun": noun, "pronoun": pronoun}, label_of(form, values), where)
@@ -267,10 +248,13 @@ def label_of(form: Form, values: Mapping[str, Any]) -> str:
     """The label's name; where the labels have none, the number as text."""
     value = _cell(values, form.label)
     if form.graded:
-        return _score(value)
+        if (score := finite(value)) == -1:
+            raise DataError("the score is -1: this split keeps its labels back; use the validation split")
+        if isinstance(value, bool) or score is None or not 0 <= score <= 5:
+            raise DataError(f"the score is {value!r:.60}; it must be a number from 0 to 5")
+        return repr(score)
     column = form.label[0]
-    text = "" if value is None else str(value).strip()
-    if not text:
+    if not (text := "" if value is None else str(value).strip()):
         raise DataError(f"{column} is empty; every row needs a label (the official test sets have none)")
     if text.lower() in form.labels:
         return text.lower()
@@ -282,15 +266,6 @@ def label_of(form: Form, values: Mapping[str, Any]) -> str:
         f"{column} is {text!r:.60}; {form.name} has {', '.join(form.labels)} "
         f"(or 0 to {len(form.labels) - 1} in this order){suggestion(text, form.labels)}"
     )
-
-
-def _score(value: Any) -> str:
-    score = finite(value)
-    if score == -1:
-        raise DataError("the score is -1: this split keeps its labels back; use the validation split")
-    if isinstance(value, bool) or score is None or not 0 <= score <= 5:
-        raise DataError(f"the score is {value!r:.60}; it must be a number from 0 to 5")
-    return repr(score)
 
 
 def _cloze(passage: str, query: str, entities: Sequence[str], answers: Sequence[str], where: str) -> Item:
@@ -313,8 +288,7 @@ def _text(form: Form, values: Mapping[str, Any], columns: Sequence[str]) -> str:
 
 
 def _key(values: Mapping[str, Any], key: str, kind: type) -> Any:
-    value = values.get(key)
-    if not isinstance(value, kind) or not value:
+    if not isinstance((value := values.get(key)), kind) or not value:
         names = {str: "a text", list: "a list", dict: "an object"}
         raise DataError(f"{key!r} must be {names[kind]} that is not empty, is {value!r:.60}")
     return value
@@ -329,8 +303,7 @@ def _each(values: Mapping[str, Any], key: str, kind: type) -> list[Any]:
 
 
 def _number(values: Mapping[str, Any], key: str) -> int:
-    value = values.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if isinstance((value := values.get(key)), bool) or not isinstance(value, int) or value < 0:
         raise DataError(f"{key!r} must be a number from 0 on, is {value!r:.60}")
     return value
 

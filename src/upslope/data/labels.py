@@ -82,7 +82,10 @@ def read_labelled(
     for where, row in rows_of(source, columns=columns):
         for column, option in named.items():
             if column is not None and column not in row:
-                raise _no_column(row, column, option, where)
+                near = difflib.get_close_matches(column, list(row), n=1)
+                hint = f"did you mean {near[0]!r}? set {option}" if near else f"set {option}"
+                there = f"no column {column!r} (it has {', '.join(row)})"
+                raise DataError(f"{header_of(where)}: {there}; {hint} to its name")
         with at(where):
             text = filled_text(row[text_column], text_column)
             pair = None if pair_column is None else filled_text(row[pair_column], pair_column)
@@ -103,21 +106,20 @@ def read_conll(
     (B-X only between two entities of one type) is checked and turned into iob2; "none" takes any tags. DataError names
     file, line and remedy: rows of different widths, a column that is not there, an empty cell, a bad tag, no sentence.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
+    if not (path := Path(path).expanduser()).is_file():
         raise DataError(f"{path}: no such file")
     sentences: list[TaggedSentence] = []
     for within, lines in groupby(_conll_rows(path), lambda row: bool(row[1])):
         if within:
             words: list[str] = []
-            tags: list[str] = []
-            places = []
+            tags = ["O"]
+            place = ""
             for where, cells in lines:
+                place = place or where
                 with at(where):
                     words.append(_cell(cells, token_column, "token_column"))
-                    tags.append(_checked_tag(_cell(cells, tag_column, "tag_column"), tags[-1] if tags else "O", scheme))
-                places.append(where)
-            sentences.append(TaggedSentence(tuple(words), tuple(tags), places[0]))
+                    tags.append(_checked_tag(_cell(cells, tag_column, "tag_column"), tags[-1], scheme))
+            sentences.append(TaggedSentence(tuple(words), tuple(tags[1:]), place))
     if not sentences:
         raise DataError(f"{path}: holds no sentences")
     return sentences
@@ -173,8 +175,7 @@ def _checked_tag(tag: str, before: str, scheme: Scheme) -> str:
 
 def labels_of(rows: Sequence[LabelledText] | Sequence[TaggedSentence], source: str) -> tuple[str, ...]:
     """The sorted labels (or tags) of the training rows. DataError: fewer than two."""
-    found = sorted({label for row in rows for label in row.labels})
-    if len(found) < 2:
+    if len(found := sorted({label for row in rows for label in row.labels})) < 2:
         raise DataError(f"{source}: all {len(rows)} rows carry the label {found[0]!r}; there is nothing to tell apart")
     return tuple(found)
 
@@ -183,12 +184,11 @@ def check_known(rows: Sequence[LabelledText] | Sequence[TaggedSentence], labels:
     """DataError for the first row with a label that training does not have."""
     known = set(labels)
     for row in rows:
-        for label in row.labels:
-            if label not in known:
-                raise DataError(
-                    f"{row.where}: label {label!r} does not occur in the training data{suggestion(label, labels)}; "
-                    "correct the row, leave it out, or give training rows of that label"
-                )
+        if unknown := [label for label in row.labels if label not in known]:
+            raise DataError(
+                f"{row.where}: label {unknown[0]!r} does not occur in the training data"
+                f"{suggestion(unknown[0], labels)}; correct the row, leave it out, or give training rows of that label"
+            )
 
 
 def split_by_content(
@@ -268,18 +268,16 @@ def read_rewards(path: str | Path, labels: Sequence[str]) -> list[list[float]]:
     table = json_of(text_of(Path(path).expanduser()), str(path))
     if not isinstance(table, Mapping) or not all(isinstance(row, Mapping) for row in table.values()):
         raise DataError(f'{path}: must be an object of objects, {{"right label": {{"said label": reward}}}}')
-    index = {label: i for i, label in enumerate(labels)}
-    rewards = [[float(i == j) for j in range(len(labels))] for i in range(len(labels))]
+    rewards = {right: {said: float(right == said) for said in labels} for right in labels}
     for right, row in table.items():
-        for label in (right, *row):
-            if label not in index:
-                hint = suggestion(label, labels)
-                raise DataError(f"{path}: label {label!r} does not occur in the training data{hint}")
+        if unknown := [label for label in (right, *row) if label not in rewards]:
+            hint = suggestion(unknown[0], labels)
+            raise DataError(f"{path}: label {unknown[0]!r} does not occur in the training data{hint}")
         for said, value in row.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
                 raise DataError(f"{path}: the reward of {said!r} where {right!r} is right is {value!r}, not a number")
-            rewards[index[right]][index[said]] = float(value)
-    return rewards
+            rewards[right][said] = float(value)
+    return [list(row.values()) for row in rewards.values()]
 
 
 def filled_text(value: Any, column: str, *, blank: bool = False) -> str:
@@ -300,16 +298,9 @@ def _label(value: Any, column: str) -> str:
 
 
 def _number(value: Any, column: str) -> str:
-    number = None if isinstance(value, bool) else finite(value)
-    if number is None:
+    if (number := None if isinstance(value, bool) else finite(value)) is None:
         raise DataError(f"{column} is {value!r:.60}; squared_error needs a finite number in every row")
     return repr(number)
-
-
-def _no_column(row: Mapping[str, Any], column: str, option: str, where: str) -> DataError:
-    near = difflib.get_close_matches(column, list(row), n=1)
-    hint = f"did you mean {near[0]!r}? set {option}" if near else f"set {option}"
-    return DataError(f"{header_of(where)}: no column {column!r} (it has {', '.join(row)}); {hint} to its name")
 
 
 def _hash(content: str, seed: int) -> bytes:

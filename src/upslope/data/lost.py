@@ -13,6 +13,7 @@ import html
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -55,7 +56,8 @@ def check_nothing_lost(messages: Sequence[Message], tools: Tools, text: str, ren
     if plain and _in_order((message.content.strip() for message in messages), text):
         return
     marked = [_marked(k, message) for k, message in enumerate(messages)]
-    shown = (_rendered(render, marked, _marked_tools(tools)) or "").lower()
+    offered = [{**tool, "function": {**tool["function"], "name": _mark("tool", i)}} for i, tool in enumerate(tools)]
+    shown = (_rendered(render, marked, offered) or "").lower()
     for part in _parts(messages, tools):
         if part.mark not in shown and _rendered(render, part.messages, part.tools) == text:
             raise LostError(part.message, part.kind)
@@ -70,8 +72,7 @@ def check_nothing_cut(messages: Sequence[Message], text: str, starts: Mapping[in
     for k, message in enumerate(messages):
         if message.role == "assistant" or message.content.strip() in text:
             continue
-        low, high = _room(messages, k, text, starts)
-        room = text[low:high]
+        room = _room(messages, k, text, starts)
         if (piece := _missing(message.content, room)) and _missing(_SWITCH.sub("", message.content), room):
             raise LostError(
                 f"{name_of(messages, k)}: the chat template leaves out a part of its content ({piece!r}): "
@@ -87,8 +88,7 @@ def check_reply_whole(prompt: str, reply: str, turn: Message) -> None:
     """
     trained = "the part that the chat template says is trained on"
     for call in turn.tool_calls:
-        called = str(call["function"]["name"])
-        if called.lower() not in reply.lower():
+        if (called := str(call["function"]["name"])).lower() not in reply.lower():
             raise DataError(
                 f"its call of {called!r} does not stand in {trained}, so the model would learn to reply "
                 "without it; correct the template, or set train to false"
@@ -99,8 +99,7 @@ def check_reply_whole(prompt: str, reply: str, turn: Message) -> None:
                     f"argument {argument!r} of its call of {called!r} does not stand whole in {trained} "
                     f"({piece!r} is missing): use a template that keeps it, or set train to false"
                 )
-    content = turn.content
-    if (piece := _missing(content, reply)) and _missing(_unopened(content, prompt), reply):
+    if (piece := _missing(turn.content, reply)) and _missing(_unopened(turn.content, prompt), reply):
         raise DataError(
             f"a part of its content does not stand in {trained} ({piece!r} is missing), so the model would "
             "learn to reply without it: use a template that keeps it, or data without it, or set train to false"
@@ -112,17 +111,16 @@ def name_of(messages: Sequence[Message], k: int) -> str:
     return f"message {k + 1} of {len(messages)} ({messages[k].role})"
 
 
-def _room(messages: Sequence[Message], k: int, text: str, starts: Mapping[int, int | None]) -> tuple[int, int]:
-    """Between which characters message k must stand: where its neighbours certainly end and begin."""
+def _room(messages: Sequence[Message], k: int, text: str, starts: Mapping[int, int | None]) -> str:
+    """The part of the text in which message k must stand: between where its neighbours certainly end and begin."""
     low = max((start for j, start in starts.items() if j < k and start is not None), default=0)
     high = min((start for j, start in starts.items() if j > k and start is not None), default=len(text))
     if k and (before := messages[k - 1].content.strip()) and (place := text.find(before, low, high)) >= 0:
         low = place + len(before)
-    if k + 1 < len(messages) and messages[k + 1].role != "assistant":
-        after = messages[k + 1].content.strip()
-        if after and (place := text.rfind(after, low, high)) >= 0:
-            high = place
-    return low, high
+    following = [message.content.strip() for message in messages[k + 1 : k + 2] if message.role != "assistant"]
+    if any(following) and (place := text.rfind(following[0], low, high)) >= 0:
+        high = place
+    return text[low:high]
 
 
 def _missing(content: str, text: str) -> str | None:
@@ -138,8 +136,7 @@ def _missing(content: str, text: str) -> str | None:
         return None
     place = 0
     for word in re.finditer(r"\S+", content):
-        found = text.find(word[0], place)
-        if found < 0:
+        if (found := text.find(word[0], place)) < 0:
             rest = " ".join(content[word.start() : word.start() + 60].split())
             return rest if len(rest) <= 40 else f"{rest[:40]}…"
         place = found + len(word[0])
@@ -172,8 +169,7 @@ def _in_order(parts: Iterable[str], text: str) -> bool:
     """Whether all parts (of a text: its letters) stand in the text, one behind the other."""
     place = 0
     for part in parts:
-        found = text.find(part, place)
-        if found < 0:
+        if (found := text.find(part, place)) < 0:
             return False
         place = found + len(part)
     return True
@@ -181,10 +177,9 @@ def _in_order(parts: Iterable[str], text: str) -> bool:
 
 def _rendered(render: Render, messages: Sequence[Message], tools: Tools) -> str | None:
     """None where the template refuses, which shows that it looks at what was changed."""
-    try:
+    with suppress(DataError):
         return render(messages, tools)
-    except DataError:
-        return None
+    return None
 
 
 def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[_Part]:
@@ -197,19 +192,15 @@ def _parts(messages: Sequence[Message], tools: Tools) -> Iterator[_Part]:
         def without(k: int = k, message: Message = message, **changes: Any) -> list[Message]:
             return [*messages[:k], replace(message, **changes), *messages[k + 1 :]]
 
-        name = name_of(messages, k)
+        lacks, calls = f"{name_of(messages, k)}: the chat template has no place for", message.tool_calls
         if message.content.strip():
-            what = f"{name}: the chat template has no place for its content"
-            beside = " beside tool_calls" if message.tool_calls else ""
-            yield _Part(_mark("content", k), f"{what}{beside}", "messages", without(content=""), tools)
-        calls = message.tool_calls
+            what = f"{lacks} its content{' beside tool_calls' if calls else ''}"
+            yield _Part(_mark("content", k), what, "messages", without(content=""), tools)
         for j, call in enumerate(calls):
-            what = f"{name}: the chat template has no place for tool_calls (its call of {call['function']['name']!r})"
-            rest = (*calls[:j], *calls[j + 1 :])
-            yield _Part(_mark("call", k, j), what, "messages", without(tool_calls=rest), tools)
+            what = f"{lacks} tool_calls (its call of {call['function']['name']!r})"
+            yield _Part(_mark("call", k, j), what, "messages", without(tool_calls=(*calls[:j], *calls[j + 1 :])), tools)
             if call["function"]["arguments"]:
-                bare = {**call, "function": {**call["function"], "arguments": {}}}
-                fewer = (*calls[:j], bare, *calls[j + 1 :])
+                fewer = (*calls[:j], {**call, "function": {**call["function"], "arguments": {}}}, *calls[j + 1 :])
                 what = f"{what}: the arguments are not shown"
                 yield _Part(_mark("argument", k, j), what, "messages", without(tool_calls=fewer), tools)
 
@@ -226,7 +217,3 @@ def _marked(k: int, message: Message) -> Message:
         calls.append({**call, "function": {"name": _mark("call", k, j), "arguments": arguments}})
     content = _mark("content", k) if message.content.strip() else message.content
     return replace(message, content=content, tool_calls=tuple(calls))
-
-
-def _marked_tools(tools: Tools) -> Tools:
-    return [{**tool, "function": {**tool["function"], "name": _mark("tool", i)}} for i, tool in enumerate(tools)]

@@ -3,13 +3,19 @@
 What comes in is OpenAI's form; what goes on is what chat templates want (transformers' form): `arguments` as an object,
 content as one text, "developer" as "system", a bare {name, arguments} as a function. What has no place in a Message is
 refused by name, never dropped. Free of torch.
+
+Calls in the text of a model are found and parsed while it arrives. Their format is the common one (Hermes, Qwen,
+SmolLM): `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one object per pair of tags or a list of them. What
+stands between the tags and is not such JSON stays text.
 """
 
 import difflib
 import json
 import math
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from upslope.errors import DataError
@@ -30,8 +36,7 @@ def at(where: str) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        said = str(error)
-        if not said.startswith(where):
+        if not (said := str(error)).startswith(where):
             error.args = (f"{where}: {said}",)
         raise
 
@@ -47,7 +52,10 @@ def message_of(entry: Any, key: str, where: str = "") -> Message:
         if "role" not in entry:
             raise DataError(f"{key!r} has no 'role'; add it (one of {', '.join(ROLES)})")
         role = _role(entry["role"], key)
-        calls = _calls(entry.get("tool_calls"), key)
+        written = entry.get("tool_calls", ())
+        if not isinstance(written, (list, tuple)) or not all(isinstance(call, Mapping) for call in written):
+            raise DataError(f"'{key}.tool_calls' must be a list of objects, is {described(written)}")
+        calls = tuple(_call(call, f"{key}.tool_calls[{i}]") for i, call in enumerate(written))
         if calls and role != "assistant":
             raise DataError(f"'{key}.tool_calls' belong to an assistant message, this one is from {role!r}")
         if "tool_call_id" in entry and role in _SPOKEN:
@@ -113,8 +121,7 @@ def train_of(entry: Mapping[str, Any], key: str) -> bool | None:
     """`train`, or `weight` 0 or 1 as hosted fine-tuning formats write it."""
     found = None
     for name in ("train", "weight"):
-        value = entry.get(name)
-        if value is None:
+        if (value := entry.get(name)) is None:
             continue
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise DataError(f"'{key}.{name}' must be true or false, is {described(value)}")
@@ -126,18 +133,19 @@ def train_of(entry: Mapping[str, Any], key: str) -> bool | None:
 
 def described(value: Any) -> str:
     """A value for a message: its type and how it begins."""
-    if value is None:
-        return "null"
-    if isinstance(value, float) and math.isnan(value):
-        return "NaN"
+    if _missing(value):
+        return "null" if value is None else "NaN"
     shown = repr(value)
     return f"{type(value).__name__} {shown[:40]}{'…' if len(shown) > 40 else ''}"
 
 
 def remedy(value: Any) -> str:
     """What to do about a value that is missing."""
-    missing = value is None or (isinstance(value, float) and math.isnan(value))
-    return "; fill it in or drop the record" if missing else ""
+    return "; fill it in or drop the record" if _missing(value) else ""
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def _given(entry: Any, key: str, what: str, known: tuple[str, ...] | None) -> dict[str, Any]:
@@ -174,35 +182,24 @@ def _parts(value: Any, key: str) -> str:
     return "".join(texts)
 
 
-def _calls(value: Any, key: str) -> tuple[Mapping[str, Any], ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(call, Mapping) for call in value):
-        raise DataError(f"'{key}.tool_calls' must be a list of objects, is {described(value)}")
-    return tuple(_call(call, f"{key}.tool_calls[{i}]") for i, call in enumerate(value))
-
-
 def _call(entry: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     entry = _given(_nested(entry), key, "with id, type and function", _CALL_KEYS)
     given = _given(entry.get("function"), f"{key}.function", "with name and arguments", ("name", "arguments"))
     _check_type(entry, key)
-    call: dict[str, Any] = {"type": "function"}
-    if "id" in entry:
-        call = {"id": text_of(entry["id"], f"{key}.id"), **call}
+    named = {"id": text_of(entry["id"], f"{key}.id")} if "id" in entry else {}
     name = text_of(given.get("name"), f"{key}.function.name")
-    whose = f"{key}.function.arguments" + (f" of call {call['id'][:64]}" if "id" in call else "")
-    arguments = given.get("arguments", {})
-    if isinstance(arguments, str):
+    whose = f"{key}.function.arguments" + "".join(f" of call {call_id[:64]}" for call_id in named.values())
+    if isinstance((arguments := given.get("arguments", {})), str):
         arguments = parsed(arguments, whose)
-    return {**call, "function": {"name": name, "arguments": _object(arguments, whose)}}
+    return {**named, "type": "function", "function": {"name": name, "arguments": _object(arguments, whose)}}
 
 
 def _nested(entry: Mapping[str, Any]) -> Mapping[str, Any]:
     """A bare {name, ...} as {type, function: {name, ...}}; anything else as it is."""
     if "function" in entry or "name" not in entry:
         return entry
-    inner = {k: v for k, v in entry.items() if k not in ("id", "type")}
-    return {**{k: entry[k] for k in ("id", "type") if k in entry}, "function": inner}
+    outer = {k: v for k, v in entry.items() if k in ("id", "type")}
+    return {**outer, "function": {k: v for k, v in entry.items() if k not in outer}}
 
 
 def _check_type(entry: Mapping[str, Any], key: str) -> None:
@@ -239,9 +236,7 @@ def _object(value: Any, key: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise DataError(f"{key!r} must be a JSON object, is {described(value)}")
     try:
-        written = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain_mapping)
-        written.encode("utf-8")
-        return json.loads(written)
+        return json.loads(json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain_mapping).encode())
     except UnicodeEncodeError as error:
         raise DataError(f"{key!r} holds half a surrogate pair; correct it") from error
     except (TypeError, ValueError, RecursionError) as error:
@@ -252,3 +247,88 @@ def _plain_mapping(value: Any) -> dict[Any, Any]:
     if isinstance(value, Mapping):
         return dict(value)
     raise TypeError(f"{type(value).__name__} has no place in JSON")
+
+
+OPEN = "<tool_call>"
+CLOSE = "</tool_call>"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """One call; `arguments` is a JSON object as text, as the protocol carries it."""
+
+    name: str
+    arguments: str
+    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+
+
+@dataclass(slots=True)
+class ToolReader:
+    """Text in pieces -> what can be shown, and calls, in the order in which they were written.
+
+    White space beside a call is dropped; what may yet turn out to open a call, or to stand before one, is held back.
+    """
+
+    num_calls: int = 0
+    _held: str = ""
+    _after_call: bool = False
+
+    def push(self, piece: str, *, final: bool = False) -> list[str | ToolCall]:
+        """Add text; `final` decides what was held back: a call without its closing tag counts if it is complete."""
+        self._held += piece
+        found: list[str | ToolCall] = []
+        while (start := self._held.find(OPEN)) >= 0:
+            if (end := self._held.find(CLOSE, start)) < 0 and not final:
+                break
+            inner = self._held[start + len(OPEN) : end if end >= 0 else None]
+            rest = self._held[end + len(CLOSE) :] if end >= 0 else ""
+            calls = _read(inner)
+            self._show(self._held[:start].rstrip() if calls else self._held[: len(self._held) - len(rest)], found)
+            if calls:
+                found += calls
+                self.num_calls += len(calls)
+                self._after_call = True
+            self._held = rest
+        settled = len(self._held) if final else self._settled()
+        self._show(self._held[:settled], found)
+        self._held = self._held[settled:]
+        return found
+
+    def _show(self, text: str, found: list[str | ToolCall]) -> None:
+        if self._after_call:
+            text = text.lstrip()
+        if text:
+            self._after_call = False
+            found.append(text)
+
+    def _settled(self) -> int:
+        """Where the tail begins that has to wait: an open tag or the beginning of one, and white space before it."""
+        if (start := self._held.find(OPEN)) < 0:
+            begun = (length for length in range(len(OPEN) - 1, 0, -1) if self._held.endswith(OPEN[:length]))
+            start = len(self._held) - next(begun, 0)
+        return len(self._held[:start].rstrip())
+
+
+def calls_in(text: str) -> tuple[str, list[ToolCall]]:
+    """A whole text without the calls in it, and the calls."""
+    parts = ToolReader().push(text, final=True)
+    shown = "".join(part for part in parts if isinstance(part, str))
+    return shown, [part for part in parts if isinstance(part, ToolCall)]
+
+
+def _read(inner: str) -> list[ToolCall]:
+    """The calls that stand between two tags; empty where it is anything else than well-formed calls."""
+    try:
+        value = json.loads(inner, parse_constant=_refuse)
+        return [_written_call(entry) for entry in (value if isinstance(value, list) else [value])]
+    except (ValueError, RecursionError):
+        return []
+
+
+def _written_call(entry: Any) -> ToolCall:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise ValueError("a call has a name")
+    arguments = entry.get("arguments", entry.get("parameters", {}))
+    if not isinstance(arguments, dict) or entry.keys() - {"name", "arguments", "parameters"}:
+        raise ValueError("a call has arguments, and nothing else")
+    return ToolCall(entry["name"], json.dumps(arguments, ensure_ascii=False))

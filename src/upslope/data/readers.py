@@ -47,14 +47,12 @@ def _renamed(row: Mapping[str, Any], names: Mapping[str, str], where: str) -> Ma
         if column not in row:
             there = ", ".join(map(str, row))
             raise DataError(f"{header_of(where)}: no column {column!r} to take {name} from; there are {there}")
-    taken = set(names.values())
-    rest = {key: value for key, value in row.items() if key not in names and key not in taken}
+    rest = {key: value for key, value in row.items() if key not in names and key not in names.values()}
     return {**{name: row[column] for name, column in names.items()}, **rest}
 
 
 def _rows_as_given(source: str | Path, split: str | None) -> Iterator[Row]:
-    path = Path(source).expanduser()
-    if path.is_file():
+    if (path := Path(source).expanduser()).is_file():
         if split is not None:
             raise ConfigError(f"{source}: a split ({split!r}) can be chosen from a hub data set, not from a file")
         yield from _reader(path)(path)
@@ -62,10 +60,13 @@ def _rows_as_given(source: str | Path, split: str | None) -> Iterator[Row]:
         raise DataError(f"{source}: is a folder; name one data file in it")
     elif path.exists():
         raise DataError(f"{source}: a pipe or device, not a plain file; copy what it holds into one")
-    elif _names_a_file(str(source)):
+    elif str(source).lower().removesuffix(".gz").endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(str(source)):
         raise DataError(f"{source}: no such file{near_file(path)}")
     else:
-        yield from _hub_rows(str(source), split or "train")
+        name, _, configuration = str(source).partition(":")
+        why, remedy = f"{source}: no such file, and as a hub data set", "; offline, pass the path of a local file"
+        for where, row in table_rows(name, configuration, split or "train", str(source), why, remedy):
+            yield where, _as_given(object_of(row, where, "a row must have named columns"))
 
 
 def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
@@ -76,15 +77,9 @@ def _reader(path: Path) -> Callable[[Path], Iterator[Row]]:
     raise DataError(f"{path}: unknown kind of file; accepted: {', '.join(_READERS)} (text kinds also as .gz)")
 
 
-def _names_a_file(source: str) -> bool:
-    name = source.lower().removesuffix(".gz")
-    return name.endswith(tuple(_READERS)) or not _HUB_ID.fullmatch(source)
-
-
 def near_file(path: Path) -> str:
     """What to add to "no such file": the nearest name in its folder, or that there is no such folder."""
-    folder = path.parent
-    if not folder.is_dir():
+    if not (folder := path.parent).is_dir():
         return f" (the folder {folder} does not exist)"
     return suggestion(path.name, (entry.name for entry in folder.iterdir()))
 
@@ -106,8 +101,7 @@ def text_of(path: Path) -> str:
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise not_utf8(path, line, error) from error
+        raise not_utf8(path, raw.count(b"\n", 0, error.start) + 1, error) from error
 
 
 def not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> DataError:
@@ -166,8 +160,7 @@ def _check_row(row: Any, where: str) -> int:
     """How long the row's texts are. DataError where that is too long to be one sequence."""
     size, rest = 0, [row]
     while rest:
-        value = rest.pop()
-        if isinstance(value, str | bytes):
+        if isinstance((value := rest.pop()), str | bytes):
             size += len(value)
         elif isinstance(value, list | Mapping):
             rest += value.values() if isinstance(value, Mapping) else value
@@ -201,8 +194,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     text = text_of(path)
-    rows = json_of(text, str(path))
-    if not isinstance(rows, list):
+    if not isinstance((rows := json_of(text, str(path))), list):
         raise DataError(f"{path}: must be a list of objects, is {_kind(rows)}")
     for number, row in enumerate(rows, 1):
         where = f"{path}: row {number}"
@@ -215,8 +207,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
     csv.field_size_limit(LARGEST_ROW)
     reader = csv.reader(io.StringIO(text_of(path), newline=""), strict=True)
     try:
-        header = next(reader)
-        if len(set(header)) != len(header) or not all(name.strip() for name in header):
+        if len(set(header := next(reader))) != len(header) or not all(name.strip() for name in header):
             raise DataError(f"{path}:1: the header has an empty or a repeated column name: {header!r}")
         line = reader.line_num + 1
         for cells in reader:
@@ -259,13 +250,6 @@ def _rows_at_once(path: Path, metadata: Any) -> int:
     largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), default=0)
     least = 1 if largest > _GROWTH // 10 * path.stat().st_size else 32
     return min(1024, max(least, 16 * LARGEST_ROW // max(1, largest)))
-
-
-def _hub_rows(source: str, split: str) -> Iterator[Row]:
-    name, _, configuration = source.partition(":")
-    why = f"{source}: no such file, and as a hub data set"
-    for where, row in table_rows(name, configuration, split, source, why, "; offline, pass the path of a local file"):
-        yield where, _as_given(object_of(row, where, "a row must have named columns"))
 
 
 def table_rows(path: str, configuration: str, split: str, name: str, why: str, remedy: str = "") -> Iterator[Row]:

@@ -95,13 +95,12 @@ def read_records(source: str | Path, *, split: str | None = None, columns: Seque
         if records and bare != first_bare:
             raise DataError(f"{where}: 'prompt' is in some rows and not in others; give every row one, or none")
         first_bare = bare
-        if records and record.kind != records[0].kind:
-            first = records[0]
+        records.append(record)
+        if record.kind != (first := records[0]).kind:
             raise DataError(
                 f"{where}: a record of kind {record.kind!r} among {first.kind!r} ones (first at {first.where}); "
                 "keep one kind per file"
             )
-        records.append(record)
     if not records:
         raise DataError(f"{source}: holds no records")
     return records
@@ -149,8 +148,7 @@ def _kind_of(keys: set[str], where: str) -> Kind | Literal["sharegpt", "alpaca"]
     found: Literal["prompt", "text"] | None = "prompt" if "prompt" in keys else "text" if "text" in keys else None
     wanted = {None: tuple(sorted(_KNOWN)), "prompt": ("completion", "chosen", "rejected"), "text": ()}[found]
     for key in sorted(keys - _KNOWN):
-        near = difflib.get_close_matches(key, wanted, n=1, cutoff=0.8)
-        if near:
+        if near := difflib.get_close_matches(key, wanted, n=1, cutoff=0.8):
             raise DataError(f"{where}: unknown key {key!r}; did you mean {near[0]!r}?")
     if found is None:
         listed = ", ".join(repr(key) for key in sorted(keys)) or "none"
@@ -187,26 +185,20 @@ def _content(value: Any, key: str) -> Content:
 
 def _label(value: Any, key: str) -> bool:
     words = {"true": True, "1": True, "false": False, "0": False}
-    if isinstance(value, bool) or (isinstance(value, int) and value in (0, 1)):
-        return bool(value)
-    if isinstance(value, str) and value.strip().lower() in words:
-        return words[value.strip().lower()]
+    if isinstance(value, int | str) and (word := str(value).strip().lower()) in words:
+        return words[word]
     raise DataError(f"{key!r} must be true or false, is {described(value)}")
 
 
 def _messages(value: Any, key: str) -> tuple[Message, ...]:
-    entries = list_of(value, key, "messages")
-    return tuple(message_of(entry, f"{key}[{i}]") for i, entry in enumerate(entries))
+    return tuple(message_of(entry, f"{key}[{i}]") for i, entry in enumerate(list_of(value, key, "messages")))
 
 
 _VALUES: dict[str, Callable[[Any, str], Any]] = {"text": text_of, "messages": _messages, "label": _label}
 
 
 def _sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    messages = []
-    system = row.get("system")
-    if system:
-        messages.append(Message("system", text_of(system, "system")))
+    messages = _system(row)
     for i, entry in enumerate(list_of(row["conversations"], "conversations", "messages")):
         key = f"conversations[{i}]"
         if not isinstance(entry, Mapping):
@@ -219,29 +211,26 @@ def _sharegpt(row: Mapping[str, Any]) -> tuple[Message, ...]:
                 raise DataError(f"{key!r} has no {name!r}{_suggest(name, set(map(str, entry)))}")
         if unknown := sorted(str(k) for k, v in entry.items() if v is not None and k not in _SHAREGPT_KEYS):
             raise DataError(f"{key!r} has the unknown key {unknown[0]!r}; accepted: {', '.join(_SHAREGPT_KEYS)}")
-        speaker = entry["from"]
-        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            accepted = ", ".join(_SHAREGPT_ROLES)
-            raise DataError(f"'{key}.from' is {described(speaker)}; accepted: {accepted}")
+        if not isinstance((speaker := entry["from"]), str) or speaker not in _SHAREGPT_ROLES:
+            raise DataError(f"'{key}.from' is {described(speaker)}; accepted: {', '.join(_SHAREGPT_ROLES)}")
         content = text_of(entry["value"], f"{key}.value", empty=True)
         messages.append(Message(_SHAREGPT_ROLES[speaker], content, train=train_of(entry, key)))
     return tuple(messages)
 
 
+def _system(row: Mapping[str, Any]) -> list[Message]:
+    return [Message("system", text_of(row["system"], "system"))] if row.get("system") else []
+
+
 def _alpaca(row: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[Message, ...]]:
-    turns: list[Message] = []
-    if row.get("system"):
-        turns.append(Message("system", text_of(row["system"], "system")))
-    history = row.get("history")
+    turns, history = _system(row), row.get("history")
     for i, pair in enumerate(list_of(history, "history", "messages") if history else ()):
         if not isinstance(pair, (list, tuple)) or len(pair) != 2:
             raise DataError(f"'history[{i}]' must be a pair [instruction, answer], is {described(pair)}")
         turns.append(Message("user", text_of(pair[0], f"history[{i}][0]")))
         turns.append(Message("assistant", text_of(pair[1], f"history[{i}][1]")))
-    asked = text_of(row["instruction"], "instruction")
-    if row.get("input"):
-        asked = f"{asked}\n{text_of(row['input'], 'input')}"
-    turns.append(Message("user", asked))
+    asked = ("instruction", "input") if row.get("input") else ("instruction",)
+    turns.append(Message("user", "\n".join(text_of(row[key], key) for key in asked)))
     return tuple(turns), (Message("assistant", text_of(row["output"], "output")),)
 
 
@@ -282,8 +271,7 @@ def _split_sides(prompt: Content | None, chosen: Content, rejected: Content) -> 
 
 
 def _of_texts(chosen: str, rejected: str) -> tuple[str, str, str]:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))
-    common = "".join(letter for letter, _ in same)
+    common = "".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     end = common.rfind(_TURN)
     cut = end + len(_TURN) if end >= 0 else len(common[: max(common.rfind(" "), common.rfind("\n"))].rstrip())
     if chosen == rejected or not common[:cut].strip():

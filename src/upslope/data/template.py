@@ -9,27 +9,22 @@ Whatever is rendered is checked for what the template leaves out: a conversation
 no place for, or cuts, is refused by name (data/lost.py).
 """
 
-from __future__ import annotations
-
 import os
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from upslope.data.lost import check_nothing_cut, check_nothing_lost, check_reply_whole, name_of
 from upslope.data.messages import at, message_of, tools_of
-from upslope.data.pieces import closing_special
+from upslope.data.pieces import FastTokenizer, closing_special
 from upslope.data.sandbox import FAULTS, budget, compiled, line_of
 from upslope.errors import DataError, one_line
 from upslope.types import Message
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Tools = Sequence[Mapping[str, Any]]
 Span = tuple[int, int]
@@ -72,9 +67,7 @@ class ChatTemplate:
     Raises DataError when the tokenizer has none.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, tools: Tools = (), variables: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, tokenizer: FastTokenizer, tools: Tools = (), variables: Mapping[str, Any] | None = None) -> None:
         if tokenizer.chat_template is None:
             raise DataError(
                 f"the tokenizer of {tokenizer.name_or_path or 'this model'} has no chat template: put a "
@@ -97,15 +90,13 @@ class ChatTemplate:
         if not messages:
             raise DataError("the conversation has no messages")
         with budget(seconds=_CONVERSATION_SECONDS):
-            return self._render(_in_form(messages), add_generation_prompt)
-
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> Rendered:
-        text, marked = self._raw(messages, add_generation_prompt)
-        check_nothing_lost(
-            messages, self.tools or [], text, lambda m, tools: self._raw(m, add_generation_prompt, tools)[0]
-        )
-        starts = {k: self._start(text, messages[:k]) for k, turn in enumerate(messages) if turn.role == "assistant"}
-        check_nothing_cut(messages, text, starts)
+            messages = _in_form(messages)
+            text, marked = self._raw(messages, add_generation_prompt)
+            check_nothing_lost(
+                messages, self.tools or [], text, lambda m, tools: self._raw(m, add_generation_prompt, tools)[0]
+            )
+            starts = {k: self._start(text, messages[:k]) for k, turn in enumerate(messages) if turn.role == "assistant"}
+            check_nothing_cut(messages, text, starts)
         return Rendered(text, starts, marked if self.has_marks else None)
 
     def closed(self, messages: Sequence[Message]) -> tuple[str, str | None]:
@@ -143,14 +134,18 @@ class ChatTemplate:
         return spans
 
     def _turn_spans(self, rendered: Rendered, messages: Sequence[Message], k: int) -> list[Span]:
-        start = rendered.starts[k]
-        if start is None:
+        if (start := rendered.starts[k]) is None:
             raise DataError(
                 "the chat template is not prefix-preserving: what the model would be prompted "
                 "with here is not how the whole conversation begins, so it cannot be trained as one sequence; split it "
                 "into one conversation per reply, or use a template that leaves earlier turns as they were"
             )
-        self._check_generation_prompt(rendered.text, start, messages[k])
+        header = rendered.text[start : max(start, rendered.text.find(messages[k].content.strip(), start))].strip()
+        if header and "add_generation_prompt" not in self.source:
+            raise DataError(
+                f"the chat template ignores add_generation_prompt, so the model would have to "
+                f"write {header!r} itself; add '{{% if add_generation_prompt %}}' with it to the template's end"
+            )
         closed, closing = self.closed(messages[: k + 1])
         if closing is None:
             raise DataError(
@@ -163,25 +158,23 @@ class ChatTemplate:
                 f"its content holds {closing!r}, the token that ends a turn: the model would "
                 "learn to go on after an end; take it out, the template writes it"
             )
+        spans = [(start, len(closed))]
         if rendered.marked is not None:
             spans = self._marked_spans(rendered, start, closing, messages[k])
-            if spans:
-                reply = "".join(rendered.text[low:high] for low, high in spans)
-                check_reply_whole(rendered.text[: spans[0][0]], reply, messages[k])
-            return spans
-        if not rendered.text.startswith(closed) or len(closed) <= start:
+        elif not rendered.text.startswith(closed) or len(closed) <= start:
             raise DataError(
                 "the chat template is not prefix-preserving: it writes this turn differently "
                 "once more messages follow; set train to false on all but the last assistant turn, or split the "
                 "conversation into one per reply, or use a template with {% generation %} blocks"
             )
-        check_reply_whole(rendered.text[:start], rendered.text[start : len(closed)], messages[k])
-        return [(start, len(closed))]
+        if spans:
+            reply = "".join(rendered.text[low:high] for low, high in spans)
+            check_reply_whole(rendered.text[: spans[0][0]], reply, messages[k])
+        return spans
 
     def _marked_spans(self, rendered: Rendered, start: int, closing: str, turn: Message) -> list[Span]:
         """The {% generation %} spans of a turn, the last one made to end right after the end-of-turn token."""
-        later = [s for s in rendered.starts.values() if s is not None and s > start]
-        limit = min(later, default=len(rendered.text))
+        limit = min((cut for cut in rendered.cuts if cut > start), default=len(rendered.text))
         spans = [span for span in rendered.marked or [] if start <= span[0] < limit and span[0] < span[1]]
         if not spans:
             if turn.train:
@@ -190,37 +183,19 @@ class ChatTemplate:
         low, high = spans[-1]
         inner = rendered.text[low:high].rstrip()
         if closing_special(self.tokenizer, inner) is not None:
-            end = low + len(inner)
-        elif rendered.text.startswith(closing, high):
-            end = high + len(closing)
-        else:
-            raise DataError(
-                f"the template's generation block ends before the end-of-turn token "
-                f"{closing!r}, so the model would never learn to stop; "
-                "move {% endgeneration %} behind it"
-            )
-        return [*spans[:-1], (low, end)]
-
-    def _check_generation_prompt(self, text: str, start: int, turn: Message) -> None:
-        """Refuse a template that opens an assistant turn with a header the sampler would never be given."""
-        content = turn.content.strip()
-        if "add_generation_prompt" in self.source or not content:
-            return
-        header = text[start : max(start, text.find(content, start))].strip()
-        if header:
-            raise DataError(
-                f"the chat template ignores add_generation_prompt, so the model would have to "
-                f"write {header!r} itself; add '{{% if add_generation_prompt %}}' with it to the template's end"
-            )
+            return [*spans[:-1], (low, low + len(inner))]
+        if rendered.text.startswith(closing, high):
+            return [*spans[:-1], (low, high + len(closing))]
+        raise DataError(
+            f"the template's generation block ends before the end-of-turn token {closing!r}, so the model would never "
+            "learn to stop; move {% endgeneration %} behind it"
+        )
 
     def _start(self, text: str, before: Sequence[Message]) -> int | None:
-        if not before:
-            return None
-        try:
-            prompt = self._raw(before, True)[0]
-        except DataError:
-            return None  # a template may refuse to prompt here; training on such a turn is refused by name
-        return len(prompt) if text.startswith(prompt) else None
+        with suppress(DataError):  # a template may refuse to prompt here; training on such a turn is refused by name
+            if before and text.startswith(prompt := self._raw(before, True)[0]):
+                return len(prompt)
+        return None
 
     def _raw(
         self, messages: Sequence[Message], add_generation_prompt: bool, tools: Tools | None = None
@@ -230,7 +205,7 @@ class ChatTemplate:
             "documents": None,
             **self.tokenizer.special_tokens_map,
             **self.variables,
-            "messages": [_shown(message) for message in messages],
+            "messages": [replace(message, train=None).as_mapping() for message in messages],
             "tools": self.tools if tools is None else list(tools) or None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -240,26 +215,21 @@ class ChatTemplate:
         try:
             with budget(sum(len(message.content) for message in messages)), ExitStack() as tracked:
                 template = compiled(self.source)
-                template.globals["strftime_now"] = _strftime_now
+                template.globals["strftime_now"] = lambda format: (_CLOCK.get() or datetime.now()).strftime(format)
                 if self.has_marks:  # the tracker is the template's, which threads share
                     tracked.enter_context(_MARKING)
                     tracked.enter_context(template.environment.activate_tracker(blocks, marked))
                 for block in template.root_render_func(template.new_context(given)):
-                    blocks.append(block)
+                    blocks.append(block)  # one by one: the tracker reads what is there
         except FAULTS as error:
-            raise DataError(self._refusal(messages, error, line_of(error, template))) from error
+            path = os.path.join(self.tokenizer.name_or_path or "", "chat_template.jinja")
+            line = line_of(error, template)
+            places = [path] * os.path.isfile(path) + [f"line {line}"] * (line is not None)
+            where = f" ({', '.join(places)})" if places else ""
+            roles = ", ".join(message.role for message in messages[:8]) + ", …" * (len(messages) > 8)
+            said = f"the chat template{where} refuses this conversation ({roles}): {one_line(error)}"
+            raise DataError(said) from error
         return "".join(blocks), marked
-
-    def _refusal(self, messages: Sequence[Message], error: Exception, line: int | None) -> str:
-        path = os.path.join(self.tokenizer.name_or_path or "", "chat_template.jinja")
-        places = [path] * os.path.isfile(path) + [f"line {line}"] * (line is not None)
-        where = f" ({', '.join(places)})" if places else ""
-        roles = ", ".join(message.role for message in messages[:8]) + ", …" * (len(messages) > 8)
-        return f"the chat template{where} refuses this conversation ({roles}): {one_line(error)}"
-
-
-def _strftime_now(format: str) -> str:
-    return (_CLOCK.get() or datetime.now()).strftime(format)
 
 
 def _in_form(messages: Sequence[Message]) -> list[Message]:
@@ -268,8 +238,3 @@ def _in_form(messages: Sequence[Message]) -> list[Message]:
         message_of(message.as_mapping(), f"messages[{k}]", _HERE) if message.tool_calls else message
         for k, message in enumerate(messages)
     ]
-
-
-def _shown(message: Message) -> dict[str, Any]:
-    """A message as a template gets it."""
-    return replace(message, train=None).as_mapping()

@@ -7,18 +7,15 @@ char  characters; one that the training texts did not show is spelled in its UTF
 The same texts in the same order give the same tokenizer.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, get_args
+from itertools import chain
+from typing import Literal, get_args
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from upslope.data.pieces import FastTokenizer
 from upslope.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 TokenizerKind = Literal["bpe", "word", "char"]
 KINDS: tuple[TokenizerKind, ...] = get_args(TokenizerKind)
@@ -47,7 +44,7 @@ _BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 
 def train_tokenizer(
     texts: Iterable[str], kind: TokenizerKind, vocab_size: int, *, special_tokens: Sequence[str] = CAUSAL_SPECIALS
-) -> PreTrainedTokenizerFast:
+) -> FastTokenizer:
     """Train a tokenizer of at most `vocab_size` tokens, special ones included; `save_pretrained` writes it.
 
     `texts` is read once and not kept. Special tokens get the ids from 0 on, in their order (`word` adds [UNK]); names
@@ -59,9 +56,7 @@ def train_tokenizer(
     """
     if kind not in KINDS:
         raise ConfigError(f"tokenizer {kind!r} is unknown: {', '.join(KINDS)}")
-    specials = list(dict.fromkeys(special_tokens))
-    if kind == "word" and UNKNOWN not in specials:
-        specials.append(UNKNOWN)
+    specials = list(dict.fromkeys([*special_tokens, *[UNKNOWN] * (kind == "word")]))
     least = len(specials) + (1 if kind == "word" else 256)
     if vocab_size < least:
         needed = "one word" if kind == "word" else "256 bytes"
@@ -74,7 +69,12 @@ def train_tokenizer(
     if not counted.characters:
         raise DataError("no text to train a tokenizer on: every text is empty")
     inner.add_special_tokens(specials)
-    _frame(inner, specials)
+    if {"[CLS]", "[SEP]"} <= set(specials):
+        inner.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[(name, inner.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+        )
     return _wrapped(inner, specials)
 
 
@@ -118,9 +118,7 @@ def _word(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokeniz
 
 
 def _char(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokenizer:
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
+    counts = Counter(chain.from_iterable(texts))
     room = vocab_size - len(specials) - len(_BYTES)
     frequent = sorted(counts, key=lambda character: (-counts[character], character))[:room]
     tokens = [*specials, *_BYTES, *sorted(frequent)]
@@ -129,25 +127,15 @@ def _char(texts: Iterable[str], vocab_size: int, specials: list[str]) -> Tokeniz
     return inner
 
 
-def _frame(inner: Tokenizer, specials: Sequence[str]) -> None:
-    """[CLS] text [SEP], where both are among the special tokens."""
-    if {"[CLS]", "[SEP]"} <= set(specials):
-        inner.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]",
-            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-            special_tokens=[(name, inner.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
-        )
-
-
-def _wrapped(inner: Tokenizer, specials: Sequence[str]) -> PreTrainedTokenizerFast:
+def _wrapped(inner: Tokenizer, specials: Sequence[str]) -> FastTokenizer:
     from transformers import PreTrainedTokenizerFast
 
     roles: dict[str, str] = {}
     for name in specials:
         if name in _ROLES:
             roles.setdefault(_ROLES[name], name)
-    if "pad_token" not in roles and "eos_token" in roles:
-        roles["pad_token"] = roles["eos_token"]
+    if "eos_token" in roles:
+        roles.setdefault("pad_token", roles["eos_token"])
     further = [name for name in specials if name not in roles.values()]
     return PreTrainedTokenizerFast(
         tokenizer_object=inner,

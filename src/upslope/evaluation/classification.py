@@ -19,7 +19,7 @@ import numpy as np
 from upslope.errors import DataError
 from upslope.evaluation.measurement import Interval, bootstrap, bootstrap_mean, wilson
 from upslope.extras import require
-from upslope.rewards.functions import squad_words, token_f1
+from upslope.rewards.functions import squad_f1, squad_words
 
 AVERAGES = ("micro", "macro", "weighted")
 TOKEN_TITLE = "token level, includes O"
@@ -205,7 +205,7 @@ def cloze_exact(truth: Sequence[Sequence[str]], said: Sequence[str]) -> Interval
 def cloze_f1(truth: Sequence[Sequence[str]], said: Sequence[str], *, seed: int = 0) -> Interval:
     """Mean over texts of the F1 of their words against the best of the right ones (ReCoRD)."""
     _check(truth, said)
-    best = [max(token_f1(s, t) for t in answers) for answers, s in zip(truth, said, strict=True)]
+    best = [max(squad_f1(s, t) for t in answers) for answers, s in zip(truth, said, strict=True)]
     return bootstrap_mean(best, seed=seed)
 
 

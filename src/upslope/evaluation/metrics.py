@@ -18,7 +18,7 @@ from upslope.errors import ConfigError, DataError
 from upslope.evaluation.classification import classification_report, entities_of
 from upslope.evaluation.measurement import Measurement, mean_of, ratio
 from upslope.extras import require
-from upslope.rewards.functions import nearest, squad_words, token_f1
+from upslope.rewards.functions import nearest, squad_f1, squad_words
 
 SPACELESS = ("zh", "ja")
 """Languages whose words no white space parts: ROUGE and error rates count characters there."""
@@ -188,7 +188,7 @@ METRICS: dict[str, Callable[[str, Texts], Measurement]] = {
     **dict.fromkeys(("bleu", "chrf", "chrf++", "ter"), _sacrebleu),
     **dict.fromkeys(("rouge1", "rouge2", "rougeL"), _rouge),
     "exact_match": partial(_nearest, score=lambda text, right: squad_words(text) == squad_words(right), **_SQUAD),
-    "token_f1": partial(_nearest, score=token_f1, **_SQUAD),
+    "token_f1": partial(_nearest, score=squad_f1, **_SQUAD),
     "accuracy": lambda name, texts: mean_of(
         name, [float(t == s) for t, s in _labels(name, texts)], dataset=texts.dataset, unit="labels"
     ),

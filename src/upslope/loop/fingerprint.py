@@ -23,7 +23,7 @@ from upslope.atomic import saving
 from upslope.config import PLUGINS
 from upslope.data.corpus import corpus_files
 from upslope.data.glue import form_of
-from upslope.data.pairs import PairTokenizer
+from upslope.data.pieces import PairTokenizer
 from upslope.errors import ModelError, RunError
 from upslope.models.files.places import lies_in_run, model_of_run
 from upslope.plugins import parse_spec

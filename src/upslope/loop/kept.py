@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from upslope.build import Policy
-from upslope.data.pairs import PairTokenizer
+from upslope.data.pieces import PairTokenizer
 from upslope.data.records import Record
 from upslope.errors import DataError
 from upslope.evaluation.measurement import Measurement, ratio

@@ -13,7 +13,7 @@ import torch
 
 from upslope.build import Policy, load_policy, make_engine
 from upslope.data.chat import encode_completion
-from upslope.data.pairs import PairTokenizer
+from upslope.data.pieces import PairTokenizer
 from upslope.data.train_tokenizer import train_tokenizer
 from upslope.errors import ConfigError, DataError
 from upslope.evaluation.measurement import Measurement

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from upslope.build import Policy, make_engine
 from upslope.data.chat import load_tokenizer
-from upslope.data.pairs import PairTokenizer
+from upslope.data.pieces import PairTokenizer
 from upslope.errors import ModelError
 from upslope.evaluation.verdicts import evaluate
 from upslope.functional.distillation import linear_divergence

@@ -1,7 +1,7 @@
 """Masked pretraining of an encoder (BERT; Devlin et al. 2019, arXiv 1810.04805, section 3.1, without the second task).
 
 for each batch of windows, [CLS] tokens [SEP]:
-    M      = each token with probability p, at least one            (data/masking.py)
+    M      = each token with probability p, at least one            (data/batching.py)
     x'     = x with 80% of M as [MASK], 10% as another token, 10% left
     loss   = -sum_{t in M} log pi(x_t | x') / N                      N chosen tokens in the whole batch
     AdamW step on the float32 masters
@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
+from upslope.data.batching import Masking
 from upslope.data.corpus import TokenStream
-from upslope.data.masking import Masking
 from upslope.errors import DataError
 from upslope.functional.logprobs import log_softmax
 from upslope.functional.supervised_losses import nll

@@ -31,7 +31,7 @@ from upslope.loop.kept import DataAccount, within_context
 from upslope.loop.preferences import PreferenceLearner, read_rows, right_of
 from upslope.loop.session import Recipe
 from upslope.models.files.config_json import SCORE
-from upslope.models.files.reward_folder import (
+from upslope.models.files.loading import (
     RewardSettings,
     check_can_be_saved,
     save_reward_folder,

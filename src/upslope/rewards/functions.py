@@ -252,9 +252,12 @@ def token_f1(prompts: Sequence[Prompt], completions: Sequence[str]) -> list[floa
 
     Source: Rajpurkar et al. 2016 (1606.05250), section 6.1. Two texts of which nothing remains are equal.
     """
-    return _against(
-        prompts, completions, lambda text, refs: max(_f1(squad_words(text), squad_words(ref), 1.0) for ref in refs)
-    )
+    return _against(prompts, completions, lambda text, refs: max(squad_f1(text, ref) for ref in refs))
+
+
+def squad_f1(text: str, reference: str) -> float:
+    """F1 of the words of two texts as `squad_words`; 1 where neither has any."""
+    return _f1(squad_words(text), squad_words(reference), 1.0)
 
 
 def squad_words(text: str) -> list[str]:

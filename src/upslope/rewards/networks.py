@@ -31,14 +31,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from upslope.data.batching import collate, split_by_tokens
-from upslope.data.chat import encode_completion, load_tokenizer, token_count
-from upslope.data.ends import turn_ends
+from upslope.data.chat import encode_completion, load_tokenizer, token_count, turn_ends
 from upslope.data.examples import answer, step_ends
 from upslope.devices.hardware import choose_dtype
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.encoder.network import Encoder, load_encoder
-from upslope.models.files.loading import load_model
-from upslope.models.files.reward_folder import RewardSettings, load_reward_folder
+from upslope.models.files.loading import RewardSettings, load_model, load_reward_folder
 from upslope.models.files.sources import resolve
 from upslope.models.heads import ScalarHead
 from upslope.models.protocol import CausalModel

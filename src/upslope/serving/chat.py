@@ -8,10 +8,9 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from upslope.data.lost import LostError
-from upslope.data.messages import message_of, tools_of
+from upslope.data.messages import CLOSE, OPEN, message_of, tools_of
 from upslope.data.pieces import encode_pieces
 from upslope.data.template import ChatTemplate
-from upslope.data.tool_calls import CLOSE, OPEN
 from upslope.errors import ConfigError, DataError
 from upslope.serving.access import room, service_of, while_connected
 from upslope.serving.chat_answer import ChatAnswer

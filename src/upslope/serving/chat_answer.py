@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from upslope.data.tool_calls import ToolCall, ToolReader, calls_in
+from upslope.data.messages import ToolCall, ToolReader, calls_in
 from upslope.engine import Event
 from upslope.serving.answers import LEAST_LOGPROB, Answer, Write
 from upslope.serving.chat_bodies import ChatBody

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from upslope.data.tool_calls import CLOSE, OPEN
+from upslope.data.messages import CLOSE, OPEN
 from upslope.errors import ConfigError, DataError
 from upslope.extras import require
 

@@ -8,8 +8,7 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from upslope.data.chat import encode_text
-from upslope.data.pairs import PairTokenizer
-from upslope.data.pieces import encode_pieces
+from upslope.data.pieces import PairTokenizer, encode_pieces
 from upslope.devices.threads import apart
 from upslope.engine import Engine, TokenMask
 from upslope.errors import ModelError, RunError

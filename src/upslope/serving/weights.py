@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import torch
 
-from upslope.data.pairs import PairTokenizer
+from upslope.data.pieces import PairTokenizer
 from upslope.engine import Engine
 from upslope.errors import ModelError, UpslopeError
 from upslope.models.files.weights import check_shapes

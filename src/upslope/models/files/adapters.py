@@ -75,8 +75,7 @@ def base_source(folder: Path | str) -> str:
     where neither says it.
     """
     folder = Path(folder)
-    named = adapter_config(folder).get("base_model_name_or_path")
-    if not named or not Path(str(named)).is_dir():
+    if not (named := adapter_config(folder).get("base_model_name_or_path")) or not Path(str(named)).is_dir():
         named = _model_of_run(folder) or named
     if not named:
         raise ModelError(
@@ -88,8 +87,7 @@ def base_source(folder: Path | str) -> str:
 
 def _model_of_run(folder: Path) -> str | None:
     """`model` in the config.toml of the run whose checkpoint `folder` is; a relative path starts where the run did."""
-    run = run_of(folder)
-    if run is None:
+    if (run := run_of(folder)) is None:
         return None
     try:
         model = tomllib.loads((run / "config.toml").read_text(encoding="utf-8")).get("model")
@@ -112,8 +110,7 @@ def merge_adapters(model: nn.Module, folder: Path | str) -> None:
     folder = Path(folder)
     check_intact(folder)
     config = adapter_config(folder)
-    path = folder / WEIGHTS
-    if not path.is_file():
+    if not (path := folder / WEIGHTS).is_file():
         raise ModelError(f"{path}: no such file; adapters are read from safetensors only")
     stored = {name.removeprefix(PREFIX): x for name, x in read_file(path).items()}
     parameters = dict(model.named_parameters())
@@ -169,16 +166,12 @@ def _check_fit(folder: Path, parameters: Mapping[str, Tensor], shapes: Mapping[s
     for name, shape in shapes.items():
         if name not in parameters:
             raise ModelError(f"{folder}: adapts {name}, which the base model does not have; is it the right --base?")
-        if tuple(parameters[name].shape) != shape:
-            own = list(parameters[name].shape)
-            raise ModelError(
-                f"{folder}: {name} is {list(shape)} but the base model's is {own}; is it the right --base?"
-            )
+        if (own := tuple(parameters[name].shape)) != shape:
+            said = f"{name} is {list(shape)} but the base model's is {list(own)}"
+            raise ModelError(f"{folder}: {said}; is it the right --base?")
 
 
 def _of_pattern(patterns: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
     """peft's rule: the first pattern that is the layer's name, or the end of it from a dot on."""
-    for pattern, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", layer):
-            return value
-    return default
+    matching = (value for pattern, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", layer))
+    return next(matching, default)

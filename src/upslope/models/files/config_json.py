@@ -64,14 +64,12 @@ def check_config(raw: Mapping[str, Any], where: Path | str) -> None:
 
     null stands for a key that is not there. A list of sizes, one per layer, is left to transformers.
     """
-    kind = raw.get("model_type")
-    if kind is not None and not isinstance(kind, str):
+    if (kind := raw.get("model_type")) is not None and not isinstance(kind, str):
         raise ModelError(f"{where}: model_type = {kind!r:.60}; it must be a text")
     table = TABLE | ({"max_position_embeddings": (int, 1, _SINUSOIDS)} if raw.get("is_encoder_decoder") is True else {})
     _check(raw, table, where, "")
     for key in _ROTARY:
-        rope = raw.get(key)
-        if rope is not None and not isinstance(rope, dict):
+        if (rope := raw.get(key)) is not None and not isinstance(rope, dict):
             raise ModelError(f"{where}: {key} = {rope!r:.60}; it must be an object")
         _check(rope or {}, TABLE, where, f"{key}.")
     listed = raw.get("architectures")
@@ -84,8 +82,7 @@ def _check(values: Mapping[str, Any], table: Mapping[str, _Range], where: Path |
         value = values.get(key)
         if value is None or (isinstance(value, list) and value and all(type(x) is int for x in value)):
             continue
-        whole = type(value) is int
-        if not (whole or (kind is float and type(value) is float)) or not low <= value <= high:
+        if not (type(value) is int or (kind is float and type(value) is float)) or not low <= value <= high:
             name = "a whole number" if kind is int else "a number"
             raise ModelError(
                 f"{where}: {prefix}{key} = {value!r:.60}; it must be {name} from {low:g} to {high:,.15g}; "
@@ -176,12 +173,10 @@ def architecture(config: Mapping[str, Any]) -> str:
 def kind_of(folder: Path | str) -> ModelKind:
     """By the architecture that config.json names, and the scalar head of a reward model."""
     config = read_config(folder)
-    name = architecture(config)
-    if name.endswith("ForTokenClassification"):
+    if (name := architecture(config)).endswith("ForTokenClassification"):
         return "tagger"
     if name.endswith("ForSequenceClassification") or not name.endswith(_WRITERS):
-        shape = read_shapes(folder).get(SCORE)
-        if shape is not None and shape[0] == 1:
+        if (shape := read_shapes(folder).get(SCORE)) is not None and shape[0] == 1:
             return "reward model"
         if shape is not None or name.endswith("ForSequenceClassification"):
             return "classifier"
@@ -190,8 +185,7 @@ def kind_of(folder: Path | str) -> ModelKind:
 
 def check_writes(folder: Path | str) -> None:
     """ModelError, with the verb that takes it, for a model that gives no text."""
-    kind = kind_of(folder)
-    if kind != "language model":
+    if (kind := kind_of(folder)) != "language model":
         article = "an" if kind == "encoder" else "a"
         raise ModelError(f"{folder}: is {article} {kind} and writes no text; {_TAKEN_BY[kind].format(folder)}")
 

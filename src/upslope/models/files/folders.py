@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,7 @@ TOKENIZER_FOLDERS = ("additional_chat_templates", "source_tokenizer")
 
 def read_config(folder: Path | str) -> dict[str, Any]:
     """config.json of a model folder. Raises ModelError when it is absent or not a JSON object."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
+    if not (path := Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder}: no config.json, so this is not a model folder in the Hugging Face layout")
     return read_object(path, ModelError)
 
@@ -48,8 +47,7 @@ def is_adapter(folder: Path | str) -> bool:
 def provenance(folder: Path | str) -> dict[str, Any]:
     """What is known about a folder's origin: its upslope_source.json, the hub's commit, or just that it is a folder."""
     folder = Path(folder)
-    record = folder / PROVENANCE
-    if record.is_file():
+    if (record := folder / PROVENANCE).is_file():
         return read_object(record, ModelError, "delete the folder and fetch it again")
     if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
         repo = folder.parent.parent.name.removeprefix("models--").replace("--", "/")
@@ -65,8 +63,7 @@ def check_intact(folder: Path | str) -> None:
     folder = Path(folder)
     checkpoint = folder.resolve().parent
     if folder.resolve().name == "model" and _is_checkpoint(checkpoint):
-        problem = damage(checkpoint, within="model")
-        if problem:
+        if problem := damage(checkpoint, within="model"):
             raise ModelError(
                 f"{checkpoint}: this checkpoint is damaged ({problem}); use another one of {checkpoint.parent}, or, if "
                 "you changed it yourself, a copy of its model folder"
@@ -77,10 +74,9 @@ def check_intact(folder: Path | str) -> None:
 
 def _is_checkpoint(path: Path) -> bool:
     """By its name, which then calls for a manifest; or, of one that was renamed, by its manifest."""
-    try:
+    with suppress(RunError):
         return step_of(path) >= 0 or bool(read_manifest(path))
-    except RunError:
-        return False
+    return False
 
 
 def seal(folder: Path) -> None:
@@ -90,8 +86,7 @@ def seal(folder: Path) -> None:
 
 def damage_of_cached(folder: Path) -> str | None:
     """What is wrong with a sealed folder, in words; None where it is whole, or was never sealed."""
-    record = folder / RECORD
-    if not record.is_file():
+    if not (record := folder / RECORD).is_file():
         return None
     try:
         return damaged_file(folder, read_object(record, ModelError)["files"])
@@ -106,8 +101,7 @@ def new_folder(path: Path | str, *, overwrite: bool = False, record: Mapping[str
     record: its provenance. Every file is flushed to disk before the rename. Raises RunError for what the file system
     refuses.
     """
-    path = Path(path)
-    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+    if (path := Path(path)).exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise RunError(f"{path} already exists; choose another output folder")
     with _beside(path) as temp:
         temp.mkdir()
@@ -124,8 +118,7 @@ def new_file(path: Path | str, *, overwrite: bool = False) -> Iterator[Path]:
 
     It is flushed to disk before the rename. Raises RunError for what the file system refuses.
     """
-    path = Path(path)
-    if path.is_dir() or (path.exists() and not overwrite):
+    if (path := Path(path)).is_dir() or (path.exists() and not overwrite):
         raise RunError(f"{path} already exists; choose another output, or --overwrite a file")
     with _beside(path) as temp:
         yield temp

@@ -27,6 +27,7 @@ from upslope.models.files.weights import check_shapes, save_folder
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+_SPECIALS = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
 _ROPE_FACTORS = "rope_freqs.weight"
 _ENDS = tuple(f"tokenizer.ggml.{name}_token_id" for name in ("eos", "eot", "eom"))  # of a text, a turn, a message
 
@@ -58,8 +59,7 @@ def convert(
         config = hf_config(metadata, {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}, where=path)
         say(f"{path.name}: de-quantising {len(reader.tensors)} tensors")
         tensors = _tensors(reader, DecoderConfig.from_hf(config), config["model_type"], path)
-        factors = tensors.pop(_ROPE_FACTORS, None)
-        if factors is not None:
+        if (factors := tensors.pop(_ROPE_FACTORS, None)) is not None:
             config["rope_parameters"] |= _llama3_scaling(factors, config, path)
         network = DecoderConfig.from_hf(config)
         check_shapes(expected_shapes(network), {name: t.shape for name, t in tensors.items()}, where=path)
@@ -105,20 +105,17 @@ def hf_config(
     metadata: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], *, where: Path | str = "GGUF"
 ) -> dict[str, Any]:
     """config.json for a file with these metadata; `shapes` are GGUF's (fastest dimension first)."""
-    kind = metadata.get("general.architecture")
-    if kind not in ARCHITECTURES:
+    if (kind := metadata.get("general.architecture")) not in ARCHITECTURES:
         raise ModelError(f"{where}: GGUF architecture {kind!r} is not supported, only {', '.join(ARCHITECTURES)}")
 
     def key(name: str, default: Any = None) -> Any:
-        value = metadata.get(f"{kind}.{name}", default)
-        if value is None:
+        if (value := metadata.get(f"{kind}.{name}", default)) is None:
             raise ModelError(f"{where}: GGUF metadata lacks {kind}.{name}; get the file again")
         if type(value) not in (int, float) or not value > 0:
             raise ModelError(f"{where}: GGUF metadata {kind}.{name} = {value!r:.60}; it must be a number above 0")
         return value
 
-    scaling = metadata.get(f"{kind}.rope.scaling.type", "none")
-    if scaling != "none":
+    if (scaling := metadata.get(f"{kind}.rope.scaling.type", "none")) != "none":
         raise ModelError(f"{where}: rotary scaling {scaling!r} is not supported in a GGUF; use the model's own folder")
     hidden, heads = key("embedding_length"), key("attention.head_count")
     head_dim = key("attention.key_length", hidden // heads)
@@ -147,10 +144,8 @@ def hf_config(
     }
     if kind != "qwen2":
         config["attention_bias"] = "blk.0.attn_q.bias" in shapes
-    for name in ("bos", "eos", "padding"):
-        token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if token is not None:
-            config[f"{'pad' if name == 'padding' else name}_token_id"] = token
+    tokens = {f"{ours}_token_id": metadata.get(f"tokenizer.ggml.{theirs}_token_id") for ours, theirs in _SPECIALS}
+    config |= {name: token for name, token in tokens.items() if token is not None}
     check_config(config, where)
     check_sizes(config, shapes, where)
     return config
@@ -241,21 +236,14 @@ def _tokenizer(path: Path, metadata: Mapping[str, Any], config: Mapping[str, Any
         with one_model_error(f"{path}: the tokenizer cannot be converted"):
             rebuilt = AutoTokenizer.from_pretrained(alone, gguf_file=path.name)
     if byte_level and split in _DIGIT_SPLITS:
-        rebuilt.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Digits(individual_digits=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-            ]
-        )
+        steps = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        rebuilt.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     framed = metadata.get("tokenizer.ggml.add_bos_token", True)
     has_bos = framed or metadata.get("tokenizer.ggml.bos_token_id") is not None  # transformers then names some token
     return PreTrainedTokenizerFast(
         tokenizer_object=rebuilt.backend_tokenizer,
         bos_token=rebuilt.bos_token if has_bos else None,
-        eos_token=rebuilt.eos_token,
-        unk_token=rebuilt.unk_token,
-        pad_token=rebuilt.pad_token,
-        chat_template=rebuilt.chat_template,
+        **{name: getattr(rebuilt, name) for name in ("eos_token", "unk_token", "pad_token", "chat_template")},
         model_max_length=config["max_position_embeddings"],
         clean_up_tokenization_spaces=False,
     )
@@ -276,10 +264,8 @@ class _Portable:
 
 
 def _generation_config(metadata: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """The ends that the file names, BOS and padding. What closes the chat template's turns data.ends finds in it."""
+    """The ends that the file names, BOS and padding. What closes the chat template's turns data.chat finds in it."""
     ids = _ends(metadata)
-    config: dict[str, Any] = {"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {}
-    for name, token in (("bos_token_id", tokenizer.bos_token_id), ("pad_token_id", tokenizer.pad_token_id)):
-        if token is not None:
-            config[name] = token
-    return config
+    config = {"eos_token_id": ids[0] if len(ids) == 1 else ids or None}
+    config |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    return {name: value for name, value in config.items() if value is not None}

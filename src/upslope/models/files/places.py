@@ -29,8 +29,7 @@ def model_of_run(path: Path, say: Callable[[str], None]) -> Path:
     `say` gets a line where there was a choice. Raises ModelError for a checkpoint that is not there.
     """
     if lies_in_run(path):
-        found = _pointed(path)
-        if found is None:
+        if (found := _pointed(path)) is None:
             hint = near_names(path) or f"{path.parent} holds none"
             raise ModelError(f"{path}: no such checkpoint with a model in it; {hint}")
         return found / "model"

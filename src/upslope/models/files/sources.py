@@ -16,7 +16,7 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from upslope import packages
 from upslope.cache import cache_root
 from upslope.config import suggestion
-from upslope.errors import ModelError, RunError, UpslopeError
+from upslope.errors import ModelError, RunError
 from upslope.models.files.folders import (
     ADAPTER_CONFIG,
     check_intact,
@@ -94,8 +94,7 @@ def resolve(source: str | Path, *, revision: str | None = None, adapters: bool =
     Safe when several processes ask at once. Raises ModelError where nothing is found or a checkpoint is damaged,
     RunError where the cache cannot be written.
     """
-    text = str(source)
-    if len(text) > 2000 or "\0" in text:
+    if len(text := str(source)) > 2000 or "\0" in text:
         raise ModelError(
             f"{text[:60]!r}...: no such folder; give a model folder, a .gguf file, a hub id or {_aliases()}"
         )
@@ -211,8 +210,7 @@ def _from_hub(repo: str, revision: str | None) -> Path:
 
     reason = "HF_HUB_OFFLINE is set"
     if not constants.HF_HUB_OFFLINE:
-        info = _ask_hub(repo, revision)
-        if not isinstance(info, str):
+        if not isinstance((info := _ask_hub(repo, revision)), str):
             files = [f.rfilename for f in info.siblings or () if _HUB_FILES.fullmatch(f.rfilename)]
             if not any(name.endswith(".safetensors") for name in files):
                 raise ModelError(f"{repo}: the hub has no safetensors weights of it; pickle files are not read")
@@ -222,17 +220,15 @@ def _from_hub(repo: str, revision: str | None) -> Path:
             except Exception as error:  # also the HTTP client's own errors, which the hub library lets through
                 raise ModelError(f"{repo}: the download from the hub broke off ({_line(error)}); run again") from error
         reason = info
-    try:
+    with suppress(LocalEntryNotFoundError, ValueError):
         cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, ValueError):
-        cached = None
-    if cached is None or not _complete(cached):
-        raise HubUnreachable(
-            f"{repo}: cannot be fetched from the hub ({reason}) and is not in its cache; check the name and the "
-            f"network, or give a model folder, a .gguf file or {_aliases(repo)}"
-        )
-    say(f"{repo}: using the hub's cache, {cached} ({reason})")
-    return cached
+        if _complete(cached):
+            say(f"{repo}: using the hub's cache, {cached} ({reason})")
+            return cached
+    raise HubUnreachable(
+        f"{repo}: cannot be fetched from the hub ({reason}) and is not in its cache; check the name and the "
+        f"network, or give a model folder, a .gguf file or {_aliases(repo)}"
+    )
 
 
 def _ask_hub(repo: str, revision: str | None) -> Any:
@@ -331,8 +327,6 @@ def _cached(name: str) -> Iterator[tuple[Path, bool]]:
             yield target, whole
             if not whole:
                 seal(target)
-    except UpslopeError:
-        raise
     except OSError as error:
         raise RunError(f"cannot write the cache {target.parent}: {error}; free space or set UPSLOPE_HOME") from error
 
@@ -347,8 +341,7 @@ def _aliases(name: str = "") -> str:
 
 
 def _line(error: object) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def say(message: str) -> None:

@@ -36,11 +36,8 @@ class Tokenizer(Protocol):
 
 def read_shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in the folder, read from the files' headers only."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for _, file, names in _opened_files(Path(folder)):
-        for name in sorted(names):
-            shapes[name] = tuple(file.get_slice(name).get_shape())
-    return shapes
+    opened = _opened_files(Path(folder))
+    return {name: tuple(file.get_slice(name).get_shape()) for _, file, names in opened for name in sorted(names)}
 
 
 def load(
@@ -86,16 +83,16 @@ def check_shapes(
     expected: Mapping[str, Sequence[int]], found: Mapping[str, Sequence[int]], *, where: Path | str
 ) -> None:
     """Raise one ModelError that names every kind of mismatch: missing, unexpected and misshapen tensors."""
-    missing = [name for name in expected if name not in found]
-    unexpected = [name for name in found if name not in expected]
-    misshapen = [
-        f"{name} is {list(found[name])} instead of {list(shape)}"
-        for name, shape in expected.items()
-        if name in found and tuple(found[name]) != tuple(shape)
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-    parts = [listed(kind, items) for kind, items in kinds if items]
-    if parts:
+    kinds = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "misshapen": [
+            f"{name} is {list(found[name])} instead of {list(shape)}"
+            for name, shape in expected.items()
+            if name in found and tuple(found[name]) != tuple(shape)
+        ],
+    }
+    if parts := [listed(kind, items) for kind, items in kinds.items() if items]:
         raise ModelError(
             f"{where}: weights do not fit config.json: {'; '.join(parts)}; get the folder again, or correct config.json"
         )
