@@ -1,23 +1,44 @@
 """`upslope eval`: measure models, or finished answers, and show their figures side by side."""
 
 import json
+import os
 import re
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 from upslope.atomic import write_atomic
-from upslope.commands.evaluate_inputs import Inputs, check_kind
-from upslope.commands.evaluate_model import judge_answers, measure_language_model, measure_reward_model
-from upslope.errors import located
-from upslope.evaluation.samples import read_hypotheses
+from upslope.build import Policy, load_inference, make_engine
+from upslope.commands.evaluate_inputs import Inputs, check_kind, progress
+from upslope.data.chat import encode_prompt, load_tokenizer
+from upslope.devices.hardware import device_of_machine
+from upslope.errors import ConfigError, located
+from upslope.evaluation.benchmarks import benchmark_figures
+from upslope.evaluation.judge import Comparison, PairJudge, win_rate
+from upslope.evaluation.measurement import Figure, Measurement, noted
+from upslope.evaluation.metrics import measure
+from upslope.evaluation.perplexity import perplexity
+from upslope.evaluation.preferences import reward_accuracy
+from upslope.evaluation.rescore import rescore
+from upslope.evaluation.samples import Sample, encode_samples, generate, read_hypotheses, sample_rows
+from upslope.evaluation.scorer import Scorer
 from upslope.evaluation.table import Results, as_json, compared, write
+from upslope.evaluation.verdicts import verdicts
 from upslope.models.files.config_json import kind_of
 from upslope.models.files.folders import is_adapter
 from upslope.models.files.sources import resolve
 from upslope.options import EvalOptions
+from upslope.rewards.networks import load_reward_model
+from upslope.rewards.summands import Surroundings
+from upslope.rollout.collect import collect
+from upslope.tasks.base import SPLITS, Task
+from upslope.types import Message, SamplingParams
 from upslope.version import __version__
+from upslope.workers.rewards import make_scorer
 
 
 def run(options: EvalOptions) -> int:
@@ -71,3 +92,146 @@ def _samples_file(options: EvalOptions, place: int) -> Path | None:
         return target
     name = re.sub(r"[^\w.-]+", "_", Path(options.models[place]).name)
     return target / f"{place + 1}-{name}.jsonl"
+
+
+KEY_VARIABLE = "UPSLOPE_JUDGE_API_KEY"
+LONGEST_WINDOW = 2048
+
+Measured = list[Measurement | Figure]
+
+
+def measure_language_model(folder: Path, inputs: Inputs, samples: Path | None) -> Measured:
+    """All figures that the options ask for; answers to --data go to the file `samples`, too."""
+    policy = load_inference(folder, dtype=inputs.options.dtype)
+    found: Measured = []
+    for part in (_perplexity, _rescored, _benchmarks, _tasks, _harness):
+        found += part(policy, inputs)
+    return found + _answers(policy, inputs, samples)
+
+
+def measure_reward_model(folder: Path, inputs: Inputs) -> Measured:
+    """Its accuracy on each file of --preferences."""
+    tokenizer = load_tokenizer(folder)
+    around = Surroundings(tokenizer, device_of_machine(), folder)
+    model = load_reward_model(str(folder), dtype=inputs.options.dtype, around=around)
+    seed = inputs.options.seed
+    return [
+        figure
+        for path, rows in inputs.preferences.items()
+        for figure in noted([reward_accuracy(model, rows, dataset=path, seed=seed)], of=inputs.available[path])
+    ]
+
+
+def judge_answers(texts: Sequence[str], inputs: Inputs) -> Measured:
+    """The figures of answers to --data: the metrics, and the win rate against the references."""
+    o = inputs.options
+    found: Measured = [*measure(o.metrics, inputs.texts(texts))] if o.metrics else []
+    if o.judge is not None:
+        rows = [_comparison(sample, text) for sample, text in zip(inputs.samples, texts, strict=True)]
+        name, url = o.judge_at
+        with PairJudge(url, name, api_key=os.environ.get(KEY_VARIABLE)) as judge:
+            found.append(win_rate(judge, rows, dataset=str(o.data), seed=o.seed))
+    return noted(found, of=inputs.available[str(o.data)])
+
+
+def _comparison(sample: Sample, text: str) -> Comparison:
+    prompt = sample.prompt
+    if prompt is None:
+        raise ConfigError(f"{sample.where}: a judge needs to see what was asked; give rows with prompt")
+    asked = prompt.text if prompt.text is not None else "\n\n".join(_turn(m) for m in prompt.messages)
+    return Comparison(asked, text, sample.references[0], sample.where)
+
+
+def _turn(message: Message) -> str:
+    return f"{message.role}: {message.content}"
+
+
+def _perplexity(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    context = o.context or min(policy.model.spec.max_positions, LONGEST_WINDOW)
+    found: Measured = []
+    for documents in inputs.documents:
+        with progress(f"perplexity {documents.source}", "window") as shown:
+            scorer = Scorer(policy.model, policy.tokenizer, progress=shown)
+            found += perplexity(scorer, documents, context=context, stride=o.stride or context)
+    return found
+
+
+def _rescored(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    if o.rescore is None:
+        return []
+    with progress(f"rescore {o.rescore}", "hypothesis") as shown:
+        found = rescore(
+            Scorer(policy.model, policy.tokenizer, progress=shown),
+            inputs.nbest,
+            dataset=o.rescore,
+            language=inputs.language,
+            length_normalized=o.length_normalized,
+            weight=o.score_weight,
+            seed=o.seed,
+        )
+    return noted(found, of=inputs.available[o.rescore])
+
+
+def _benchmarks(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    found: Measured = []
+    for spec in o.benchmark:
+        with progress(f"benchmark {spec}", "continuation") as shown:
+            scorer = Scorer(policy.model, policy.tokenizer, progress=shown)
+            found += benchmark_figures(scorer, spec, limit=o.limit, seed=o.seed)
+    return found
+
+
+def _harness(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    if not o.harness:
+        return []
+    from upslope.evaluation.harness import run_harness
+
+    return [*run_harness(policy, o.harness, limit=o.limit, seed=o.seed)]
+
+
+def _tasks(policy: Policy, inputs: Inputs) -> Measured:
+    o = inputs.options
+    params = SamplingParams(
+        max_tokens=o.max_completion_length, n=o.num_generations, temperature=o.sampling_temperature, seed=o.seed
+    )
+    found: Measured = []
+    for spec, task, prompts in inputs.tasks:
+        longest = max(len(encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
+        engine = make_engine(
+            policy, sequences=len(prompts) * params.n, longest=longest + params.max_tokens, max_batch=64
+        )
+        with make_scorer(task) as judge, progress(f"task {spec}", "completion") as shown:
+            reporting = SimpleNamespace(generate=partial(engine.generate, on_progress=shown))
+            groups, _ = collect(reporting, policy.tokenizer, judge, prompts, params)
+        found += _held_out(task, noted(verdicts(groups, spec), of=inputs.available[spec]))
+    return found
+
+
+def _held_out(task: Task, found: Sequence[Measurement]) -> list[Measurement]:
+    """Of a file that is divided by content, the rows that are held out are a part, too."""
+    sizes = [task.size(split) for split in SPLITS]
+    if not task.divided or None in sizes:
+        return list(found)
+    return noted(found, divided=sum(filter(None, sizes)))
+
+
+def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
+    o = inputs.options
+    if o.data is None:
+        return []
+    tokens = encode_samples(policy.tokenizer, inputs.samples)
+    longest = max(map(len, tokens)) + o.max_completion_length
+    engine = make_engine(policy, sequences=len(tokens), longest=longest, max_batch=64)
+    params = SamplingParams(max_tokens=o.max_completion_length, temperature=o.temperature or 0.0, seed=o.seed)
+    with progress(f"answers to {o.data}", "completion") as shown:
+        completions = generate(engine, inputs.samples, tokens, params, on_progress=shown)
+    texts = [c.text for c in completions]
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(target, sample_rows(inputs.samples, texts))
+    cut = sum(c.finish_reason == "length" for c in completions)
+    return noted(judge_answers(texts, inputs), cut=cut, completions=len(texts))

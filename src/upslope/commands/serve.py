@@ -21,8 +21,7 @@ def run(options: ServeOptions) -> int:
     for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
         require("serve", module)
     from upslope.devices.threads import apart
-    from upslope.serving.app import create_app
-    from upslope.serving.server import bind, serve
+    from upslope.serving.server import bind, create_app, serve
 
     sources = [options.model] if options.compare is None else [options.model, options.compare]
     names = _names(sources, options.served_model_name)

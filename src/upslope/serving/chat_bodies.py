@@ -4,14 +4,11 @@ Names and meanings are OpenAI's, with vLLM's extra fields where they are support
 refused by name, so that nothing a client asks for is dropped in silence.
 """
 
-from __future__ import annotations
-
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from upslope.serving.bodies import Body, Items, ModelBody
-from upslope.serving.sampling import MAX_LOGPROBS, SamplingBody
+from upslope.serving.bodies import MAX_LOGPROBS, Body, Items, ModelBody, SamplingBody
 
 MAX_MESSAGES = 2048
 """The template is rendered once per turn of the assistant, so the work grows with the square of their number."""
@@ -66,7 +63,7 @@ class ChatMessage(Body):
         return self.content or ""
 
     @model_validator(mode="after")
-    def _role_has_its_fields(self) -> ChatMessage:
+    def _role_has_its_fields(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"tool_calls belong to an assistant message, this one is from {self.role!r}")
         if (self.tool_call_id is not None) != (self.role == "tool"):
@@ -147,7 +144,7 @@ class ConversationBody(ModelBody):
         return bool(self.tools)
 
     @model_validator(mode="after")
-    def _can_be_written(self) -> ConversationBody:
+    def _can_be_written(self) -> Self:
         names = [tool.function.name for tool in self.tools]
         if len(set(names)) < len(names):
             raise ValueError("tools: two functions have the same name")
@@ -174,7 +171,7 @@ class ChatBody(ConversationBody, SamplingBody):
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @model_validator(mode="after")
-    def _belongs_together(self) -> ChatBody:
+    def _belongs_together(self) -> Self:
         if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
             raise ValueError("max_tokens and max_completion_tokens are two names of one thing and differ; give one")
         if self.top_logprobs is not None and not self.logprobs:

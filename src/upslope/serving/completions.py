@@ -1,21 +1,17 @@
 """/v1/completions: text after text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from upslope.engine import Event
-from upslope.serving.access import encode_all, room, service_of
-from upslope.serving.answers import LEAST_LOGPROB, Answer, Write
-from upslope.serving.bodies import Prompt
+from upslope.serving.answers import LEAST_LOGPROB, Answer, Write, encode_all, room, service_of
+from upslope.serving.bodies import MAX_LOGPROBS, Prompt, SamplingBody, sampling_params
 from upslope.serving.errors import ApiError
 from upslope.serving.pieces import Offsets
-from upslope.serving.sampling import MAX_LOGPROBS, SamplingBody, sampling_params
 from upslope.types import Completion
 
 router = APIRouter(tags=["completions"])
@@ -37,7 +33,7 @@ class CompletionBody(SamplingBody):
     add_special_tokens: bool = Field(True, description="Whether a text gets the BOS that the tokenizer puts there.")
 
     @model_validator(mode="after")
-    def _says_something(self) -> CompletionBody:
+    def _says_something(self) -> Self:
         if self.prompt in ([], [[]]):
             raise ValueError("prompt is an empty list")
         if self.max_tokens == 0 and not self.echo:

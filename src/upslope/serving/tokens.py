@@ -1,20 +1,31 @@
-"""/tokenize, /detokenize and /tokenizer_info, in the shapes of vLLM's server."""
+"""What a model makes of texts without drawing any: tokens in the shapes of vLLM's server, and embeddings.
 
+/v1/embeddings gives the mean of a text's last hidden states, of length 1. A decoder that was trained to predict tokens
+gives usable but not excellent embeddings; they are what its own representation offers. The hidden states are those of
+the packed forward pass, after the last norm, in the model's dtype; mean and norm are taken in float32.
+"""
+
+import base64
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import fastapi
-from fastapi import APIRouter, Request
-from fastapi.responses import Response
-from pydantic import Discriminator, Tag
+import numpy as np
+import torch
+from fastapi import APIRouter, Request, Response
+from pydantic import Discriminator, Field, Tag
 
-from upslope.serving.access import encode_all, reply, service_of
-from upslope.serving.bodies import Items, ModelBody, Token
+from upslope.models.attention.context import PackedContext
+from upslope.models.protocol import CausalModel
+from upslope.serving.answers import encode_all, reply, service_of, while_connected
+from upslope.serving.bodies import Items, ModelBody, Prompt, Token, UserBody
 from upslope.serving.chat import prompt_tokens
 from upslope.serving.chat_bodies import ConversationBody
 from upslope.serving.errors import ApiError
+from upslope.serving.service import Service
 
-router = APIRouter(tags=["tokens"])
+router = APIRouter()
 
 
 class _Tokenize(ModelBody):
@@ -50,7 +61,7 @@ class DetokenizeBody(ModelBody):
     tokens: Annotated[list[Token], Items]
 
 
-@router.post("/tokenize")
+@router.post("/tokenize", tags=["tokens"])
 async def tokenize(request: Request, body: TokenizeBody) -> Response:
     """The tokens of a text or of a conversation; with return_token_strs also what each stands for."""
     service = service_of(request, body.model)
@@ -65,7 +76,7 @@ async def tokenize(request: Request, body: TokenizeBody) -> Response:
     return reply(service, answer)
 
 
-@router.post("/detokenize")
+@router.post("/detokenize", tags=["tokens"])
 async def detokenize(request: Request, body: DetokenizeBody) -> Response:
     """The text of tokens, special ones included."""
     service = service_of(request, body.model)
@@ -77,7 +88,7 @@ async def detokenize(request: Request, body: DetokenizeBody) -> Response:
     return reply(service, {"prompt": await service.aside(decode, size=len(body.tokens))})
 
 
-@router.get("/tokenizer_info")
+@router.get("/tokenizer_info", tags=["tokens"])
 async def tokenizer_info(request: Request, model: str | None = None) -> Response:
     """The tokenizer's special tokens and chat template, so that a client needs no tokenizer of its own."""
     service = service_of(request, model)
@@ -90,3 +101,107 @@ async def tokenizer_info(request: Request, model: str | None = None) -> Response
         **{name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
     }
     return reply(service, info)
+
+
+MAX_INPUTS = 2048
+BATCH_TOKENS = 2048
+"""Tokens of one forward pass; between two of them the engine goes on with what others have asked."""
+
+
+class EmbeddingBody(UserBody):
+    """/v1/embeddings: texts, or texts as tokens."""
+
+    input: Prompt
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="The first so many numbers, made of length 1 again.")
+
+
+@torch.inference_mode()
+def embed(model: CausalModel, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Mean-pooled last hidden states of the prompts, L2-normalised: float32 [N, D], each by its prompt alone."""
+    lengths = [len(prompt) for prompt in prompts]
+    tokens = torch.tensor([token for prompt in prompts for token in prompt], device=model.device)
+    hidden_TD = model(tokens, PackedContext(lengths, device=model.device))
+    means_ND = torch.stack([rows.float().mean(0) for rows in hidden_TD.split(lengths)])
+    return torch.nn.functional.normalize(means_ND, dim=-1).cpu().numpy()
+
+
+def batches(prompts: Sequence[Sequence[int]], limit: int) -> Iterator[Sequence[Sequence[int]]]:
+    """The prompts in order, in groups of at most `limit` tokens (a longer prompt alone)."""
+    first = total = 0
+    for i, prompt in enumerate(prompts):
+        if i > first and total + len(prompt) > limit:
+            yield prompts[first:i]
+            first, total = i, 0
+        total += len(prompt)
+    yield prompts[first:]
+
+
+@router.post("/v1/embeddings", tags=["embeddings"])
+async def embeddings(request: Request, body: EmbeddingBody) -> Response:
+    """One vector per input, in order."""
+    service = service_of(request, body.model)
+    model = service.engine.model
+    if model.whole_prompts:
+        raise ApiError(400, f"{service.name} is an encoder-decoder; embeddings are made by decoders", "model")
+    width = model.spec.hidden_size
+    if body.dimensions is not None and body.dimensions > width:
+        raise ApiError(400, f"dimensions is {body.dimensions}; {service.name} has {width}", "dimensions")
+    prompts = await tokens_of(service, body)
+    vectors, version = await while_connected(request, vectors_of(service, prompts))
+    if body.dimensions is not None:
+        vectors = shortened(vectors, body.dimensions)
+    data = [{"object": "embedding", "index": i, "embedding": _written(v, body)} for i, v in enumerate(vectors)]
+    total = sum(map(len, prompts))
+    answer = {"object": "list", "data": data, "model": service.name}
+    answer["usage"] = {"prompt_tokens": total, "total_tokens": total}
+    return reply(service, answer, version=version)
+
+
+async def tokens_of(service: Service, body: EmbeddingBody) -> list[list[int]]:
+    """The inputs as tokens. ApiError 400 for an empty or too long one, and for a token outside the vocabulary."""
+    given: list[Any] = body.input if isinstance(body.input, list) else [body.input]
+    if given and isinstance(given[0], int):
+        given = [given]
+    if not given:
+        raise ApiError(400, "input is an empty list", "input")
+    if len(given) > MAX_INPUTS:
+        raise ApiError(400, f"{len(given)} inputs in one request; at most {MAX_INPUTS} are taken", "input")
+    prompts = await encode_all(service, given) if isinstance(given[0], str) else given
+    limit, size = service.engine.model.spec.max_positions, service.vocab_size
+    for i, prompt in enumerate(prompts):
+        if not prompt:
+            raise ApiError(400, f"input {i} has no tokens", "input")
+        if len(prompt) > limit:
+            says = f"input {i} has {len(prompt)} tokens, the model's context holds {limit}; shorten it"
+            raise ApiError(400, says, "input", "context_length_exceeded")
+        if max(prompt) >= size:
+            raise ApiError(400, f"input {i}: token {max(prompt)} is outside the vocabulary of {size} tokens", "input")
+    return prompts
+
+
+async def vectors_of(service: Service, prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, int]:
+    """The embeddings [N, D] and the version of the weights, which is one for all: a swap in between begins anew."""
+    while True:
+        version = service.version
+        parts = []
+        for batch in batches(prompts, BATCH_TOKENS):
+            made, under = await service.call(lambda batch=batch: (embed(service.engine.model, batch), service.version))
+            if under != version:
+                break
+            parts.append(made)
+        else:
+            return np.concatenate(parts), version
+
+
+def shortened(vectors: np.ndarray, dimensions: int) -> np.ndarray:
+    """The first numbers of each vector, of length 1 again (where they are not all zero)."""
+    cut = vectors[:, :dimensions]
+    length = np.linalg.norm(cut, axis=1, keepdims=True)
+    return cut / np.where(length > 0, length, 1)
+
+
+def _written(vector: np.ndarray, body: EmbeddingBody) -> list[float] | str:
+    if body.encoding_format == "base64":
+        return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
+    return vector.tolist()
