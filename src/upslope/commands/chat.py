@@ -16,7 +16,7 @@ from typing import Any
 
 from upslope.cache import cache_root
 from upslope.commands.chat_session import SETTINGS, ChatSession, Reply, Show, Stopped
-from upslope.commands.decoding import shown
+from upslope.commands.generate import shown
 from upslope.data.records import read_records
 from upslope.errors import ConfigError, DataError, UpslopeError
 from upslope.options import ChatOptions
@@ -254,14 +254,6 @@ def _set(chat: Chat, argument: str) -> None:
         chat.screen.note(f"{key} {shlex.join(value) if isinstance(value, tuple) else value}")
 
 
-def _retry(chat: Chat, argument: str) -> None:
-    chat.respond(chat.session.retry)
-
-
-def _undo(chat: Chat, argument: str) -> None:
-    chat.screen.note(f"taken back: {chat.session.undo()}")
-
-
 def _edit(chat: Chat, argument: str) -> None:
     text = argument or chat.screen.revise(chat.session.last_user_text())
     if not text.strip():
@@ -327,8 +319,12 @@ COMMANDS: dict[str, Command] = {
     "new": Command("", "begin again; the system turn stays", _new),
     "system": Command("[TEXT]", "set the system turn; without TEXT take it away", _system),
     "set": Command("[KEY VALUE]", f"how replies are drawn: {' '.join(SETTINGS)}", _set),
-    "retry": Command("", "draw the last reply again", _retry),
-    "undo": Command("", "take back your last turn and its reply", _undo),
+    "retry": Command("", "draw the last reply again", lambda chat, _: chat.respond(chat.session.retry)),
+    "undo": Command(
+        "",
+        "take back your last turn and its reply",
+        lambda chat, _: chat.screen.note(f"taken back: {chat.session.undo()}"),
+    ),
     "edit": Command("[TEXT]", "say your last turn differently", _edit),
     "save": Command("FILE", "add the conversation to a .jsonl file, as a row that upslope sft reads", _save),
     "load": Command("FILE", "go on with the last conversation of a file", _load),
@@ -347,8 +343,8 @@ def run(options: ChatOptions) -> int:
     screen = Screen(COMMANDS)
     chat = Chat(ChatSession(options), screen)
     if screen.interactive:
-        context = chat.session.context
-        screen.note(f"{options.model}: {context} tokens of context. /help, Ctrl-C stops a reply, Ctrl-D ends.")
+        held = f"{options.model}: {chat.session.context} tokens of context"
+        screen.note(f"{held}. /help, Ctrl-C stops a reply, Ctrl-D ends.")
     while True:
         try:
             chat.take(screen.read())

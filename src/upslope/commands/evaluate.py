@@ -4,7 +4,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
@@ -36,7 +36,7 @@ from upslope.rewards.networks import load_reward_model
 from upslope.rewards.summands import Surroundings
 from upslope.rollout.collect import collect
 from upslope.tasks.base import SPLITS, Task
-from upslope.types import Message, SamplingParams
+from upslope.types import SamplingParams
 from upslope.version import __version__
 from upslope.workers.rewards import make_scorer
 
@@ -98,21 +98,19 @@ KEY_VARIABLE = "UPSLOPE_JUDGE_API_KEY"
 LONGEST_WINDOW = 2048
 
 Measured = list[Measurement | Figure]
+Figures = Iterator[Measurement | Figure]
 
 
 def measure_language_model(folder: Path, inputs: Inputs, samples: Path | None) -> Measured:
     """All figures that the options ask for; answers to --data go to the file `samples`, too."""
     policy = load_inference(folder, dtype=inputs.options.dtype)
-    found: Measured = []
-    for part in (_perplexity, _rescored, _benchmarks, _tasks, _harness):
-        found += part(policy, inputs)
-    return found + _answers(policy, inputs, samples)
+    parts = (_perplexity, _rescored, _benchmarks, _tasks, _harness, partial(_answers, target=samples))
+    return [figure for part in parts for figure in part(policy, inputs)]
 
 
 def measure_reward_model(folder: Path, inputs: Inputs) -> Measured:
     """Its accuracy on each file of --preferences."""
-    tokenizer = load_tokenizer(folder)
-    around = Surroundings(tokenizer, device_of_machine(), folder)
+    around = Surroundings(load_tokenizer(folder), device_of_machine(), folder)
     model = load_reward_model(str(folder), dtype=inputs.options.dtype, around=around)
     seed = inputs.options.seed
     return [
@@ -138,29 +136,23 @@ def _comparison(sample: Sample, text: str) -> Comparison:
     prompt = sample.prompt
     if prompt is None:
         raise ConfigError(f"{sample.where}: a judge needs to see what was asked; give rows with prompt")
-    asked = prompt.text if prompt.text is not None else "\n\n".join(_turn(m) for m in prompt.messages)
+    asked = prompt.text if prompt.text is not None else "\n\n".join(f"{m.role}: {m.content}" for m in prompt.messages)
     return Comparison(asked, text, sample.references[0], sample.where)
 
 
-def _turn(message: Message) -> str:
-    return f"{message.role}: {message.content}"
-
-
-def _perplexity(policy: Policy, inputs: Inputs) -> Measured:
+def _perplexity(policy: Policy, inputs: Inputs) -> Figures:
     o = inputs.options
     context = o.context or min(policy.model.spec.max_positions, LONGEST_WINDOW)
-    found: Measured = []
     for documents in inputs.documents:
         with progress(f"perplexity {documents.source}", "window") as shown:
             scorer = Scorer(policy.model, policy.tokenizer, progress=shown)
-            found += perplexity(scorer, documents, context=context, stride=o.stride or context)
-    return found
+            yield from perplexity(scorer, documents, context=context, stride=o.stride or context)
 
 
-def _rescored(policy: Policy, inputs: Inputs) -> Measured:
+def _rescored(policy: Policy, inputs: Inputs) -> Figures:
     o = inputs.options
     if o.rescore is None:
-        return []
+        return
     with progress(f"rescore {o.rescore}", "hypothesis") as shown:
         found = rescore(
             Scorer(policy.model, policy.tokenizer, progress=shown),
@@ -171,34 +163,30 @@ def _rescored(policy: Policy, inputs: Inputs) -> Measured:
             weight=o.score_weight,
             seed=o.seed,
         )
-    return noted(found, of=inputs.available[o.rescore])
+    yield from noted(found, of=inputs.available[o.rescore])
 
 
-def _benchmarks(policy: Policy, inputs: Inputs) -> Measured:
+def _benchmarks(policy: Policy, inputs: Inputs) -> Figures:
     o = inputs.options
-    found: Measured = []
     for spec in o.benchmark:
         with progress(f"benchmark {spec}", "continuation") as shown:
             scorer = Scorer(policy.model, policy.tokenizer, progress=shown)
-            found += benchmark_figures(scorer, spec, limit=o.limit, seed=o.seed)
-    return found
+            yield from benchmark_figures(scorer, spec, limit=o.limit, seed=o.seed)
 
 
-def _harness(policy: Policy, inputs: Inputs) -> Measured:
+def _harness(policy: Policy, inputs: Inputs) -> Figures:
     o = inputs.options
-    if not o.harness:
-        return []
-    from upslope.evaluation.harness import run_harness
+    if o.harness:
+        from upslope.evaluation.harness import run_harness
 
-    return [*run_harness(policy, o.harness, limit=o.limit, seed=o.seed)]
+        yield from run_harness(policy, o.harness, limit=o.limit, seed=o.seed)
 
 
-def _tasks(policy: Policy, inputs: Inputs) -> Measured:
+def _tasks(policy: Policy, inputs: Inputs) -> Figures:
     o = inputs.options
     params = SamplingParams(
         max_tokens=o.max_completion_length, n=o.num_generations, temperature=o.sampling_temperature, seed=o.seed
     )
-    found: Measured = []
     for spec, task, prompts in inputs.tasks:
         longest = max(len(encode_prompt(policy.tokenizer, prompt)) for prompt in prompts)
         engine = make_engine(
@@ -207,22 +195,20 @@ def _tasks(policy: Policy, inputs: Inputs) -> Measured:
         with make_scorer(task) as judge, progress(f"task {spec}", "completion") as shown:
             reporting = SimpleNamespace(generate=partial(engine.generate, on_progress=shown))
             groups, _ = collect(reporting, policy.tokenizer, judge, prompts, params)
-        found += _held_out(task, noted(verdicts(groups, spec), of=inputs.available[spec]))
-    return found
+        yield from _held_out(task, noted(verdicts(groups, spec), of=inputs.available[spec]))
 
 
 def _held_out(task: Task, found: Sequence[Measurement]) -> list[Measurement]:
     """Of a file that is divided by content, the rows that are held out are a part, too."""
     sizes = [task.size(split) for split in SPLITS]
-    if not task.divided or None in sizes:
-        return list(found)
-    return noted(found, divided=sum(filter(None, sizes)))
+    whole = not task.divided or None in sizes
+    return list(found) if whole else noted(found, divided=sum(filter(None, sizes)))
 
 
-def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
+def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Figures:
     o = inputs.options
     if o.data is None:
-        return []
+        return
     tokens = encode_samples(policy.tokenizer, inputs.samples)
     longest = max(map(len, tokens)) + o.max_completion_length
     engine = make_engine(policy, sequences=len(tokens), longest=longest, max_batch=64)
@@ -234,4 +220,4 @@ def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Measured:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(target, sample_rows(inputs.samples, texts))
     cut = sum(c.finish_reason == "length" for c in completions)
-    return noted(judge_answers(texts, inputs), cut=cut, completions=len(texts))
+    yield from noted(judge_answers(texts, inputs), cut=cut, completions=len(texts))

@@ -47,7 +47,7 @@ def _names(sources: list[str], first: str | None) -> list[str]:
 def _service(name: str, source: str, options: ServeOptions) -> Service:
     """The model with its engine, warmed up: kernels compiled, cache allocated."""
     from upslope.build import load_inference
-    from upslope.commands.decoding import DRAWN, open_engine, suggested
+    from upslope.commands.generate import DRAWN, open_engine, suggested
     from upslope.models.files.sources import say
     from upslope.serving.service import Service
     from upslope.types import SamplingParams

@@ -31,7 +31,6 @@ class ToolReader:
     def __init__(self) -> None:
         self._held = ""
         self._after_call = False
-        self.num_calls = 0
 
     def push(self, piece: str, *, final: bool = False) -> list[str | ToolCall]:
         """Add text; `final` decides what was held back: a call without its closing tag counts if it is complete."""
@@ -47,7 +46,6 @@ class ToolReader:
             if calls:
                 self._show(self._held[:start].rstrip(), found)
                 found += calls
-                self.num_calls += len(calls)
                 self._after_call = True
             else:
                 self._show(self._held[: len(self._held) - len(rest)], found)

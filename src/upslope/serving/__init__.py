@@ -4,8 +4,7 @@ engine_thread  one engine on a thread, and what comes out of one request
 service        one model to be asked by many: an engine thread, a tokenizer, a queue; new weights while it runs
 pieces         what single tokens stand for
 constraints    output that follows a grammar: JSON, tool calls
-errors         refusals in OpenAI's shape
-limits         host, key, size: what a request must pass
+errors         what a request must pass: host, key, size; refusals in OpenAI's shape
 bodies         what requests may say; how tokens are drawn, and how that becomes parameters of the engine
 answers        what every route needs; how completions and chat are answered whole or as they come
 completions    /v1/completions

@@ -163,5 +163,5 @@ def _card(service: Service) -> dict[str, Any]:
         "root": service.source,
         "max_model_len": service.max_positions,
         "weight_version": service.version,
-        "system_fingerprint": service.fingerprint,
+        "system_fingerprint": service.fingerprint(),
     }

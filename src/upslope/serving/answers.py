@@ -92,7 +92,7 @@ async def _disconnected(request: Request) -> None:
 def reply(service: Service, body: Mapping[str, Any], *, version: int | None = None) -> Response:
     """A JSON answer that names the weights: `system_fingerprint` in it and X-Weight-Version beside it."""
     version = service.version if version is None else version
-    named = {**body, "system_fingerprint": service.fingerprint_of(version)}
+    named = {**body, "system_fingerprint": service.fingerprint(version)}
     return JSONResponse(named, headers={"X-Weight-Version": str(version)})
 
 
@@ -182,7 +182,7 @@ class Answer(ABC, Generic[B]):
 
     def chunk(self, choices: list[dict[str, Any]], counts: dict[str, int] | None = None) -> dict[str, Any]:
         """The body of one event of a streamed answer."""
-        fields = {"system_fingerprint": self.service.fingerprint, "choices": choices}
+        fields = {"system_fingerprint": self.service.fingerprint(), "choices": choices}
         return self._head(self.chunk_kind) | fields | ({"usage": counts} if self.body.wants_usage else {})
 
     async def _submit(self) -> list[Stream]:

@@ -83,21 +83,25 @@ class _Writer:
         self._reader = ToolReader() if answer.body.offers_tools else None
         self._entries: list[dict[str, Any]] = []
         self._tokens: list[int] = []
-        self._drawn = 0
+        self._drawn = self._calls = 0
 
     def write(self, event: Event) -> Iterator[dict[str, Any]]:
         """The choice objects that an event of its sample leads to."""
         if not self._drawn:
             yield self._choice({"role": "assistant", "content": ""})
         self._note(event)
-        ended = event.completion is not None
-        for delta in self._deltas(event.text, ended):
-            yield self._choice(delta)
+        plain = [event.text] if event.text else []
+        parts = plain if self._reader is None else self._reader.push(event.text, final=event.completion is not None)
+        for part in parts:
+            if isinstance(part, str):
+                yield self._choice({"content": part})
+            else:
+                yield self._choice({"tool_calls": [{"index": self._calls, **_call(part)}]})
+                self._calls += 1
         if event.completion is not None:
             if self._entries or self._tokens:
                 yield self._choice({"content": ""})
-            called = self._reader is not None and self._reader.num_calls > 0
-            yield self._choice({}, _reason(event.completion, called=called))
+            yield self._choice({}, _reason(event.completion, called=self._calls > 0))
 
     def _note(self, event: Event) -> None:
         drawn = [event.token] if event.completion is None else event.completion.tokens[self._drawn :]
@@ -107,19 +111,6 @@ class _Writer:
             self._entries.append(self._answer.entry(event.token, event.policy_logprob, event.top_logprobs or {}))
         if self._answer.body.return_token_ids:
             self._tokens += [token for token in drawn if token is not None]
-
-    def _deltas(self, text: str, ended: bool) -> Iterator[dict[str, Any]]:
-        if self._reader is None:
-            if text:
-                yield {"content": text}
-            return
-        first = self._reader.num_calls
-        for part in self._reader.push(text, final=ended):
-            if isinstance(part, str):
-                yield {"content": part}
-            else:
-                yield {"tool_calls": [{"index": first, **_call(part)}]}
-                first += 1
 
     def _choice(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
         choice: dict[str, Any] = {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": reason}

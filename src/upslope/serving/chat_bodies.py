@@ -58,9 +58,8 @@ class ChatMessage(Body):
     @property
     def text(self) -> str:
         """The content, its parts joined."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
 
     @model_validator(mode="after")
     def _role_has_its_fields(self) -> Self:
@@ -176,22 +175,18 @@ class ChatBody(ConversationBody, SamplingBody):
             raise ValueError("max_tokens and max_completion_tokens are two names of one thing and differ; give one")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs = true")
-        self._check_tools()
-        if self.constrained and self.ignore_eos:
-            raise ValueError("ignore_eos does not go with an output that must end where its grammar does")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
-        return self
-
-    def _check_tools(self) -> None:
-        names = [tool.function.name for tool in self.tools]
-        choice = self.tool_choice
+        names, choice = [tool.function.name for tool in self.tools], self.tool_choice
         if isinstance(choice, NamedTool) and choice.function.name not in names:
             raise ValueError(f"tool_choice: no function {choice.function.name!r} is among the tools")
         if choice == "required" and not names:
             raise ValueError("tool_choice is 'required' but there are no tools")
         if self.offers_tools and self.response_format.type != "text":
             raise ValueError("response_format does not go with tools that may be called; set tool_choice to 'none'")
+        if self.constrained and self.ignore_eos:
+            raise ValueError("ignore_eos does not go with an output that must end where its grammar does")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return self
 
     @property
     def offers_tools(self) -> bool:

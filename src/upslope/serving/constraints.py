@@ -31,11 +31,6 @@ _NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias")
 _LISTING = re.compile(r"\n\s*\d+ \| .*", re.DOTALL)
 
 
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """The schema as an inline rule of a Lark grammar; it accepts exactly the documents that the schema does."""
-    return "%json " + _dump(_styled(schema))
-
-
 class Grammars:
     """What compiles grammars for one tokenizer. Its parts may be called from any thread.
 
@@ -65,7 +60,7 @@ class Grammars:
 
     def schema(self, schema: Mapping[str, Any], *, samples: int) -> Constraint:
         """JSON that validates against `schema`, for a request of so many samples. ConfigError: it cannot be."""
-        return self._compile("grammar_from_json_schema", _dump(_styled(schema)), samples)
+        return self._compile("grammar_from_json_schema", _json(schema), samples)
 
     def lark(self, grammar: str, *, samples: int) -> Constraint:
         """Text that a grammar in llguidance's Lark dialect accepts. ConfigError: it does not compile."""
@@ -178,17 +173,14 @@ def _body_rules(functions: Functions, marks: Marks) -> list[str]:
     rules = [f"body: {' | '.join(names)}"]
     for rule, (name, schema) in zip(names, functions.items(), strict=True):
         head = json.dumps("\n" + json.dumps({"name": name})[:-1] + ', "arguments": ')
-        rules.append(f'{rule}: {head} {json_rule(schema)} "}}\\n" {marks.close}')
+        rules.append(f'{rule}: {head} %json {_json(schema)} "}}\\n" {marks.close}')
     return rules
 
 
-def _styled(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {**schema, "x-guidance": {**_STYLE, **_STRICT}}
-
-
-def _dump(value: Any) -> str:
+def _json(schema: Mapping[str, Any]) -> str:
+    """The schema as the library takes it, which accepts exactly the documents that the schema does."""
     try:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps({**schema, "x-guidance": {**_STYLE, **_STRICT}}, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the schema is not JSON: {error}") from error
 

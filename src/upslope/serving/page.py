@@ -1,7 +1,7 @@
 """The chat page at `/`: its files out of the package, and the routes that save what readers say about replies.
 
 Whatever a model writes, the page runs no script but its own (SECURITY_HEADERS). Requests of other sites' pages never
-get here: see `limits.Guard`.
+get here: see `errors.Guard`.
 
 What readers say is saved as the rows that `sft` and `dpo` train on. In the feedback folder: `sft.jsonl` {messages},
 `preferences.jsonl` {prompt, chosen, rejected}, `labels.jsonl` {prompt, completion, label} (for `dpo --loss kto`) and
@@ -178,18 +178,14 @@ class Feedback:
     def _put(self, name: str, key: str, row: Mapping[str, Any] | None) -> None:
         """Make `row` the only one of this key in the file; None: make it have none."""
         path = self._path(name)
-        with _saving(path), self._locked():
-            if any(known.get("id") == key for known in self._rows(name)):
-                kept = [known for known in self._rows(name) if known.get("id") != key]
-                write_atomic(path, "".join(to_json(known) + "\n" for known in [*kept, *([row] if row else [])]))
-            elif row is not None:
-                _append(path, row)
-
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with FileLock(self.folder / ".lock", mode=0o600):
-            yield
+        with _saving(path):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with FileLock(self.folder / ".lock", mode=0o600):
+                if any(known.get("id") == key for known in self._rows(name)):
+                    kept = [known for known in self._rows(name) if known.get("id") != key]
+                    write_atomic(path, "".join(to_json(known) + "\n" for known in [*kept, *([row] if row else [])]))
+                elif row is not None:
+                    _append(path, row)
 
 
 @contextmanager
@@ -235,10 +231,9 @@ def _imitated(turns: list[dict[str, Any]], reply: str, about: Mapping[str, Any])
 
 
 def _preferred(vote: Vote) -> dict[str, Any] | None:
-    if vote.winner == "tie":
-        return None
     chosen, rejected = (vote.a, vote.b) if vote.winner == "a" else (vote.b, vote.a)
-    if chosen.reply == rejected.reply or not chosen.reply.strip() or not rejected.reply.strip():
+    differ = chosen.reply != rejected.reply and chosen.reply.strip() and rejected.reply.strip()
+    if vote.winner == "tie" or not differ:
         return None
     return {
         "prompt": _plain(vote.messages),
@@ -292,16 +287,12 @@ def _files() -> dict[str, Response]:
 @router.get("/", include_in_schema=False)
 async def page(request: Request) -> Response:
     """The chat page."""
-    return _answer(request, "index.html")
+    return await static(request, "index.html")
 
 
 @router.get("/static/{name}", include_in_schema=False)
 async def static(request: Request, name: str) -> Response:
     """One of the page's files."""
-    return _answer(request, name)
-
-
-def _answer(request: Request, name: str) -> Response:
     file = _files().get(name)
     if file is None:
         raise ApiError(404, f"the page has no file {name[:80]!r}")

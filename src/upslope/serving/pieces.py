@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 
 class Pieces:
     """What each token of a tokenizer stands for, looked up once per token: its bytes (`raw`), its `text`."""
@@ -18,7 +20,8 @@ class Pieces:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
-        self._table = _byte_table() if '"ByteLevel"' in decoder else None
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        self._table = letters if '"ByteLevel"' in decoder else None
         self._metaspace = '"ByteFallback"' in decoder or '"Metaspace"' in decoder
         added = tokenizer.added_tokens_decoder
         self._added = {token_id: token.content for token_id, token in added.items()}
@@ -43,8 +46,7 @@ class Pieces:
         best: dict[str, float] = {}
         for token, logprob in alternatives.items():
             text = self.text(token)
-            if text not in best or logprob > best[text]:
-                best[text] = logprob
+            best[text] = max(logprob, best.get(text, logprob))
         return best
 
     def _spell(self, token: int) -> bytes:
@@ -82,10 +84,3 @@ class Offsets:
             if shown or not self._pieces.special(token):
                 self._at += len(self._decoder.decode(self._pieces.raw(token)))
         return offsets
-
-
-def _byte_table() -> dict[str, int]:
-    """Byte-level BPE's letters: printable bytes stand for themselves, the others are moved up from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(256 + i): byte for i, byte in enumerate(moved)}

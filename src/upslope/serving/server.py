@@ -21,8 +21,7 @@ from upslope.errors import RunError, one_line
 from upslope.options import ServeOptions
 from upslope.serving import admin, chat, completions, errors, page, tokens
 from upslope.serving.admin import Metrics
-from upslope.serving.errors import ALWAYS, ApiError, answer
-from upslope.serving.limits import Guard
+from upslope.serving.errors import ALWAYS, ApiError, Guard, answer
 from upslope.serving.service import Service
 from upslope.version import __version__
 
@@ -84,7 +83,6 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app, self._drain_seconds, self._ready = app, drain_seconds, ready
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._draining: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -99,10 +97,7 @@ class _Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         state.draining = True
-        self._loop.call_soon_threadsafe(self._start_draining)
-
-    def _start_draining(self) -> None:
-        self._draining = asyncio.ensure_future(self._drain())
+        self._draining = asyncio.run_coroutine_threadsafe(self._drain(), self._loop)
 
     async def _drain(self) -> None:
         try:

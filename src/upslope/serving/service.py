@@ -54,12 +54,12 @@ def read_fitting(load: Callable[[str], Loaded], source: str, engine: Engine, tok
     try:
         loaded = load(source)
         _check_fits(loaded, engine, tokenizer, source)
+        return loaded
     except (UpslopeError, OSError):
         raise
     except Exception as error:  # whatever a broken folder makes the libraries raise, bare Exceptions too
         log.error("new weights cannot be read", exc_info=error)
         raise ModelError(f"{source}: no model can be read from it: {type(error).__name__}: {error}") from error
-    return loaded
 
 
 def _check_fits(loaded: Loaded, engine: Engine, tokenizer: Any, source: str) -> None:
@@ -142,14 +142,9 @@ class Service(EngineThread):
         """Number of the present weights: 0 at the start, one more after each swap."""
         return self.engine.version
 
-    @property
-    def fingerprint(self) -> str:
-        """Model and weights in one word."""
-        return self.fingerprint_of(self.version)
-
-    def fingerprint_of(self, version: int) -> str:
-        """`name@version`."""
-        return f"{self.name}@{version}"
+    def fingerprint(self, version: int | None = None) -> str:
+        """Model and weights in one word, `name@version`; None: the present ones."""
+        return f"{self.name}@{self.version if version is None else version}"
 
     @property
     def vocab_size(self) -> int:
@@ -178,9 +173,8 @@ class Service(EngineThread):
 
     def room(self, prompt_tokens: int) -> int:
         """Tokens that may follow a prompt of so many."""
-        if self.engine.model.whole_prompts:
-            return min(self.engine.model.room(prompt_tokens), self.max_positions)
-        return self.max_positions - prompt_tokens
+        model, most = self.engine.model, self.max_positions
+        return min(model.room(prompt_tokens), most) if model.whole_prompts else most - prompt_tokens
 
     @property
     def running(self) -> int:
@@ -215,7 +209,7 @@ class Service(EngineThread):
         self._asides += 1
         try:
             lane = self._lanes[size > _LARGE]
-            return await asyncio.get_running_loop().run_in_executor(lane, partial(function, *arguments))
+            return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
         except RuntimeError as error:
             if not self._ending:
                 raise
@@ -281,5 +275,4 @@ class Service(EngineThread):
             return self.engine.version
 
         async with self._swapping:
-            loaded = await asyncio.to_thread(apart, read)
-            return await self.call(lambda: replace(loaded))
+            return await self.call(partial(replace, await asyncio.to_thread(apart, read)))

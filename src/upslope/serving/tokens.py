@@ -202,6 +202,5 @@ def shortened(vectors: np.ndarray, dimensions: int) -> np.ndarray:
 
 
 def _written(vector: np.ndarray, body: EmbeddingBody) -> list[float] | str:
-    if body.encoding_format == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
-    return vector.tolist()
+    plain = body.encoding_format == "float"
+    return vector.tolist() if plain else base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
