@@ -21,7 +21,7 @@ from upslope.errors import one_line
 from upslope.options import ServeOptions
 from upslope.serving import errors as limits
 from upslope.serving import server as connection
-from upslope.serving.chat_bodies import ChatBody
+from upslope.serving.bodies import ChatBody
 from upslope.serving.completions import CompletionBody
 from upslope.serving.errors import ApiError, parse_json
 from upslope.serving.page import Thumb

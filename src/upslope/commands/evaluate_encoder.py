@@ -57,8 +57,7 @@ def _labelled(folder: Path, inputs: Inputs) -> Texts:
     o = inputs.options
     rows = inputs.first(str(o.data), read_labelled(str(o.data), columns=o.columns))
     classifier = load_classifier(str(folder), dtype=o.dtype)
-    logits = classifier.logits(rows)
-    said = [classifier.labels[max(range(len(row)), key=row.__getitem__)] for row in logits]
+    said = [classifier.labels[max(range(len(row)), key=row.__getitem__)] for row in classifier.logits(rows)]
     return Texts(str(o.data), said, [(row.label,) for row in rows], [row.where for row in rows])
 
 

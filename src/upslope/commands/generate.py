@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from upslope.build import Policy, load_inference
-from upslope.commands.generate_rows import Asked, RowFile, ask, ask_file, row_of
+from upslope.commands.generate_rows import Asked, ask_file, opened_rows, prompt_of, row_of
 from upslope.data.chat import encode_prompt
 from upslope.engine import Engine
 from upslope.engine.request import check_prompt
@@ -95,7 +95,7 @@ def run(options: GenerateOptions) -> int:
         raise ConfigError(f"system is a turn of the chat template, and {options.model} has none: leave it out")
     if text is not None:
         where = "prompt" if options.prompt is not None else "standard input"
-        asked = [ask(text, where=where, templated=templated, system=options.system)]
+        asked = [Asked(where, prompt_of(text, where=where, templated=templated, system=options.system))]
     else:
         assert options.prompts is not None
         asked = ask_file(options.prompts, templated=templated, system=options.system, columns=options.columns)
@@ -212,18 +212,17 @@ def _to_stdout(engine: Engine, asked: list[Asked], encoded: list[list[int]], opt
 
 
 def _to_file(engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions) -> None:
-    with RowFile(options, asked) as file:
-        written = file.done
+    with opened_rows(options, asked) as (lines, written):
         try:
             with Progress(len(asked), "generate", unit="prompt", done=written) as progress:
                 for rows in _rows(engine, asked, encoded, options, progress):
                     for row in rows:
-                        file.append(row)
-                    file.sync()
+                        lines.append(row)
+                    lines.flush()
                     written += len(rows)
         except KeyboardInterrupt:
             hint = "; the same with --resume goes on" if options.prompts is not None else ""
-            print(f"upslope: {written} of {len(asked)} rows are in {file.path}{hint}", file=sys.stderr)
+            print(f"upslope: {written} of {len(asked)} rows are in {lines.path}{hint}", file=sys.stderr)
             raise
 
 
@@ -250,14 +249,12 @@ def _answers(
     window = max(1, 8 * engine.scheduler.max_batch // max(params.n, params.beam_width))
     place_of: dict[int, int] = {}
     found: dict[int, dict[int, Completion]] = {}
-    complete: dict[int, list[Completion]] = {}
     opened = written = done
     while written < len(asked):
         while opened < len(asked) and opened - written < window:
             with located(asked[opened].where):
                 place_of[engine.add(encoded[opened], params, key=opened)] = opened
             opened += 1
-        changed = set()
         for event in engine.step():
             place = place_of[event.request_id]
             if event.error is not None:
@@ -265,15 +262,11 @@ def _answers(
                     raise event.error
             if event.completion is not None:
                 found.setdefault(place, {})[event.sample] = event.completion
-                changed.add(place)
-        for place in changed:
-            # beams come all in one step, and fewer than n where too few could be had
-            if len(found[place]) == params.n or params.beam_width > 1:
-                samples = found.pop(place)
-                complete[place] = [samples[i] for i in sorted(samples)]
         ready = []
-        while written in complete:
-            ready.append((written, complete.pop(written)))
+        # beams come all in one step, and fewer than n where too few could be had
+        while len(samples := found.get(written, {})) == params.n or (samples and params.beam_width > 1):
+            ready.append((written, [samples[i] for i in sorted(samples)]))
+            del found[written]
             written += 1
         if ready:
             yield ready

@@ -278,9 +278,10 @@ class _Trainer:
         self.rows = [Example(row, [False] + [True] * 11) for row in rows]
         self.order = PromptStream(len(self.rows), seed=5)
 
-    def step(self) -> None:
-        batch = collate(_weighted([self.rows[i] for i in self.order.take(4)]))
-        update(self.model, self.optimizer, [batch], _loss, learning_rate=1e-2, max_grad_norm=1.0)
+    def train(self, steps: int) -> None:
+        for _ in range(steps):
+            batch = collate(_weighted([self.rows[i] for i in self.order.take(4)]))
+            update(self.model, self.optimizer, [batch], _loss, learning_rate=1e-2, max_grad_norm=1.0)
 
     def save(self, folder: Path) -> Path:
         tensors = {"weights": self.optimizer.weights(), "optimizer": self.optimizer.state()}
@@ -300,14 +301,11 @@ def resume_is_exact() -> Finding:
     differing = total = 0
     for dtype in DTYPES:
         straight, first, second = _Trainer(dtype), _Trainer(dtype), _Trainer(dtype)
-        for _ in range(4):
-            straight.step()
+        straight.train(4)
+        first.train(2)
         with tempfile.TemporaryDirectory() as folder:
-            for _ in range(2):
-                first.step()
             second.load(first.save(Path(folder)))
-        for _ in range(2):
-            second.step()
+        second.train(2)
         expected, found = straight.everything(), second.everything()
         differing += sum(not torch.equal(expected[name], found[name]) for name in expected)
         total += len(expected)

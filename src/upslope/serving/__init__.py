@@ -5,10 +5,10 @@ service        one model to be asked by many: an engine thread, a tokenizer, a q
 pieces         what single tokens stand for
 constraints    output that follows a grammar: JSON, tool calls
 errors         what a request must pass: host, key, size; refusals in OpenAI's shape
-bodies         what requests may say; how tokens are drawn, and how that becomes parameters of the engine
+bodies         what requests may say
 answers        what every route needs; how completions and chat are answered whole or as they come
 completions    /v1/completions
-chat           /v1/chat/completions: chat_bodies
+chat           /v1/chat/completions
 tokens         /tokenize, /detokenize, /tokenizer_info, /v1/embeddings
 admin          /health, /version, /metrics, /v1/models, /admin/weights
 page           the chat page, and what its readers save

@@ -5,6 +5,7 @@ What completions and chat have in common: a request is put to the engine, and an
 
 import asyncio
 import json
+import secrets
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -16,7 +17,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from upslope.engine import Event, TokenMask
-from upslope.serving.bodies import SamplingBody, best
+from upslope.serving.bodies import SamplingBody
 from upslope.serving.engine_thread import Stream, merged
 from upslope.serving.errors import ApiError, ClientGone, as_api_error
 from upslope.serving.service import Service
@@ -136,8 +137,62 @@ def event_stream(service: Service, events: AsyncGenerator[str, None], *streams: 
     return _EventStream(closed(), streams, headers)
 
 
+_PENALTIES = {"length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"}
+_AS_GIVEN = _PENALTIES | {"temperature", "top_p", "min_p", "ignore_eos"}
 Write = Callable[[Event], Iterator[dict[str, Any]]]
 """Event of a sample -> the choice objects that it leads to; none where there is nothing to tell yet."""
+
+
+def sampling_params(
+    body: SamplingBody,
+    service: Service,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: int | None = None,
+) -> SamplingParams:
+    """The parameters that a body asks for; a seed is made up where it names none.
+
+    ApiError 400 for a token outside the vocabulary, and for what beam search cannot honour.
+    """
+    vocab_size = service.engine.model.spec.vocab_size
+    bias = {int(token): value for token, value in body.logit_bias.items()}
+    for name, tokens in (("logit_bias", bias), ("stop_token_ids", body.stop_token_ids)):
+        wrong = next((token for token in tokens if token >= vocab_size), None)
+        if wrong is not None:
+            raise ApiError(400, f"{name}: token {wrong} is outside the vocabulary of {vocab_size} tokens", name)
+    if body.use_beam_search:
+        _check_beam(body, logprobs)
+    return SamplingParams(
+        max_tokens=max_tokens,
+        n=body.n if body.use_beam_search else body.drawn,
+        beam_width=body.drawn if body.use_beam_search else 1,
+        top_k=max(body.top_k, 0),
+        logit_bias=bias,
+        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop_token_ids=tuple(body.stop_token_ids),
+        seed=secrets.randbits(63) if body.seed is None else body.seed,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        **body.model_dump(include=_AS_GIVEN),
+    )
+
+
+def best(completions: Sequence[Completion], n: int) -> list[Completion]:
+    """The n completions with the highest mean log-prob per token, best first; all, in order, where there are n."""
+    if len(completions) <= n:
+        return list(completions)
+    return sorted(completions, key=lambda c: -c.cumulative_logprob / max(len(c.tokens), 1))[:n]
+
+
+def _check_beam(body: SamplingBody, logprobs: int | None) -> None:
+    idle = {"top_k": body.top_k > 0, "top_p": body.top_p < 1, "min_p": body.min_p > 0, "stop": bool(body.stop)}
+    idle["logprobs"] = logprobs is not None
+    for name, given in idle.items():
+        if given:
+            raise ApiError(400, f"{name} has no meaning with use_beam_search; leave it out", name)
+    if body.best_of is None and body.n == 1:
+        raise ApiError(400, "use_beam_search needs a width: give best_of (or n)", "best_of")
 
 
 class Answer(ABC, Generic[B]):

@@ -1,17 +1,12 @@
 """What may be sent. A field that is not listed is refused by name; null means that a field was not given.
 
-Names and ranges are OpenAI's; those that OpenAI does not have are vLLM's. How tokens are drawn: the fields that say it,
-and what the engine makes of them.
+Names, meanings and ranges are OpenAI's; those that OpenAI does not have are vLLM's. So nothing that a client asks for
+is dropped in silence.
 """
 
-import secrets
-from collections.abc import Sequence
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-
-from upslope.serving.errors import ApiError
-from upslope.types import Completion, SamplingParams
 
 Items = Field(fail_fast=True)
 """A list of which the first wrong item is told; the others are not even looked at."""
@@ -73,10 +68,10 @@ class UserBody(ModelBody):
 
 
 MAX_SAMPLES = 128
+MAX_MESSAGES = 2048
+"""The template is rendered once per turn of the assistant, so the work grows with the square of their number."""
 MAX_LOGPROBS = 20
 MAX_BIASES = 4096
-_PENALTIES = {"length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"}
-_AS_GIVEN = _PENALTIES | {"temperature", "top_p", "min_p", "ignore_eos"}
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
@@ -146,52 +141,187 @@ class SamplingBody(UserBody):
         return self.stream_options is not None and self.stream_options.include_usage
 
 
-def sampling_params(
-    body: SamplingBody,
-    vocab_size: int,
-    *,
-    max_tokens: int,
-    logprobs: int | None,
-    prompt_logprobs: int | None = None,
-) -> SamplingParams:
-    """The parameters that a body asks for; a seed is made up where it names none.
-
-    ApiError 400 for a token outside the vocabulary, and for what beam search cannot honour.
-    """
-    bias = {int(token): value for token, value in body.logit_bias.items()}
-    for name, tokens in (("logit_bias", bias), ("stop_token_ids", body.stop_token_ids)):
-        wrong = next((token for token in tokens if token >= vocab_size), None)
-        if wrong is not None:
-            raise ApiError(400, f"{name}: token {wrong} is outside the vocabulary of {vocab_size} tokens", name)
-    if body.use_beam_search:
-        _check_beam(body, logprobs)
-    return SamplingParams(
-        max_tokens=max_tokens,
-        n=body.n if body.use_beam_search else body.drawn,
-        beam_width=body.drawn if body.use_beam_search else 1,
-        top_k=max(body.top_k, 0),
-        logit_bias=bias,
-        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
-        stop_token_ids=tuple(body.stop_token_ids),
-        seed=secrets.randbits(63) if body.seed is None else body.seed,
-        logprobs=logprobs,
-        prompt_logprobs=prompt_logprobs,
-        **body.model_dump(include=_AS_GIVEN),
-    )
+def _kind_of_content(value: Any) -> str:
+    return "parts" if isinstance(value, list) else "text"
 
 
-def best(completions: Sequence[Completion], n: int) -> list[Completion]:
-    """The n completions with the highest mean log-prob per token, best first; all, in order, where there are n."""
-    if len(completions) <= n:
-        return list(completions)
-    return sorted(completions, key=lambda c: -c.cumulative_logprob / max(len(c.tokens), 1))[:n]
+class TextPart(Body):
+    """A part of a message; the models served here read text only."""
+
+    type: Literal["text"]
+    text: str
 
 
-def _check_beam(body: SamplingBody, logprobs: int | None) -> None:
-    idle = {"top_k": body.top_k > 0, "top_p": body.top_p < 1, "min_p": body.min_p > 0, "stop": bool(body.stop)}
-    idle["logprobs"] = logprobs is not None
-    for name, given in idle.items():
-        if given:
-            raise ApiError(400, f"{name} has no meaning with use_beam_search; leave it out", name)
-    if body.best_of is None and body.n == 1:
-        raise ApiError(400, "use_beam_search needs a width: give best_of (or n)", "best_of")
+Content = Annotated[
+    Annotated[str, Tag("text")] | Annotated[list[TextPart], Items, Tag("parts")], Discriminator(_kind_of_content)
+]
+
+
+class CalledFunction(Body):
+    """The function of an earlier call and its arguments, a JSON object as text."""
+
+    name: str
+    arguments: str
+
+
+class EarlierCall(Body):
+    """A call that the assistant made in an earlier turn."""
+
+    id: str = Field(max_length=256)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(Body):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[EarlierCall], Items] = Field([])
+    tool_call_id: str | None = None
+    type: Literal["text"] | None = Field(None, description="Sent by lm-evaluation-harness; says nothing more.")
+
+    @property
+    def text(self) -> str:
+        """The content, its parts joined."""
+        content = self.content or ""
+        return content if isinstance(content, str) else "".join(part.text for part in content)
+
+    @model_validator(mode="after")
+    def _role_has_its_fields(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"tool_calls belong to an assistant message, this one is from {self.role!r}")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id belongs to a tool message, which must have one")
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is missing")
+        return self
+
+
+class FunctionDefinition(Body):
+    """A function that the model may call; `strict` makes its arguments follow `parameters`."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Body):
+    """A tool; functions are the only kind."""
+
+    type: Literal["function"]
+    function: FunctionDefinition
+
+
+class FunctionName(Body):
+    """Which function."""
+
+    name: str = Field(max_length=64)
+
+
+class NamedTool(Body):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class FreeFormat(Body):
+    """Free text, or some JSON object."""
+
+    type: Literal["text", "json_object"]
+
+
+class NamedSchema(Body):
+    """A JSON Schema; it is always enforced, as OpenAI does where `strict` is true."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class SchemaFormat(Body):
+    """JSON that validates against a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class ConversationBody(ModelBody):
+    """A conversation, as the chat template writes it."""
+
+    messages: Annotated[list[ChatMessage], Items] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: Annotated[list[FunctionTool], Items] = Field([], max_length=128)
+    add_generation_prompt: bool | None = Field(None, description="Left out: unless continue_final_message.")
+    continue_final_message: bool = Field(False, description="Go on with the last message, the assistant's.")
+    chat_template_kwargs: dict[str, Any] = Field({}, description="Further variables of the chat template.")
+
+    @property
+    def size(self) -> int:
+        """About how many characters are to be read."""
+        return 2048 + sum(len(message.text) + 512 for message in self.messages)
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the reply may hold calls."""
+        return bool(self.tools)
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Self:
+        names = [tool.function.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("tools: two functions have the same name")
+        last = self.messages[-1]
+        if self.continue_final_message and (last.role != "assistant" or not last.text.strip()):
+            raise ValueError("continue_final_message needs a last message of the assistant that has text")
+        return self
+
+
+class ChatBody(ConversationBody, SamplingBody):
+    """/v1/chat/completions. Without max_tokens or max_completion_tokens a reply may fill the context."""
+
+    max_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31, description="The same as max_tokens.")
+    logprobs: bool = False
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tool_choice: Literal["none", "auto", "required"] | NamedTool = "auto"
+    parallel_tool_calls: bool = True
+    response_format: Annotated[FreeFormat | SchemaFormat, Field(discriminator="type")] = FreeFormat(type="text")
+
+    @property
+    def budget(self) -> int | None:
+        """The tokens that a reply may have; None: all that fit."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> Self:
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise ValueError("max_tokens and max_completion_tokens are two names of one thing and differ; give one")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs = true")
+        names, choice = [tool.function.name for tool in self.tools], self.tool_choice
+        if isinstance(choice, NamedTool) and choice.function.name not in names:
+            raise ValueError(f"tool_choice: no function {choice.function.name!r} is among the tools")
+        if choice == "required" and not names:
+            raise ValueError("tool_choice is 'required' but there are no tools")
+        if self.offers_tools and self.response_format.type != "text":
+            raise ValueError("response_format does not go with tools that may be called; set tool_choice to 'none'")
+        if self.constrained and self.ignore_eos:
+            raise ValueError("ignore_eos does not go with an output that must end where its grammar does")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+        return self
+
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the reply may hold calls."""
+        return bool(self.tools) and self.tool_choice != "none"
+
+    @property
+    def constrained(self) -> bool:
+        """Whether a grammar decides what the reply may be."""
+        strict = any(tool.function.strict for tool in self.tools)
+        return self.response_format.type != "text" or (self.offers_tools and (strict or self.tool_choice != "auto"))

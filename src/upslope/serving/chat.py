@@ -14,9 +14,8 @@ from upslope.data.template import ChatTemplate
 from upslope.data.tool_calls import CLOSE, OPEN, ToolCall, ToolReader, calls_in
 from upslope.engine import Event
 from upslope.errors import ConfigError, DataError
-from upslope.serving.answers import LEAST_LOGPROB, Answer, Write, room, service_of, while_connected
-from upslope.serving.bodies import sampling_params
-from upslope.serving.chat_bodies import ChatBody, ConversationBody, NamedTool, SchemaFormat
+from upslope.serving.answers import LEAST_LOGPROB, Answer, Write, room, sampling_params, service_of, while_connected
+from upslope.serving.bodies import ChatBody, ConversationBody, NamedTool, SchemaFormat
 from upslope.serving.constraints import Constraint, Marks, calls_grammar, offered_grammar
 from upslope.serving.errors import ApiError
 from upslope.serving.service import Service
@@ -141,7 +140,7 @@ def prepare(service: Service, body: ChatBody) -> ChatAnswer:
     prompt = prompt_tokens(service, body)
     params = sampling_params(
         body,
-        service.vocab_size,
+        service,
         max_tokens=room(service, prompt, body.budget, "messages"),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
     )

@@ -8,9 +8,9 @@ it concerns.
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -32,7 +32,7 @@ class Served:
     token_seconds: float | None
 
 
-class Stream:
+class Stream(AsyncIterator[Event], AbstractAsyncContextManager):
     """The events of one request: `async for` reads them, `async with` frees the slot of one that is left early.
 
     What ended the request is raised: the engine's own error for it, RunError when the engine failed, Stopped.
@@ -52,9 +52,6 @@ class Stream:
         self._items: asyncio.Queue[Event | Exception | None] = asyncio.Queue()
         self._done = False
 
-    def __aiter__(self) -> Self:
-        return self
-
     async def __anext__(self) -> Event:
         if self._done:
             raise StopAsyncIteration
@@ -64,9 +61,6 @@ class Stream:
             return item
         self._done = True
         raise StopAsyncIteration if error is None else error
-
-    async def __aenter__(self) -> Self:
-        return self
 
     async def __aexit__(self, *_: object) -> None:
         self.cancel()

@@ -147,11 +147,6 @@ class Service(EngineThread):
         return f"{self.name}@{self.version if version is None else version}"
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens that can be drawn."""
-        return self.engine.model.spec.vocab_size
-
-    @property
     def max_positions(self) -> int:
         """Tokens of the longest sequence: the model's context, or the whole cache where that is smaller."""
         pool = self.engine.pool
@@ -160,7 +155,7 @@ class Service(EngineThread):
     @cached_property
     def grammars(self) -> Grammars:
         """What compiles grammars for the model's tokens."""
-        return Grammars(self.tokenizer, self.vocab_size, self.engine.eos_token_ids)
+        return Grammars(self.tokenizer, self.engine.model.spec.vocab_size, self.engine.eos_token_ids)
 
     def tokens_of(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a prompt as training has them; without the tokenizer's BOS unless `special`. Never two of it.

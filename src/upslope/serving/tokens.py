@@ -19,9 +19,8 @@ from pydantic import Discriminator, Field, Tag
 from upslope.models.attention.context import PackedContext
 from upslope.models.protocol import CausalModel
 from upslope.serving.answers import encode_all, reply, service_of, while_connected
-from upslope.serving.bodies import Items, ModelBody, Prompt, Token, UserBody
+from upslope.serving.bodies import ConversationBody, Items, ModelBody, Prompt, Token, UserBody
 from upslope.serving.chat import prompt_tokens
-from upslope.serving.chat_bodies import ConversationBody
 from upslope.serving.errors import ApiError
 from upslope.serving.service import Service
 
@@ -168,7 +167,7 @@ async def tokens_of(service: Service, body: EmbeddingBody) -> list[list[int]]:
     if len(given) > MAX_INPUTS:
         raise ApiError(400, f"{len(given)} inputs in one request; at most {MAX_INPUTS} are taken", "input")
     prompts = await encode_all(service, given) if isinstance(given[0], str) else given
-    limit, size = service.engine.model.spec.max_positions, service.vocab_size
+    limit, size = service.engine.model.spec.max_positions, service.engine.model.spec.vocab_size
     for i, prompt in enumerate(prompts):
         if not prompt:
             raise ApiError(400, f"input {i} has no tokens", "input")
