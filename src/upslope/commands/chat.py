@@ -75,15 +75,13 @@ class Screen:
 
     def write(self, piece: str) -> None:
         """A piece of a reply."""
-        sys.stdout.write(shown(piece, sys.stdout))
-        sys.stdout.flush()
+        print(shown(piece, sys.stdout), end="", flush=True)
         self._unended = True
 
     def end_reply(self) -> None:
         """A reply, or what came of it, ends with a line break; in a pipe an empty one is an empty line."""
         if self._unended or not self.interactive:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            print(flush=True)
         self._unended = False
 
     def note(self, text: str, style: str = "dim") -> None:

@@ -1,4 +1,8 @@
-"""`upslope eval`: measure models, or finished answers, and show their figures side by side."""
+"""`upslope eval`: measure models, or finished answers, and show their figures side by side.
+
+Of a language model whatever is asked, of a reward model its accuracy, of a trained encoder labels of texts, tags of
+words, tasks in GLUE form.
+"""
 
 import json
 import os
@@ -15,12 +19,14 @@ from upslope.atomic import write_atomic
 from upslope.build import Policy, load_inference, make_engine
 from upslope.commands.evaluate_inputs import Inputs, check_kind, progress
 from upslope.data.chat import encode_prompt, load_tokenizer
+from upslope.data.labels import read_conll, read_labelled
 from upslope.devices.hardware import device_of_machine
 from upslope.errors import ConfigError, located
+from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.judge import Comparison, PairJudge, win_rate
 from upslope.evaluation.measurement import Figure, Measurement, noted
-from upslope.evaluation.metrics import measure
+from upslope.evaluation.metrics import Texts, measure
 from upslope.evaluation.perplexity import perplexity
 from upslope.evaluation.preferences import reward_accuracy
 from upslope.evaluation.rescore import rescore
@@ -28,8 +34,9 @@ from upslope.evaluation.samples import Sample, encode_samples, generate, read_hy
 from upslope.evaluation.scorer import Scorer
 from upslope.evaluation.table import Results, as_json, compared, write
 from upslope.evaluation.verdicts import verdicts
-from upslope.models.files.config_json import kind_of
-from upslope.models.files.folders import is_adapter
+from upslope.models.encoder.labellers import load_classifier, tags_of
+from upslope.models.files.config_json import ModelKind, kind_of
+from upslope.models.files.folders import is_adapter, read_config
 from upslope.models.files.sources import resolve
 from upslope.options import EvalOptions
 from upslope.rewards.networks import load_reward_model
@@ -39,6 +46,13 @@ from upslope.tasks.base import SPLITS, Task
 from upslope.types import SamplingParams
 from upslope.version import __version__
 from upslope.workers.rewards import make_scorer
+
+KEY_VARIABLE = "UPSLOPE_JUDGE_API_KEY"
+LONGEST_WINDOW = 2048
+_LABELS = {"classifier": ("accuracy", "macro_f1"), "tagger": ("entity_f1",)}
+
+Measured = list[Measurement | Figure]
+Figures = Iterator[Measurement | Figure]
 
 
 def run(options: EvalOptions) -> int:
@@ -77,8 +91,6 @@ def evaluate(options: EvalOptions) -> list[Results]:
             elif kind == "language model":
                 measured.append(measure_language_model(folder, inputs, _samples_file(options, place)))
             else:
-                from upslope.commands.evaluate_encoder import measure_encoder  # seconds of imports that others spare
-
                 measured.append(measure_encoder(kind, folder, inputs))
     return compared(options.models, measured, seed=options.seed)
 
@@ -92,13 +104,6 @@ def _samples_file(options: EvalOptions, place: int) -> Path | None:
         return target
     name = re.sub(r"[^\w.-]+", "_", Path(options.models[place]).name)
     return target / f"{place + 1}-{name}.jsonl"
-
-
-KEY_VARIABLE = "UPSLOPE_JUDGE_API_KEY"
-LONGEST_WINDOW = 2048
-
-Measured = list[Measurement | Figure]
-Figures = Iterator[Measurement | Figure]
 
 
 def measure_language_model(folder: Path, inputs: Inputs, samples: Path | None) -> Measured:
@@ -221,3 +226,57 @@ def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Figures:
         write_atomic(target, sample_rows(inputs.samples, texts))
     cut = sum(c.finish_reason == "length" for c in completions)
     yield from noted(judge_answers(texts, inputs), cut=cut, completions=len(texts))
+
+
+def measure_encoder(kind: ModelKind, folder: Path, inputs: Inputs) -> Measured:
+    """Figures of --data (rows {text, label}, or sentences in columns for a tagger) and of --benchmark.
+
+    ConfigError: a metric that is not about labels, or options that need texts.
+    """
+    o = inputs.options
+    found: Measured = []
+    if o.data is not None:
+        number = kind == "classifier" and len(read_config(folder).get("id2label") or ()) == 1
+        names = () if number else _LABELS[kind]
+        wrong = [name for name in o.metrics if name not in names]
+        if wrong or o.judge is not None or o.samples is not None:
+            named = wrong[0] if wrong else "judge" if o.judge is not None else "samples"
+            given, about = ("numbers", "labels or texts") if number else ("labels", "texts")
+            raise ConfigError(f"{folder.name} is a {kind}, which gives {given}: {named} is about {about}")
+        if number:
+            found += _numbers(folder, inputs)
+        else:
+            texts = _labelled(folder, inputs) if kind == "classifier" else _tagged(folder, inputs)
+            found += measure(o.metrics or names, texts)
+        found = noted(found, of=inputs.available[str(o.data)])
+    if o.benchmark:
+        classifier = load_classifier(str(folder), dtype=o.dtype)
+        for spec in o.benchmark:
+            found += benchmark_figures(classifier, spec, limit=o.limit, seed=o.seed)
+    return found
+
+
+def _numbers(folder: Path, inputs: Inputs) -> list[Figure]:
+    o = inputs.options
+    rows = inputs.first(str(o.data), read_labelled(str(o.data), columns=o.columns, numbers=True))
+    said = [z[0] for z in load_classifier(str(folder), dtype=o.dtype).logits(rows)]
+    truth = [float(row.label) for row in rows]
+    both = {"pearson": pearson(truth, said, seed=o.seed), "spearman": spearman(truth, said, seed=o.seed)}
+    return [Figure(name, *interval, len(rows), str(o.data)) for name, interval in both.items()]
+
+
+def _labelled(folder: Path, inputs: Inputs) -> Texts:
+    o = inputs.options
+    rows = inputs.first(str(o.data), read_labelled(str(o.data), columns=o.columns))
+    classifier = load_classifier(str(folder), dtype=o.dtype)
+    said = [classifier.labels[max(range(len(row)), key=row.__getitem__)] for row in classifier.logits(rows)]
+    return Texts(str(o.data), said, [(row.label,) for row in rows], [row.where for row in rows])
+
+
+def _tagged(folder: Path, inputs: Inputs) -> Texts:
+    o = inputs.options
+    if o.columns:
+        raise ConfigError(f"columns: {folder.name} is a tagger, whose files name no columns; leave it out")
+    rows = inputs.first(str(o.data), read_conll(str(o.data)))
+    said = [" ".join(tags) for tags in tags_of(str(folder), [row.words for row in rows], dtype=o.dtype)]
+    return Texts(str(o.data), said, [(" ".join(row.tags),) for row in rows], [row.where for row in rows])

@@ -186,8 +186,7 @@ def _stream(engine: Engine, tokens: list[int], params: SamplingParams, out: Text
     completion = None
     try:
         for event in engine.stream(tokens, params):
-            out.write(shown(event.text, out))
-            out.flush()
+            print(shown(event.text, out), end="", file=out, flush=True)
             completion = event.completion
     finally:
         print(file=out)
@@ -229,27 +228,16 @@ def _to_file(engine: Engine, asked: list[Asked], encoded: list[list[int]], optio
 def _rows(
     engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions, progress: Progress | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows that are still to be made, in the order of the input, as many at a time as a step completes."""
-    done = progress.done if progress is not None else 0
-    for batch in _answers(engine, asked, encoded, sampling_params(options), done):
-        rows = [row_of(asked[place], completions, options, engine.tokenizer) for place, completions in batch]
-        yield rows
-        if progress is not None:
-            progress.advance(len(rows), {"tokens": engine.stats.generated_tokens})
+    """The rows that are still to be made, in the order of the input, as many at a time as a step completes.
 
-
-def _answers(
-    engine: Engine, asked: list[Asked], encoded: list[list[int]], params: SamplingParams, done: int
-) -> Iterator[list[tuple[int, list[Completion]]]]:
-    """(place, completions) of the prompts from `done` on, in order; a prompt's place seeds its replies.
-
-    Replies that overtake an earlier one wait for it. So that what waits, which a kill would lose, stays little, at
-    most eight batches are under way.
+    A prompt's place seeds its replies. Replies that overtake an earlier one wait for it. So that what waits, which a
+    kill would lose, stays little, at most eight batches are under way.
     """
+    params = sampling_params(options)
     window = max(1, 8 * engine.scheduler.max_batch // max(params.n, params.beam_width))
     place_of: dict[int, int] = {}
     found: dict[int, dict[int, Completion]] = {}
-    opened = written = done
+    opened = written = 0 if progress is None else progress.done
     while written < len(asked):
         while opened < len(asked) and opened - written < window:
             with located(asked[opened].where):
@@ -262,11 +250,14 @@ def _answers(
                     raise event.error
             if event.completion is not None:
                 found.setdefault(place, {})[event.sample] = event.completion
-        ready = []
+        rows = []
         # beams come all in one step, and fewer than n where too few could be had
         while len(samples := found.get(written, {})) == params.n or (samples and params.beam_width > 1):
-            ready.append((written, [samples[i] for i in sorted(samples)]))
+            completions = [samples[i] for i in sorted(samples)]
+            rows.append(row_of(asked[written], completions, options, engine.tokenizer))
             del found[written]
             written += 1
-        if ready:
-            yield ready
+        if rows:
+            yield rows
+        if rows and progress is not None:
+            progress.advance(len(rows), {"tokens": engine.stats.generated_tokens})

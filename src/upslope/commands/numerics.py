@@ -70,10 +70,6 @@ def _gradient(function: Callable[..., Tensor], *inputs: Callable[[], Tensor]) ->
     return at_most(gap, 1e-6, "relative gap to finite differences")
 
 
-def _tokens(rows: int, vocabulary: int) -> Tensor:
-    return torch.randint(vocabulary, (rows,))
-
-
 LOGP = partial(_logp, 6)
 REAL = partial(_random, 6)
 ROWS = partial(_random, 6, 5)
@@ -84,7 +80,7 @@ GRADIENTS: dict[str, tuple[Callable[..., Tensor], tuple[Callable[[], Tensor], ..
     "entropy": (logprobs.entropy, (ROWS,)),
     "linear_token_logprobs": (
         partial(logprobs.linear_token_logprobs, chunk=4, temperature=0.7),
-        (HIDDEN, partial(_random, 5, 4), partial(_tokens, 6, 5)),
+        (HIDDEN, partial(_random, 5, 4), partial(torch.randint, 5, (6,))),
     ),
     "nll": (supervised_losses.nll, (LOGP,)),
     "value_loss": (supervised_losses.value_loss, (REAL, REAL)),

@@ -16,7 +16,7 @@ from upslope.engine import Event
 from upslope.errors import ConfigError, DataError
 from upslope.serving.answers import LEAST_LOGPROB, Answer, Write, room, sampling_params, service_of, while_connected
 from upslope.serving.bodies import ChatBody, ConversationBody, NamedTool, SchemaFormat
-from upslope.serving.constraints import Constraint, Marks, calls_grammar, offered_grammar
+from upslope.serving.constraints import Constraint, calls_grammar, offered_grammar
 from upslope.serving.errors import ApiError
 from upslope.serving.service import Service
 from upslope.types import Completion, Message
@@ -219,7 +219,7 @@ def constraint(service: Service, body: ChatBody) -> Constraint | None:
             return grammars.schema({"type": "object"}, samples=body.drawn)
         several = body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool)
         grammar = offered_grammar if body.tool_choice == "auto" else calls_grammar
-        written = grammar(functions_of(body), Marks.of(grammars), several=several)
+        written = grammar(functions_of(body), grammars.marks(), several=several)
         return grammars.lark(written, samples=body.drawn)
     except ConfigError as error:
         raise ApiError(400, f"{param}: the schema cannot be enforced: {error}", param, "unsupported_schema") from error

@@ -50,13 +50,15 @@ class Grammars:
         size = max(self.vocab_size, len(self._source))
         return adapter.from_tokenizer(self._source, n_vocab=size, eos_token=int(self.eos[0]))
 
-    @property
-    def named_tokens(self) -> dict[str, int]:
-        """Tokens that text shows but that a grammar has to name by number, such as `<think>`."""
+    def marks(self) -> Marks:
+        """How a grammar for the tokenizer writes the tags."""
         with self._lock:
             tokenizer = self._tokenizer
         added = self._source.added_tokens_decoder.items()
-        return {token.content: i for i, token in added if not token.special and tokenizer.is_special_token(i)}
+        own = {token.content: i for i, token in added if not token.special and tokenizer.is_special_token(i)}
+        written = [f"<[{own[tag]}]>" if tag in own else json.dumps(tag) for tag in (OPEN, CLOSE)]
+        others = [str(token) for name, token in own.items() if name not in (OPEN, CLOSE)]
+        return Marks(*written, f"<[{','.join(others)}]>" if others else None)
 
     def schema(self, schema: Mapping[str, Any], *, samples: int) -> Constraint:
         """JSON that validates against `schema`, for a request of so many samples. ConfigError: it cannot be."""
@@ -135,14 +137,6 @@ class Marks:
     open: str
     close: str
     visible: str | None
-
-    @classmethod
-    def of(cls, grammars: Grammars) -> Marks:
-        """The marks of the tokenizer that the grammars are for."""
-        own = grammars.named_tokens
-        written = [f"<[{own[tag]}]>" if tag in own else json.dumps(tag) for tag in (OPEN, CLOSE)]
-        others = [str(token) for name, token in own.items() if name not in (OPEN, CLOSE)]
-        return cls(*written, f"<[{','.join(others)}]>" if others else None)
 
 
 Functions = Mapping[str, Mapping[str, Any]]

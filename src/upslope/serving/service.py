@@ -11,8 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
-import torch
-
 from upslope.data.chat import encode_text
 from upslope.data.pairs import PairTokenizer
 from upslope.data.pieces import encode_pieces
@@ -80,14 +78,6 @@ def _check_fits(loaded: Loaded, engine: Engine, tokenizer: Any, source: str) -> 
             f"{source}: its turns end at tokens {sorted(loaded.eos_token_ids)}, the served model's at "
             f"{sorted(engine.eos_token_ids)}; start a server with it"
         )
-
-
-@torch.no_grad()
-def copy_weights(source: CausalModel, target: CausalModel) -> None:
-    """Copy every parameter and buffer in place; names and shapes have been checked."""
-    fresh = source.state_dict()
-    for name, tensor in target.state_dict().items():
-        tensor.copy_(fresh[name])
 
 
 def _vocabularies(tokenizer: Any) -> list[dict[str, int]]:
@@ -264,7 +254,7 @@ class Service(EngineThread):
         read = partial(read_fitting, self._load, source, self.engine, self.tokenizer)
 
         def replace(loaded: Loaded) -> int:
-            copy_weights(loaded.model, self.engine.model)
+            self.engine.model.load_state_dict(loaded.model.state_dict())  # in place
             self.engine.set_version(self.engine.version + 1)
             self.source = source
             return self.engine.version
