@@ -14,8 +14,8 @@ from fastapi.testclient import TestClient
 from tiny_model import tiny_folder
 
 from upslope.models.attention.context import PackedContext
+from upslope.serving.routes import BATCH_TOKENS, batches, shortened
 from upslope.serving.service import Service
-from upslope.serving.tokens import BATCH_TOKENS, batches, shortened
 
 from .conftest import NAME
 

@@ -25,9 +25,9 @@ from upslope.serving.bodies import ChatBody
 from upslope.serving.completions import CompletionBody
 from upslope.serving.errors import ApiError, parse_json
 from upslope.serving.page import Thumb
+from upslope.serving.routes import EmbeddingBody
 from upslope.serving.server import Connection, LogLines
 from upslope.serving.service import QueueFull, Service
-from upslope.serving.tokens import EmbeddingBody
 
 MANY = 100_000
 

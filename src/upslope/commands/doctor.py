@@ -90,13 +90,12 @@ def examine() -> dict[str, Any]:
 
 def machine(rates: dict[torch.dtype, int]) -> dict[str, Any]:
     """Facts without a verdict; `rates` in GFLOP/s."""
-    memory = psutil.virtual_memory()
     facts = {
         **describe_environment(),
         "upslope": __version__,
         "physical_cores": psutil.cpu_count(logical=False),
         "cpu_features": [name for name in SHOWN_FEATURES if name in cpu_features()],
-        "memory_free_gb": round(memory.available / GB, 1),
+        "memory_free_gb": round(psutil.virtual_memory().available / GB, 1),
         "torch_build": {
             "version": torch.__version__,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),

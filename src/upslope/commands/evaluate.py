@@ -206,8 +206,7 @@ def _tasks(policy: Policy, inputs: Inputs) -> Figures:
 def _held_out(task: Task, found: Sequence[Measurement]) -> list[Measurement]:
     """Of a file that is divided by content, the rows that are held out are a part, too."""
     sizes = [task.size(split) for split in SPLITS]
-    whole = not task.divided or None in sizes
-    return list(found) if whole else noted(found, divided=sum(filter(None, sizes)))
+    return list(found) if not task.divided or None in sizes else noted(found, divided=sum(filter(None, sizes)))
 
 
 def _answers(policy: Policy, inputs: Inputs, target: Path | None) -> Figures:

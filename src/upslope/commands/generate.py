@@ -167,8 +167,7 @@ def _encode(policy: Policy, asked: Asked) -> list[int]:
 def _answer_one(engine: Engine, asked: Asked, tokens: list[int], options: GenerateOptions) -> None:
     """One prompt on standard output: streamed, as texts, or as a row."""
     out, params = sys.stdout, sampling_params(options)
-    several = params.n > 1 or params.beam_width > 1
-    if (options.stream or out.isatty()) and not (options.json or several):
+    if (options.stream or out.isatty()) and not (options.json or params.n > 1 or params.beam_width > 1):
         completions = [_stream(engine, tokens, params, out)]
     else:
         completions = engine.generate([tokens], params)[0]
@@ -253,8 +252,7 @@ def _rows(
         rows = []
         # beams come all in one step, and fewer than n where too few could be had
         while len(samples := found.get(written, {})) == params.n or (samples and params.beam_width > 1):
-            completions = [samples[i] for i in sorted(samples)]
-            rows.append(row_of(asked[written], completions, options, engine.tokenizer))
+            rows.append(row_of(asked[written], [samples[i] for i in sorted(samples)], options, engine.tokenizer))
             del found[written]
             written += 1
         if rows:

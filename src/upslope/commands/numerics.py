@@ -156,8 +156,7 @@ def _network(dtype: torch.dtype) -> Decoder:
 
 def _prompts(count: int = 5) -> list[list[int]]:
     """Prompts of 3 to 130 tokens: within a cache block, across one, across two."""
-    lengths = [3, 130, 17, 64, 70, 9][:count]
-    return [torch.randint(VOCABULARY, (length,)).tolist() for length in lengths]
+    return [torch.randint(VOCABULARY, (length,)).tolist() for length in [3, 130, 17, 64, 70, 9][:count]]
 
 
 def _generate(model: Decoder, prompts: Sequence[list[int]], keys: Sequence[int], blocks: int = 64) -> list[Completion]:
@@ -196,8 +195,7 @@ def sampler_is_trainer() -> Finding:
 
 
 def _example(prompt: list[int], completion: Completion) -> Example:
-    tokens = prompt + completion.tokens
-    return Example(tokens, [False] * len(prompt) + [True] * len(completion.tokens))
+    return Example(prompt + completion.tokens, [False] * len(prompt) + [True] * len(completion.tokens))
 
 
 def batch_does_not_matter() -> Finding:
@@ -258,8 +256,7 @@ def splitting_does_not_matter() -> Finding:
     for budget in (130, 200):
         parts = [[examples[i] for i in part] for part in split_by_tokens(lengths, budget)]
         for ordered in (parts, parts[::-1]):
-            gap = (_step_gradient(torch.float32, ordered) - whole).norm() / whole.norm()
-            worst = max(worst, float(gap))
+            worst = max(worst, float((_step_gradient(torch.float32, ordered) - whole).norm() / whole.norm()))
     return at_most(worst, 1e-6, "relative gap")
 
 
@@ -342,7 +339,6 @@ def run_checks(
                 finding = check()
             except Exception as error:  # the report is the boundary: whatever a check dies of is its finding
                 finding = Finding(False, f"{type(error).__name__}: {' '.join(str(error).split())}")
-            seconds = round(time.perf_counter() - start, 3)
-            outcomes.append({"name": name, **finding._asdict(), "seconds": seconds})
+            outcomes.append({"name": name, **finding._asdict(), "seconds": round(time.perf_counter() - start, 3)})
     passed = sum(outcome["passed"] for outcome in outcomes)
     return {"passed": passed, "failed": len(outcomes) - passed, "checks": outcomes}

@@ -9,8 +9,7 @@ bodies         what requests may say
 answers        what every route needs; how completions and chat are answered whole or as they come
 completions    /v1/completions
 chat           /v1/chat/completions
-tokens         /tokenize, /detokenize, /tokenizer_info, /v1/embeddings
-admin          /health, /version, /metrics, /v1/models, /admin/weights
+routes         those that draw nothing: /health, /metrics, /v1/models, /admin/weights, /tokenize, /v1/embeddings ...
 page           the chat page, and what its readers save
 server         all of it as one application on a port, until a signal; one client's connection
 """

@@ -133,8 +133,7 @@ def event_stream(service: Service, events: AsyncGenerator[str, None], *streams: 
             yield event(as_api_error(error).body)
         yield "data: [DONE]\n\n"
 
-    headers = {"X-Accel-Buffering": "no", "X-Weight-Version": str(service.version)}
-    return _EventStream(closed(), streams, headers)
+    return _EventStream(closed(), streams, {"X-Accel-Buffering": "no", "X-Weight-Version": str(service.version)})
 
 
 _PENALTIES = {"length_penalty", "repetition_penalty", "presence_penalty", "frequency_penalty"}

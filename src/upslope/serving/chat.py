@@ -219,8 +219,7 @@ def constraint(service: Service, body: ChatBody) -> Constraint | None:
             return grammars.schema({"type": "object"}, samples=body.drawn)
         several = body.parallel_tool_calls and not isinstance(body.tool_choice, NamedTool)
         grammar = offered_grammar if body.tool_choice == "auto" else calls_grammar
-        written = grammar(functions_of(body), grammars.marks(), several=several)
-        return grammars.lark(written, samples=body.drawn)
+        return grammars.lark(grammar(functions_of(body), grammars.marks(), several=several), samples=body.drawn)
     except ConfigError as error:
         raise ApiError(400, f"{param}: the schema cannot be enforced: {error}", param, "unsupported_schema") from error
 

@@ -320,8 +320,7 @@ def edit(body: Edit, folder: Folder) -> dict[str, bool]:
 @router.post("/feedback/vote", tags=["feedback"])
 def vote(request: Request, body: Vote, folder: Folder) -> dict[str, Any]:
     """Save which of two replies is better; answers with the tally."""
-    sources = {side.model: service_of(request, side.model).source for side in (body.a, body.b)}
-    folder.vote(body, sources)
+    folder.vote(body, {side.model: service_of(request, side.model).source for side in (body.a, body.b)})
     return {"saved": True, "tally": folder.tally()}
 
 

@@ -19,9 +19,9 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from upslope.errors import RunError, one_line
 from upslope.options import ServeOptions
-from upslope.serving import admin, chat, completions, errors, page, tokens
-from upslope.serving.admin import Metrics
+from upslope.serving import chat, completions, errors, page, routes
 from upslope.serving.errors import ALWAYS, ApiError, Guard, answer
+from upslope.serving.routes import Metrics
 from upslope.serving.service import Service
 from upslope.version import __version__
 
@@ -32,8 +32,7 @@ INTERRUPTED = 130
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket that will listen there; RunError where that cannot be. Nobody can connect before `serve`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((host, port))
@@ -167,8 +166,7 @@ class Connection(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         self._stop_waiting()
         response = answer(error)
-        headers = [*response.raw_headers, *ALWAYS, (b"connection", b"close")]
-        head = b"".join(b"%b: %b\r\n" % pair for pair in headers)
+        head = b"".join(b"%b: %b\r\n" % pair for pair in [*response.raw_headers, *ALWAYS, (b"connection", b"close")])
         self.transport.write(STATUS_LINE[error.status] + head + b"\r\n" + response.body)
         self.transport.close()
 
@@ -228,7 +226,7 @@ def create_app(services: Mapping[str, Service], settings: ServeOptions) -> FastA
     app.state.metrics = Metrics(services)
     app.state.draining = False
     errors.install(app)
-    for room in (admin, completions, chat, tokens, page):
+    for room in (routes, completions, chat, page):
         app.include_router(room.router)
     app.add_middleware(Guard, state=app.state)
     return app

@@ -193,8 +193,7 @@ class Service(EngineThread):
             raise QueueFull(f"{self.max_queue} requests wait to be read already; send the request again in a while")
         self._asides += 1
         try:
-            lane = self._lanes[size > _LARGE]
-            return await asyncio.get_running_loop().run_in_executor(lane, function, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._lanes[size > _LARGE], function, *arguments)
         except RuntimeError as error:
             if not self._ending:
                 raise
