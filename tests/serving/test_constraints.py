@@ -17,7 +17,7 @@ from upslope.data.chat import load_tokenizer
 from upslope.data.tool_calls import ToolCall, ToolReader
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, DataError
-from upslope.serving.constraints import Constraint, Grammars, calls_grammar, offered_grammar
+from upslope.serving.vocabulary import Constraint, Grammars, calls_grammar, offered_grammar
 from upslope.types import Completion, SamplingParams
 
 EOS = 1

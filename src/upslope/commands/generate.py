@@ -4,7 +4,7 @@ With what other verbs share: an engine for their options, text that is safe to s
 """
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
@@ -26,10 +26,9 @@ from upslope.runs.progress import Progress
 from upslope.types import Completion, SamplingParams
 
 # A model's text may hold escape sequences, which a terminal would obey: retitle, recolour, overwrite what was said.
-_HARMLESS = {ord("\n"), ord("\t")}
 DRAWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-_SHOWN: dict[int, int] = {c: 0x2400 + c for c in range(32) if c not in _HARMLESS} | {0x7F: 0x2421}
+_SHOWN: dict[int, int] = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
 _SHOWN |= dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
 
 
@@ -173,8 +172,11 @@ def _answer_one(engine: Engine, asked: Asked, tokens: list[int], options: Genera
         completions = engine.generate([tokens], params)[0]
         if options.json:
             print(to_json(row_of(asked, completions, options, engine.tokenizer)), file=out)
-        else:
-            _print_texts(completions, out)
+        for number, completion in enumerate([] if options.json else completions, 1):
+            if len(completions) > 1:
+                out.flush()
+                print(f"-- reply {number} of {len(completions)}", file=sys.stderr, flush=True)
+            print(shown(completion.text, out), file=out)
     if any(c.finish_reason == "length" for c in completions):
         room = engine.model.room(len(tokens))
         limit = f"max_tokens = {params.max_tokens}" if params.max_tokens <= room else f"the context: {room} tokens left"
@@ -191,14 +193,6 @@ def _stream(engine: Engine, tokens: list[int], params: SamplingParams, out: Text
         print(file=out)
     assert completion is not None
     return completion
-
-
-def _print_texts(completions: Sequence[Completion], out: TextIO) -> None:
-    for number, completion in enumerate(completions, 1):
-        if len(completions) > 1:
-            out.flush()
-            print(f"-- reply {number} of {len(completions)}", file=sys.stderr, flush=True)
-        print(shown(completion.text, out), file=out)
 
 
 def _to_stdout(engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions) -> None:

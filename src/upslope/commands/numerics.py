@@ -183,7 +183,8 @@ def sampler_is_trainer() -> Finding:
         model, prompts = _network(dtype), _prompts()
         completions = _generate(model, prompts, range(len(prompts)))
         owners = [prompt for prompt in prompts for _ in range(2)]
-        examples = [_example(prompt, one) for prompt, one in zip(owners, completions, strict=True)]
+        pairs = zip(owners, completions, strict=True)
+        examples = [Example(p + c.tokens, [False] * len(p) + [True] * len(c.tokens)) for p, c in pairs]
         sampled = torch.tensor([x for one in completions for x in one.policy_logprobs])
         scored = score(model, [collate(examples)]).logp_N
         assert scored is not None
@@ -192,10 +193,6 @@ def sampler_is_trainer() -> Finding:
         largest = max(largest, float(gap.max()))
     found = _differing(differing, total, "tokens")
     return Finding(found.passed, f"{found.detail}, largest gap {largest:.2g} (float32 and bfloat16)")
-
-
-def _example(prompt: list[int], completion: Completion) -> Example:
-    return Example(prompt + completion.tokens, [False] * len(prompt) + [True] * len(completion.tokens))
 
 
 def batch_does_not_matter() -> Finding:

@@ -28,11 +28,8 @@ def run(options: ServeOptions) -> int:
     with bind(options.host, options.port) as bound:
         made = [partial(_service, name, source, options) for name, source in zip(names, sources, strict=True)]
         services = {service.name: service for service in map(apart, made)}
-
-        def ready(url: str) -> None:
-            print(f"upslope: serving {' and '.join(services)} at {url}", flush=True)
-
-        return serve(create_app(services, options), bound, options, ready)
+        said = f"upslope: serving {' and '.join(services)} at"
+        return serve(create_app(services, options), bound, options, lambda url: print(said, url, flush=True))
 
 
 def _names(sources: list[str], first: str | None) -> list[str]:

@@ -2,8 +2,7 @@
 
 engine_thread  one engine on a thread, and what comes out of one request
 service        one model to be asked by many: an engine thread, a tokenizer, a queue; new weights while it runs
-pieces         what single tokens stand for
-constraints    output that follows a grammar: JSON, tool calls
+vocabulary     what single tokens stand for; output that follows a grammar: JSON, tool calls
 errors         what a request must pass: host, key, size; refusals in OpenAI's shape
 bodies         what requests may say
 answers        what every route needs; how completions and chat are answered whole or as they come

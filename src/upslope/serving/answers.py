@@ -161,7 +161,12 @@ def sampling_params(
         if wrong is not None:
             raise ApiError(400, f"{name}: token {wrong} is outside the vocabulary of {vocab_size} tokens", name)
     if body.use_beam_search:
-        _check_beam(body, logprobs)
+        idle = {"top_k": body.top_k > 0, "top_p": body.top_p < 1, "min_p": body.min_p > 0, "stop": bool(body.stop)}
+        name = next((name for name, given in (idle | {"logprobs": logprobs is not None}).items() if given), None)
+        if name is not None:
+            raise ApiError(400, f"{name} has no meaning with use_beam_search; leave it out", name)
+        if body.best_of is None and body.n == 1:
+            raise ApiError(400, "use_beam_search needs a width: give best_of (or n)", "best_of")
     return SamplingParams(
         max_tokens=max_tokens,
         n=body.n if body.use_beam_search else body.drawn,
@@ -182,16 +187,6 @@ def best(completions: Sequence[Completion], n: int) -> list[Completion]:
     if len(completions) <= n:
         return list(completions)
     return sorted(completions, key=lambda c: -c.cumulative_logprob / max(len(c.tokens), 1))[:n]
-
-
-def _check_beam(body: SamplingBody, logprobs: int | None) -> None:
-    idle = {"top_k": body.top_k > 0, "top_p": body.top_p < 1, "min_p": body.min_p > 0, "stop": bool(body.stop)}
-    idle["logprobs"] = logprobs is not None
-    for name, given in idle.items():
-        if given:
-            raise ApiError(400, f"{name} has no meaning with use_beam_search; leave it out", name)
-    if body.best_of is None and body.n == 1:
-        raise ApiError(400, "use_beam_search needs a width: give best_of (or n)", "best_of")
 
 
 class Answer(ABC, Generic[B]):

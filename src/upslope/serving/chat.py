@@ -16,9 +16,9 @@ from upslope.engine import Event
 from upslope.errors import ConfigError, DataError
 from upslope.serving.answers import LEAST_LOGPROB, Answer, Write, room, sampling_params, service_of, while_connected
 from upslope.serving.bodies import ChatBody, ConversationBody, NamedTool, SchemaFormat
-from upslope.serving.constraints import Constraint, calls_grammar, offered_grammar
 from upslope.serving.errors import ApiError
 from upslope.serving.service import Service
+from upslope.serving.vocabulary import Constraint, calls_grammar, offered_grammar
 from upslope.types import Completion, Message
 
 
@@ -52,8 +52,48 @@ class ChatAnswer(Answer[ChatBody]):
         return choice
 
     def writer(self, place: int, index: int) -> Write:
-        """A chunk that says who speaks, then one per piece of text or call, then why the reply ends."""
-        return _Writer(self, index).write
+        """A chunk that says who speaks, then one per piece of text or call, then why the reply ends.
+
+        Log-probs of tokens whose text is held back wait for it.
+        """
+        body, reader = self.body, ToolReader() if self.body.offers_tools else None
+        entries: list[dict[str, Any]] = []
+        tokens: list[int] = []
+        drawn = calls = 0
+
+        def choice_of(delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+            nonlocal entries, tokens
+            choice: dict[str, Any] = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+            if entries:
+                choice["logprobs"], entries = {"content": entries, "refusal": None}, []
+            if tokens:
+                choice["token_ids"], tokens = tokens, []
+            return choice
+
+        def write(event: Event) -> Iterator[dict[str, Any]]:
+            nonlocal tokens, drawn, calls
+            if not drawn:
+                yield choice_of({"role": "assistant", "content": ""})
+            new = [event.token] if event.completion is None else event.completion.tokens[drawn:]
+            drawn += len(new)
+            if body.logprobs and event.token is not None:
+                assert event.policy_logprob is not None
+                entries.append(self.entry(event.token, event.policy_logprob, event.top_logprobs or {}))
+            if body.return_token_ids:
+                tokens += [token for token in new if token is not None]
+            plain = [event.text] if event.text else []
+            for part in plain if reader is None else reader.push(event.text, final=event.completion is not None):
+                if isinstance(part, str):
+                    yield choice_of({"content": part})
+                else:
+                    yield choice_of({"tool_calls": [{"index": calls, **_call(part)}]})
+                    calls += 1
+            if event.completion is not None:
+                if entries or tokens:
+                    yield choice_of({"content": ""})
+                yield choice_of({}, _reason(event.completion, called=calls > 0))
+
+        return write
 
     def entry(self, token: int, logprob: float, top: dict[int, float]) -> dict[str, Any]:
         """One token's log-prob with the likeliest alternatives, in nats of the policy at the request's temperature."""
@@ -72,52 +112,6 @@ def _call(call: ToolCall) -> dict[str, Any]:
 def _reason(completion: Completion, *, called: bool) -> str:
     """ "tool_calls" where the turn ended with calls; what the token budget cut is "length" all the same."""
     return "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason
-
-
-class _Writer:
-    """One choice of a streamed answer; log-probs of tokens whose text is held back wait for it."""
-
-    def __init__(self, answer: ChatAnswer, index: int) -> None:
-        self._answer, self._index = answer, index
-        self._reader = ToolReader() if answer.body.offers_tools else None
-        self._entries: list[dict[str, Any]] = []
-        self._tokens: list[int] = []
-        self._drawn = self._calls = 0
-
-    def write(self, event: Event) -> Iterator[dict[str, Any]]:
-        """The choice objects that an event of its sample leads to."""
-        if not self._drawn:
-            yield self._choice({"role": "assistant", "content": ""})
-        self._note(event)
-        plain = [event.text] if event.text else []
-        parts = plain if self._reader is None else self._reader.push(event.text, final=event.completion is not None)
-        for part in parts:
-            if isinstance(part, str):
-                yield self._choice({"content": part})
-            else:
-                yield self._choice({"tool_calls": [{"index": self._calls, **_call(part)}]})
-                self._calls += 1
-        if event.completion is not None:
-            if self._entries or self._tokens:
-                yield self._choice({"content": ""})
-            yield self._choice({}, _reason(event.completion, called=self._calls > 0))
-
-    def _note(self, event: Event) -> None:
-        drawn = [event.token] if event.completion is None else event.completion.tokens[self._drawn :]
-        self._drawn += len(drawn)
-        if self._answer.body.logprobs and event.token is not None:
-            assert event.policy_logprob is not None
-            self._entries.append(self._answer.entry(event.token, event.policy_logprob, event.top_logprobs or {}))
-        if self._answer.body.return_token_ids:
-            self._tokens += [token for token in drawn if token is not None]
-
-    def _choice(self, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": self._index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        if self._entries:
-            choice["logprobs"], self._entries = {"content": self._entries, "refusal": None}, []
-        if self._tokens:
-            choice["token_ids"], self._tokens = self._tokens, []
-        return choice
 
 
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}

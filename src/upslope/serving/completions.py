@@ -11,7 +11,7 @@ from upslope.engine import Event
 from upslope.serving.answers import LEAST_LOGPROB, Answer, Write, encode_all, room, sampling_params, service_of
 from upslope.serving.bodies import MAX_LOGPROBS, Prompt, SamplingBody
 from upslope.serving.errors import ApiError
-from upslope.serving.pieces import Offsets
+from upslope.serving.vocabulary import Offsets
 from upslope.types import Completion
 
 router = APIRouter(tags=["completions"])

@@ -19,9 +19,8 @@ from upslope.engine import Engine, TokenMask
 from upslope.errors import ModelError, RunError, UpslopeError
 from upslope.models.files.weights import check_shapes
 from upslope.models.protocol import CausalModel
-from upslope.serving.constraints import Grammars
 from upslope.serving.engine_thread import LATE, EngineThread, Stopped, Stream
-from upslope.serving.pieces import Pieces
+from upslope.serving.vocabulary import Grammars, Pieces
 from upslope.types import SamplingParams
 
 log = logging.getLogger("upslope.serving")
