@@ -163,7 +163,7 @@ def stop_on_ctrl_c() -> Iterator[Callable[[], bool]]:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """A conversation and the screen that it is shown on."""
+    """A conversation and the screen that it is shown on; what its commands do is in COMMANDS."""
 
     session: ChatSession
     screen: Screen
@@ -217,6 +217,80 @@ class Chat:
             cost = f"{len(completion.tokens)} tokens in {reply.seconds:.1f} s"
             yield f"{cost}; prompt: {reply.prompt_tokens} tokens, {reply.cached_tokens} of them from the cache"
 
+    def _new(self, argument: str) -> None:
+        self.session.start()
+        self.screen.note("a new conversation")
+
+    def _system(self, argument: str) -> None:
+        before, self.session.system = self.session.system, argument or None
+        gone = "there was no system turn" if before is None else f"the system turn is gone; it was: {before}"
+        self.screen.note("the system turn is set, from the next reply on" if argument else gone)
+
+    def _set(self, argument: str) -> None:
+        try:
+            name, *words = shlex.split(argument) or [""]
+        except ValueError as error:
+            raise ConfigError(f"/set: {error}") from None
+        if name:
+            self.session.set(name, words)
+        for key in [name.replace("-", "_")] if name else SETTINGS:
+            value = getattr(self.session.options, key)
+            self.screen.note(f"{key} {shlex.join(value) if isinstance(value, tuple) else value}")
+
+    def _edit(self, argument: str) -> None:
+        text = argument or self.screen.revise(self.session.last_user_text())
+        if not text.strip():
+            raise ConfigError("/edit wants the text that replaces your last turn")
+        self.respond(partial(self.session.edit, text))
+
+    def _save(self, argument: str) -> None:
+        if not argument.lower().endswith(".jsonl"):
+            raise ConfigError("/save wants the name of a .jsonl file, to which the conversation is added as a row")
+        row = self.session.row
+        with closing(MetricLines(Path(argument).expanduser())) as lines:
+            lines.append(row)
+            lines.flush()
+        self.screen.note(f"added to {argument}: {len(row['messages'])} messages")
+
+    def _load(self, argument: str) -> None:
+        if not argument:
+            raise ConfigError("/load wants the name of a file of conversations, whose last one it takes")
+        records = read_records(argument)
+        self.session.load(records[-1])
+        self.screen.note(f"conversation {len(records)} of {len(records)} in {argument}")
+        for message in self.session.messages:
+            self.screen.note(f"{message.role}: {message.content}")
+        if self.session.waiting:
+            self.screen.note("its last turn has no reply yet: /retry draws it")
+
+    def _tokens(self, argument: str) -> None:
+        reply = self.session.last
+        if reply is None:
+            raise DataError("no reply was drawn yet in this conversation")
+        completion, decode = reply.completion, self.session.tokenizer.decode
+        tops = completion.top_logprobs or [{} for _ in completion.tokens]
+        for token, logprob, alternatives in zip(completion.tokens, completion.policy_logprobs, tops, strict=True):
+            others = [(math.exp(x), decode([i])) for i, x in alternatives.items() if i != token]
+            self.screen.token(math.exp(logprob), decode([token]), others)
+        total = math.fsum(completion.policy_logprobs)
+        temperature = self.session.options.temperature or 1.0
+        self.screen.note(f"{len(completion.tokens)} tokens, log-prob {total:.3f} at temperature {temperature:g}")
+
+    def _model(self, argument: str) -> None:
+        if argument:
+            self.session.open(argument)
+            argument = f"{argument} goes on with the conversation; its context holds {self.session.context} tokens"
+        self.screen.note(argument or self.session.options.model)
+
+    def _help(self, argument: str) -> None:
+        heads = [f"/{name} {command.usage}".rstrip() for name, command in COMMANDS.items()]
+        for head, command in zip(heads, COMMANDS.values(), strict=True):
+            self.screen.note(f"{head:<{max(map(len, heads))}}  {command.summary}")
+        self.screen.note("A line that ends with \\ goes on in the next; a text that begins with / is written with //.")
+
+    def _exit(self, argument: str) -> None:
+        raise EOFError
+
 
 @dataclass(frozen=True, slots=True)
 class Command:
@@ -227,109 +301,23 @@ class Command:
     run: Callable[[Chat, str], None]
 
 
-def _new(chat: Chat, argument: str) -> None:
-    chat.session.start()
-    chat.screen.note("a new conversation")
-
-
-def _system(chat: Chat, argument: str) -> None:
-    before, chat.session.system = chat.session.system, argument or None
-    if argument:
-        chat.screen.note("the system turn is set, from the next reply on")
-    else:
-        chat.screen.note("there was no system turn" if before is None else f"the system turn is gone; it was: {before}")
-
-
-def _set(chat: Chat, argument: str) -> None:
-    try:
-        name, *words = shlex.split(argument) or [""]
-    except ValueError as error:
-        raise ConfigError(f"/set: {error}") from None
-    if name:
-        chat.session.set(name, words)
-    for key in [name.replace("-", "_")] if name else SETTINGS:
-        value = getattr(chat.session.options, key)
-        chat.screen.note(f"{key} {shlex.join(value) if isinstance(value, tuple) else value}")
-
-
-def _edit(chat: Chat, argument: str) -> None:
-    text = argument or chat.screen.revise(chat.session.last_user_text())
-    if not text.strip():
-        raise ConfigError("/edit wants the text that replaces your last turn")
-    chat.respond(partial(chat.session.edit, text))
-
-
-def _save(chat: Chat, argument: str) -> None:
-    if not argument.lower().endswith(".jsonl"):
-        raise ConfigError("/save wants the name of a .jsonl file, to which the conversation is added as a row")
-    row = chat.session.row
-    with closing(MetricLines(Path(argument).expanduser())) as lines:
-        lines.append(row)
-        lines.flush()
-    chat.screen.note(f"added to {argument}: {len(row['messages'])} messages")
-
-
-def _load(chat: Chat, argument: str) -> None:
-    if not argument:
-        raise ConfigError("/load wants the name of a file of conversations, whose last one it takes")
-    records = read_records(argument)
-    chat.session.load(records[-1])
-    chat.screen.note(f"conversation {len(records)} of {len(records)} in {argument}")
-    for message in chat.session.messages:
-        chat.screen.note(f"{message.role}: {message.content}")
-    if chat.session.waiting:
-        chat.screen.note("its last turn has no reply yet: /retry draws it")
-
-
-def _tokens(chat: Chat, argument: str) -> None:
-    reply = chat.session.last
-    if reply is None:
-        raise DataError("no reply was drawn yet in this conversation")
-    completion, decode = reply.completion, chat.session.tokenizer.decode
-    tops = completion.top_logprobs or [{} for _ in completion.tokens]
-    for token, logprob, alternatives in zip(completion.tokens, completion.policy_logprobs, tops, strict=True):
-        others = [(math.exp(x), decode([i])) for i, x in alternatives.items() if i != token]
-        chat.screen.token(math.exp(logprob), decode([token]), others)
-    total = math.fsum(completion.policy_logprobs)
-    temperature = chat.session.options.temperature or 1.0
-    chat.screen.note(f"{len(completion.tokens)} tokens, log-prob {total:.3f} at temperature {temperature:g}")
-
-
-def _model(chat: Chat, argument: str) -> None:
-    if argument:
-        chat.session.open(argument)
-        argument = f"{argument} goes on with the conversation; its context holds {chat.session.context} tokens"
-    chat.screen.note(argument or chat.session.options.model)
-
-
-def _help(chat: Chat, argument: str) -> None:
-    heads = [f"/{name} {command.usage}".rstrip() for name, command in COMMANDS.items()]
-    for head, command in zip(heads, COMMANDS.values(), strict=True):
-        chat.screen.note(f"{head:<{max(map(len, heads))}}  {command.summary}")
-    chat.screen.note("A line that ends with \\ goes on in the next; a text that begins with / is written with //.")
-
-
-def _exit(chat: Chat, argument: str) -> None:
-    raise EOFError
-
-
 COMMANDS: dict[str, Command] = {
-    "new": Command("", "begin again; the system turn stays", _new),
-    "system": Command("[TEXT]", "set the system turn; without TEXT take it away", _system),
-    "set": Command("[KEY VALUE]", f"how replies are drawn: {' '.join(SETTINGS)}", _set),
+    "new": Command("", "begin again; the system turn stays", Chat._new),
+    "system": Command("[TEXT]", "set the system turn; without TEXT take it away", Chat._system),
+    "set": Command("[KEY VALUE]", f"how replies are drawn: {' '.join(SETTINGS)}", Chat._set),
     "retry": Command("", "draw the last reply again", lambda chat, _: chat.respond(chat.session.retry)),
     "undo": Command(
         "",
         "take back your last turn and its reply",
         lambda chat, _: chat.screen.note(f"taken back: {chat.session.undo()}"),
     ),
-    "edit": Command("[TEXT]", "say your last turn differently", _edit),
-    "save": Command("FILE", "add the conversation to a .jsonl file, as a row that upslope sft reads", _save),
-    "load": Command("FILE", "go on with the last conversation of a file", _load),
-    "tokens": Command("", "the last reply's tokens with their probabilities and alternatives", _tokens),
-    "model": Command("[SOURCE]", "go on with another model", _model),
-    "help": Command("", "this list", _help),
-    "exit": Command("", "end; Ctrl-D does, too", _exit),
+    "edit": Command("[TEXT]", "say your last turn differently", Chat._edit),
+    "save": Command("FILE", "add the conversation to a .jsonl file, as a row that upslope sft reads", Chat._save),
+    "load": Command("FILE", "go on with the last conversation of a file", Chat._load),
+    "tokens": Command("", "the last reply's tokens with their probabilities and alternatives", Chat._tokens),
+    "model": Command("[SOURCE]", "go on with another model", Chat._model),
+    "help": Command("", "this list", Chat._help),
+    "exit": Command("", "end; Ctrl-D does, too", Chat._exit),
 }
 
 

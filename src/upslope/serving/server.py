@@ -100,8 +100,7 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         try:
-            services = self._app.state.services.values()
-            await asyncio.gather(*(service.stop(self._drain_seconds) for service in services))
+            await asyncio.gather(*(each.stop(self._drain_seconds) for each in self._app.state.services.values()))
         finally:
             self.should_exit = True
 
