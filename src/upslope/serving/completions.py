@@ -14,6 +14,8 @@ from upslope.serving.errors import ApiError
 from upslope.serving.vocabulary import Offsets
 from upslope.types import Completion
 
+Row = tuple[int, float | None, dict[int, float] | None]
+"""A token, its log-prob and those of the alternatives; the first of a prompt has neither."""
 router = APIRouter(tags=["completions"])
 
 
@@ -101,8 +103,8 @@ class CompletionAnswer(Answer[CompletionBody]):
             choice = choice_of(event.text, None if ended is None else ended.finish_reason)
             tokens = [] if event.token is None else [event.token]
             if body.logprobs is not None:
-                own, top = ([event.policy_logprob], [event.top_logprobs]) if tokens else ([], [])
-                choice["logprobs"] = self.listed(tokens, own, top, offsets.push(tokens))
+                rows = [(token, event.policy_logprob, event.top_logprobs) for token in tokens]
+                choice["logprobs"] = self.listed(rows, offsets.push(tokens))
             if body.return_token_ids:
                 choice["token_ids"] = ended.tokens if ended is not None and body.use_beam_search else tokens
             yield choice
@@ -112,41 +114,29 @@ class CompletionAnswer(Answer[CompletionBody]):
     def _logprobs(self, place: int, completion: Completion) -> dict[str, Any]:
         """Every token with its log-prob, the alternatives and its place in the text; the first of a prompt has none."""
         offsets = Offsets(self.service.pieces)
-        tokens: list[int] = []
-        own: list[float | None] = []
-        top: list[dict[int, float] | None] = []
+        rows: list[Row] = []
         places: list[int] = []
         if self.body.echo:
             assert completion.prompt_logprobs is not None
-            tokens += self.prompts[place]
-            own += completion.prompt_logprobs
-            top += completion.prompt_top_logprobs or [
+            tokens, own = self.prompts[place], completion.prompt_logprobs
+            top = completion.prompt_top_logprobs or [
                 None if logprob is None else {token: logprob} for token, logprob in zip(tokens, own, strict=True)
             ]
+            rows += zip(tokens, own, top, strict=True)
             places += offsets.push(tokens, prompt=self.before[place])
         assert completion.top_logprobs is not None
-        return self.listed(
-            tokens + completion.tokens,
-            own + completion.policy_logprobs,
-            top + completion.top_logprobs,
-            places + offsets.push(completion.tokens),
-        )
+        rows += zip(completion.tokens, completion.policy_logprobs, completion.top_logprobs, strict=True)
+        return self.listed(rows, places + offsets.push(completion.tokens))
 
-    def listed(
-        self,
-        tokens: Sequence[int],
-        own: Sequence[float | None],
-        top: Sequence[dict[int, float] | None],
-        offsets: list[int],
-    ) -> dict[str, Any]:
+    def listed(self, rows: Sequence[Row], offsets: list[int]) -> dict[str, Any]:
         """The `logprobs` of some tokens: each one's own, its alternatives', and where it begins in the text."""
         pieces = self.service.pieces
         return {
-            "tokens": [pieces.text(token) for token in tokens],
-            "token_logprobs": [None if logprob is None else max(logprob, LEAST_LOGPROB) for logprob in own],
+            "tokens": [pieces.text(token) for token, _, _ in rows],
+            "token_logprobs": [None if logprob is None else max(logprob, LEAST_LOGPROB) for _, logprob, _ in rows],
             "top_logprobs": [
                 None if best is None else {t: max(p, LEAST_LOGPROB) for t, p in pieces.by_text(best).items()}
-                for best in top
+                for _, _, best in rows
             ],
             "text_offset": offsets,
         }
