@@ -188,7 +188,7 @@ def answering(status: int) -> Iterator[int]:
 def test_the_health_check(stages: list[list[Instruction]]) -> None:
     """It asks a route of the application that needs no key, and fails where the server drains or is gone."""
     pytest.importorskip("fastapi")
-    from upslope.serving.app import create_app
+    from upslope.serving.server import create_app
 
     check = instruction(stages[-1], "HEALTHCHECK")
     words = json.loads(check[check.index("CMD") + 3 :])
@@ -213,7 +213,7 @@ def test_the_health_check(stages: list[list[Instruction]]) -> None:
 def test_the_health_route_needs_no_key() -> None:
     pytest.importorskip("fastapi")
     client = pytest.importorskip("fastapi.testclient")
-    from upslope.serving.app import create_app
+    from upslope.serving.server import create_app
 
     with client.TestClient(create_app({}, ServeOptions(api_key="secret")), base_url="http://127.0.0.1") as http_client:
         assert http_client.get("/health").status_code == 200

@@ -72,7 +72,7 @@ _HOME = {
     "upslope.rollout": ("collect",),
     "upslope.workers.rewards": ("RewardPool", "make_scorer"),
     "upslope.runs.folder": ("Run",),
-    "upslope.serving.app": ("create_app",),
+    "upslope.serving.server": ("create_app",),
     "upslope.serving.service": ("Service",),
     "upslope.tasks.base": ("Task", "chat_prompt", "load_task", "select_prompts"),
     "upslope.rewards.summands": ("load_reward",),

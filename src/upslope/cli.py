@@ -72,7 +72,7 @@ VERBS: dict[str, Verb] = {
     "fetch": Verb("FetchOptions", "upslope.commands.fetch:run", "bring a model into the cache, for work offline"),
     "doctor": Verb("DoctorOptions", "upslope.commands.doctor:run", "what this machine has and what runs on it"),
     "explain": Verb(
-        "ExplainOptions", "upslope.commands.explain:run", "the batch arithmetic of a recipe, in words", "verb"
+        "ExplainOptions", "upslope.commands.runs:explain", "the batch arithmetic of a recipe, in words", "verb"
     ),
     "runs": Verb("RunsOptions", "upslope.commands.runs:run", "list the run folders and what came out", "folder"),
 }

@@ -26,9 +26,9 @@ import json, sys
 import torch
 from upslope.devices.hardware import choose_dtype
 from upslope.cli import main
-from upslope.commands.numerics import networks, run_checks
+from upslope.commands.numerics import NETWORK_CHECKS, run_checks
 
-report = run_checks(checks=networks.CHECKS)
+report = run_checks(checks=NETWORK_CHECKS)
 codes = [main(["generate", "--model", sys.argv[1], "--prompt", "hi", "--max-tokens", "4", "--dtype", dtype])
          for dtype in ("float32", "bfloat16")]
 print(json.dumps({"checks": report["checks"], "codes": codes, "auto": str(choose_dtype("auto")[0])}))

@@ -19,7 +19,7 @@ import pytest
 from letters_model import letters_folder
 
 from upslope.cache import cache_root
-from upslope.commands.chat_screen import Screen
+from upslope.commands.chat import Screen
 from upslope.commands.chat_session import ChatSession
 from upslope.data.records import read_records
 from upslope.options import ChatOptions

@@ -17,7 +17,7 @@ from letters_model import letters_folder
 
 from upslope.build import load_inference
 from upslope.cli import main
-from upslope.commands.chat_commands import COMMANDS
+from upslope.commands.chat import COMMANDS
 from upslope.commands.chat_session import SETTINGS, ChatSession
 from upslope.data.chat import encode_prompt
 from upslope.data.examples import examples_of

@@ -17,11 +17,11 @@ from letters_model import letters_folder
 
 from upslope.build import Policy, load_inference
 from upslope.cli import main
-from upslope.commands.generate_rows import RowFile
 from upslope.data.chat import encode_prompt
 from upslope.data.examples import examples_of
 from upslope.data.records import read_records
 from upslope.engine import Engine
+from upslope.runs.lines import MetricLines
 from upslope.types import Completion, Message, Prompt, SamplingParams
 
 
@@ -268,12 +268,12 @@ def test_ctrl_c_says_what_is_written(
     output = tmp_path / "out.jsonl"
     synced = []
 
-    def interrupted(file: RowFile) -> None:
+    def interrupted(file: MetricLines) -> None:
         synced.append(file)
         if len(synced) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RowFile, "sync", interrupted)
+    monkeypatch.setattr(MetricLines, "flush", interrupted)
     arguments = ["--prompts", prompts, "--output", str(output), "--max-batch", "1"]
     assert generate(*arguments, model=tiny) == 130
     assert f"2 of {len(WORDS)} rows are in {output}; the same with --resume goes on" in capsys.readouterr().err

@@ -12,8 +12,7 @@ import torch
 
 from upslope import cli
 from upslope.commands import numerics
-from upslope.commands.numerics import maths, networks
-from upslope.commands.numerics.result import Finding, at_most
+from upslope.commands.numerics import Finding, at_most
 from upslope.types import Completion
 
 
@@ -47,14 +46,16 @@ def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 
 
 def test_a_wrong_gradient_is_noticed() -> None:
-    detached = maths._gradient(lambda logp: logp.exp() + logp.detach(), maths.LOGP)
+    detached = numerics._gradient(lambda logp: logp.exp() + logp.detach(), numerics.LOGP)
     assert not detached.passed
 
 
 def test_wrong_gae_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = maths.returns.gae
-    monkeypatch.setattr(maths.returns, "gae", lambda *a, gamma, lam, **k: real(*a, gamma=gamma, lam=lam * 0.999, **k))
-    assert not maths.gae_by_definition().passed
+    real = numerics.returns.gae
+    monkeypatch.setattr(
+        numerics.returns, "gae", lambda *a, gamma, lam, **k: real(*a, gamma=gamma, lam=lam * 0.999, **k)
+    )
+    assert not numerics.gae_by_definition().passed
 
 
 def _nudge_one(completions: list[Completion]) -> list[Completion]:
@@ -63,17 +64,17 @@ def _nudge_one(completions: list[Completion]) -> list[Completion]:
 
 
 @pytest.mark.parametrize(
-    "check", [networks.sampler_is_trainer, networks.batch_does_not_matter, networks.cache_does_not_matter]
+    "check", [numerics.sampler_is_trainer, numerics.batch_does_not_matter, numerics.cache_does_not_matter]
 )
 def test_one_different_bit_is_noticed(check: Callable[[], Finding], monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = networks._generate, []
+    real, calls = numerics._generate, []
 
     def generate(*arguments: Any, **options: Any) -> list[Completion]:
         calls.append(arguments)
         found = real(*arguments, **options)
         return _nudge_one(found) if len(calls) == 1 else found
 
-    monkeypatch.setattr(networks, "_generate", generate)
+    monkeypatch.setattr(numerics, "_generate", generate)
     assert not check().passed
 
 
@@ -83,15 +84,15 @@ def test_a_wrong_split_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def reweighted(batch: Any, out: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return -out.logp_N / batch.fields["weight"] / batch.num_trained, {}
 
-    monkeypatch.setattr(networks, "_loss", reweighted)
-    assert not networks.splitting_does_not_matter().passed
+    monkeypatch.setattr(numerics, "_loss", reweighted)
+    assert not numerics.splitting_does_not_matter().passed
 
 
 def test_a_forgetful_resume_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(self: Any, path: Path) -> None:
-        tensors, state = networks.checkpoint.load(path)
+        tensors, state = numerics.checkpoint.load(path)
         self.optimizer.load(tensors["weights"], {})
         self.order.load_state_dict(state["order"])
 
-    monkeypatch.setattr(networks._Trainer, "load", load)
-    assert not networks.resume_is_exact().passed
+    monkeypatch.setattr(numerics._Trainer, "load", load)
+    assert not numerics.resume_is_exact().passed

@@ -354,7 +354,7 @@ def test_answers_of_a_language_model_need_a_judge(models, tmp_path: Path, capsys
 
 
 def test_mistakes_in_files_are_found_before_a_model_is_loaded(models, tmp_path: Path, capsys, monkeypatch) -> None:
-    import upslope.commands.evaluate_model as command
+    import upslope.commands.evaluate as command
 
     monkeypatch.setattr(command, "load_inference", lambda *_, **__: pytest.fail("loaded"))
     bad = rows(tmp_path / "bad.jsonl", {"text": 3})

@@ -20,7 +20,7 @@ from test_harness import assert_same, evaluated, offline
 from upslope.build import load_inference
 from upslope.evaluation.harness import UpslopeLM, remote_model, run_harness
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 
 __all__ = ["offline"]
 

@@ -20,7 +20,7 @@ from upslope.data.readers import json_of
 from upslope.engine import Engine
 from upslope.errors import ModelError
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 from upslope.serving.service import Service
 from upslope.types import Prompt
 

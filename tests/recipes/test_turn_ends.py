@@ -76,7 +76,7 @@ def test_generate_stops_where_training_taught_it(trained: Path, capsys: pytest.C
 def test_the_server_stops_there(trained: Path) -> None:
     testclient = pytest.importorskip("fastapi.testclient")
     from upslope.options import ServeOptions
-    from upslope.serving.app import create_app
+    from upslope.serving.server import create_app
     from upslope.serving.service import Service
 
     policy = load_inference(trained, dtype="float32")

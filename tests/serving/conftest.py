@@ -21,7 +21,7 @@ from tiny_model import tiny_folder
 from upslope.build import load_inference
 from upslope.engine import Engine
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 from upslope.serving.service import Service
 
 NAME = "tiny"

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny_model import tiny_folder
 
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 from upslope.training.checkpoint import save
 from upslope.types import SamplingParams
 from upslope.version import __version__

@@ -19,7 +19,7 @@ from upslope.data.chat import encode_prompt
 from upslope.functional.logprobs import token_logprobs
 from upslope.models.attention.context import PackedContext
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 from upslope.serving.service import Service
 from upslope.types import Message, Prompt, SamplingParams
 

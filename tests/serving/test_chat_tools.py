@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from upslope.data.chat import encode_conversation, encode_prompt
 from upslope.data.records import record_of
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 from upslope.types import Message, Prompt
 
 from .conftest import NAME, make_service

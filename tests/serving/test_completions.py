@@ -22,7 +22,7 @@ from upslope.engine import Engine
 from upslope.models.files.loading import load_model, save_model
 from upslope.models.protocol import CausalModel
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 from upslope.training.step import score
 from upslope.types import Example, SamplingParams
 

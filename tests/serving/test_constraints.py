@@ -17,7 +17,7 @@ from upslope.data.chat import load_tokenizer
 from upslope.data.messages import ToolCall, ToolReader
 from upslope.engine.engine import Engine
 from upslope.errors import ConfigError, DataError
-from upslope.serving.constraints import Constraint, Grammars, Marks, calls_grammar, offered_grammar
+from upslope.serving.vocabulary import Constraint, Grammars, calls_grammar, offered_grammar
 from upslope.types import Completion, SamplingParams
 
 EOS = 1
@@ -258,7 +258,7 @@ def calls_of(text: str) -> list[ToolCall]:
 def test_a_call_is_forced(engine: Engine, grammars: Grammars) -> None:
     """Required: every sample is a call whose arguments validate; both functions are called."""
     seen: dict[str, int] = {}
-    grammar = calls_grammar(FUNCTIONS, Marks.of(grammars), several=False)
+    grammar = calls_grammar(FUNCTIONS, grammars.marks(), several=False)
     for completion in run(engine, SamplingParams(max_tokens=150, n=16), grammars.lark(grammar, samples=16)):
         assert completion.finish_reason == "stop"
         (call,) = calls_of(completion.text)
@@ -272,7 +272,7 @@ def test_several_calls_are_forced(engine: Engine, grammars: Grammars) -> None:
     """The model chooses how many; at least one."""
     newline = tiny_tokenizer().convert_tokens_to_ids("Ċ")
     params = SamplingParams(max_tokens=400, n=8, logit_bias={newline: 1.0})
-    done = run(engine, params, grammars.lark(calls_grammar(FUNCTIONS, Marks.of(grammars), several=True), samples=8))
+    done = run(engine, params, grammars.lark(calls_grammar(FUNCTIONS, grammars.marks(), several=True), samples=8))
     counts = [len(calls_of(c.text)) for c in done if c.finish_reason == "stop"]
     assert min(counts) >= 1
     assert max(counts) > 1
@@ -288,7 +288,7 @@ def test_offered_calls(grammars: Grammars) -> None:
     """Text may be anything, but behind an opening tag stands a valid call."""
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
     for several in (True, False):
-        may = grammars.lark(offered_grammar(FUNCTIONS, Marks.of(grammars), several=several), samples=1)
+        may = grammars.lark(offered_grammar(FUNCTIONS, grammars.marks(), several=several), samples=1)
         assert accepted(may, "Hello.\nNo call <tool_ca here.")
         assert accepted(may, call)
         assert accepted(may, f"Let me look.\n{call}")
@@ -305,10 +305,10 @@ def test_tags_that_are_tokens() -> None:
     grammars = Grammars(tokenizer, len(tokenizer), frozenset({EOS}))
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome", "days": 3}}\n</tool_call>'
     assert tokenizer(call)["input_ids"][0] == 258
-    forced = grammars.lark(calls_grammar(FUNCTIONS, Marks.of(grammars), several=True), samples=1)
+    forced = grammars.lark(calls_grammar(FUNCTIONS, grammars.marks(), several=True), samples=1)
     assert np.flatnonzero(forced([], [])).tolist() == [258]
     assert accepted(forced, f"{call}\n{call}", tokenizer)
-    may = grammars.lark(offered_grammar(FUNCTIONS, Marks.of(grammars), several=True), samples=1)
+    may = grammars.lark(offered_grammar(FUNCTIONS, grammars.marks(), several=True), samples=1)
     for text in ("Hello <b>.", "<think>\nWell.\n</think>\n\nHello.", f"<think>a</think>{call}\n{call} ok", call):
         assert accepted(may, text, tokenizer)
     assert not accepted(may, "<tool_call>", tokenizer)

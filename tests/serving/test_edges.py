@@ -16,8 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from upslope.engine import Event
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
-from upslope.serving.stream import Stream
+from upslope.serving.engine_thread import Stream
+from upslope.serving.server import create_app
 from upslope.types import Completion, SamplingParams
 
 from .conftest import NAME, make_service

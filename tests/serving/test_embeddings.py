@@ -14,7 +14,7 @@ from fastapi.testclient import TestClient
 from tiny_model import tiny_folder
 
 from upslope.models.attention.context import PackedContext
-from upslope.serving.embeddings import BATCH_TOKENS, batches, shortened
+from upslope.serving.routes import BATCH_TOKENS, batches, shortened
 from upslope.serving.service import Service
 
 from .conftest import NAME

@@ -22,7 +22,7 @@ from upslope.cli import main
 from upslope.data.examples import examples_of, judged_of, pairs_of
 from upslope.data.records import read_records
 from upslope.errors import RunError
-from upslope.serving.feedback import Edit, Feedback, Thumb, Vote
+from upslope.serving.page import Edit, Feedback, Thumb, Vote
 
 ASKED = [{"role": "user", "content": "2 + 2?"}]
 TALKED = [
@@ -218,7 +218,7 @@ def test_a_line_torn_by_a_kill_is_cut_off(feedback: Feedback) -> None:
 
 WRITER = """
 import sys
-from upslope.serving.feedback import Feedback, Thumb
+from upslope.serving.page import Feedback, Thumb
 feedback = Feedback(sys.argv[1])
 for i in range(100000):
     known = i % 7 == 6  # now and then an earlier row is replaced, which rewrites the file

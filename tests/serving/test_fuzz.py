@@ -20,7 +20,7 @@ from tiny_model import tiny_folder
 
 from upslope.errors import ModelError
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 from upslope.serving.service import Service
 
 from .conftest import NAME, Live, make_service

@@ -19,14 +19,14 @@ from uvicorn.server import ServerState
 
 from upslope.errors import one_line
 from upslope.options import ServeOptions
-from upslope.serving import connection, limits
-from upslope.serving.chat_bodies import ChatBody
+from upslope.serving import errors as limits
+from upslope.serving import server as connection
+from upslope.serving.bodies import ChatBody
 from upslope.serving.completions import CompletionBody
-from upslope.serving.connection import Connection, LogLines
-from upslope.serving.embeddings import EmbeddingBody
-from upslope.serving.errors import ApiError
-from upslope.serving.feedback import Thumb
-from upslope.serving.limits import parse_json
+from upslope.serving.errors import ApiError, parse_json
+from upslope.serving.page import Thumb
+from upslope.serving.routes import EmbeddingBody
+from upslope.serving.server import Connection, LogLines
 from upslope.serving.service import QueueFull, Service
 
 MANY = 100_000

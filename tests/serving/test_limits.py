@@ -18,7 +18,7 @@ from fastapi.testclient import TestClient
 
 from upslope.errors import ConfigError
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
+from upslope.serving.server import create_app
 
 from .conftest import NAME, Gate, Live, make_service
 

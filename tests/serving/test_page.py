@@ -17,8 +17,8 @@ from fastapi.testclient import TestClient
 
 from upslope.data.records import read_records
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
 from upslope.serving.page import SECURITY_HEADERS, STATIC
+from upslope.serving.server import create_app
 
 FILES = sorted(path.name for path in STATIC.iterdir())
 SCRIPTS = [name for name in FILES if name.endswith(".js")]

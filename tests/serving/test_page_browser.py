@@ -18,8 +18,8 @@ from axe_playwright_python.sync_playwright import Axe
 
 from upslope.data.records import read_records
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
 from upslope.serving.errors import ApiError
+from upslope.serving.server import create_app
 
 from .chat_kit import FakeChat, Said, said
 from .conftest import make_service

@@ -23,8 +23,7 @@ from upslope.build import load_inference
 from upslope.commands.serve import _names
 from upslope.errors import ConfigError, RunError
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
-from upslope.serving.server import bind, serve, url_of
+from upslope.serving.server import bind, create_app, serve, url_of
 
 from .conftest import NAME, make_service
 

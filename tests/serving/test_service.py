@@ -13,9 +13,8 @@ import torch
 from tiny_model import tiny_folder
 
 from upslope.errors import ConfigError, DataError, ModelError, RunError
-from upslope.serving.engine_thread import Stopped
+from upslope.serving.engine_thread import Served, Stopped, merged
 from upslope.serving.service import QueueFull, Service
-from upslope.serving.stream import Served, merged
 from upslope.types import SamplingParams
 
 from .conftest import Gate, make_service

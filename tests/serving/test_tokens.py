@@ -13,8 +13,8 @@ from tokenizers.processors import TemplateProcessing
 
 from upslope.data.chat import encode_prompt, load_tokenizer
 from upslope.options import ServeOptions
-from upslope.serving.app import create_app
-from upslope.serving.pieces import Offsets, Pieces
+from upslope.serving.server import create_app
+from upslope.serving.vocabulary import Offsets, Pieces
 from upslope.types import Message, Prompt
 
 from .conftest import NAME, make_service

@@ -1,1 +1,1 @@
-"""The verbs that are not recipes: doctor, explain, fetch, runs."""
+"""The verbs; the training verbs are recipes that `train` runs."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from upslope.build import load_inference
-from upslope.commands.decoding import has_template, open_engine, say_suggested
+from upslope.commands.generate import has_template, open_engine, say_suggested
 from upslope.config import coerce, hints_of, suggestion
 from upslope.data.chat import encode_prompt
 from upslope.data.records import Record
@@ -106,8 +106,7 @@ class ChatSession:
 
     def edit(self, text: str, show: Show, stopped: Stopped) -> Reply:
         """Say the last user turn differently and draw the reply to it."""
-        turns = self.turns[: self._last_user()]
-        return self._answer([*turns, Message("user", text)], 0, show, stopped)
+        return self._answer([*self.turns[: self._last_user()], Message("user", text)], 0, show, stopped)
 
     def undo(self) -> str:
         """Take back the last user turn and what followed it; returns its text."""
@@ -185,11 +184,9 @@ class ChatSession:
         return reply
 
     def _follow(self, request: int, show: Show, stopped: Stopped) -> Completion:
-        finished = False
         try:
             while True:
                 for event in self.engine.cancel(request) if stopped() else self.engine.step():
-                    finished = event.completion is not None or event.error is not None
                     if event.error is not None:
                         raise event.error
                     if event.text:
@@ -197,5 +194,4 @@ class ChatSession:
                     if event.completion is not None:
                         return event.completion
         finally:
-            if not finished:
-                self.engine.cancel(request)
+            self.engine.cancel(request)  # unless it has finished

@@ -90,13 +90,12 @@ def examine() -> dict[str, Any]:
 
 def machine(rates: dict[torch.dtype, int]) -> dict[str, Any]:
     """Facts without a verdict; `rates` in GFLOP/s."""
-    memory = psutil.virtual_memory()
     facts = {
         **describe_environment(),
         "upslope": __version__,
         "physical_cores": psutil.cpu_count(logical=False),
         "cpu_features": [name for name in SHOWN_FEATURES if name in cpu_features()],
-        "memory_free_gb": round(memory.available / GB, 1),
+        "memory_free_gb": round(psutil.virtual_memory().available / GB, 1),
         "torch_build": {
             "version": torch.__version__,
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
@@ -123,10 +122,16 @@ def _accelerator(index: int) -> dict[str, Any]:
     }
 
 
+def _judged(
+    name: str, good: bool, detail: str, fix: str, *, amiss: str = "", bad: Literal["warn", "fail"] = "warn"
+) -> Check:
+    """ok with the detail; else `bad`, with what is amiss after the detail, and what to do."""
+    return Check(name, "ok", detail) if good else Check(name, bad, detail + amiss, fix)
+
+
 def _python() -> Check:
-    found = ".".join(map(str, sys.version_info[:3]))
-    good = (3, 11) <= sys.version_info[:2] < (3, 14)
-    return Check("python", "ok" if good else "fail", found, "" if good else "use Python 3.11, 3.12 or 3.13")
+    good, found = (3, 11) <= sys.version_info[:2] < (3, 14), ".".join(map(str, sys.version_info[:3]))
+    return _judged("python", good, found, "use Python 3.11, 3.12 or 3.13", bad="fail")
 
 
 def _parts() -> list[Check]:
@@ -142,9 +147,8 @@ def _part(requirement: Requirement) -> Check:
     version = version_of(requirement.name)
     if version is None:
         return Check(requirement.name, "fail", "not installed", f"pip install '{requirement}'")
-    if requirement.specifier.contains(version, prereleases=True):
-        return Check(requirement.name, "ok", version)
-    return Check(requirement.name, "fail", f"{version}, needed {requirement.specifier}", f"pip install '{requirement}'")
+    good, needed = requirement.specifier.contains(version, prereleases=True), f", needed {requirement.specifier}"
+    return _judged(requirement.name, good, version, f"pip install '{requirement}'", amiss=needed, bad="fail")
 
 
 def _extra(extra: str, when_missing: Literal["ok", "warn"]) -> Check:
@@ -159,10 +163,9 @@ def _memory() -> Check:
     free, limit = psutil.virtual_memory().available / GB, _cgroup_memory()
     usable = free if limit is None else min(free, limit)
     detail = f"{usable:.1f} GB to use; the demo (SFT, then PPO on smollm2-135m) stays below {DEMO_MEMORY_GB:g}"
-    if usable >= DEMO_MEMORY_GB:
-        return Check("memory", "ok", detail)
     fix = "close other programs, or train with --micro-batch-tokens 1024 --gradient-checkpointing or --lora-rank 16"
-    return Check("memory", "warn" if usable >= DEMO_MEMORY_GB / 2 else "fail", detail, fix)
+    bad = "warn" if usable >= DEMO_MEMORY_GB / 2 else "fail"
+    return _judged("memory", usable >= DEMO_MEMORY_GB, detail, fix, bad=bad)
 
 
 def _cgroup_memory() -> float | None:
@@ -178,9 +181,8 @@ def _cgroup_memory() -> float | None:
 def _threads() -> Check:
     threads, cores = torch.get_num_threads(), _usable_cores()
     detail = f"torch uses {threads} of {cores:g} usable cores"
-    if threads <= max(1, cores):
-        return Check("threads", "ok", detail)
-    return Check("threads", "warn", detail + ": they will wait for each other", f"OMP_NUM_THREADS={max(1, int(cores))}")
+    fix, amiss = f"OMP_NUM_THREADS={max(1, int(cores))}", ": they will wait for each other"
+    return _judged("threads", threads <= max(1, cores), detail, fix, amiss=amiss)
 
 
 def _usable_cores() -> float:
@@ -197,10 +199,8 @@ def _writable(name: str, folder: Path, wanted_gb: float, fix: str) -> Check:
     if not os.access(there, os.W_OK | os.X_OK):
         return Check(name, "fail", f"{there} cannot be written to", fix)
     free = shutil.disk_usage(there).free / GB
-    detail = f"{folder}: {free:.0f} GB free"
-    if free >= wanted_gb:
-        return Check(name, "ok", detail)
-    return Check(name, "warn", f"{detail}, {wanted_gb:.1f} GB are wanted for checkpoints and models", fix)
+    amiss = f", {wanted_gb:.1f} GB are wanted for checkpoints and models"
+    return _judged(name, free >= wanted_gb, f"{folder}: {free:.0f} GB free", fix, amiss=amiss)
 
 
 def _bundled_model() -> Check:
@@ -215,10 +215,8 @@ def _dtype(rates: dict[torch.dtype, int]) -> Check:
     names = {kind: str(kind).removeprefix("torch.") for kind in rates}
     measured = ", ".join(f"{names[kind]} {rate} GFLOP/s" for kind, rate in rates.items())
     detail = f"auto is {names[dtype]}: {reason} (measured: {measured})"
-    best = max(rates, key=lambda kind: rates[kind])
-    if rates[dtype] >= 0.8 * rates[best]:
-        return Check("dtype", "ok", detail)
-    return Check("dtype", "warn", detail, f"try --dtype {names[best]}")
+    best = max(rates, key=rates.__getitem__)
+    return _judged("dtype", rates[dtype] >= 0.8 * rates[best], detail, f"try --dtype {names[best]}")
 
 
 def _kernels() -> Check:

@@ -55,8 +55,7 @@ class Inputs:
     @cached_property
     def documents(self) -> list[Documents]:
         """Of --perplexity."""
-        o = self.options
-        return [read_documents(spec, limit=o.limit) for spec in o.perplexity]
+        return [read_documents(spec, limit=self.options.limit) for spec in self.options.perplexity]
 
     @cached_property
     def samples(self) -> list[Sample]:

@@ -13,8 +13,6 @@ def run(options: FetchOptions) -> int:
     record = provenance(folder)
     if options.json:
         print(json.dumps({"folder": str(folder), "source": record}, ensure_ascii=False))
-        return 0
-    print(folder)
-    for key, value in record.items():
-        print(f"  {key}: {value}")
+    else:
+        print(folder, *(f"  {key}: {value}" for key, value in record.items()), sep="\n")
     return 0

@@ -1,21 +1,81 @@
-"""`upslope generate`: complete one prompt, or a file of prompts to JSONL."""
+"""`upslope generate`: complete one prompt, or a file of prompts to JSONL.
+
+With what other verbs share: an engine for their options, text that is safe to show.
+"""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any, TextIO
 
+from upslope.atomic import read_object
 from upslope.build import Policy, load_inference
-from upslope.commands.decoding import has_template, open_engine, say_suggested, shown
-from upslope.commands.generate_rows import Asked, RowFile, ask, ask_file, row_of
+from upslope.commands.generate_rows import Asked, ask_file, opened_rows, prompt_of, row_of
 from upslope.data.chat import encode_prompt
 from upslope.engine import Engine
 from upslope.engine.request import check_prompt
-from upslope.errors import ConfigError, DataError, located
+from upslope.errors import ConfigError, DataError, ModelError, located
+from upslope.models.attention.context import BLOCK, KVCache
+from upslope.models.files.folders import GENERATION_CONFIG
+from upslope.models.files.sources import say
 from upslope.options import GenerateOptions
+from upslope.options.inference import DecodingOptions
 from upslope.runs.encoding import to_json
 from upslope.runs.progress import Progress
 from upslope.types import Completion, SamplingParams
+
+# A model's text may hold escape sequences, which a terminal would obey: retitle, recolour, overwrite what was said.
+DRAWN = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
+_SHOWN: dict[int, int] = {c: 0x2400 + c for c in range(32) if chr(c) not in "\n\t"} | {0x7F: 0x2421}
+_SHOWN |= dict.fromkeys((*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)
+
+
+def open_engine(policy: Policy, *, sequences: int, longest: int, max_batch: int, kv_cache_gb: float) -> Engine:
+    """An engine whose cache holds `sequences` of up to `longest` tokens, but takes no more than kv_cache_gb (GiB)."""
+    blocks = min(sequences, max_batch) * -(-(longest + 1) // BLOCK)
+    most = int(kv_cache_gb * 2**30 // KVCache.bytes_per_block(policy.model.spec, policy.model.dtype))
+    return Engine(
+        policy.model,
+        policy.tokenizer,
+        eos_token_ids=policy.eos_token_ids,
+        max_batch=max_batch,
+        num_blocks=min(blocks, most),
+    )
+
+
+def suggested(folder: Path, left: Iterable[str]) -> str:
+    """What the model's generation_config.json suggests of the options `left` at their defaults, as they are written.
+
+    Nothing of it is taken: the same options give the same distribution whatever lies in the model's folder.
+    """
+    path = folder / GENERATION_CONFIG
+    said = read_object(path, ModelError) if path.is_file() else {}
+    greedy = said.get("do_sample") is False
+    names = [n for n in left if not greedy or n == "repetition_penalty"]
+    values = [(n, said[n]) for n in names if isinstance(said.get(n), int | float) and said[n] != _OFF.get(n)]
+    return " ".join(f"--{n.replace('_', '-')} {value:g}" for n, value in values)
+
+
+def say_suggested(policy: Policy, options: DecodingOptions) -> None:
+    """One line on standard error where the model suggests what the options leave out."""
+    fields = type(options).__dataclass_fields__
+    left = [name for name in DRAWN if getattr(options, name) == fields[name].default]
+    if options.temperature == 0:
+        left = [name for name in left if name == "repetition_penalty"]
+    if words := suggested(policy.folder, left):
+        say(f"{options.model}: its {GENERATION_CONFIG} suggests {words}; not taken unless you say so")
+
+
+def has_template(tokenizer: Any) -> bool:
+    """Whether the tokenizer has a chat template; an encoder-decoder's never has."""
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """`text` as it may be written to `stream`: for a terminal, control characters become their pictures."""
+    return text.translate(_SHOWN) if stream.isatty() else text
 
 
 def run(options: GenerateOptions) -> int:
@@ -34,7 +94,7 @@ def run(options: GenerateOptions) -> int:
         raise ConfigError(f"system is a turn of the chat template, and {options.model} has none: leave it out")
     if text is not None:
         where = "prompt" if options.prompt is not None else "standard input"
-        asked = [ask(text, where=where, templated=templated, system=options.system)]
+        asked = [Asked(where, prompt_of(text, where=where, templated=templated, system=options.system))]
     else:
         assert options.prompts is not None
         asked = ask_file(options.prompts, templated=templated, system=options.system, columns=options.columns)
@@ -106,15 +166,17 @@ def _encode(policy: Policy, asked: Asked) -> list[int]:
 def _answer_one(engine: Engine, asked: Asked, tokens: list[int], options: GenerateOptions) -> None:
     """One prompt on standard output: streamed, as texts, or as a row."""
     out, params = sys.stdout, sampling_params(options)
-    several = params.n > 1 or params.beam_width > 1
-    if (options.stream or out.isatty()) and not (options.json or several):
+    if (options.stream or out.isatty()) and not (options.json or params.n > 1 or params.beam_width > 1):
         completions = [_stream(engine, tokens, params, out)]
     else:
         completions = engine.generate([tokens], params)[0]
         if options.json:
             print(to_json(row_of(asked, completions, options, engine.tokenizer)), file=out)
-        else:
-            _print_texts(completions, out)
+        for number, completion in enumerate([] if options.json else completions, 1):
+            if len(completions) > 1:
+                out.flush()
+                print(f"-- reply {number} of {len(completions)}", file=sys.stderr, flush=True)
+            print(shown(completion.text, out), file=out)
     if any(c.finish_reason == "length" for c in completions):
         room = engine.model.room(len(tokens))
         limit = f"max_tokens = {params.max_tokens}" if params.max_tokens <= room else f"the context: {room} tokens left"
@@ -125,21 +187,12 @@ def _stream(engine: Engine, tokens: list[int], params: SamplingParams, out: Text
     completion = None
     try:
         for event in engine.stream(tokens, params):
-            out.write(shown(event.text, out))
-            out.flush()
+            print(shown(event.text, out), end="", file=out, flush=True)
             completion = event.completion
     finally:
         print(file=out)
     assert completion is not None
     return completion
-
-
-def _print_texts(completions: Sequence[Completion], out: TextIO) -> None:
-    for number, completion in enumerate(completions, 1):
-        if len(completions) > 1:
-            out.flush()
-            print(f"-- reply {number} of {len(completions)}", file=sys.stderr, flush=True)
-        print(shown(completion.text, out), file=out)
 
 
 def _to_stdout(engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions) -> None:
@@ -151,52 +204,38 @@ def _to_stdout(engine: Engine, asked: list[Asked], encoded: list[list[int]], opt
 
 
 def _to_file(engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions) -> None:
-    with RowFile(options, asked) as file:
-        written = file.done
+    with opened_rows(options, asked) as (lines, written):
         try:
             with Progress(len(asked), "generate", unit="prompt", done=written) as progress:
                 for rows in _rows(engine, asked, encoded, options, progress):
                     for row in rows:
-                        file.append(row)
-                    file.sync()
+                        lines.append(row)
+                    lines.flush()
                     written += len(rows)
         except KeyboardInterrupt:
             hint = "; the same with --resume goes on" if options.prompts is not None else ""
-            print(f"upslope: {written} of {len(asked)} rows are in {file.path}{hint}", file=sys.stderr)
+            print(f"upslope: {written} of {len(asked)} rows are in {lines.path}{hint}", file=sys.stderr)
             raise
 
 
 def _rows(
     engine: Engine, asked: list[Asked], encoded: list[list[int]], options: GenerateOptions, progress: Progress | None
 ) -> Iterator[list[dict[str, Any]]]:
-    """The rows that are still to be made, in the order of the input, as many at a time as a step completes."""
-    done = progress.done if progress is not None else 0
-    for batch in _answers(engine, asked, encoded, sampling_params(options), done):
-        rows = [row_of(asked[place], completions, options, engine.tokenizer) for place, completions in batch]
-        yield rows
-        if progress is not None:
-            progress.advance(len(rows), {"tokens": engine.stats.generated_tokens})
+    """The rows that are still to be made, in the order of the input, as many at a time as a step completes.
 
-
-def _answers(
-    engine: Engine, asked: list[Asked], encoded: list[list[int]], params: SamplingParams, done: int
-) -> Iterator[list[tuple[int, list[Completion]]]]:
-    """(place, completions) of the prompts from `done` on, in order; a prompt's place seeds its replies.
-
-    Replies that overtake an earlier one wait for it. So that what waits, which a kill would lose, stays little, at
-    most eight batches are under way.
+    A prompt's place seeds its replies. Replies that overtake an earlier one wait for it. So that what waits, which a
+    kill would lose, stays little, at most eight batches are under way.
     """
+    params = sampling_params(options)
     window = max(1, 8 * engine.scheduler.max_batch // max(params.n, params.beam_width))
     place_of: dict[int, int] = {}
     found: dict[int, dict[int, Completion]] = {}
-    complete: dict[int, list[Completion]] = {}
-    opened = written = done
+    opened = written = 0 if progress is None else progress.done
     while written < len(asked):
         while opened < len(asked) and opened - written < window:
             with located(asked[opened].where):
                 place_of[engine.add(encoded[opened], params, key=opened)] = opened
             opened += 1
-        changed = set()
         for event in engine.step():
             place = place_of[event.request_id]
             if event.error is not None:
@@ -204,15 +243,13 @@ def _answers(
                     raise event.error
             if event.completion is not None:
                 found.setdefault(place, {})[event.sample] = event.completion
-                changed.add(place)
-        for place in changed:
-            # beams come all in one step, and fewer than n where too few could be had
-            if len(found[place]) == params.n or params.beam_width > 1:
-                samples = found.pop(place)
-                complete[place] = [samples[i] for i in sorted(samples)]
-        ready = []
-        while written in complete:
-            ready.append((written, complete.pop(written)))
+        rows = []
+        # beams come all in one step, and fewer than n where too few could be had
+        while len(samples := found.get(written, {})) == params.n or (samples and params.beam_width > 1):
+            rows.append(row_of(asked[written], [samples[i] for i in sorted(samples)], options, engine.tokenizer))
+            del found[written]
             written += 1
-        if ready:
-            yield ready
+        if rows:
+            yield rows
+        if rows and progress is not None:
+            progress.advance(len(rows), {"tokens": engine.stats.generated_tokens})

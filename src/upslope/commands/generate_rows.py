@@ -2,11 +2,11 @@
 
 import fcntl
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from upslope.atomic import refuse_other_than_file, saving, write_atomic
 from upslope.config import dump, load
@@ -38,11 +38,6 @@ class Asked:
         return self.prompt.text if self.prompt.text is not None else [m.as_mapping() for m in self.prompt.messages]
 
 
-def ask(text: str, *, where: str, templated: bool, system: str | None, key: int = 0) -> Asked:
-    """A text: a user turn of the chat template, or as it stands."""
-    return Asked(where, _prompt(text, where=where, templated=templated, system=system, key=key))
-
-
 def ask_file(path: str, *, templated: bool, system: str | None, columns: Sequence[str] = ()) -> list[Asked]:
     """The prompts of a file, in order.
 
@@ -65,11 +60,14 @@ def _ask_record(record: Record, templated: bool, system: str | None, key: int) -
         columns["reference"] = given if isinstance(given, str) else [m.as_mapping() for m in given]
     if record.tools:
         columns["tools"] = list(record.tools)
-    prompt = _prompt(content, where=where, templated=templated, system=system, key=key)
+    prompt = prompt_of(content, where=where, templated=templated, system=system, key=key)
     return Asked(where, prompt, record.tools, columns)
 
 
-def _prompt(content: str | tuple[Message, ...], *, where: str, templated: bool, system: str | None, key: int) -> Prompt:
+def prompt_of(
+    content: str | tuple[Message, ...], *, where: str, templated: bool, system: str | None, key: int = 0
+) -> Prompt:
+    """A text, or a conversation: a user turn of the chat template, or as it stands. DataError: see `ask_file`."""
     if not templated:
         if isinstance(content, str):
             return Prompt(key, text=content)
@@ -109,53 +107,35 @@ def _reply(completion: Completion, logprobs: int | None, tokenizer: Any) -> dict
     return reply
 
 
-class RowFile:
-    """--output: whole rows only, each durable once `sync` returned, beside them the options they were made with.
+@contextmanager
+def opened_rows(options: GenerateOptions, asked: Sequence[Asked]) -> Iterator[tuple[MetricLines, int]]:
+    """--output: whole rows only, each durable once `flush` returned, beside them the options they were made with.
 
-    `done` rows were there before. Only one process writes at a time: the lock is the kernel's and ends with it.
-    Raises RunError: the file exists and is not to be resumed, another process writes it, or what is in it was made
-    with other options or from other prompts.
+    Yields the lines, and how many rows were there before. Only one process writes at a time: the lock is the kernel's
+    and ends with it. Raises RunError: the file exists and is not to be resumed, another process writes it, or what is
+    in it was made with other options or from other prompts.
     """
-
-    def __init__(self, options: GenerateOptions, asked: Sequence[Asked]) -> None:
-        assert options.output is not None
-        self.path = Path(options.output)
-        made_with = self.path.with_name(f"{self.path.name}.toml")
-        with saving(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists() and not options.resume:
-                raise RunError(f"{self.path}: exists; go on with it by --resume, or choose another --output")
-            refuse_other_than_file(self.path)
-            lock = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        with ExitStack() as opened:
-            opened.callback(os.close, lock)
-            if not granted(fcntl.flock, lock, fcntl.LOCK_EX):
-                raise RunError(f"{self.path}: another process is writing it; wait until it ends, or stop it")
-            self._lines = opened.enter_context(closing(MetricLines(self.path)))
-            self.done = _check_rows(self.path, asked)
-            if self.done:
+    assert options.output is not None
+    path = Path(options.output)
+    made_with = path.with_name(f"{path.name}.toml")
+    with saving(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not options.resume:
+            raise RunError(f"{path}: exists; go on with it by --resume, or choose another --output")
+        refuse_other_than_file(path)
+        lock = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        if not granted(fcntl.flock, lock, fcntl.LOCK_EX):
+            raise RunError(f"{path}: another process is writing it; wait until it ends, or stop it")
+        with closing(MetricLines(path)) as lines:
+            done = _check_rows(path, asked)
+            if done:
                 _check_options(options, made_with)
             else:
                 write_atomic(made_with, dump(replace(options, resume=False)))
-            self._opened = opened.pop_all()
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row."""
-        self._lines.append(row)
-
-    def sync(self) -> None:
-        """Make what was appended durable."""
-        self._lines.flush()
-
-    def close(self) -> None:
-        """May be called twice."""
-        self._opened.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+            yield lines, done
+    finally:
+        os.close(lock)
 
 
 def _check_rows(path: Path, asked: Sequence[Asked]) -> int:

@@ -1,4 +1,4 @@
-"""`upslope runs`: the runs of a folder and what came out, or one run in full."""
+"""`upslope runs`: the runs of a folder and what came out, or one run in full; `upslope explain`: what one would do."""
 
 import json
 import os
@@ -6,11 +6,15 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from upslope.errors import RunError, UpslopeError
-from upslope.options import RunsOptions
+from upslope.config import load
+from upslope.errors import ConfigError, RunError, UpslopeError
+from upslope.options import DemoOptions, ExplainOptions, RunsOptions
+from upslope.preview.plan import plan_of
+from upslope.recipes import CLASSES
 from upslope.runs.folder import HELD_OUT, Run
 from upslope.runs.lines import in_words
 
@@ -122,3 +126,19 @@ def _show_one(row: dict[str, Any]) -> None:
     print(f"the last line of its metrics.jsonl, written {written}:" if written else "no step is done yet")
     for name, value in sorted(row["last"].items()):
         print(f"  {name:<32} {value:.6g}" if isinstance(value, int | float) else f"  {name:<32} {value}")
+
+
+def explain(options: ExplainOptions) -> int:
+    """Print the plan of `--verb` with `--config`: what it would do, in words. Nothing is loaded."""
+    if options.verb not in CLASSES:
+        raise ConfigError(f"verb is {options.verb!r}; the recipes are {', '.join(CLASSES)}")
+    rows = {"data": "pairs.jsonl"}
+    needed = {"sft": {"task": DemoOptions.task}} | dict.fromkeys(("dpo", "reward", "classify", "tag", "seq2seq"), rows)
+    needed |= {"distill": {"task": DemoOptions.task, "teacher": "teacher"}, "pretrain": {"data": ("texts/",)}}
+    given = {"overrides": needed.get(options.verb, {})} if options.config is None else {}
+    plan = plan_of(load(CLASSES[options.verb], *([options.config] if options.config else []), **given))
+    if options.json:
+        print(json.dumps(asdict(plan)))
+    else:
+        print("\n".join(f"- {line}" for line in plan.words))
+    return 0

@@ -21,19 +21,15 @@ def run(options: ServeOptions) -> int:
     for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
         require("serve", module)
     from upslope.devices.threads import apart
-    from upslope.serving.app import create_app
-    from upslope.serving.server import bind, serve
+    from upslope.serving.server import bind, create_app, serve
 
     sources = [options.model] if options.compare is None else [options.model, options.compare]
     names = _names(sources, options.served_model_name)
     with bind(options.host, options.port) as bound:
         made = [partial(_service, name, source, options) for name, source in zip(names, sources, strict=True)]
         services = {service.name: service for service in map(apart, made)}
-
-        def ready(url: str) -> None:
-            print(f"upslope: serving {' and '.join(services)} at {url}", flush=True)
-
-        return serve(create_app(services, options), bound, options, ready)
+        said = f"upslope: serving {' and '.join(services)} at"
+        return serve(create_app(services, options), bound, options, lambda url: print(said, url, flush=True))
 
 
 def _names(sources: list[str], first: str | None) -> list[str]:
@@ -48,7 +44,7 @@ def _names(sources: list[str], first: str | None) -> list[str]:
 def _service(name: str, source: str, options: ServeOptions) -> Service:
     """The model with its engine, warmed up: kernels compiled, cache allocated."""
     from upslope.build import load_inference
-    from upslope.commands.decoding import DRAWN, open_engine, suggested
+    from upslope.commands.generate import DRAWN, open_engine, suggested
     from upslope.models.files.sources import say
     from upslope.serving.service import Service
     from upslope.types import SamplingParams

@@ -269,7 +269,6 @@ class ToolReader:
     White space beside a call is dropped; what may yet turn out to open a call, or to stand before one, is held back.
     """
 
-    num_calls: int = 0
     _held: str = ""
     _after_call: bool = False
 
@@ -286,7 +285,6 @@ class ToolReader:
             self._show(self._held[:start].rstrip() if calls else self._held[: len(self._held) - len(rest)], found)
             if calls:
                 found += calls
-                self.num_calls += len(calls)
                 self._after_call = True
             self._held = rest
         settled = len(self._held) if final else self._settled()

@@ -1,25 +1,14 @@
 """The OpenAI-compatible server: engines on threads of their own, behind FastAPI on loopback.
 
-engine_thread  one engine on a thread
-stream         what comes out of one request
-service        one model to be asked by many: an engine thread, a tokenizer, a queue
-weights        new weights for a network that runs
-pieces         what single tokens stand for
-constraints    output that follows a grammar: JSON, tool calls
-errors         refusals in OpenAI's shape
-limits         host, key, size: what a request must pass
-access         what every route needs
+engine_thread  one engine on a thread, and what comes out of one request
+service        one model to be asked by many: an engine thread, a tokenizer, a queue; new weights while it runs
+vocabulary     what single tokens stand for; output that follows a grammar: JSON, tool calls
+errors         what a request must pass: host, key, size; refusals in OpenAI's shape
 bodies         what requests may say
-sampling       how tokens are drawn: what requests say of it, and how that becomes parameters of the engine
-answers        how completions and chat are asked of the engine, and answered whole or as they come
+answers        what every route needs; how completions and chat are answered whole or as they come
 completions    /v1/completions
-chat           /v1/chat/completions: chat_bodies, chat_answer
-embeddings     /v1/embeddings
-tokens         /tokenize, /detokenize, /tokenizer_info
-admin          /health, /version, /metrics, /v1/models, /admin/weights
-page           the chat page; feedback: what its readers save
-metrics        what /metrics says
-app            all of it as one application
-server         the application on a port, until a signal
-connection     one client's connection
+chat           /v1/chat/completions
+routes         those that draw nothing: /health, /metrics, /v1/models, /admin/weights, /tokenize, /v1/embeddings ...
+page           the chat page, and what its readers save
+server         all of it as one application on a port, until a signal; one client's connection
 """

@@ -1,23 +1,21 @@
 """/v1/completions: text after text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 from pydantic import Field, model_validator
 
 from upslope.engine import Event
-from upslope.serving.access import encode_all, room, service_of
-from upslope.serving.answers import LEAST_LOGPROB, Answer, Write
-from upslope.serving.bodies import Prompt
+from upslope.serving.answers import LEAST_LOGPROB, Answer, Write, encode_all, room, sampling_params, service_of
+from upslope.serving.bodies import MAX_LOGPROBS, Prompt, SamplingBody
 from upslope.serving.errors import ApiError
-from upslope.serving.pieces import Offsets
-from upslope.serving.sampling import MAX_LOGPROBS, SamplingBody, sampling_params
+from upslope.serving.vocabulary import Offsets
 from upslope.types import Completion
 
+Row = tuple[int, float | None, dict[int, float] | None]
+"""A token, its log-prob and those of the alternatives; the first of a prompt has neither."""
 router = APIRouter(tags=["completions"])
 
 
@@ -37,7 +35,7 @@ class CompletionBody(SamplingBody):
     add_special_tokens: bool = Field(True, description="Whether a text gets the BOS that the tokenizer puts there.")
 
     @model_validator(mode="after")
-    def _says_something(self) -> CompletionBody:
+    def _says_something(self) -> Self:
         if self.prompt in ([], [[]]):
             raise ValueError("prompt is an empty list")
         if self.max_tokens == 0 and not self.echo:
@@ -61,25 +59,24 @@ async def completions(request: Request, body: CompletionBody) -> Response:
     for prompt in prompts:
         room(service, prompt, body.max_tokens)
     scored = (body.logprobs if body.max_tokens or body.logprobs else 0) if body.echo else None
-    params = sampling_params(
-        body, service.vocab_size, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=scored
-    )
+    params = sampling_params(body, service, max_tokens=body.max_tokens, logprobs=body.logprobs, prompt_logprobs=scored)
     answer = CompletionAnswer(service, body, prompts, params)
+    answer.before = [""] * len(prompts)
     if body.echo:
-        answer.echoed = texts or [service.tokenizer.decode(tokens, skip_special_tokens=False) for tokens in prompts]
+        answer.before = texts or [service.tokenizer.decode(tokens, skip_special_tokens=False) for tokens in prompts]
     return await answer.respond(request)
 
 
 class CompletionAnswer(Answer[CompletionBody]):
-    """echoed: the prompts' texts, where choices begin with them."""
+    """before: what the text of the choices begins with, of each prompt: its own text with echo, else nothing."""
 
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
-    echoed: Sequence[str] = ()
+    before: Sequence[str]
 
     def choice(self, place: int, completion: Completion) -> dict[str, Any]:
         """A choice of the answer to the prompt at `place`, without its index."""
         choice: dict[str, Any] = {
-            "text": self.before(place) + completion.text,
+            "text": self.before[place] + completion.text,
             "logprobs": None if self.body.logprobs is None else self._logprobs(place, completion),
             "finish_reason": completion.finish_reason,
         }
@@ -87,81 +84,59 @@ class CompletionAnswer(Answer[CompletionBody]):
             choice |= {"token_ids": completion.tokens, "prompt_token_ids": self.prompts[place]}
         return choice
 
-    def before(self, place: int) -> str:
-        """What a choice's text begins with."""
-        return self.echoed[place] if self.body.echo else ""
-
     def writer(self, place: int, index: int) -> Write:
         """A chunk per visible piece of text, or per token where its number or its log-prob is asked for."""
-        return _Writer(self, place, index).write
+        offsets, begun, body = Offsets(self.service.pieces), False, self.body
+
+        def choice_of(text: str, reason: str | None = None) -> dict[str, Any]:
+            return {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
+
+        def write(event: Event) -> Iterator[dict[str, Any]]:
+            nonlocal begun
+            ended = event.completion
+            if not begun and (body.echo or body.return_token_ids):
+                ids = {"prompt_token_ids": self.prompts[place], "token_ids": []} if body.return_token_ids else {}
+                yield choice_of(self.before[place]) | ids
+            begun = True
+            if not event.text and ended is None and body.logprobs is None and not body.return_token_ids:
+                return
+            choice = choice_of(event.text, None if ended is None else ended.finish_reason)
+            tokens = [] if event.token is None else [event.token]
+            if body.logprobs is not None:
+                rows = [(token, event.policy_logprob, event.top_logprobs) for token in tokens]
+                choice["logprobs"] = self.listed(rows, offsets.push(tokens))
+            if body.return_token_ids:
+                choice["token_ids"] = ended.tokens if ended is not None and body.use_beam_search else tokens
+            yield choice
+
+        return write
 
     def _logprobs(self, place: int, completion: Completion) -> dict[str, Any]:
         """Every token with its log-prob, the alternatives and its place in the text; the first of a prompt has none."""
         offsets = Offsets(self.service.pieces)
-        tokens: list[int] = []
-        own: list[float | None] = []
-        top: list[dict[int, float] | None] = []
+        rows: list[Row] = []
         places: list[int] = []
         if self.body.echo:
             assert completion.prompt_logprobs is not None
-            tokens += self.prompts[place]
-            own += completion.prompt_logprobs
-            top += completion.prompt_top_logprobs or [
+            tokens, own = self.prompts[place], completion.prompt_logprobs
+            top = completion.prompt_top_logprobs or [
                 None if logprob is None else {token: logprob} for token, logprob in zip(tokens, own, strict=True)
             ]
-            places += offsets.push(tokens, prompt=self.before(place))
+            rows += zip(tokens, own, top, strict=True)
+            places += offsets.push(tokens, prompt=self.before[place])
         assert completion.top_logprobs is not None
-        return self.listed(
-            tokens + completion.tokens,
-            own + completion.policy_logprobs,
-            top + completion.top_logprobs,
-            places + offsets.push(completion.tokens),
-        )
+        rows += zip(completion.tokens, completion.policy_logprobs, completion.top_logprobs, strict=True)
+        return self.listed(rows, places + offsets.push(completion.tokens))
 
-    def listed(
-        self,
-        tokens: Sequence[int],
-        own: Sequence[float | None],
-        top: Sequence[dict[int, float] | None],
-        offsets: list[int],
-    ) -> dict[str, Any]:
+    def listed(self, rows: Sequence[Row], offsets: list[int]) -> dict[str, Any]:
         """The `logprobs` of some tokens: each one's own, its alternatives', and where it begins in the text."""
         pieces = self.service.pieces
         return {
-            "tokens": [pieces.text(token) for token in tokens],
-            "token_logprobs": [None if logprob is None else max(logprob, LEAST_LOGPROB) for logprob in own],
+            "tokens": [pieces.text(token) for token, _, _ in rows],
+            "token_logprobs": [None if logprob is None else max(logprob, LEAST_LOGPROB) for _, logprob, _ in rows],
             "top_logprobs": [
                 None if best is None else {t: max(p, LEAST_LOGPROB) for t, p in pieces.by_text(best).items()}
-                for best in top
+                for _, _, best in rows
             ],
             "text_offset": offsets,
         }
-
-
-class _Writer:
-    """One choice of a streamed answer."""
-
-    def __init__(self, answer: CompletionAnswer, place: int, index: int) -> None:
-        self._answer, self._place, self._index = answer, place, index
-        self._offsets = Offsets(answer.service.pieces)
-        self._begun = False
-
-    def write(self, event: Event) -> Iterator[dict[str, Any]]:
-        answer, body, ended = self._answer, self._answer.body, event.completion
-        if not self._begun and (body.echo or body.return_token_ids):
-            ids = {"prompt_token_ids": answer.prompts[self._place], "token_ids": []} if body.return_token_ids else {}
-            yield self._choice(answer.before(self._place)) | ids
-        self._begun = True
-        if not event.text and ended is None and body.logprobs is None and not body.return_token_ids:
-            return
-        choice = self._choice(event.text, None if ended is None else ended.finish_reason)
-        tokens = [] if event.token is None else [event.token]
-        if body.logprobs is not None:
-            own, top = ([event.policy_logprob], [event.top_logprobs]) if tokens else ([], [])
-            choice["logprobs"] = answer.listed(tokens, own, top, self._offsets.push(tokens))
-        if body.return_token_ids:
-            choice["token_ids"] = ended.tokens if ended is not None and body.use_beam_search else tokens
-        yield choice
-
-    def _choice(self, text: str, reason: str | None = None) -> dict[str, Any]:
-        return {"index": self._index, "text": text, "logprobs": None, "finish_reason": reason}

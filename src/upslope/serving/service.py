@@ -1,23 +1,92 @@
-"""One model to be asked by many: its engine on a thread, its tokenizer, its queue, and weights that can be replaced."""
+"""One model to be asked by many: its engine on a thread, its tokenizer, its queue.
+
+Its weights can be replaced while it runs: new ones are read, found to fit, copied in.
+"""
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from upslope.data.chat import encode_text
 from upslope.data.pieces import PairTokenizer, encode_pieces
 from upslope.devices.threads import apart
 from upslope.engine import Engine, TokenMask
-from upslope.errors import ModelError, RunError
-from upslope.serving.constraints import Grammars
-from upslope.serving.engine_thread import LATE, EngineThread, Stopped
-from upslope.serving.pieces import Pieces
-from upslope.serving.stream import Stream
-from upslope.serving.weights import Loaded, copy_weights, read_fitting
+from upslope.errors import ModelError, RunError, UpslopeError
+from upslope.models.files.weights import check_shapes
+from upslope.models.protocol import CausalModel
+from upslope.serving.engine_thread import LATE, EngineThread, Stopped, Stream
+from upslope.serving.vocabulary import Grammars, Pieces
 from upslope.types import SamplingParams
+
+log = logging.getLogger("upslope.serving")
+
+# Keys of a configuration that say nothing about what the network computes.
+_ACCIDENTAL = frozenset(
+    {"_name_or_path", "architectures", "dtype", "initializer_range", "torch_dtype", "transformers_version", "use_cache"}
+)
+
+
+class Loaded(Protocol):
+    """A network read from somewhere, with its tokenizer."""
+
+    model: CausalModel
+    tokenizer: Any
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The ids that end a completion."""
+        ...
+
+
+def read_fitting(load: Callable[[str], Loaded], source: str, engine: Engine, tokenizer: Any) -> Loaded:
+    """What `load` reads from the source, when it can take the place of the engine's network.
+
+    UpslopeError or OSError where it cannot be read or does not fit.
+    """
+    try:
+        loaded = load(source)
+        _check_fits(loaded, engine, tokenizer, source)
+        return loaded
+    except (UpslopeError, OSError):
+        raise
+    except Exception as error:  # whatever a broken folder makes the libraries raise, bare Exceptions too
+        log.error("new weights cannot be read", exc_info=error)
+        raise ModelError(f"{source}: no model can be read from it: {type(error).__name__}: {error}") from error
+
+
+def _check_fits(loaded: Loaded, engine: Engine, tokenizer: Any, source: str) -> None:
+    """Raise ModelError where the loaded weights are not of the same network, vocabulary and ends of a turn."""
+    model = engine.model
+    if type(loaded.model) is not type(model):
+        raise ModelError(f"{source}: a {type(loaded.model).__name__}, but a {type(model).__name__} is being served")
+    shapes = [{name: tuple(t.shape) for name, t in m.state_dict().items()} for m in (model, loaded.model)]
+    check_shapes(shapes[0], shapes[1], where=f"{source} in place of the model being served")
+    ours, theirs = _meaning(model), _meaning(loaded.model)
+    changed = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if changed:
+        raise ModelError(f"{source}: its config.json differs from the served model's in {', '.join(changed)}")
+    if _vocabularies(loaded.tokenizer) != _vocabularies(tokenizer):
+        raise ModelError(f"{source}: its tokenizer has another vocabulary than the served model's")
+    if set(loaded.eos_token_ids) != engine.eos_token_ids:
+        raise ModelError(
+            f"{source}: its turns end at tokens {sorted(loaded.eos_token_ids)}, the served model's at "
+            f"{sorted(engine.eos_token_ids)}; start a server with it"
+        )
+
+
+def _vocabularies(tokenizer: Any) -> list[dict[str, int]]:
+    sides = [tokenizer.target, tokenizer.source] if isinstance(tokenizer, PairTokenizer) else [tokenizer]
+    return [side.get_vocab() for side in sides]
+
+
+def _meaning(model: Any) -> dict[str, Any]:
+    config = model.config.to_hf() if hasattr(model.config, "to_hf") else model.config.to_dict()
+    return {key: value for key, value in config.items() if key not in _ACCIDENTAL}
+
 
 T = TypeVar("T")
 _SMALL, _LARGE = 2048, 65_536  # characters: less is done sooner than handed over; more may take a second
@@ -61,19 +130,9 @@ class Service(EngineThread):
         """Number of the present weights: 0 at the start, one more after each swap."""
         return self.engine.version
 
-    @property
-    def fingerprint(self) -> str:
-        """Model and weights in one word."""
-        return self.fingerprint_of(self.version)
-
-    def fingerprint_of(self, version: int) -> str:
-        """`name@version`."""
-        return f"{self.name}@{version}"
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens that can be drawn."""
-        return self.engine.model.spec.vocab_size
+    def fingerprint(self, version: int | None = None) -> str:
+        """Model and weights in one word, `name@version`; None: the present ones."""
+        return f"{self.name}@{self.version if version is None else version}"
 
     @property
     def max_positions(self) -> int:
@@ -84,7 +143,7 @@ class Service(EngineThread):
     @cached_property
     def grammars(self) -> Grammars:
         """What compiles grammars for the model's tokens."""
-        return Grammars(self.tokenizer, self.vocab_size, self.engine.eos_token_ids)
+        return Grammars(self.tokenizer, self.engine.model.spec.vocab_size, self.engine.eos_token_ids)
 
     def tokens_of(self, text: str, *, special: bool = True) -> list[int]:
         """The tokens of a prompt as training has them; without the tokenizer's BOS unless `special`. Never two of it.
@@ -97,9 +156,8 @@ class Service(EngineThread):
 
     def room(self, prompt_tokens: int) -> int:
         """Tokens that may follow a prompt of so many."""
-        if self.engine.model.whole_prompts:
-            return min(self.engine.model.room(prompt_tokens), self.max_positions)
-        return self.max_positions - prompt_tokens
+        model, most = self.engine.model, self.max_positions
+        return min(model.room(prompt_tokens), most) if model.whole_prompts else most - prompt_tokens
 
     @property
     def running(self) -> int:
@@ -133,8 +191,7 @@ class Service(EngineThread):
             raise QueueFull(f"{self.max_queue} requests wait to be read already; send the request again in a while")
         self._asides += 1
         try:
-            lane = self._lanes[size > _LARGE]
-            return await asyncio.get_running_loop().run_in_executor(lane, partial(function, *arguments))
+            return await asyncio.get_running_loop().run_in_executor(self._lanes[size > _LARGE], function, *arguments)
         except RuntimeError as error:
             if not self._ending:
                 raise
@@ -194,11 +251,10 @@ class Service(EngineThread):
         read = partial(read_fitting, self._load, source, self.engine, self.tokenizer)
 
         def replace(loaded: Loaded) -> int:
-            copy_weights(loaded.model, self.engine.model)
+            self.engine.model.load_state_dict(loaded.model.state_dict())  # in place
             self.engine.set_version(self.engine.version + 1)
             self.source = source
             return self.engine.version
 
         async with self._swapping:
-            loaded = await asyncio.to_thread(apart, read)
-            return await self.call(lambda: replace(loaded))
+            return await self.call(partial(replace, await asyncio.to_thread(apart, read)))

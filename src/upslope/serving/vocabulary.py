@@ -1,22 +1,27 @@
-"""Output that follows a grammar: the library llguidance says which tokens may come next, the engine draws from them.
+"""What a tokenizer's tokens stand for: the bytes and the text of single ones, and which may come next in a grammar.
 
-Tool calls have grammars in the form that `data.tool_calls` reads: for calls that must come, and for those that may.
+A token need not be a whole character, so its text is not always text: `Pieces.text` then gives OpenAI's notation for
+bytes, "bytes:\\xe2\\x80", which differs for different bytes where U+FFFD would not.
 
-JSON is written on one line with ", " and ": " between its parts, the form that models have seen most; a grammar that
-leaves white space open lets a model fill its budget with it.
+Output that follows a grammar: the library llguidance says which tokens may come next, the engine draws from them. Tool
+calls have grammars in the form that `data.tool_calls` reads: for calls that must come, and for those that may. JSON is
+written on one line with ", " and ": " between its parts, the form that models have seen most; a grammar that leaves
+white space open lets a model fill its budget with it.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from upslope.data.messages import CLOSE, OPEN
 from upslope.errors import ConfigError, DataError
@@ -29,11 +34,6 @@ MAX_GRAMMAR = 100_000
 _MAX_MESSAGE = 500
 _NOTHING_FOLLOWS = ("NoExtension", "NoExtensionBias")
 _LISTING = re.compile(r"\n\s*\d+ \| .*", re.DOTALL)
-
-
-def json_rule(schema: Mapping[str, Any]) -> str:
-    """The schema as an inline rule of a Lark grammar; it accepts exactly the documents that the schema does."""
-    return "%json " + _dump(_styled(schema))
 
 
 class Grammars:
@@ -55,17 +55,19 @@ class Grammars:
         size = max(self.vocab_size, len(self._source))
         return adapter.from_tokenizer(self._source, n_vocab=size, eos_token=int(self.eos[0]))
 
-    @property
-    def named_tokens(self) -> dict[str, int]:
-        """Tokens that text shows but that a grammar has to name by number, such as `<think>`."""
+    def marks(self) -> Marks:
+        """How a grammar for the tokenizer writes the tags."""
         with self._lock:
             tokenizer = self._tokenizer
         added = self._source.added_tokens_decoder.items()
-        return {token.content: i for i, token in added if not token.special and tokenizer.is_special_token(i)}
+        own = {token.content: i for i, token in added if not token.special and tokenizer.is_special_token(i)}
+        written = [f"<[{own[tag]}]>" if tag in own else json.dumps(tag) for tag in (OPEN, CLOSE)]
+        others = [str(token) for name, token in own.items() if name not in (OPEN, CLOSE)]
+        return Marks(*written, f"<[{','.join(others)}]>" if others else None)
 
     def schema(self, schema: Mapping[str, Any], *, samples: int) -> Constraint:
         """JSON that validates against `schema`, for a request of so many samples. ConfigError: it cannot be."""
-        return self._compile("grammar_from_json_schema", _dump(_styled(schema)), samples)
+        return self._compile("grammar_from_json_schema", _json(schema), samples)
 
     def lark(self, grammar: str, *, samples: int) -> Constraint:
         """Text that a grammar in llguidance's Lark dialect accepts. ConfigError: it does not compile."""
@@ -141,14 +143,6 @@ class Marks:
     close: str
     visible: str | None
 
-    @classmethod
-    def of(cls, grammars: Grammars) -> Marks:
-        """The marks of the tokenizer that the grammars are for."""
-        own = grammars.named_tokens
-        written = [f"<[{own[tag]}]>" if tag in own else json.dumps(tag) for tag in (OPEN, CLOSE)]
-        others = [str(token) for name, token in own.items() if name not in (OPEN, CLOSE)]
-        return cls(*written, f"<[{','.join(others)}]>" if others else None)
-
 
 Functions = Mapping[str, Mapping[str, Any]]
 """Names of functions with the JSON Schemas of their arguments."""
@@ -178,17 +172,14 @@ def _body_rules(functions: Functions, marks: Marks) -> list[str]:
     rules = [f"body: {' | '.join(names)}"]
     for rule, (name, schema) in zip(names, functions.items(), strict=True):
         head = json.dumps("\n" + json.dumps({"name": name})[:-1] + ', "arguments": ')
-        rules.append(f'{rule}: {head} {json_rule(schema)} "}}\\n" {marks.close}')
+        rules.append(f'{rule}: {head} %json {_json(schema)} "}}\\n" {marks.close}')
     return rules
 
 
-def _styled(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {**schema, "x-guidance": {**_STYLE, **_STRICT}}
-
-
-def _dump(value: Any) -> str:
+def _json(schema: Mapping[str, Any]) -> str:
+    """The schema as the library takes it, which accepts exactly the documents that the schema does."""
     try:
-        return json.dumps(value, allow_nan=False)
+        return json.dumps({**schema, "x-guidance": {**_STYLE, **_STRICT}}, allow_nan=False)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"the schema is not JSON: {error}") from error
 
@@ -199,3 +190,75 @@ def _why(matcher: Any) -> str:
     if text in _NOTHING_FOLLOWS:
         return "nothing satisfies it"
     return text if len(text) <= _MAX_MESSAGE else text[:_MAX_MESSAGE] + " ..."
+
+
+class Pieces:
+    """What each token of a tokenizer stands for, looked up once per token: its bytes (`raw`), its `text`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
+        letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
+        self._table = letters if '"ByteLevel"' in decoder else None
+        self._metaspace = '"ByteFallback"' in decoder or '"Metaspace"' in decoder
+        added = tokenizer.added_tokens_decoder
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._special = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.raw: Callable[[int], bytes] = cache(self._spell)
+        self.text: Callable[[int], str] = cache(self._written)
+
+    def _written(self, token: int) -> str:
+        """The token as text, or as "bytes:\\x.." where its bytes are no whole characters."""
+        raw = self.raw(token)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def special(self, token: int) -> bool:
+        """Whether the token is left out of a completion's text."""
+        return token in self._special
+
+    def by_text(self, alternatives: dict[int, float]) -> dict[str, float]:
+        """Log-probs by token text; of two tokens with the same text the likelier one stays."""
+        best: dict[str, float] = {}
+        for token, logprob in alternatives.items():
+            text = self.text(token)
+            best[text] = max(logprob, best.get(text, logprob))
+        return best
+
+    def _spell(self, token: int) -> bytes:
+        """The bytes that a token adds to the text; those of a special token's name."""
+        if token in self._added:
+            return self._added[token].encode("utf-8")
+        piece = self._tokenizer.convert_ids_to_tokens(token)
+        if piece is None:  # an id of the network's vocabulary that the tokenizer has no name for
+            return b""
+        if self._table is not None:
+            return bytes(self._table[letter] for letter in piece if letter in self._table)
+        if self._metaspace:
+            named = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+            return bytes.fromhex(named[1]) if named else piece.replace("\u2581", " ").encode("utf-8")
+        return self._tokenizer.decode([token]).encode("utf-8")
+
+
+class Offsets:
+    """Where tokens begin in the text they make, in characters, as they come one after the other."""
+
+    def __init__(self, pieces: Pieces) -> None:
+        self._pieces = pieces
+        self._at = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, tokens: Sequence[int], *, prompt: str | None = None) -> list[int]:
+        """The offsets of the next tokens; a token that begins inside a character has the character's own.
+
+        Special tokens are not in the text, but for those of a `prompt`, whose text may show them.
+        """
+        offsets = []
+        for token in tokens:
+            offsets.append(self._at)
+            shown = prompt is not None and prompt.startswith(self._pieces.text(token), self._at)
+            if shown or not self._pieces.special(token):
+                self._at += len(self._decoder.decode(self._pieces.raw(token)))
+        return offsets
