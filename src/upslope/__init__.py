@@ -38,11 +38,11 @@ _HOME = {
     "upslope.functional.supervised_losses": ("bradley_terry", "dpo", "nll", "value_loss"),
     "upslope.loop.advantages": ("AdvantageInput",),
     "upslope.loop.policy_losses": ("LossInput",),
-    "upslope.models.decoder.activations": ("Activations",),
+    "upslope.models.decoder.fast": ("Activations",),
     "upslope.models.attention.context": ("KVCache", "PackedContext", "PagedContext"),
     "upslope.models.decoder.network": ("Decoder", "DecoderConfig"),
     "upslope.models.encoder.network": ("Encoder", "load_encoder", "new_encoder"),
-    "upslope.models.heads": ("ScalarHead",),
+    "upslope.models.protocol": ("ScalarHead",),
     "upslope.models.files.loading": ("load_model", "save_model"),
     "upslope.models.files.sources": ("resolve",),
     "upslope.options": (

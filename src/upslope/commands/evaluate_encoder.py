@@ -9,7 +9,7 @@ from upslope.evaluation.benchmark_metrics import pearson, spearman
 from upslope.evaluation.benchmarks import benchmark_figures
 from upslope.evaluation.measurement import Figure, Measurement, noted
 from upslope.evaluation.metrics import Texts, measure
-from upslope.models.encoder.labellers import load_classifier, tags_of
+from upslope.models.encoder.items import load_classifier, tags_of
 from upslope.models.files.config_json import ModelKind
 from upslope.models.files.folders import read_config
 

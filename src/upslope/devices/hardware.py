@@ -1,10 +1,13 @@
-"""What this processor multiplies fast, and the compute dtype that follows from it."""
+"""What this processor multiplies fast, the compute dtype that follows, and threads that leave nothing behind."""
 
 import ctypes
 import sys
+import threading
 import time
+from collections.abc import Callable
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -100,3 +103,30 @@ def _timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
 def device_of_machine() -> torch.device:
     """The first GPU where there is one, else the processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+T = TypeVar("T")
+
+
+def apart(function: Callable[[], T]) -> T:
+    """What `function` returns or raises, computed on a thread of its own that has ended since.
+
+    For work beside a thread that computes all the time. OpenMP gives every thread that computes a team, which lasts as
+    long as the thread. Where all teams together have more members than there are processors, GNU's runtime puts a
+    waiting member to sleep at once, busy team or not, and waking it takes longer than most of decoding's operations.
+    """
+    result: list[T] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            result.append(function())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, name="apart", daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
+    return result[0]

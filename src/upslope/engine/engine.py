@@ -12,16 +12,13 @@ from contextlib import contextmanager
 
 import torch
 
-from upslope.engine.beam import Beam
-from upslope.engine.blocks import BlockPool
-from upslope.engine.outputs import OutputProcessor
-from upslope.engine.request import Event, Request, Sequence, TokenMask, check_params, check_prompt
+from upslope.engine.outputs import OutputProcessor, Tokenizer
+from upslope.engine.request import Beam, Event, Request, Sequence, TokenMask, check_params, check_prompt
 from upslope.engine.runner import Runner, Stats
-from upslope.engine.scheduler import Scheduler
-from upslope.engine.text import Tokenizer
+from upslope.engine.scheduler import BlockPool, Scheduler
 from upslope.errors import ConfigError
 from upslope.models.attention.context import BLOCK, KVCache
-from upslope.models.decoder.activations import Activations
+from upslope.models.decoder.fast import Activations
 from upslope.models.protocol import CausalModel
 from upslope.types import Completion, SamplingParams
 

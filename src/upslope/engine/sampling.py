@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upslope.engine.beam import Candidate
+from upslope.engine.request import Candidate
 from upslope.functional.logprobs import log_softmax
 from upslope.kernels import usable, vocabulary
 from upslope.types import SamplingParams

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from upslope.kernels import usable, vocabulary
 from upslope.kernels.products import least_rows, pad_rows
-from upslope.kernels.sums import accumulate_
+from upslope.kernels.rows import accumulate_
 
 from ._checks import check_range, check_rank, clean_rows, floats, nan_unless, select, shape
 

@@ -1,4 +1,4 @@
-"""Row-wise parts of a Transformer block on the CPU, forward and backward (rows.cpp).
+"""Row-wise parts of a Transformer block on the CPU, forward and backward (rows.cpp), and sums of gradients (sums.cpp).
 
 Shapes: T rows, D width, F feed-forward width, H query heads, K key/value heads, d head width. All tensors are of
 one dtype, float32 or bfloat16; arithmetic is float32.
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from upslope.kernels import Functions, addresses, kind_of
+from upslope.kernels import Functions, addresses, kind_of, usable
 
 _SLABS = 16
 _lib = Functions(
@@ -22,6 +22,7 @@ _lib = Functions(
     swiglu_backward=[c_int, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
     split_rotate=[c_int, *[c_void_p] * 6, *[c_int64] * 4],
     join_rotate=[c_int, *[c_void_p] * 6, *[c_int64] * 4],
+    accumulate=[c_int, c_void_p, c_void_p, c_int64],
 )
 
 
@@ -195,3 +196,12 @@ def join_rotate(q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, cos_Td: Tensor, sin
     out = q.new_empty(rows, (heads + 2 * kv_heads) * width)
     _lib.join_rotate(kind_of(q.dtype), *addresses(out, q, k, v, cos_Td, sin_Td), rows, heads, kv_heads, width)
     return out
+
+
+def accumulate_(total: Tensor, part: Tensor) -> Tensor:
+    """Add a tensor to one of the same shape that is at least as wide, in place: total.add_(part), in one pass."""
+    fits = usable(total) and usable(part) and total.element_size() == 4 and total.shape == part.shape
+    if not fits or not (total.is_contiguous() and part.is_contiguous()):
+        return total.add_(part)
+    _lib.accumulate(kind_of(part.dtype), *addresses(total, part), total.numel())
+    return total

@@ -9,7 +9,7 @@ from upslope.build import Policy, load_critic, take_masters
 from upslope.errors import ConfigError
 from upslope.functional.metrics import explained_variance
 from upslope.functional.returns import discounted_returns
-from upslope.models.heads import ScalarHead
+from upslope.models.protocol import ScalarHead
 from upslope.options import PPOOptions, ReinforceOptions
 from upslope.training.experience import Experience
 from upslope.training.optim import Group, MasterAdamW, decay_groups

@@ -26,6 +26,7 @@ from upslope.loop.learner import Learner
 from upslope.models.encoder.items import (
     Input,
     ItemBatch,
+    Start,
     groups_of,
     item_logits,
     keys_of,
@@ -34,7 +35,6 @@ from upslope.models.encoder.items import (
     pads_of,
     scores,
 )
-from upslope.models.encoder.labellers import Start
 from upslope.models.encoder.network import Encoder, load_encoder
 from upslope.options.encoder import EncoderOptions
 from upslope.runs.encoding import to_json

@@ -1,9 +1,10 @@
 """What every network gives the engine and the trainer: hidden states of packed tokens, and a head over them.
 
-Shapes: T tokens laid end to end, H query heads, K key/value heads, d head width, D model width, V vocabulary.
+Shapes: T tokens laid end to end, N rows, H query heads, K key/value heads, d head width, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,3 +163,46 @@ class CausalModel(nn.Module):
         rows = pad_rows(hidden_ND, least=least_rows(weight.numel()))
         every = F.linear(rows, weight) if packed is None else packed.linear(rows, weight)
         return every[: hidden_ND.shape[0]]
+
+
+@contextmanager
+def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
+    """Dropout off and no gradient, and the previous modes back afterwards."""
+    real = [m for m in modules if m is not None]
+    modes = [m.training for m in real]
+    for module in real:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(real, modes, strict=True):
+            module.train(mode)
+
+
+class ScalarHead(nn.Module):
+    """One number per hidden state, computed in float32: [N, D] -> [N].
+
+    Starts at zero, so that a fresh critic says V = 0 everywhere and the first advantages are the returns. The weight
+    has the name and shape [1, D] of Hugging Face's sequence classifiers with one label, so that a reward model's head
+    loads as a critic's.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Move with the model, but stay in float32 (or float64): a value is a regression target, not a logit."""
+        super()._apply(fn, recurse)
+        for parameter in self.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        return self
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Row by row, as a sum of products: independent of how many rows there are."""
+        weight = self.score.weight
+        return (hidden_ND.to(weight.dtype) * weight[0]).sum(-1) + self.score.bias

@@ -33,8 +33,7 @@ from upslope.extras import require
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
 from upslope.loop.launch import begin
 from upslope.loop.session import train
-from upslope.models.encoder.items import Input
-from upslope.models.encoder.labellers import Start, check_length, inputs_of, load_start
+from upslope.models.encoder.items import Input, Start, check_length, inputs_of, load_start
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import ClassifyOptions
 from upslope.runs.progress import told

@@ -30,7 +30,7 @@ from upslope.extras import require
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, finish, rewards_of, tell_counts
 from upslope.loop.launch import begin
 from upslope.loop.session import train
-from upslope.models.encoder.labellers import Sentences, Start, check_length, cut_words, load_start, pieces_of
+from upslope.models.encoder.items import Sentences, Start, check_length, cut_words, load_start, pieces_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.encoder import TagOptions
 from upslope.training.stopping import Evaluation

@@ -40,8 +40,7 @@ from upslope.models.encoder.network import Encoder, load_encoder
 from upslope.models.files.loading import load_model
 from upslope.models.files.reward_folder import RewardSettings, load_reward_folder
 from upslope.models.files.sources import resolve
-from upslope.models.heads import ScalarHead
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, ScalarHead
 from upslope.rewards.functions import distinct_share
 from upslope.rewards.summands import Surroundings
 from upslope.training.step import Forward, score

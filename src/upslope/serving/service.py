@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from upslope.data.chat import encode_text
 from upslope.data.pairs import PairTokenizer
 from upslope.data.pieces import encode_pieces
-from upslope.devices.threads import apart
+from upslope.devices.hardware import apart
 from upslope.engine import Engine, TokenMask
 from upslope.errors import ModelError, RunError
 from upslope.serving.constraints import Grammars

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from upslope.devices.hardware import keep_freed_memory
 from upslope.errors import RunError
-from upslope.kernels.sums import accumulate_
+from upslope.kernels.rows import accumulate_
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from upslope.data.batching import collate, padded_from_flat, split_by_tokens
-from upslope.models.modes import evaluating
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, evaluating
 from upslope.training.step import Forward, Loss
 from upslope.types import Batch, Example
 

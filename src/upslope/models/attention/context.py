@@ -21,9 +21,8 @@ from torch import Tensor
 
 from upslope.kernels import usable
 from upslope.kernels.attention import describe, packed_attention, paged_attention, write_cache
-from upslope.models.attention.block_softmax import BLOCK
 from upslope.models.attention.gpu import PackedFlex, PagedTiles, fused_on
-from upslope.models.attention.padded import PackedBuckets, PagedBuckets
+from upslope.models.attention.padded import BLOCK, PackedBuckets, PagedBuckets
 from upslope.models.linear import PackedWeights
 from upslope.models.protocol import Context, ModelSpec, Segment
 

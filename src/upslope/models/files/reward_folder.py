@@ -19,8 +19,7 @@ from upslope.models.files.config_json import SCORE
 from upslope.models.files.folders import read_config
 from upslope.models.files.loading import load_model
 from upslope.models.files.weights import check_shapes, load, read_shapes, save_folder
-from upslope.models.heads import ScalarHead
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, ScalarHead
 
 _HEAD = "lm_head.weight"
 _KEY = "upslope_reward"
