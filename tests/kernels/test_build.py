@@ -13,7 +13,7 @@ import torch
 from upslope import kernels
 
 built = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels: {kernels.problem()}")
-wide = pytest.mark.skipif("avx512f" not in kernels._processor().split(), reason="this processor has no AVX-512")
+wide = pytest.mark.skipif("avx512f" not in kernels.processor().split(), reason="this processor has no AVX-512")
 REPORT = "from upslope import kernels; print(kernels.problem())"
 
 
@@ -53,7 +53,7 @@ def test_a_compiler_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch
     monkeypatch.setenv("CXX", str(fake))
     monkeypatch.setenv("UPSLOPE_KERNELS", "on")
     monkeypatch.setattr(kernels, "_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(kernels, "_processor", lambda: "avx512f")
+    monkeypatch.setattr(kernels, "processor", lambda: "avx512f")
     with pytest.raises(kernels.Unavailable, match=r"slow-c\+\+ took longer than 0\.2 s"):
         kernels.library.__wrapped__()
 

@@ -5,26 +5,23 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache
 from typing import TypeVar
 
 import torch
 
 from upslope.errors import ConfigError
+from upslope.kernels import processor
 from upslope.kernels.products import onednn_bfloat16
 
 BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 
-@lru_cache(maxsize=1)
+@cache
 def cpu_features() -> frozenset[str]:
     """The processor's own feature names on Linux (avx2, avx512f, amx_bf16, ...); empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    names = (line.partition(":")[2].split() for line in lines if line.split(":")[0].strip() in {"flags", "Features"})
+    lines = (line.partition(":") for line in processor().splitlines())
+    names = (features.split() for key, _, features in lines if key.strip() in {"flags", "Features"})
     return frozenset(next(names, []))
 
 
@@ -62,7 +59,7 @@ def _say_slow() -> None:
     print(f"upslope: {line}", file=sys.stderr, flush=True)
 
 
-@lru_cache(maxsize=1)
+@cache
 def keep_freed_memory() -> bool:
     """Have the C library keep what is freed, where that can be asked for (glibc); True where it was.
 

@@ -110,8 +110,8 @@ class OutputProcessor:
         unfinished = self.scheduler.sequences(request)
         if request.id not in self.beams:
             unfinished += [first.child(i) for first in unfinished[:1] for i in range(1, first.forks + 1)]
-        unfinished = sorted(unfinished, key=lambda s: s.sample)[: request.params.n]
-        events = [self._finished(seq, "cancelled") for seq in unfinished]
+        first = sorted(unfinished, key=lambda s: s.sample)[: request.params.n]
+        events = [self._finished(seq, "cancelled") for seq in first]
         self._drop(request)
         return events
 
@@ -124,9 +124,7 @@ class OutputProcessor:
         return children
 
     def _draw_samples(self, seqs: list[Sequence], logits: Tensor) -> list[Event]:
-        events: list[Event] = []
-        scored = [seq for seq in seqs if not seq.request.limit]
-        events += [self._end(seq, "length") for seq in scored]
+        events = [self._end(seq, "length") for seq in seqs if not seq.request.limit]
         rows, failed = self._rows(seqs)
         drawn = sample(logits, rows)
         for i, seq in enumerate(seqs):
@@ -155,11 +153,10 @@ class OutputProcessor:
         )
         rows, failed = [], {}
         for seq, uniform in zip(seqs, numbers.tolist(), strict=True):
-            row = Row(seq.request.params, uniform)
-            if seq.request.params.repetition_penalty != 1.0:
+            params = seq.request.params
+            row = Row(params, uniform, generated=seq.generated if params.counted else [])
+            if params.repetition_penalty != 1.0:
                 row.history = seq.generated if self.runner.model.whole_prompts else seq.tokens
-            if seq.request.params.counted:
-                row.generated = seq.generated
             if seq.request.token_mask is not None:
                 try:
                     row.allowed = self._allowed(seq)
@@ -223,9 +220,7 @@ class OutputProcessor:
         request, token = seq.request, seq.tokens[-1]
         if self.tokenizer is not None and seq.text is None and (request.stream or request.params.stop):
             seq.text = TextStream(self.tokenizer, request.params.stop)
-        if token in request.stop_ids:
-            return self._end(seq, "stop")
-        if seq.text is not None and seq.text.push([token]):
+        if token in request.stop_ids or (seq.text is not None and seq.text.push([token])):
             return self._end(seq, "stop")
         if seq.num_generated >= request.limit:
             return self._end(seq, "length")

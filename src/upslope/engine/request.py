@@ -186,16 +186,18 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     for name, value, meaning, fine in ranges:
         if not fine:
             raise ConfigError(f"sampling option {name} = {value!r}: must be {meaning}")
-    if p.beam_width > 1:
-        _check_beam(p)
-
-
-def _check_beam(p: SamplingParams) -> None:
-    """Beam search is deterministic and ranks whole sequences: refuse what it cannot honour."""
+    if p.beam_width == 1:
+        return
+    # beam search is deterministic and ranks whole sequences: refuse what it cannot honour
     if p.n > p.beam_width:
         raise ConfigError(f"sampling option n = {p.n}: at most beam_width = {p.beam_width} sequences are returned")
-    idle = {"top_k": p.top_k, "top_p": p.top_p < 1, "min_p": p.min_p, "stop": p.stop}
-    idle["logprobs"] = p.logprobs is not None
+    idle = {
+        "top_k": p.top_k,
+        "top_p": p.top_p < 1,
+        "min_p": p.min_p,
+        "stop": p.stop,
+        "logprobs": p.logprobs is not None,
+    }
     for name, given in idle.items():
         if given:
             raise ConfigError(f"sampling option {name} has no meaning with beam_width = {p.beam_width}: leave it out")
@@ -274,11 +276,10 @@ class Beam:
             child.append(token, candidate.sampling_logprob, candidate.policy_logprob, version)
             if ends or child.num_generated >= self.request.limit:
                 self.finished.append((self._score(-loss, child.num_generated), child, "stop" if ends else "length"))
-                if not ends:
-                    live[len(live)] = (child, -loss)
             else:
-                live[len(live)] = (child, -loss)
                 survivors.append((parent, child))
+            if not ends:
+                live[len(live)] = (child, -loss)
         self.live, self.reports = live, {}
         if self._decided():
             self.live, survivors = {}, []

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,14 +87,11 @@ class DecodeGraphs:
         self._positions[:rows].copy_(numbers[1])
         self._send([*map(list, tables), *[[self._spare]] * fill])
         if rows not in self._graphs:
-            self._graphs[rows] = self.record(lambda: self._forward(rows), self._pool)
+            where = self.cache, self._positions[:rows], self._tables[:rows]
+            self._graphs[rows] = self.record(lambda: self.model(self._tokens[:rows], StepContext(*where)), self._pool)
         replay, hidden = self._graphs[rows]
         replay()
         return hidden[:count]
-
-    def _forward(self, rows: int) -> Tensor:
-        context = StepContext(self.cache, self._positions[:rows], self._tables[:rows])
-        return self.model(self._tokens[:rows], context)
 
     def _send(self, tables: list[list[int]]) -> None:
         """Bring the tables on the device up to date."""
@@ -136,35 +134,33 @@ class Runner:
         self.packed = PackedWeights()
         self.stats = Stats()
         self.activations: Activations | None = None
-        self._prepared: PreparedDecoder | bool | None = None
-        self._cache: KVCache | None = None
-        self._graphs: DecodeGraphs | None = None
 
-    @property
+    @cached_property
     def cache(self) -> KVCache:
         """Keys and values; allocated when first used, with a spare block where steps are captured."""
-        if self._cache is None:
-            spec, model = self.model.spec, self.model
-            spare = int(can_capture(model))
-            self._cache = KVCache(spec, self.num_blocks + spare, dtype=model.dtype, device=model.device)
-        return self._cache
+        model, blocks = self.model, self.num_blocks + int(can_capture(self.model))
+        return KVCache(model.spec, blocks, dtype=model.dtype, device=model.device)
 
-    @property
+    @cached_property
     def prepared(self) -> PreparedDecoder | None:
         """What stands for the model's own pass over cached sequences, where it can; made when first used."""
-        if self._prepared is None:
-            self._prepared = PreparedDecoder.of(self.model, self.packed) or False
-        return self._prepared or None
+        return PreparedDecoder.of(self.model, self.packed)
+
+    @cached_property
+    def graphs(self) -> DecodeGraphs:
+        """Captured decoding steps; made when first used."""
+        return DecodeGraphs(self.model, self.cache, self.max_batch)
 
     def sleep(self) -> None:
         """Give back the cache and what was made of the weights until they are used again."""
         self.weights_changed()
-        self._cache = None
+        self.__dict__.pop("cache", None)
 
     def weights_changed(self) -> None:
         """Forget what was made of the weights: copies laid out for decoding, the prepared pass, captured steps."""
         self.packed.clear()
-        self._prepared = self._graphs = None
+        for made in ("prepared", "graphs"):
+            self.__dict__.pop(made, None)
 
     def run(self, plan: Plan) -> tuple[list[Sequence], Tensor | None]:
         """Feed the plan's tokens; the sequences that can draw now, with their logits [N, V] (None where N is 0)."""
@@ -201,10 +197,8 @@ class Runner:
     def _forward(self, chunks: list[Chunk]) -> Tensor:
         """Hidden states [n, D] of the last token of every chunk that completes its sequence."""
         if self._capturable(chunks):
-            if self._graphs is None:
-                self._graphs = DecodeGraphs(self.model, self.cache, self.max_batch)
             tokens = [c.seq.tokens[c.start] for c in chunks]
-            return self._graphs.step(tokens, [c.start for c in chunks], [c.seq.blocks for c in chunks])
+            return self.graphs.step(tokens, [c.start for c in chunks], [c.seq.blocks for c in chunks])
         context = PagedContext(
             self.cache,
             [c.seq.blocks for c in chunks],
@@ -216,8 +210,8 @@ class Runner:
         fed = [token for c in chunks for token in c.seq.tokens[c.start : c.start + c.count]]
         kept = None if self.activations is None else self.activations.take(len(fed))
         tokens_T = torch.tensor(fed, device=self.model.device)
-        prepared = self.prepared
-        hidden = self.model(tokens_T, context) if prepared is None else prepared.forward(tokens_T, context, kept)
+        own = self.prepared is None
+        hidden = self.model(tokens_T, context) if own else self.prepared.forward(tokens_T, context, kept)
         offset, rows = 0, []
         for chunk in chunks:
             if self.activations is not None:

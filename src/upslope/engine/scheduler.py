@@ -193,11 +193,6 @@ class Plan:
         return self.prefill + self.decode
 
 
-def _newest_first(seq: Sequence) -> tuple[int, int]:
-    request, sample = seq.order
-    return -request, -sample
-
-
 class Scheduler:
     """`max_batch` running sequences, at most `prefill_tokens` prompt tokens a step.
 
@@ -225,7 +220,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence by its age."""
-        bisect.insort(self.waiting, seq, key=_newest_first)
+        bisect.insort(self.waiting, seq, key=lambda s: (-s.request.id, -s.sample))
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """Queue `child`, which shares what `parent` has in the cache."""
@@ -258,7 +253,9 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Decide the next step; blocks are assigned, nothing else is changed until `settle`."""
         plan = Plan()
-        self._park()
+        # beams that have reported leave the batch until their siblings have
+        self.parked += (s for s in self.running if not s.pending)
+        self.running = [s for s in self.running if s.pending]
         before = self.preemptions
         for seq in sorted(self.running, key=lambda s: s.order):
             if seq in self.running:
@@ -273,11 +270,6 @@ class Scheduler:
         for chunk in plan.chunks:
             chunk.seq.cached += chunk.count
             self.pool.commit(chunk.seq)
-
-    def _park(self) -> None:
-        """Beams that have reported leave the batch until their siblings have."""
-        self.parked.extend(s for s in self.running if not s.pending)
-        self.running = [s for s in self.running if s.pending]
 
     def _continue(self, seq: Sequence, plan: Plan) -> None:
         count = self._share(seq, plan)

@@ -28,7 +28,7 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     ValueError: temperature not positive.
     """
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range(0.0, open_low=True, temperature=temperature)
     if _fused(logits):
         return _LogSoftmax.apply(logits, temperature)
     (logits,) = floats(logits)
@@ -51,7 +51,7 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     This is the entropy of the distribution at that temperature. Logits of -inf contribute 0.
     """
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range(0.0, open_low=True, temperature=temperature)
     ok, logits = clean_rows(logits)
     fused = _fused(logits)
     return nan_unless(ok, _Entropy.apply(logits, temperature) if fused else _entropy(log_softmax(logits, temperature)))
@@ -112,8 +112,8 @@ def linear_token_logprobs(
             f"{shape(weight_VD)} {weight_VD.dtype}"
         )
     _check_tokens(tokens_N, hidden_ND.shape[:1], weight_VD.shape[0], hidden_ND=hidden_ND, weight_VD=weight_VD)
-    check_range("chunk", chunk, 1)
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range(1, chunk=chunk)
+    check_range(0.0, open_low=True, temperature=temperature)
     room = KEPT_LOGITS_BYTES if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad) else 0
     logp_N, entropy_N, mean_N = _LinearTokenLogprobs.apply(
         hidden_ND, weight_VD, tokens_N, temperature, chunk, with_entropy, with_mean, room

@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL:
         raise Unavailable("switched off by UPSLOPE_KERNELS")
     if sys.platform == "win32":
         raise Unavailable("not built on Windows")
-    if "avx512f" not in _processor().split():
+    if "avx512f" not in processor().split():
         raise Unavailable("written for AVX-512, which this processor does not have: torch's own code is faster here")
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -70,11 +70,11 @@ def _sources() -> list[Path]:
 
 def _digest(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, timeout=_TIMEOUT_S, check=False).stdout
-    parts = [version, _processor().encode(), " ".join(_FLAGS).encode(), *(p.read_bytes() for p in _sources())]
+    parts = [version, processor().encode(), " ".join(_FLAGS).encode(), *(p.read_bytes() for p in _sources())]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
-def _processor() -> str:
+def processor() -> str:
     """What -march=native sees, as far as the system tells it: model and features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()

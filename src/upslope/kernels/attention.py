@@ -246,7 +246,7 @@ class DecoderBlocks:
 
     def __init__(self, shape: DecoderShape, blocks: Sequence[BlockWeights], last_norm: Tensor) -> None:
         self.shape, self._held, self._last_norm = shape, list(blocks), last_norm
-        self._blocks = (_Block * len(blocks))(*map(_described, blocks))
+        self._blocks = (_Block * len(blocks))(*map(_in_c, blocks))
 
     def run(
         self,
@@ -272,8 +272,7 @@ class DecoderBlocks:
         q, k, v = (x_TD.new_empty(rows, n * s.d) for n in (s.heads, s.kv_heads, s.kv_heads))
         scales = torch.empty(max(rows, s.heads), dtype=torch.float32)
         room = (x_TD, normed, delta, gated, q, k, v, scales, cosine, sine, keys, values)
-        described = segments.buffer_info()[0], len(segments) // 4, tables.buffer_info()[0]
-        call = _Call(rows, *addresses(*room), keys.stride(0), *described)
+        call = _Call(rows, *addresses(*room), keys.stride(0), *_described(segments), tables.buffer_info()[0])
         if kept is None:
             products = x_TD.new_empty(rows, (s.heads + 2 * s.kv_heads) * s.d)
             attended = x_TD.new_empty(rows, s.heads * s.d)
@@ -288,7 +287,7 @@ class DecoderBlocks:
         return normed
 
 
-def _described(block: BlockWeights) -> _Block:
+def _in_c(block: BlockWeights) -> _Block:
     norms = (block.first_norm, block.second_norm, *(block.head_norms or (None, None)))
     products = (block.attend, block.out, block.widen, block.narrow)
     described = (_Product(*addresses(weight.weight, bias), weight.block) for weight, bias in products)

@@ -237,10 +237,9 @@ class _Layers(nn.Module):
         super().__init__()
         self.width, self.layers = width, layers
         for layer in range(layers):
-            for name, shape in (("weight_ih", (4 * width, width)), ("weight_hh", (4 * width, width))):
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                shape = (4 * width, width) if name.startswith("weight") else (4 * width,)
                 self.register_parameter(f"{name}_l{layer}", nn.Parameter(torch.empty(shape)))
-            for name in ("bias_ih", "bias_hh"):
-                self.register_parameter(f"{name}_l{layer}", nn.Parameter(torch.empty(4 * width)))
         self.reset()
 
     def reset(self) -> None:

@@ -86,7 +86,21 @@ def check_rows(rows: int, count: int, where: object) -> None:
         )
 
 
-class CausalModel(nn.Module):
+class Network(nn.Module):
+    """A module that says where its weights are and what it computes in."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+
+class CausalModel(Network):
     """A network that predicts the next token of packed sequences, with a linear head over its hidden states.
 
     `whole_prompts` says that a prompt must enter in one call, from its first token on: the engine then never cuts one
@@ -131,25 +145,15 @@ class CausalModel(nn.Module):
         """
         rows = len(self.output_weight)
         check_rows(rows, count, where)
-        shared = self.spec.input_vocab_size == self.spec.vocab_size
-        inputs = count if shared else self.spec.input_vocab_size
-        self.spec = replace(self.spec, vocab_size=count, input_vocab_size=inputs)
+        inputs = self.spec.input_vocab_size
+        shared = inputs == self.spec.vocab_size
+        self.spec = replace(self.spec, vocab_size=count, input_vocab_size=count if shared else inputs)
         return rows - count
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return next(self.parameters()).dtype
 
     @property
     def exact(self) -> bool:
         """Whether decoding gives the bits of the packed forward pass: true of upslope's own networks on a CPU."""
         return self.device.type == "cpu"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
 
     def run(self, layer: nn.Module, *args: Any) -> Any:
         """layer(*args), by way of a checkpoint where activations are not to be kept."""

@@ -304,42 +304,33 @@ def _refusal(config: PreTrainedConfig, network: PreTrainedModel | None = None) -
     kinds = set(get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     window = sliding_window(config)
     softcap = next((key for key in ("attn_logit_softcapping", "final_logit_softcapping") if get(key)), None)
-    if config.is_encoder_decoder:
-        return "is an encoder-decoder"
-    if config.get_text_config() is not config:
-        return "takes more than text"
-    if get("quantization_config"):
-        return "has quantised weights; take the unquantised model"
-    if kinds:
-        return f"has layers other than full attention ({', '.join(sorted(kinds))})"
-    if window is not None:
-        return f"has a sliding window of {window}, shorter than its context"
-    if get("attention_chunk_size"):
-        return "attends in chunks"
-    if softcap:
-        return f"caps its logits ({softcap})"
-    if get("alibi") or get("position_embedding_type") == "alibi":
-        return "adds position biases to the scores (ALiBi)"
-    if network is None:
-        return None
-    if getattr(network, "_is_stateful", False):
-        return "keeps a recurrent state"
-    if not network._supports_attention_backend:
-        return "does not call transformers' attention interface"
-    if any(name.rpartition(".")[2] == "sinks" for name, _ in network.named_parameters()):
-        return "uses attention sinks"
-    return None
+    more = not config.is_encoder_decoder and config.get_text_config() is not config
+    reasons = [
+        (config.is_encoder_decoder, "is an encoder-decoder"),
+        (more, "takes more than text"),
+        (get("quantization_config"), "has quantised weights; take the unquantised model"),
+        (kinds, f"has layers other than full attention ({', '.join(sorted(kinds))})"),
+        (window is not None, f"has a sliding window of {window}, shorter than its context"),
+        (get("attention_chunk_size"), "attends in chunks"),
+        (softcap, f"caps its logits ({softcap})"),
+        (get("alibi") or get("position_embedding_type") == "alibi", "adds position biases to the scores (ALiBi)"),
+    ]
+    if network is not None:
+        sinks = any(name.rpartition(".")[2] == "sinks" for name, _ in network.named_parameters())
+        reasons += [
+            (getattr(network, "_is_stateful", False), "keeps a recurrent state"),
+            (not network._supports_attention_backend, "does not call transformers' attention interface"),
+            (sinks, "uses attention sinks"),
+        ]
+    return next((reason for applies, reason in reasons if applies), None)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """The sliding window in effect, or None when every token of the longest context sees all before it."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return None
-    if types and "sliding_attention" not in types:
-        return None
-    return window if window < _max_positions(config) else None
+    unused = getattr(config, "use_sliding_window", True) is False or (types and "sliding_attention" not in types)
+    return window if window and not unused and window < _max_positions(config) else None
 
 
 def _max_positions(config: PreTrainedConfig) -> int:
@@ -369,7 +360,5 @@ def _logit_scale(config: PreTrainedConfig) -> float:
 
 def _intermediate_size(config: PreTrainedConfig) -> int:
     """Width of the feed-forward layers (an estimate of 4 D where the configuration does not say)."""
-    for key in ("intermediate_size", "ffn_dim", "n_inner"):
-        if isinstance(size := getattr(config, key, None), int):
-            return size
-    return 4 * config.hidden_size
+    sizes = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
+    return next((size for size in sizes if isinstance(size, int)), None) or 4 * config.hidden_size

@@ -75,12 +75,11 @@ class PreparedDecoder:
     @classmethod
     def of(cls, model: CausalModel, packed: PackedWeights) -> PreparedDecoder | None:
         """The decoder prepared; None for another network, layers that are not plain (adapters), or no kernels."""
-        if not isinstance(model, Decoder):
+        if not isinstance(model, Decoder) or model.config.head_dim % 2:
             return None
-        config, last_norm = model.config, model.model.norm.weight
-        if config.head_dim % 2 or not usable(last_norm, model.head_weight):
+        config, last_norm, layers, blocks = model.config, model.model.norm.weight, [], []
+        if not usable(last_norm, model.head_weight):
             return None
-        layers, blocks = [], []
         for layer in model.model.layers:
             a, m = layer.self_attn, layer.mlp
             groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
@@ -178,12 +177,11 @@ class Activations:
     @classmethod
     def of(cls, model: CausalModel, *, tokens: int, limit_bytes: int) -> Activations | None:
         """Room for `tokens`, or for as many as the limit allows; None for a network whose layers cannot be replayed."""
-        if not isinstance(model, Decoder) or not model.exact:
+        if not isinstance(model, Decoder) or not model.exact or model.config.qk_norm or model.config.output_bias:
             return None
-        c = model.config
-        if c.qk_norm or c.output_bias or PreparedDecoder.of(model, PackedWeights()) is None:
+        if PreparedDecoder.of(model, PackedWeights()) is None:
             return None
-        capacity = min(tokens, limit_bytes // bytes_per_token(c, model.dtype))
+        capacity = min(tokens, limit_bytes // bytes_per_token(model.config, model.dtype))
         return cls(model, capacity) if capacity else None
 
     def clear(self) -> None:

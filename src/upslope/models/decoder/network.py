@@ -91,7 +91,8 @@ class DecoderConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers reads back into the same network."""
-        config: dict[str, Any] = {
+        scaling = {k: v for k, v in self.rope.items() if k != "rope_theta"}
+        return {
             **self.extra,
             "architectures": [_ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
@@ -101,12 +102,9 @@ class DecoderConfig:
             "rope_theta": self.rope["rope_theta"],
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range,
+            **({"rope_scaling": scaling} if self.rope["rope_type"] != "default" else {}),
+            **({"attention_bias": self.attention_bias} if self.model_type in ("llama", "qwen3") else {}),
         }
-        if self.rope["rope_type"] != "default":
-            config["rope_scaling"] = {k: v for k, v in self.rope.items() if k != "rope_theta"}
-        if self.model_type in ("llama", "qwen3"):
-            config["attention_bias"] = self.attention_bias
-        return config
 
 
 def _rope_of(config: Mapping[str, Any]) -> dict[str, Any]:

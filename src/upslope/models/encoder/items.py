@@ -8,7 +8,6 @@ Shapes: B inputs, T tokens of the longest, N labelled items, C labels.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -98,11 +97,10 @@ def padded_batch(inputs: Sequence[Input], encoder: Encoder, pad: int, pad_type: 
     def tensor(values: Any) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    types = None if inputs[0].types is None else tensor([padded(x.types or [], pad_type) for x in inputs])
     return ItemBatch(
         ids_BT=tensor([padded(x.tokens, pad) for x in inputs]),
         mask_BT=tensor([padded([1] * len(x.tokens), 0) for x in inputs]),
-        types_BT=types,
+        types_BT=None if inputs[0].types is None else tensor([padded(x.types or [], pad_type) for x in inputs]),
         items_N=tensor(items),
         targets_N=torch.tensor([t for x in inputs for t in x.targets], device=device),
         rows_N=rows,
@@ -175,7 +173,10 @@ def _load(
     chosen, _ = choose_dtype(dtype, device)
     tokenizer = load_tokenizer(folder)
     if kind == "tag" and getattr(tokenizer, "add_prefix_space", None) is False:
-        tokenizer = _with_prefix_space(folder)
+        from transformers import AutoTokenizer
+
+        # byte-level tokenizers see a word of a list as they see it in a sentence only with the space before it
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, add_prefix_space=True)
     if tokenizer.pad_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no padding token; name one in tokenizer_config.json")
     encoder = load_encoder(folder, kind, labels=labels, gradient_checkpointing=gradient_checkpointing, seed=seed)
@@ -185,13 +186,6 @@ def _load(
     if adapters:
         encoder.add_adapters(**adapters)
     return Start(encoder.to_compute(chosen, device), tokenizer)
-
-
-def _with_prefix_space(folder: Path) -> Any:
-    """Byte-level tokenizers see a word of a list as they see it in a sentence only with the space before it."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, add_prefix_space=True)
 
 
 def check_length(options: Any, encoder: Encoder) -> None:
@@ -220,8 +214,7 @@ class Classifier:
         if cut:
             print(f"upslope: cut to max_length {self.max_length}: {cut} of {len(rows)}", file=sys.stderr)
         pad, pad_type = pads_of(self.tokenizer)
-        found = scores(self.encoder, inputs, pad=pad, pad_type=pad_type, budget=self.batch_tokens)
-        return [items[0] for items in found]
+        return [z for (z,) in scores(self.encoder, inputs, pad=pad, pad_type=pad_type, budget=self.batch_tokens)]
 
 
 def load_classifier(source: str, *, dtype: str = "auto", max_length: int | None = None) -> Classifier:
@@ -246,7 +239,7 @@ def inputs_of(
     with told(f"encoding {len(texts):,} texts"):
         whole = tokenizer(texts, pairs, truncation=False, verbose=False)
     long = [i for i, ids in enumerate(whole["input_ids"]) if len(ids) > max_length]
-    short = {}
+    short = {i: k for k, i in enumerate(long)}
     if long:
         again = tokenizer(
             [texts[i] for i in long],
@@ -254,7 +247,6 @@ def inputs_of(
             truncation="longest_first",
             max_length=max_length,
         )
-        short = {i: k for k, i in enumerate(long)}
     made = []
     for i in range(len(rows)):
         source, at = (again, short[i]) if i in short else (whole, i)

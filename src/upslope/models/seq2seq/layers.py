@@ -86,25 +86,35 @@ class Seq2SeqConfig:
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
-        if self.hidden_size % self.num_attention_heads:
-            raise ConfigError(f"hidden_size = {self.hidden_size} is no multiple of {self.num_attention_heads} heads")
-        if self.norm not in ("post", "pre"):
-            raise ConfigError(f"norm = {self.norm!r}: must be post or pre")
-        if self.norm == "pre" and self.source_vocab_size is not None:
-            raise ConfigError("norm = 'pre' needs one shared vocabulary: leave source_vocab_size out or take norm post")
-        if self.source_vocab_size is not None and self.source_vocab_size < 1:
-            raise ConfigError(f"source_vocab_size = {self.source_vocab_size}: must be at least 1, or left out")
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"activation = {self.activation!r}: must be one of {', '.join(ACTIVATIONS)}")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout = {self.dropout}: must be in [0, 1)")
+        source, last = self.source_vocab_size, self.vocab_size - 1
         ids = {"pad_token_id": self.pad_token_id, "decoder_start_token_id": self.decoder_start_token_id}
         if isinstance(self.eos_token_id, int):
             ids["eos_token_id"] = self.eos_token_id
-        for name, value in ids.items():
-            if not isinstance(value, int) or not 0 <= value < self.vocab_size:
-                raise ConfigError(f"{name} = {value}: must be a target token, 0..{self.vocab_size - 1}")
-        if self.source_vocab_size is not None and self.pad_token_id >= self.source_vocab_size:
+        checks = (
+            (
+                self.hidden_size % self.num_attention_heads == 0,
+                f"hidden_size = {self.hidden_size} is no multiple of {self.num_attention_heads} heads",
+            ),
+            (self.norm in ("post", "pre"), f"norm = {self.norm!r}: must be post or pre"),
+            (
+                self.norm != "pre" or source is None,
+                "norm = 'pre' needs one shared vocabulary: leave source_vocab_size out or take norm post",
+            ),
+            (source is None or source >= 1, f"source_vocab_size = {source}: must be at least 1, or left out"),
+            (
+                self.activation in ACTIVATIONS,
+                f"activation = {self.activation!r}: must be one of {', '.join(ACTIVATIONS)}",
+            ),
+            (0 <= self.dropout < 1, f"dropout = {self.dropout}: must be in [0, 1)"),
+            *(
+                (isinstance(value, int) and 0 <= value <= last, f"{name} = {value}: must be a target token, 0..{last}")
+                for name, value in ids.items()
+            ),
+        )
+        for fine, message in checks:
+            if not fine:
+                raise ConfigError(message)
+        if source is not None and self.pad_token_id >= source:
             raise ConfigError(f"pad_token_id = {self.pad_token_id} must also be a source token (it pads both sides)")
 
     @property
@@ -146,21 +156,20 @@ class Seq2SeqConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers reads back into the same network; it leaves no default to be guessed."""
-        config: dict[str, Any] = {
+        one = self.source_vocab_size is None
+        marian = {"decoder_vocab_size": self.vocab_size, "share_encoder_decoder_embeddings": one}
+        return {
             **{"attention_dropout": 0.0, "activation_dropout": 0.0, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0},
             **{"bos_token_id": None, "forced_eos_token_id": None},
             **self.extra,
             "architectures": [_ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
             "is_encoder_decoder": True,
-            "vocab_size": self.vocab_size if self.source_vocab_size is None else self.source_vocab_size,
+            "vocab_size": self.vocab_size if one else self.source_vocab_size,
             **{name: getattr(self, field) for name, field in _NAMES.items()},
             "tie_word_embeddings": True,
+            **(marian if self.model_type == "marian" else {}),
         }
-        if self.model_type == "marian":
-            config["decoder_vocab_size"] = self.vocab_size
-            config["share_encoder_decoder_embeddings"] = self.source_vocab_size is None
-        return config
 
     def generation_config(self) -> dict[str, Any]:
         """A generation_config.json that decodes greedily up to the end of the target's positions, forcing nothing."""

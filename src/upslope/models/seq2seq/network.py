@@ -15,6 +15,7 @@ Shapes: T rows of a call, S source rows, N target rows, D width, H heads, d head
 import math
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -241,8 +242,7 @@ def seq2seq_config(folder: Path | str) -> Seq2SeqConfig:
     full = transformers_config(folder).to_dict()
     defaults = {key: value for key, value in full.items() if value is not None}
     config = Seq2SeqConfig.from_hf({**defaults, **{k: v for k, v in raw.items() if v is not None or k not in defaults}})
-    extra = {key: value for key, value in config.extra.items() if key in raw}
-    return Seq2SeqConfig(**{**vars(config), "extra": extra})
+    return replace(config, extra={key: value for key, value in config.extra.items() if key in raw})
 
 
 def load_seq2seq(folder: Path | str, *, dtype: torch.dtype, gradient_checkpointing: bool = False) -> Seq2Seq:
