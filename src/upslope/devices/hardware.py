@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import cache
 from typing import TypeVar
 
@@ -79,8 +80,7 @@ def matmul_gflops(
     dtype: torch.dtype, *, device: torch.device | str = "cpu", size: int = 1024, seconds: float = 0.25
 ) -> float:
     """Measured rate of a size x size x size product in GFLOP/s: the best of the repeats that fit into `seconds`."""
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    b = torch.ones(size, size, dtype=dtype, device=device)
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     _timed_product(a, b)
     end = time.perf_counter() + seconds
@@ -112,18 +112,15 @@ def apart(function: Callable[[], T]) -> T:
     long as the thread. Where all teams together have more members than there are processors, GNU's runtime puts a
     waiting member to sleep at once, busy team or not, and waking it takes longer than most of decoding's operations.
     """
-    result: list[T] = []
-    raised: list[BaseException] = []
+    found: Future[T] = Future()
 
     def work() -> None:
         try:
-            result.append(function())
+            found.set_result(function())
         except BaseException as error:
-            raised.append(error)
+            found.set_exception(error)
 
     thread = threading.Thread(target=work, name="apart", daemon=True)
     thread.start()
     thread.join()
-    if raised:
-        raise raised[0]
-    return result[0]
+    return found.result()

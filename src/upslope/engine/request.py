@@ -191,13 +191,8 @@ def check_params(params: SamplingParams, vocab_size: int) -> None:
     # beam search is deterministic and ranks whole sequences: refuse what it cannot honour
     if p.n > p.beam_width:
         raise ConfigError(f"sampling option n = {p.n}: at most beam_width = {p.beam_width} sequences are returned")
-    idle = {
-        "top_k": p.top_k,
-        "top_p": p.top_p < 1,
-        "min_p": p.min_p,
-        "stop": p.stop,
-        "logprobs": p.logprobs is not None,
-    }
+    told = p.logprobs is not None
+    idle = {"top_k": p.top_k, "top_p": p.top_p < 1, "min_p": p.min_p, "stop": p.stop, "logprobs": told}
     for name, given in idle.items():
         if given:
             raise ConfigError(f"sampling option {name} has no meaning with beam_width = {p.beam_width}: leave it out")

@@ -18,14 +18,50 @@ from upslope.engine.request import Sequence
 from upslope.engine.sampling import policy_temperature, top_alternatives
 from upslope.engine.scheduler import Chunk, Plan
 from upslope.functional.logprobs import log_softmax
-from upslope.models.attention.context import BLOCK, KVCache, PagedContext, StepContext
-from upslope.models.attention.gpu import fused_on
+from upslope.kernels.products import PackedWeights
+from upslope.models.attention.context import BLOCK, KVCache, PagedContext, fused_on
 from upslope.models.decoder.fast import Activations, PreparedDecoder
-from upslope.models.linear import PackedWeights
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, Context, Segment
 
 _STEP = 16
 _SCORED_ROWS = 128
+
+
+class StepContext(Context):
+    """One new token for each of T sequences: positions int64 [T], and the cache's blocks int32 [T, B] of each.
+
+    Its tensors stay where they are, so that a captured CUDA graph can be replayed: what they hold when a call runs
+    counts, not what they held when this was made. Not differentiable. B is the number of blocks of a table.
+    """
+
+    def __init__(self, cache: KVCache, positions_T: Tensor, tables_TB: Tensor) -> None:
+        self.cache, self.positions_T, self.tables_TB = cache, positions_T, tables_TB
+        rows = torch.arange(len(positions_T), dtype=torch.int32, device=positions_T.device)
+        self.tiles_T4 = torch.stack([rows, rows, positions_T.to(torch.int32), torch.ones_like(rows)], dim=1)
+        self.blocks_T = tables_TB.gather(1, (positions_T // BLOCK)[:, None])[:, 0].long()
+        self.places_T = positions_T % BLOCK
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """Not known here: they would have to be read back from the device."""
+        raise TypeError("the segments of a captured step are not known to the host")
+
+    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
+        """Put the call's keys and values of `layer` into the cache."""
+        self.cache.keys[layer][self.blocks_T, :, self.places_T] = k_TKd
+        self.cache.values[layer][self.blocks_T, :, self.places_T] = v_TKd
+
+    def before(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Not offered: no network that can be captured asks for it."""
+        raise TypeError("a captured step does not keep what stands before it")
+
+    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Put the new keys and values of `layer` into the cache, then attend to everything up to each query."""
+        from upslope.kernels.paged_triton import paged_attention_gpu
+
+        self.write(layer, k_TKd, v_TKd)
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        return paged_attention_gpu(q_THd, keys, values, self.tables_TB, self.tiles_T4, scale=scale, longest=1)
 
 
 def can_capture(model: CausalModel) -> bool:
@@ -168,7 +204,14 @@ class Runner:
         self.cache.copy_blocks(plan.copies)
         # One call reads the weights once; a network that treats prompts apart gets them apart.
         calls = (plan.prefill, plan.decode) if self.model.whole_prompts else (plan.chunks,)
-        hidden = [self._timed(chunks) for chunks in calls if chunks]
+        hidden = []
+        for chunks in filter(None, calls):
+            began = time.perf_counter()
+            hidden.append(self._forward(chunks))
+            seconds = time.perf_counter() - began
+            share = sum(c.count for c in chunks if c.count > 1) / sum(c.count for c in chunks)  # of the prompts' tokens
+            self.stats.prefill_seconds += seconds * share
+            self.stats.decode_seconds += seconds * (1 - share)
         self.stats.prefill_tokens += sum(c.count for c in plan.prefill)
         ready = [c.seq for c in plan.chunks if c.last]
         if not ready:
@@ -177,16 +220,6 @@ class Runner:
         logits = self.model.logits(torch.cat(hidden) if len(hidden) > 1 else hidden[0], self.packed)
         self.stats.decode_seconds += time.perf_counter() - began
         return ready, logits
-
-    def _timed(self, chunks: list[Chunk]) -> Tensor:
-        """`_forward`, its seconds shared out by tokens between prompts and decoding."""
-        began = time.perf_counter()
-        hidden = self._forward(chunks)
-        seconds = time.perf_counter() - began
-        share = sum(c.count for c in chunks if c.count > 1) / sum(c.count for c in chunks)
-        self.stats.prefill_seconds += seconds * share
-        self.stats.decode_seconds += seconds * (1 - share)
-        return hidden
 
     def scrub(self, blocks: list[int]) -> None:
         """Zero blocks that may hold NaN: a masked key has probability 0, but 0 times NaN is NaN."""
@@ -215,7 +248,11 @@ class Runner:
         offset, rows = 0, []
         for chunk in chunks:
             if self.activations is not None:
-                _note_rows(chunk, None if kept is None else kept.first + offset)
+                seq = chunk.seq  # what it fed before and feeds again is void
+                if kept is None or seq.rows is None or len(seq.rows) < chunk.start:
+                    seq.rows = None
+                else:
+                    seq.rows[chunk.start :] = range(kept.first + offset, kept.first + offset + chunk.count)
             if chunk.seq.request.needs_prompt_scores:
                 self._score_prompt(chunk, hidden[offset : offset + chunk.count])
             offset += chunk.count
@@ -248,12 +285,3 @@ class Runner:
             top = top_alternatives(logp, [request.params.prompt_logprobs or 0] * len(targets), targets)
             request.prompt_logprobs[first : first + len(targets)] = own
             request.prompt_top_logprobs[first : first + len(targets)] = top
-
-
-def _note_rows(chunk: Chunk, first: int | None) -> None:
-    """The activations of a fed chunk begin at row `first`; what its sequence fed before and feeds again is void."""
-    rows = chunk.seq.rows
-    if first is None or rows is None or len(rows) < chunk.start:
-        chunk.seq.rows = None
-    else:
-        rows[chunk.start :] = range(first, first + chunk.count)

@@ -316,7 +316,7 @@ class Scheduler:
 
     def _idle_holder(self, but: Sequence) -> Sequence | None:
         """The newest sequence that holds blocks without running."""
-        holders = [s for s in (*self.parked, *self.waiting) if s.blocks and s is not but]
+        holders = (s for s in (*self.parked, *self.waiting) if s.blocks and s is not but)
         return max(holders, key=lambda s: s.order, default=None)
 
     def _preempt(self, seq: Sequence) -> None:

@@ -78,9 +78,7 @@ class _LinearDivergence(torch.autograd.Function):
         options: tuple[Kind, float, float],
         chunk: int,
     ) -> Tensor:
-        values = torch.empty(
-            hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-        )
+        values = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
         for part in _chunks(hidden.shape[0], chunk):
             student, teacher = _head(hidden[part], weight), _head(teacher_hidden[part], teacher_weight)
             values[part] = _rows(student, teacher, options).to(values.dtype)

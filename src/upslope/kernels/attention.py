@@ -13,7 +13,7 @@ import ctypes
 from array import array
 from collections.abc import Iterable, Sequence
 from ctypes import Structure, c_float, c_int, c_int64, c_void_p
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -187,16 +187,21 @@ class DecoderShape(Structure):
     )
 
 
-class BlockWeights(NamedTuple):
-    """One block: norm weights, those of the heads where there are any, and four products with their biases."""
+Product = TypeVar("Product")
+Weight = tuple[Reordered, Tensor | None]
+"""A product's weight, and its bias."""
+
+
+class BlockWeights(NamedTuple, Generic[Product]):
+    """One block: norm weights, those of the heads where there are any, and what its four products are made with."""
 
     first_norm: Tensor
     second_norm: Tensor
     head_norms: tuple[Tensor, Tensor] | None
-    attend: tuple[Reordered, Tensor | None]
-    out: tuple[Reordered, Tensor | None]
-    widen: tuple[Reordered, Tensor | None]
-    narrow: tuple[Reordered, Tensor | None]
+    attend: Product
+    out: Product
+    widen: Product
+    narrow: Product
 
 
 class KeptRows(NamedTuple):
@@ -244,7 +249,7 @@ class _Results(Structure):
 class DecoderBlocks:
     """The blocks of a decoder, and the norm after the last; their weights are held as they are now."""
 
-    def __init__(self, shape: DecoderShape, blocks: Sequence[BlockWeights], last_norm: Tensor) -> None:
+    def __init__(self, shape: DecoderShape, blocks: Sequence[BlockWeights[Weight]], last_norm: Tensor) -> None:
         self.shape, self._held, self._last_norm = shape, list(blocks), last_norm
         self._blocks = (_Block * len(blocks))(*map(_in_c, blocks))
 
@@ -287,7 +292,7 @@ class DecoderBlocks:
         return normed
 
 
-def _in_c(block: BlockWeights) -> _Block:
+def _in_c(block: BlockWeights[Weight]) -> _Block:
     norms = (block.first_norm, block.second_norm, *(block.head_norms or (None, None)))
     products = (block.attend, block.out, block.widen, block.narrow)
     described = (_Product(*addresses(weight.weight, bias), weight.block) for weight, bias in products)

@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import ModelError
-from upslope.kernels.products import least_rows, pad_rows
-from upslope.models.linear import PackedWeights
+from upslope.kernels.products import PackedWeights, least_rows, pad_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,11 @@ class CausalModel(Network):
     spec: ModelSpec
     whole_prompts: bool = False
     captures: bool = False
-    gradient_checkpointing: bool = False
+
+    def __init__(self, config: Any = None, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm, before the head."""

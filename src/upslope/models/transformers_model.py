@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upslope.errors import ModelError, one_line
-from upslope.kernels.products import pad_rows
+from upslope.kernels.products import PackedWeights, pad_rows
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.config_json import LIBRARY_ERRORS, check_sizes, transformers_config
 from upslope.models.files.folders import listed
 from upslope.models.files.weights import check_finite, read_shapes
-from upslope.models.linear import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec
 
 ATTENTION = "upslope"
@@ -46,17 +45,17 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """The attention function transformers calls: q [1, H, T, d], k and v [1, K, T, d] -> [1, T, H, d]."""
     name = type(module).__name__
-    if upslope_context is None:
-        raise ModelError(f"{name} does not pass keyword arguments on to its attention, which the adapter needs")
-    if not getattr(module, "is_causal", True):
-        raise ModelError(f"{name} is not causal")
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise ModelError(f"{name} uses attention sinks or softcapping")
+    layer, capped = getattr(module, "layer_idx", None), options.get("softcap") is not None
+    for refused, why in (
+        (upslope_context is None, "does not pass keyword arguments on to its attention, which the adapter needs"),
+        (not getattr(module, "is_causal", True), "is not causal"),
+        (capped or options.get("s_aux") is not None, "uses attention sinks or softcapping"),
+        (layer is None, "does not know its layer's number"),
+    ):
+        if refused:
+            raise ModelError(f"{name} {why}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise ModelError(f"{name} does not know its layer's number")
     return upslope_context.attend(layer, q, k, v, scale)[None], None
 
 
@@ -284,13 +283,8 @@ def _quiet_config(folder: Path | str) -> PreTrainedConfig:
 
 def _check_report(report: Mapping[str, Any], folder: Path | str) -> None:
     """transformers warns and fills gaps with random numbers; here a gap is an error."""
-    parts = []
-    for key, kind in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "unexpected"),
-        ("mismatched_keys", "misshapen"),
-        ("error_msgs", "unreadable"),
-    ):
+    parts, faults = [], {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "misshapen"}
+    for key, kind in {**faults, "error_msgs": "unreadable"}.items():
         names = sorted(str(item[0]) if isinstance(item, tuple) else str(item) for item in report.get(key) or ())
         if names:
             parts.append(listed(kind, names))

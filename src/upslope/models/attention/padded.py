@@ -23,6 +23,7 @@ from upslope.kernels.products import least_rows, padded_row_count
 
 BLOCK = 64
 
+Ints = Sequence[int]
 Fetch = Callable[[int, int], tuple[Tensor, Tensor]]
 """(block index j, number of sequences b) -> keys, values [b, K, BLOCK, d] of the first b sequences."""
 
@@ -43,9 +44,7 @@ class Plan:
     rows: int
 
 
-def causal_plan(
-    starts: Sequence[int], queries: int, blocks: Sequence[int], group: int, width: int, device: torch.device | str
-) -> Plan:
+def causal_plan(starts: Ints, queries: int, blocks: Ints, group: int, width: int, device: torch.device | str) -> Plan:
     """Plan for `queries` query positions from starts[i] on, and blocks[i] key blocks (falling), of each sequence.
 
     width: of a head.
@@ -66,9 +65,7 @@ def causal_plan(
     return Plan(tuple(active), tuple(first_row), tuple(mask_rows), positions, rows)
 
 
-def whole_plan(
-    lengths: Sequence[int], blocks: Sequence[int], group: int, width: int, device: torch.device | str
-) -> Plan:
+def whole_plan(lengths: Ints, blocks: Ints, group: int, width: int, device: torch.device | str) -> Plan:
     """Plan in which every query of sequence i sees all of its lengths[i] keys: each row stands at the last position."""
     queries, last = max(lengths), min(lengths) - 1
     rows = max(12, least_rows(BLOCK * width), queries * group)
@@ -175,13 +172,7 @@ class _Bucket:
 
     @classmethod
     def of(
-        cls,
-        first: Sequence[int],
-        counts: Sequence[int],
-        starts: Sequence[int],
-        blocks: Sequence[int],
-        total: int,
-        device: torch.device | str,
+        cls, first: Ints, counts: Ints, starts: Ints, blocks: Ints, total: int, device: torch.device | str
     ) -> _Bucket:
         """For sequences whose counts[i] new tokens begin at row first[i] of the call's `total`."""
         queries = max(counts)
@@ -272,11 +263,19 @@ class _Buckets:
 class PackedBuckets(_Buckets):
     """The segments of a PackedContext in buckets; differentiable."""
 
-    def __init__(
-        self, lengths: Sequence[int], parents: Sequence[int], *, causal: bool, device: torch.device | str
-    ) -> None:
+    def __init__(self, lengths: Ints, parents: Ints, *, causal: bool, device: torch.device | str) -> None:
         self.lengths, self.parents, self.device = lengths, parents, device
-        buckets = self._make_buckets([0 if p == -1 else lengths[p] for p in parents])
+        self.starts = [0 if p == -1 else lengths[p] for p in parents]
+        *self.offsets, self.total = accumulate(lengths, initial=0)
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for i, (start, parent, n) in enumerate(zip(self.starts, parents, lengths, strict=True)):
+            width = 0 if parent == -1 else (n - 1).bit_length() + 1
+            by_shape.setdefault((-(-(start + n) // BLOCK), width), []).append(i)
+        buckets = []
+        for (blocks, width), members in sorted(by_shape.items()):
+            columns = ([x[i] for i in members] for x in (self.offsets, lengths, self.starts))
+            bucket = _Bucket.of(*columns, [blocks] * len(members), self.total, device)
+            buckets.append((bucket, self._keys(members, blocks * BLOCK, shared=width > 0)))
         super().__init__(buckets, causal=causal, device=device)
         self._order = torch.argsort(torch.cat([bucket.rows for bucket, _ in buckets]))
 
@@ -292,52 +291,24 @@ class PackedBuckets(_Buckets):
             parts.append(_token_rows(out, bucket, kv_heads, q_THd.shape[1])[bucket.slots])
         return parts[0][self._order] if len(parts) == 1 else torch.cat(parts)[self._order]
 
-    def _make_buckets(self, starts: Sequence[int]) -> list[tuple[_Bucket, _Keys]]:
-        *offsets, total = accumulate(self.lengths, initial=0)
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for i, n in enumerate(self.lengths):
-            width = 0 if self.parents[i] == -1 else (n - 1).bit_length() + 1
-            by_shape.setdefault((-(-(starts[i] + n) // BLOCK), width), []).append(i)
-        made = []
-        for (blocks, width), members in sorted(by_shape.items()):
-            bucket = _Bucket.of(
-                [offsets[i] for i in members],
-                [self.lengths[i] for i in members],
-                [starts[i] for i in members],
-                [blocks] * len(members),
-                total,
-                self.device,
-            )
-            made.append((bucket, self._keys(members, starts, offsets, blocks * BLOCK, total, shared=width > 0)))
-        return made
-
-    def _keys(
-        self,
-        members: Sequence[int],
-        starts: Sequence[int],
-        offsets: Sequence[int],
-        size: int,
-        total: int,
-        *,
-        shared: bool,
-    ) -> _Keys:
+    def _keys(self, members: Ints, size: int, *, shared: bool) -> _Keys:
         slot = torch.arange(size)
-        start, own = (torch.tensor([x[i] for i in members])[:, None] for x in (starts, self.lengths))
-        first = torch.tensor([offsets[i] for i in members])[:, None]
+        columns = self.starts, self.lengths, self.offsets
+        start, own, first = (torch.tensor([x[i] for i in members])[:, None] for x in columns)
         is_own = (slot >= start) & (slot < start + own)
-        rows = torch.where(is_own, first + slot - start, total)
+        rows = torch.where(is_own, first + slot - start, self.total)
         own_slots = is_own.flatten().nonzero()[:, 0]
         own_rows = rows.flatten()[own_slots]
         if not shared:
             return _Keys(*(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows)))
         prompt_of = [self.parents[i] for i in members]
         prompts = sorted(set(prompt_of))
-        before = torch.tensor([offsets[p] for p in prompt_of])[:, None]
+        before = torch.tensor([self.offsets[p] for p in prompt_of])[:, None]
         is_prompt = slot < start
         rows = torch.where(is_prompt, before + slot, rows)
-        prompt_first = torch.tensor([offsets[p] for p in prompts])[:, None]
+        prompt_first = torch.tensor([self.offsets[p] for p in prompts])[:, None]
         prompt_size = torch.tensor([self.lengths[p] for p in prompts])[:, None]
-        prompt_rows = torch.where(slot < prompt_size, prompt_first + slot, total)
+        prompt_rows = torch.where(slot < prompt_size, prompt_first + slot, self.total)
         group = torch.tensor([prompts.index(p) for p in prompt_of])
         return _Keys(*(x.to(self.device) for x in (rows.flatten(), own_slots, own_rows, is_prompt, prompt_rows, group)))
 
@@ -345,9 +316,7 @@ class PackedBuckets(_Buckets):
 class PagedBuckets(_Buckets):
     """The new tokens of a PagedContext: sequences that bring the same number of them side by side, longest first."""
 
-    def __init__(
-        self, tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], device: torch.device
-    ) -> None:
+    def __init__(self, tables: Sequence[Ints], starts: Ints, counts: Ints, device: torch.device) -> None:
         needed = [-(-(s + c) // BLOCK) for s, c in zip(starts, counts, strict=True)]
         *offsets, total = accumulate(counts, initial=0)
         by_count: dict[int, list[int]] = {}

@@ -24,51 +24,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from upslope.kernels import usable
-from upslope.kernels.attention import (
-    BlockWeights,
-    DecoderBlocks,
-    DecoderShape,
-    KeptRows,
-    attention_step,
-    packed_attention_gradient,
-)
-from upslope.kernels.products import Reordered, pad_rows, padded_row_count
-from upslope.kernels.rows import (
-    join_rotate,
-    norm,
-    norm_gradient,
-    norm_into,
-    split,
-    swiglu,
-    swiglu_gradient,
-    swiglu_into,
-)
+from upslope.kernels import attention, rows, usable
+from upslope.kernels.products import PackedWeights, Reordered, joined, pad_rows, padded_row_count
 from upslope.models.attention.context import PackedContext, PagedContext
 from upslope.models.decoder.network import Decoder, DecoderConfig, Layer
-from upslope.models.linear import PackedWeights, joined
 from upslope.models.protocol import CausalModel
 from upslope.types import Batch
 
 Product = Callable[[Tensor], Tensor]
 
 
-class _Block(NamedTuple):
-    """One block: what it multiplies with, and the weights of its norms."""
-
-    first_norm: Tensor
-    second_norm: Tensor
-    head_norms: tuple[Tensor, Tensor] | None
-    attend: Product
-    out: Product
-    widen: Product
-    narrow: Product
-
-
 class PreparedDecoder:
-    """A decoder's layers as products and norm weights; valid until its weights change or `PackedWeights.clear`."""
+    """A decoder's layers as `BlockWeights` of products; valid until its weights change or `PackedWeights.clear`."""
 
-    def __init__(self, decoder: Decoder, layers: list[_Block], blocks: DecoderBlocks | None) -> None:
+    def __init__(
+        self, decoder: Decoder, layers: list[attention.BlockWeights[Product]], blocks: attention.DecoderBlocks | None
+    ) -> None:
         self.decoder, self.layers, self.blocks = decoder, layers, blocks
         self.last_norm = decoder.model.norm.weight.detach()
 
@@ -88,11 +59,11 @@ class PreparedDecoder:
                 return None
             heads = (a.q_norm.weight.detach(), a.k_norm.weight.detach()) if config.qk_norm else None
             norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), heads
-            layers.append(_Block(*norms, *(packed.product(*one) for one in found)))
+            layers.append(attention.BlockWeights(*norms, *(packed.product(*one) for one in found)))
             copies = [(copy, bias) for weight, bias in found if isinstance(copy := packed.copy(weight), Reordered)]
             if len(copies) == len(found):
-                blocks.append(BlockWeights(*norms, *copies))
-        shape = DecoderShape(
+                blocks.append(attention.BlockWeights(*norms, *copies))
+        shape = attention.DecoderShape(
             layers=config.num_hidden_layers,
             width=config.hidden_size,
             intermediate=config.intermediate_size,
@@ -103,10 +74,10 @@ class PreparedDecoder:
             scale=config.head_dim**-0.5,
         )
         whole = len(blocks) == len(layers)
-        return cls(model, layers, DecoderBlocks(shape, blocks, last_norm.detach()) if whole else None)
+        return cls(model, layers, attention.DecoderBlocks(shape, blocks, last_norm.detach()) if whole else None)
 
     @torch.no_grad()
-    def forward(self, tokens_T: Tensor, context: PagedContext, kept: KeptRows | None = None) -> Tensor:
+    def forward(self, tokens_T: Tensor, context: PagedContext, kept: attention.KeptRows | None = None) -> Tensor:
         """The decoder's hidden states [T, D]; what lies between goes into T rows of `kept`, where it is given."""
         decoder, c, cache, real = self.decoder, self.decoder.config, context.cache, tokens_T.shape[0]
         angles, embedding = decoder.angles(context.positions_T), decoder.model.embed_tokens.weight
@@ -114,15 +85,15 @@ class PreparedDecoder:
             x = F.embedding(tokens_T, embedding)
             return self.blocks.run(x, angles, cache.keys, cache.values, context.described, context.blocks, kept)
         x = F.embedding(pad_rows(tokens_T, least=decoder.least_rows), embedding)
-        rows, heads, kv_heads = x.shape[0], c.num_attention_heads, c.num_key_value_heads
-        normed, scales = torch.empty_like(x), torch.empty(rows, dtype=torch.float32)
+        count, heads, kv_heads = x.shape[0], c.num_attention_heads, c.num_key_value_heads
+        normed, scales = torch.empty_like(x), torch.empty(count, dtype=torch.float32)
         q, k, v = (x.new_empty(real, n, c.head_dim) for n in (heads, kv_heads, kv_heads))
-        out, gated = x.new_zeros(rows, heads * c.head_dim), x.new_empty(rows, c.intermediate_size)
+        out, gated = x.new_zeros(count, heads * c.head_dim), x.new_empty(count, c.intermediate_size)
         how: dict[str, Any] = {"qkv": (q, k, v), "angles": angles, "scale": c.head_dim**-0.5, "eps": c.rms_norm_eps}
         at = None if kept is None else slice(kept.first, kept.first + real)
         delta = None
         for number, layer in enumerate(self.layers):
-            norm_into(x, delta, layer.first_norm, x, normed, scales, c.rms_norm_eps)
+            rows.norm_into(x, delta, layer.first_norm, x, normed, scales, c.rms_norm_eps)
             everything = layer.attend(normed)
             if kept is not None:
                 if number:
@@ -130,16 +101,16 @@ class PreparedDecoder:
                 kept.products[number, at].copy_(everything[:real])
                 how["lse_TH"] = kept.lse[number, at]
             described = cache.keys[number], cache.values[number], context.described, context.blocks
-            attention_step(everything, out, *described, norms=layer.head_norms, **how)
-            norm_into(x, layer.out(out), layer.second_norm, x, normed, scales, c.rms_norm_eps)
+            attention.attention_step(everything, out, *described, norms=layer.head_norms, **how)
+            rows.norm_into(x, layer.out(out), layer.second_norm, x, normed, scales, c.rms_norm_eps)
             both = layer.widen(normed)
             if kept is not None:
                 kept.attended[number, at].copy_(out[:real])
                 kept.middle[number, at].copy_(x[:real])
                 kept.gates[number, at].copy_(both[:real])
-            swiglu_into(both, gated)
+            rows.swiglu_into(both, gated)
             delta = layer.narrow(gated)
-        norm_into(x, delta, self.last_norm, x, normed, scales, c.rms_norm_eps)
+        rows.norm_into(x, delta, self.last_norm, x, normed, scales, c.rms_norm_eps)
         if kept is not None:
             kept.ends[-1, at].copy_(x[:real])
         return normed[:real]
@@ -170,7 +141,7 @@ class Activations:
         self.decoder, self.capacity, size = decoder, capacity, (decoder.config.num_hidden_layers, capacity)
         rooms = {name: torch.empty(*size, n, dtype=decoder.dtype) for name, n in _widths(decoder.config).items()}
         lse = torch.empty(*size, decoder.config.num_attention_heads, dtype=torch.float32)
-        self.kept = KeptRows(**rooms, lse=lse, first=0)
+        self.kept = attention.KeptRows(**rooms, lse=lse, first=0)
         self._rows: dict[tuple[int, ...], array[int]] = {}
         self._taken = 0
 
@@ -194,7 +165,7 @@ class Activations:
         """Whether a token came for which there was no room."""
         return self._taken > self.capacity
 
-    def take(self, count: int) -> KeptRows | None:
+    def take(self, count: int) -> attention.KeptRows | None:
         """The next `count` rows, to be written to; None, now and until `clear`, where there are no more so many."""
         first, self._taken = self._taken, self._taken + count
         return None if self.full else self.kept._replace(first=first)
@@ -268,16 +239,13 @@ def _parameters(layer: Layer) -> list[nn.Parameter]:
     """In the order in which `_Replayed.backward` gives their gradients."""
     a, m = layer.self_attn, layer.mlp
     qkv = a.q_proj, a.k_proj, a.v_proj
-    biases = [p.bias for p in qkv if p.bias is not None]
     return [
         layer.input_layernorm.weight,
         *(p.weight for p in qkv),
-        *biases,
+        *(p.bias for p in qkv if p.bias is not None),
         a.o_proj.weight,
         layer.post_attention_layernorm.weight,
-        m.gate_proj.weight,
-        m.up_proj.weight,
-        m.down_proj.weight,
+        *(p.weight for p in (m.gate_proj, m.up_proj, m.down_proj)),
     ]
 
 
@@ -302,30 +270,30 @@ class _Replayed(torch.autograd.Function):
         parts = [a.q_proj.weight.shape[0], a.k_proj.weight.shape[0], a.v_proj.weight.shape[0]]
 
         both = at.take(kept.gates)
-        d_down = grad.t() @ swiglu(both)
-        d_both = swiglu_gradient(both, grad @ m.down_proj.weight)
+        d_down = grad.t() @ rows.swiglu(both)
+        d_both = rows.swiglu_gradient(both, grad @ m.down_proj.weight)
         middle = at.take(kept.middle)
-        normed, _, scales = norm(middle, None, second.weight, second.eps)
+        normed, _, scales = rows.norm(middle, None, second.weight, second.eps)
         d_wide = d_both.t() @ normed
-        d_middle, d_second = norm_gradient(middle, second.weight, scales, d_both @ wide[0], grad)
+        d_middle, d_second = rows.norm_gradient(middle, second.weight, scales, d_both @ wide[0], grad)
 
         attended = at.take(kept.attended)
         d_out = d_middle.t() @ attended
         heads = attended.shape[0], a.heads, a.head_dim
-        q, k, v = split(at.take(kept.products), at.cos, at.sin, a.heads, a.kv_heads)
+        q, k, v = rows.split(at.take(kept.products), at.cos, at.sin, a.heads, a.kv_heads)
         d_attended = (d_middle @ a.o_proj.weight).view(heads)
         context = at.context
-        d_heads = packed_attention_gradient(
+        d_heads = attention.packed_attention_gradient(
             *(q, k, v, attended.view(heads), at.take(kept.lse), d_attended),
             *(context.described, context.causal, a.scale),
         )
-        d_products = join_rotate(*d_heads, at.cos, at.sin)
-        normed, _, scales = norm(x, None, first.weight, first.eps)
+        d_products = rows.join_rotate(*d_heads, at.cos, at.sin)
+        normed, _, scales = rows.norm(x, None, first.weight, first.eps)
         d_attend = d_products.t() @ normed
         d_biases = () if attend[1] is None else d_products.sum(0).split(parts)
         # the first block's sum is made by autograd from two gradients, every other one's by the norm's own kernel
         through = d_middle if at.number else None
-        d_x, d_first = norm_gradient(x, first.weight, scales, d_products @ attend[0], through)
+        d_x, d_first = rows.norm_gradient(x, first.weight, scales, d_products @ attend[0], through)
         if not at.number:
             d_x = d_x + d_middle
         gates = d_wide.split(m.gate_proj.weight.shape[0])

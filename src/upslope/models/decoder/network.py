@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from upslope import kernels
 from upslope.errors import ModelError
 from upslope.kernels import rows
-from upslope.kernels.products import least_rows, pad_rows
-from upslope.models.linear import PackedWeights, joined_linear, lay_end_to_end, linear
+from upslope.kernels.products import PackedWeights, joined_linear, lay_end_to_end, least_rows, linear, pad_rows
 from upslope.models.protocol import CausalModel, Context, ModelSpec
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -281,13 +280,11 @@ class Decoder(CausalModel):
     captures = True
 
     def __init__(self, config: DecoderConfig, *, gradient_checkpointing: bool = False) -> None:
-        super().__init__()
+        super().__init__(config, gradient_checkpointing)
         if config.num_attention_heads % config.num_key_value_heads:
             raise ModelError(
                 f"{config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key heads evenly"
             )
-        self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
         self.model = _Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -8,7 +8,6 @@ Shapes: B inputs, T tokens of the longest, N labelled items, C labels.
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -156,18 +155,11 @@ class Start:
 
 def load_start(options: EncoderOptions, kind: Kind, labels: Sequence[str] | None) -> Start:
     """The encoder of `--model` with a head for `labels`, adapters if asked, in the compute dtype; and its tokenizer."""
-    o = options
-    return _load(o.model, kind, labels, o.dtype, o.adapters if o.lora_rank else {}, o.gradient_checkpointing, o.seed)
+    return _load(options.model, kind, labels, options.dtype, options)
 
 
 def _load(
-    source: str,
-    kind: Kind,
-    labels: Sequence[str] | None,
-    dtype: str,
-    adapters: Mapping[str, Any] = MappingProxyType({}),
-    gradient_checkpointing: bool = False,
-    seed: int = 0,
+    source: str, kind: Kind, labels: Sequence[str] | None, dtype: str, options: EncoderOptions | None = None
 ) -> Start:
     folder, device = resolve(source), device_of_machine()
     chosen, _ = choose_dtype(dtype, device)
@@ -179,12 +171,13 @@ def _load(
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, add_prefix_space=True)
     if tokenizer.pad_token_id is None:
         raise ModelError(f"{folder}: the tokenizer has no padding token; name one in tokenizer_config.json")
-    encoder = load_encoder(folder, kind, labels=labels, gradient_checkpointing=gradient_checkpointing, seed=seed)
+    more = {} if options is None else {x: getattr(options, x) for x in ("gradient_checkpointing", "seed")}
+    encoder = load_encoder(folder, kind, labels=labels, **more)
     encoder.check_tokens(token_count(tokenizer), folder)
     if encoder.fresh:
         print(f"upslope: {folder.name}: fresh, drawn from the seed: {', '.join(encoder.fresh)}", file=sys.stderr)
-    if adapters:
-        encoder.add_adapters(**adapters)
+    if options is not None and options.lora_rank:
+        encoder.add_adapters(**options.adapters)
     return Start(encoder.to_compute(chosen, device), tokenizer)
 
 

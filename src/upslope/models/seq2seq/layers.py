@@ -30,19 +30,12 @@ _SIZES = (
 )
 _NAMES = {
     "d_model": "hidden_size",
-    "encoder_layers": "encoder_layers",
-    "decoder_layers": "decoder_layers",
-    "encoder_ffn_dim": "intermediate_size",
-    "decoder_ffn_dim": "intermediate_size",
-    "encoder_attention_heads": "num_attention_heads",
-    "decoder_attention_heads": "num_attention_heads",
+    **{name: name for name in ("encoder_layers", "decoder_layers")},
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), "intermediate_size"),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), "num_attention_heads"),
     "max_position_embeddings": "max_position_embeddings",
     "activation_function": "activation",
-    "scale_embedding": "scale_embedding",
-    "dropout": "dropout",
-    "pad_token_id": "pad_token_id",
-    "eos_token_id": "eos_token_id",
-    "decoder_start_token_id": "decoder_start_token_id",
+    **{name: name for name in ("scale_embedding", "dropout", "pad_token_id", "eos_token_id", "decoder_start_token_id")},
 }
 """Keys of a config.json that stand for one field each, in its order."""
 _KNOWN = {
@@ -86,15 +79,12 @@ class Seq2SeqConfig:
         for name in _SIZES:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: must be at least 1")
-        source, last = self.source_vocab_size, self.vocab_size - 1
+        source, last, heads = self.source_vocab_size, self.vocab_size - 1, self.num_attention_heads
         ids = {"pad_token_id": self.pad_token_id, "decoder_start_token_id": self.decoder_start_token_id}
         if isinstance(self.eos_token_id, int):
             ids["eos_token_id"] = self.eos_token_id
         checks = (
-            (
-                self.hidden_size % self.num_attention_heads == 0,
-                f"hidden_size = {self.hidden_size} is no multiple of {self.num_attention_heads} heads",
-            ),
+            (self.hidden_size % heads == 0, f"hidden_size = {self.hidden_size} is no multiple of {heads} heads"),
             (self.norm in ("post", "pre"), f"norm = {self.norm!r}: must be post or pre"),
             (
                 self.norm != "pre" or source is None,
@@ -189,6 +179,11 @@ _NORM_EPS = 1e-5
 Drop = Callable[[Tensor], Tensor]
 
 
+def is_seq2seq(raw: Mapping[str, Any]) -> bool:
+    """True for a config.json whose network models.seq2seq.network runs."""
+    return raw.get("model_type") in SEQ2SEQ_TYPES
+
+
 def sinusoids(positions: int, width: int) -> Tensor:
     """Positional embedding, float64 [positions, width]: sin(t / 10000^(2i / D)) for all i, then the cosines.
 
@@ -197,21 +192,6 @@ def sinusoids(positions: int, width: int) -> Tensor:
     rates = 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
     angles = torch.arange(positions, dtype=torch.float64)[:, None] * rates
     return torch.cat([angles.sin(), angles[:, : width // 2].cos()], dim=1)
-
-
-def _barrier(dtype: torch.dtype) -> float:
-    """Key entry that makes a probability exactly 0 after scaling and exp, and overflows in no product."""
-    return -3e4 if dtype == torch.float16 else -1e30
-
-
-def _activate(name: str, x: Tensor) -> Tensor:
-    """The feed-forward's nonlinearity, from operations whose results do not depend on a value's place in memory."""
-    if name == "relu":
-        return x.relu()
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    if name == "gelu":
-        return (0.5 * wide * (1.0 + (wide * math.sqrt(0.5)).erf())).to(x.dtype)
-    return (wide / (1.0 + wide.neg().exp())).to(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -272,7 +252,9 @@ class Attention(nn.Module):
             k, v = (self.split(project(seen), count) for project in (self.k_proj, self.v_proj))
         else:  # plain decoding: every source lies in the cache
             k = v = x.new_zeros(0, self.heads, self.head_dim)
-        k = self._spread(k, rows, layout.total, outside=_barrier(x.dtype))
+        # makes a probability exactly 0 after scaling and exp, and overflows in no product
+        barrier = -3e4 if x.dtype == torch.float16 else -1e30
+        k = self._spread(k, rows, layout.total, outside=barrier)
         out = context.attend(layer, q, k, self._spread(v, rows, layout.total), self.scale)
         out = out.index_select(0, layout.target_rows)[..., : self.head_dim]
         return self.out_proj(pad_rows(out.reshape(real, -1), least=self.least))
@@ -310,7 +292,14 @@ class _Layer(nn.Module):
         return x + drop(branch(norm(x))) if self.pre else norm(x + drop(branch(x)))
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        return self.fc2(_activate(self.activation, self.fc1(x)))
+        """The nonlinearity is made of operations whose results do not depend on a value's place in memory."""
+        x = self.fc1(x)
+        if self.activation == "relu":
+            return self.fc2(x.relu())
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.activation == "gelu":
+            return self.fc2((0.5 * wide * (1.0 + (wide * math.sqrt(0.5)).erf())).to(x.dtype))
+        return self.fc2((wide / (1.0 + wide.neg().exp())).to(x.dtype))
 
 
 class EncoderLayer(_Layer):

@@ -17,7 +17,6 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +29,7 @@ from upslope.models.files.config_json import check_sizes, transformers_config
 from upslope.models.files.folders import read_config
 from upslope.models.files.weights import check_shapes, load, read_shapes
 from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment
-from upslope.models.seq2seq.layers import (
-    SEQ2SEQ_TYPES,
-    Drop,
-    Layout,
-    Seq2SeqConfig,
-    Side,
-    Trunk,
-    padded_head_dim,
-    sinusoids,
-)
+from upslope.models.seq2seq.layers import Drop, Layout, Seq2SeqConfig, Side, Trunk, padded_head_dim, sinusoids
 
 _BIAS, _SCORE, _SHARED, _HEAD = "final_logits_bias", "score.weight", "model.shared.weight", "lm_head.weight"
 _SOURCE, _TARGET = (f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
@@ -59,9 +49,7 @@ class Seq2Seq(CausalModel):
     final_logits_bias: Tensor
 
     def __init__(self, config: Seq2SeqConfig, *, gradient_checkpointing: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
+        super().__init__(config, gradient_checkpointing)
         self.use_dropout = False
         self.model = Trunk(config)
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
@@ -189,6 +177,7 @@ class Seq2Seq(CausalModel):
         marks = (tokens_T == self.config.decoder_start_token_id).nonzero()[:, 0].tolist()
         sources = [0 if s.parent != -1 else self._source_length(s, marks) for s in segments]
         lengths, source, source_at, target, target_at = [], [], [], [], []
+        most = self.config.max_position_embeddings
         for own, s in zip(sources, segments, strict=True):
             size = own if s.parent == -1 else sources[s.parent]
             inside = max(0, size - s.start)
@@ -199,7 +188,9 @@ class Seq2Seq(CausalModel):
             first = s.start + inside - size
             target.append(torch.arange(s.row + inside, s.row + s.count))
             target_at.append(torch.arange(first, first + s.count - inside))
-            self._check_room(size, first + s.count - inside)
+            for side, length in (("source", size), ("target", first + s.count - inside)):
+                if length > most:
+                    raise ModelError(f"a {side} of {length} tokens is longer than max_position_embeddings {most}")
         none = [torch.empty(0, dtype=torch.long)]
         columns = (source or none, source_at or none, target, target_at)
         return Layout(tokens_T.shape[0], tuple(lengths), *(torch.cat(c).to(tokens_T.device) for c in columns))
@@ -222,36 +213,19 @@ class Seq2Seq(CausalModel):
             raise ModelError(f"decoder_start_token_id {start} stands inside a prompt instead of at its end")
         return size
 
-    def _check_room(self, source: int, target: int) -> None:
-        most = self.config.max_position_embeddings
-        for side, length in (("source", source), ("target", target)):
-            if length > most:
-                raise ModelError(f"a {side} of {length} tokens is longer than max_position_embeddings {most}")
-
-
-def is_seq2seq(raw: Mapping[str, Any]) -> bool:
-    """True for a config.json whose network models.seq2seq.network runs."""
-    return raw.get("model_type") in SEQ2SEQ_TYPES
-
-
-def seq2seq_config(folder: Path | str) -> Seq2SeqConfig:
-    """The folder's configuration; keys that config.json leaves out get transformers' defaults for the architecture."""
-    raw = read_config(folder)
-    if raw.get("quantization_config"):
-        raise ModelError(f"{folder}: holds quantised weights; training needs the unquantised model")
-    full = transformers_config(folder).to_dict()
-    defaults = {key: value for key, value in full.items() if value is not None}
-    config = Seq2SeqConfig.from_hf({**defaults, **{k: v for k, v in raw.items() if v is not None or k not in defaults}})
-    return replace(config, extra={key: value for key, value in config.extra.items() if key in raw})
-
 
 def load_seq2seq(folder: Path | str, *, dtype: torch.dtype, gradient_checkpointing: bool = False) -> Seq2Seq:
-    """The network of a Marian or Pegasus folder.
+    """The network of a Marian or Pegasus folder; keys that config.json leaves out get transformers' defaults for it.
 
     Tables of positions that a folder stores must be the sinusoids; copies of the shared embedding must be equal to it.
     A final_logits_bias that is not zero is kept as a constant column of the head. Raises ModelError as load_model does.
     """
-    config = seq2seq_config(folder)
+    raw = read_config(folder)
+    if raw.get("quantization_config"):
+        raise ModelError(f"{folder}: holds quantised weights; training needs the unquantised model")
+    defaults = {key: value for key, value in transformers_config(folder).to_dict().items() if value is not None}
+    config = Seq2SeqConfig.from_hf({**defaults, **{k: v for k, v in raw.items() if v is not None or k not in defaults}})
+    config = replace(config, extra={key: value for key, value in config.extra.items() if key in raw})
     found = read_shapes(folder)
     check_sizes(vars(config), found, Path(folder) / "config.json")
     with torch.device("meta"):
