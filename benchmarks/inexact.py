@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import upslope.engine.runner
 import upslope.training.step
+from upslope.kernels.products import PackedWeights
 from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
 from upslope.models.decoder.fast import PreparedDecoder
-from upslope.models.linear import PackedWeights
 
 __all__ = ["FORMS", "inexact", "through_modules"]
 

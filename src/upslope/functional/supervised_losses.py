@@ -156,7 +156,7 @@ def orpo(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, *, lam: float) ->
     check_range(0.0, lam=lam)
     chosen, rejected = alike(chosen_mean_logp=chosen_mean_logp, rejected_mean_logp=rejected_mean_logp)
     highest = max(float(x.detach().max()) if x.numel() else 0.0 for x in (chosen, rejected))
-    check_range(-math.inf, 0.0, **{"mean log-prob": highest})
+    check_range(-math.inf, 0.0, **{"mean log-prob": highest})  # pyright: ignore[reportArgumentType]
     return -chosen - lam * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
