@@ -67,12 +67,9 @@ class PackedFlex:
             return related & (place[k] <= place[q]) if causal else related
 
         some, every = _tiles(filled, causal=causal)
+        tiles = *_ordered(some & ~every), *_ordered(every)
         self.mask = BlockMask.from_kv_blocks(
-            *_ordered(some & ~every),
-            *_ordered(every),
-            BLOCK_SIZE=TILE,
-            mask_mod=sees,
-            seq_lengths=(self.total + self.extra,) * 2,
+            *tiles, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(self.total + self.extra,) * 2
         ).to(device)
 
     def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
