@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 import upslope.engine.runner
 import upslope.training.step
+from upslope.kernels.products import PackedWeights
 from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
-from upslope.models.decoder.prepared import PreparedDecoder
-from upslope.models.linear import PackedWeights
+from upslope.models.decoder.fast import PreparedDecoder
 
 __all__ = ["FORMS", "inexact", "through_modules"]
 
@@ -174,7 +174,7 @@ class _Paged(PagedContext):
 
 @contextmanager
 def through_modules() -> Iterator[None]:
-    """Sampling goes through the decoder's modules, whose context attends, and not through `models.decoder.prepared`."""
+    """Sampling goes through the decoder's modules, whose context attends, and not through `models.decoder.fast`."""
     with patch.object(PreparedDecoder, "of", lambda model, packed: None):
         yield
 

@@ -142,7 +142,7 @@ def test_the_last_user_has_no_rights(stages: list[list[Instruction]]) -> None:
 
 
 def test_the_image_has_a_compiler(stages: list[list[Instruction]]) -> None:
-    """The kernels are compiled where they run: the last stage needs what upslope/kernels/build.py looks for."""
+    """The kernels are compiled where they run: the last stage needs what upslope/kernels looks for."""
     assert any(name == "RUN" and "install" in rest and "g++" in rest.split() for name, rest in stages[-1])
 
 

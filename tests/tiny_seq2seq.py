@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from upslope.data.batching import collate
-from upslope.models.seq2seq.config import Seq2SeqConfig
+from upslope.models.seq2seq.layers import Seq2SeqConfig
 from upslope.models.seq2seq.network import Seq2Seq
 from upslope.training.step import Forward, score
 from upslope.types import Completion, Example

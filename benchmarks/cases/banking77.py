@@ -24,8 +24,7 @@ from upslope.data.labels import LabelledText, labels_of, read_labelled, stratifi
 from upslope.evaluation.classification import classification_report
 from upslope.loop.encoder import Data
 from upslope.loop.kept import NO_DATA
-from upslope.models.encoder.items import Input
-from upslope.models.encoder.labellers import inputs_of, load_start
+from upslope.models.encoder.items import Input, inputs_of, load_start
 from upslope.options import ClassifyOptions
 from upslope.recipes.classify import Classify
 

@@ -37,11 +37,11 @@ _HOME = {
     "upslope.functional.shaping": ("at_last_token",),
     "upslope.functional.supervised_losses": ("bradley_terry", "dpo", "nll", "value_loss"),
     "upslope.loop.objective": ("AdvantageInput", "LossInput"),
-    "upslope.models.decoder.activations": ("Activations",),
+    "upslope.models.decoder.fast": ("Activations",),
     "upslope.models.attention.context": ("KVCache", "PackedContext", "PagedContext"),
     "upslope.models.decoder.network": ("Decoder", "DecoderConfig"),
     "upslope.models.encoder.network": ("Encoder", "load_encoder", "new_encoder"),
-    "upslope.models.heads": ("ScalarHead",),
+    "upslope.models.protocol": ("ScalarHead",),
     "upslope.models.files.loading": ("load_model", "save_model"),
     "upslope.models.files.sources": ("resolve",),
     "upslope.options": (

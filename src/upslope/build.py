@@ -23,9 +23,8 @@ from upslope.models.files.loading import load_model, save_model, stored_score
 from upslope.models.files.sources import base_folder, resolve, say
 from upslope.models.files.weights import load as load_weights
 from upslope.models.files.weights import read_file
-from upslope.models.heads import ScalarHead
 from upslope.models.lora import add_adapters, save_adapters
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, ScalarHead
 from upslope.options import RunOptions
 from upslope.runs.progress import told
 from upslope.training.optim import Group, MasterAdamW, decay_groups

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from upslope.devices.threads import apart
+from upslope.devices.hardware import apart
 
 COUNT = """
 import os, time, torch
-from upslope.devices.threads import apart
+from upslope.devices.hardware import apart
 
 def compute():
     return torch.ones(1000, 1000).add(1).sum().item()

@@ -17,7 +17,7 @@ from upslope.data.chat import encode_completion, encode_conversation, encode_doc
 from upslope.data.examples import examples_of
 from upslope.data.pieces import SOURCE_FOLDER, PairTokenizer
 from upslope.data.records import record_of
-from upslope.engine.text import TextStream
+from upslope.engine.outputs import TextStream
 from upslope.errors import DataError, ModelError
 from upslope.models.files.loading import save_model
 from upslope.preview.dry_run import mask_view

@@ -12,8 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from upslope.engine import Engine
-from upslope.engine.beam import Beam, Candidate
-from upslope.engine.request import Request, Sequence
+from upslope.engine.request import Beam, Candidate, Request, Sequence
 from upslope.errors import ConfigError
 from upslope.types import SamplingParams
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from upslope.engine import blocks, request, scheduler
-from upslope.engine.blocks import BlockPool, OutOfBlocks
+from upslope.engine import request, scheduler
+from upslope.engine import scheduler as blocks
 from upslope.engine.request import Request, Sequence
+from upslope.engine.scheduler import BlockPool, OutOfBlocks
 from upslope.types import SamplingParams
 
 SIZE = 4

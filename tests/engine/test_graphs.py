@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upslope.engine import Engine, runner
-from upslope.engine.graphs import DecodeGraphs, can_capture, rounded_rows
+from upslope.engine.runner import DecodeGraphs, can_capture, rounded_rows
 from upslope.models.attention import context as attention_contexts
 from upslope.types import Completion, SamplingParams
 

@@ -8,9 +8,8 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from upslope.engine.blocks import BlockPool
 from upslope.engine.request import Request, Sequence
-from upslope.engine.scheduler import Plan, Scheduler
+from upslope.engine.scheduler import BlockPool, Plan, Scheduler
 from upslope.types import SamplingParams
 
 SIZE = 4

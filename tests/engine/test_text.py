@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from upslope.engine.text import TextStream
+from upslope.engine.outputs import TextStream
 
 from .tiny import byte_tokenizer, ids
 

@@ -326,7 +326,7 @@ def train(bert: Path, data: str, out: Path, **more: Any) -> dict[str, Any]:
 def test_classify_takes_the_same_files_and_its_folder_is_measured(bert: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from upslope.models.encoder.labellers import load_classifier
+    from upslope.models.encoder.items import load_classifier
 
     texts = [f"the film was {word} {x}" for x in "abcdefgh" for word in ("good", "bad")]
     for name in ("train", "dev"):
@@ -390,7 +390,7 @@ def similar() -> list[tuple[str, str, float]]:
 def test_classify_learns_a_score(bert: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from upslope.models.encoder.labellers import load_classifier
+    from upslope.models.encoder.items import load_classifier
 
     rows = similar()
     for name in ("train", "dev"):

@@ -17,7 +17,7 @@ from upslope.cli import main
 from upslope.commands.evaluate_inputs import progress
 from upslope.data.labels import read_labelled
 from upslope.evaluation.scorer import Scorer
-from upslope.models.encoder.labellers import load_classifier
+from upslope.models.encoder.items import load_classifier
 from upslope.types import SamplingParams
 
 TASK = "chain_sum:min_terms=2,max_terms=2,min_digits=1,max_digits=2"

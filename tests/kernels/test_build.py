@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from upslope import kernels
-from upslope.kernels import build
 
 built = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels: {kernels.problem()}")
-wide = pytest.mark.skipif("avx512f" not in build._processor().split(), reason="this processor has no AVX-512")
+wide = pytest.mark.skipif("avx512f" not in kernels.processor().split(), reason="this processor has no AVX-512")
 REPORT = "from upslope import kernels; print(kernels.problem())"
 
 
@@ -53,10 +52,10 @@ def test_a_compiler_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     monkeypatch.setenv("UPSLOPE_KERNELS", "on")
-    monkeypatch.setattr(build, "_TIMEOUT_S", 0.2)
-    monkeypatch.setattr(build, "_processor", lambda: "avx512f")
-    with pytest.raises(build.Unavailable, match=r"slow-c\+\+ took longer than 0\.2 s"):
-        build.library.__wrapped__()
+    monkeypatch.setattr(kernels, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(kernels, "processor", lambda: "avx512f")
+    with pytest.raises(kernels.Unavailable, match=r"slow-c\+\+ took longer than 0\.2 s"):
+        kernels.library.__wrapped__()
 
 
 @built
@@ -88,25 +87,25 @@ def test_a_library_is_taken_only_with_the_bytes_that_were_compiled(
     fake.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nprintf library > "$2"\n')
     fake.chmod(0o755)
     target = tmp_path / "kernels" / "x.so"
-    assert not build._whole(target)
-    build._compile(str(fake), target)
-    assert build._whole(target)
+    assert not kernels._whole(target)
+    kernels._compile(str(fake), target)
+    assert kernels._whole(target)
     assert capsys.readouterr().err == ""
     for spoil in (lambda: target.write_bytes(b"librar"), lambda: target.with_suffix(".sha256").unlink()):
         spoil()
-        assert not build._whole(target)
+        assert not kernels._whole(target)
         assert capsys.readouterr().err == f"upslope: {target}: damaged, or of an earlier version; compiled again\n"
-        build._compile(str(fake), target)
-        assert build._whole(target)
+        kernels._compile(str(fake), target)
+        assert kernels._whole(target)
 
 
 @built
 def test_the_name_depends_on_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = build._digest("c++")
+    before = kernels._digest("c++")
     other = tmp_path / "other.cpp"
     other.write_text("// another")
-    monkeypatch.setattr(build, "_sources", lambda: [other])
-    assert build._digest("c++") != before
+    monkeypatch.setattr(kernels, "_sources", lambda: [other])
+    assert kernels._digest("c++") != before
 
 
 @built

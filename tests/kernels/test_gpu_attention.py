@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from upslope.models.attention.context import BLOCK, KVCache, PackedContext
-from upslope.models.attention.gpu import TILE, PackedFlex, PagedTiles, fused_on
+from upslope.models.attention.context import BLOCK, TILE, KVCache, PackedContext, PackedFlex, PagedTiles, fused_on
 from upslope.models.protocol import ModelSpec
 
 from .test_attention_kernel import LAYOUTS, gap, softmax_attention, tensors

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from upslope.kernels.sums import accumulate_
+from upslope.kernels.rows import accumulate_
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

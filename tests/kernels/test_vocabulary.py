@@ -12,7 +12,8 @@ from torch import Tensor
 from upslope.engine.sampling import Row, sample, uniforms
 from upslope.functional import logprobs
 from upslope.functional.logprobs import entropy, linear_token_logprobs, token_logprobs
-from upslope.kernels import problem, vocabulary
+from upslope.kernels import problem
+from upslope.kernels import rows as vocabulary
 from upslope.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(problem() is not None, reason=f"no kernels: {problem()}")

@@ -10,7 +10,7 @@ from tests.models.test_prepared import decoder
 from upslope import kernels
 from upslope.data.batching import collate
 from upslope.engine.engine import Engine
-from upslope.models.decoder.activations import Activations, bytes_per_token
+from upslope.models.decoder.fast import Activations, bytes_per_token
 from upslope.models.decoder.network import Decoder
 from upslope.training.step import Forward
 from upslope.types import Batch, Example, SamplingParams

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from upslope.models.linear import joined_linear, lay_end_to_end
+from upslope.kernels.products import joined_linear, lay_end_to_end
 
 
 def layers(*, bias: bool = False) -> list[nn.Linear]:

@@ -20,8 +20,7 @@ from upslope.errors import ConfigError, ModelError
 from upslope.models.decoder.network import Decoder
 from upslope.models.encoder.items import Input, item_logits, keys_of
 from upslope.models.encoder.items import padded_batch as pad
-from upslope.models.lora import add_adapters
-from upslope.models.lora_dropout import AdapterDropout, drop_inputs, dropping, packed_keys
+from upslope.models.lora import AdapterDropout, add_adapters, drop_inputs, dropping, packed_keys
 from upslope.training.step import Forward
 from upslope.types import Batch, Example
 

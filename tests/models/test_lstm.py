@@ -18,8 +18,8 @@ from upslope.errors import ModelError
 from upslope.functional.logprobs import linear_token_logprobs
 from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
 from upslope.models.files.loading import load_model, save_model
-from upslope.models.heads import ScalarHead
 from upslope.models.lstm import LSTM, LSTMConfig
+from upslope.models.protocol import ScalarHead
 from upslope.options import PPOOptions
 from upslope.types import Completion, SamplingParams
 

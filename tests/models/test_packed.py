@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from upslope.kernels.products import Reordered, onednn_bfloat16
-from upslope.models import linear as packed_module
-from upslope.models.linear import PackedWeights
+from upslope.kernels import products as packed_module
+from upslope.kernels.products import PackedWeights, Reordered, onednn_bfloat16
 
 copies = pytest.mark.skipif(not onednn_bfloat16(), reason="no copies: oneDNN makes no bfloat16 products here")
 

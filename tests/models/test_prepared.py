@@ -8,11 +8,10 @@ from torch import Tensor
 
 from tests.tiny_model import tiny_config
 from upslope import kernels
-from upslope.kernels.products import Reordered
+from upslope.kernels.products import PackedWeights, Reordered
 from upslope.models.attention.context import KVCache, PagedContext
+from upslope.models.decoder.fast import PreparedDecoder
 from upslope.models.decoder.network import Decoder
-from upslope.models.decoder.prepared import PreparedDecoder
-from upslope.models.linear import PackedWeights
 
 pytestmark = pytest.mark.skipif(kernels.problem() is not None, reason=f"no kernels here: {kernels.problem()}")
 

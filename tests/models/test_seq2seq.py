@@ -19,10 +19,9 @@ from upslope.errors import ConfigError, DataError, ModelError
 from upslope.functional.returns import gae
 from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
 from upslope.models.files.loading import load_model, save_model
-from upslope.models.heads import ScalarHead
-from upslope.models.seq2seq.files import load_seq2seq
+from upslope.models.protocol import ScalarHead
 from upslope.models.seq2seq.layers import Attention, EncoderLayer, LayerNorm, sinusoids
-from upslope.models.seq2seq.network import Seq2Seq
+from upslope.models.seq2seq.network import Seq2Seq, load_seq2seq
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 from upslope.training.step import Forward, Outputs, score, update
 from upslope.types import Batch, Example

@@ -26,8 +26,7 @@ from torch import Tensor
 from upslope.build import load_policy
 from upslope.loop.sampler import Sampled
 from upslope.models.attention.context import PackedContext
-from upslope.models.heads import ScalarHead
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, ScalarHead
 from upslope.training.optim import MasterAdamW
 from upslope.types import Prompt, Reward, Rollout, RolloutGroup
 

@@ -26,7 +26,7 @@ from upslope.loop import pairs as pair_learner
 from upslope.loop.pairs import PairData
 from upslope.loop.texts import start_encoder, start_policy
 from upslope.models.attention.context import PackedContext
-from upslope.models.encoder.labellers import Start, load_start
+from upslope.models.encoder.items import Start, load_start
 from upslope.models.encoder.network import Kind
 from upslope.models.protocol import CausalModel
 from upslope.options import ClassifyOptions, PretrainOptions, Seq2SeqOptions, SFTOptions, TagOptions

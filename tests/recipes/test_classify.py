@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from upslope.cli import main
 from upslope.errors import ConfigError, DataError
 from upslope.loop.encoder import Objective
-from upslope.models.encoder.items import groups_of, item_logits, padded_batch
-from upslope.models.encoder.labellers import load_start
+from upslope.models.encoder.items import groups_of, item_logits, load_start, padded_batch
 from upslope.options import ClassifyOptions
 from upslope.recipes.classify import Classify, classify, make_learner
 

@@ -68,7 +68,7 @@ def test_a_sampler_that_is_not_the_trainer_is_found(
     tiny: Path, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one member that goes through the network again tells, where all others are taken over."""
-    from upslope.models.decoder.prepared import PreparedDecoder
+    from upslope.models.decoder.fast import PreparedDecoder
 
     honest = PreparedDecoder.forward
 

@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from upslope.cli import main
 from upslope.data.labels import TaggedSentence, read_conll
 from upslope.errors import DataError
-from upslope.models.encoder.items import item_logits, padded_batch
-from upslope.models.encoder.labellers import pieces_of
+from upslope.models.encoder.items import item_logits, padded_batch, pieces_of
 from upslope.options import TagOptions
 from upslope.recipes.tag import make_learner, tag
 

@@ -186,7 +186,7 @@ def test_an_open_address_without_a_key(capsys: pytest.CaptureFixture[str], monke
 
 
 def test_models_are_loaded_on_threads_that_end(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that computes and lives on makes the engine's thread slower (upslope.devices.threads)."""
+    """One that computes and lives on makes the engine's thread slower (upslope.devices.hardware)."""
     threads = []
 
     def load(*arguments: Any, **named: Any) -> Any:

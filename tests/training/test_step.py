@@ -16,7 +16,7 @@ from upslope.data.batching import collate, split_by_tokens
 from upslope.errors import RunError
 from upslope.models.attention.context import PackedContext
 from upslope.models.decoder.network import Decoder
-from upslope.models.heads import ScalarHead
+from upslope.models.protocol import ScalarHead
 from upslope.training.optim import Group, MasterAdamW, decay_groups
 from upslope.training.step import Forward, Outputs, accumulate, score, update
 from upslope.types import Batch, Example

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from upslope import extras, kernels
 from upslope.cache import cache_root
 from upslope.devices.hardware import choose_dtype, cpu_features, matmul_gflops
-from upslope.models.attention.gpu import fused_attention
+from upslope.models.attention.context import fused_attention
 from upslope.options import DoctorOptions
 from upslope.runs.environment import describe_environment, usable_cpus, version_of
 from upslope.version import __version__

@@ -33,7 +33,7 @@ from upslope.evaluation.samples import Sample, encode_samples, generate, read_hy
 from upslope.evaluation.scorer import Scorer
 from upslope.evaluation.table import Results, as_json, compared, write
 from upslope.evaluation.verdicts import verdicts
-from upslope.models.encoder.labellers import load_classifier, tags_of
+from upslope.models.encoder.items import load_classifier, tags_of
 from upslope.models.files.config_json import ModelKind, kind_of
 from upslope.models.files.folders import is_adapter, read_config
 from upslope.models.files.sources import resolve

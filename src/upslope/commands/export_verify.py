@@ -27,7 +27,7 @@ from upslope.models.files.gguf import read_ends
 from upslope.models.files.gguf_writer import GGUFType, as_stored
 from upslope.models.files.loading import load_model
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
-from upslope.models.seq2seq.files import is_seq2seq
+from upslope.models.seq2seq.layers import is_seq2seq
 
 PROMPTS = (
     "The capital of France is Paris, and 12345 + 678 = 13023.",

@@ -20,7 +20,7 @@ def run(options: ServeOptions) -> int:
     """Serve until SIGTERM or Ctrl-C; one line on standard output says where, when requests can come."""
     for module in ("fastapi", "uvicorn", "prometheus_client", "llguidance"):
         require("serve", module)
-    from upslope.devices.threads import apart
+    from upslope.devices.hardware import apart
     from upslope.serving.server import bind, create_app, serve
 
     sources = [options.model] if options.compare is None else [options.model, options.compare]

@@ -1,27 +1,28 @@
-"""What this processor multiplies fast, and the compute dtype that follows from it."""
+"""What this processor multiplies fast, the compute dtype that follows, and threads that leave nothing behind."""
 
 import ctypes
 import sys
+import threading
 import time
-from functools import cache, lru_cache
-from pathlib import Path
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import cache
+from typing import TypeVar
 
 import torch
 
 from upslope.errors import ConfigError
+from upslope.kernels import processor
 from upslope.kernels.products import onednn_bfloat16
 
 BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
 
 
-@lru_cache(maxsize=1)
+@cache
 def cpu_features() -> frozenset[str]:
     """The processor's own feature names on Linux (avx2, avx512f, amx_bf16, ...); empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return frozenset()
-    names = (line.partition(":")[2].split() for line in lines if line.split(":")[0].strip() in {"flags", "Features"})
+    lines = (line.partition(":") for line in processor().splitlines())
+    names = (features.split() for key, _, features in lines if key.strip() in {"flags", "Features"})
     return frozenset(next(names, []))
 
 
@@ -59,7 +60,7 @@ def _say_slow() -> None:
     print(f"upslope: {line}", file=sys.stderr, flush=True)
 
 
-@lru_cache(maxsize=1)
+@cache
 def keep_freed_memory() -> bool:
     """Have the C library keep what is freed, where that can be asked for (glibc); True where it was.
 
@@ -79,8 +80,7 @@ def matmul_gflops(
     dtype: torch.dtype, *, device: torch.device | str = "cpu", size: int = 1024, seconds: float = 0.25
 ) -> float:
     """Measured rate of a size x size x size product in GFLOP/s: the best of the repeats that fit into `seconds`."""
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    b = torch.ones(size, size, dtype=dtype, device=device)
+    a, b = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
     _timed_product(a, b)
     end = time.perf_counter() + seconds
@@ -100,3 +100,27 @@ def _timed_product(a: torch.Tensor, b: torch.Tensor) -> float:
 def device_of_machine() -> torch.device:
     """The first GPU where there is one, else the processor."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+T = TypeVar("T")
+
+
+def apart(function: Callable[[], T]) -> T:
+    """What `function` returns or raises, computed on a thread of its own that has ended since.
+
+    For work beside a thread that computes all the time. OpenMP gives every thread that computes a team, which lasts as
+    long as the thread. Where all teams together have more members than there are processors, GNU's runtime puts a
+    waiting member to sleep at once, busy team or not, and waking it takes longer than most of decoding's operations.
+    """
+    found: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            found.set_result(function())
+        except BaseException as error:
+            found.set_exception(error)
+
+    thread = threading.Thread(target=work, name="apart", daemon=True)
+    thread.start()
+    thread.join()
+    return found.result()

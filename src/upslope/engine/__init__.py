@@ -1,13 +1,10 @@
 """Generation: continuous batching over a block cache, exact log-probs, beam search, streaming.
 
-request     what is asked and how far each sample has come
-blocks      who owns which block: sharing, copy-on-write, prefix cache
-scheduler   which sequences run in the next step
+request     what is asked and how far each sample has come; beam search
+scheduler   which sequences run in the next step, and who owns which block
 runner      the plan on the model
 sampling    from logits to tokens
-beam        beam search
-text        tokens to text while they arrive
-outputs     what a step brings forth
+outputs     what a step brings forth, and its text
 engine      the engine: add, step, generate, stream, cancel
 """
 

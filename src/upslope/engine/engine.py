@@ -12,16 +12,13 @@ from contextlib import contextmanager
 
 import torch
 
-from upslope.engine.beam import Beam
-from upslope.engine.blocks import BlockPool
-from upslope.engine.outputs import OutputProcessor
-from upslope.engine.request import Event, Request, Sequence, TokenMask, check_params, check_prompt
+from upslope.engine.outputs import OutputProcessor, Tokenizer
+from upslope.engine.request import Beam, Event, Request, Sequence, TokenMask, check_params, check_prompt
 from upslope.engine.runner import Runner, Stats
-from upslope.engine.scheduler import Scheduler
-from upslope.engine.text import Tokenizer
+from upslope.engine.scheduler import BlockPool, Scheduler
 from upslope.errors import ConfigError
 from upslope.models.attention.context import BLOCK, KVCache
-from upslope.models.decoder.activations import Activations
+from upslope.models.decoder.fast import Activations
 from upslope.models.protocol import CausalModel
 from upslope.types import Completion, SamplingParams
 
@@ -145,8 +142,7 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise ConfigError(f"sampling option stop = {params.stop!r} needs an engine with a tokenizer")
         limit = min(params.max_tokens, self.model.room(len(prompt)))
-        fed = len(prompt) + max(limit - 1, 0)
-        needed = self.pool.blocks_for(fed)
+        needed = self.pool.blocks_for(len(prompt) + max(limit - 1, 0))
         if needed > self.pool.num_blocks:
             raise ConfigError(
                 f"a prompt of {len(prompt)} tokens with max_tokens = {limit} needs {needed} blocks of {BLOCK} tokens, "
@@ -172,9 +168,7 @@ class Engine:
     def cancel(self, request_id: int) -> list[Event]:
         """Stop a request now; its unfinished samples come back as they are with finish_reason "cancelled"."""
         request = self._requests.get(request_id)
-        if request is None:
-            return []
-        return self.outputs.cancel(request)
+        return [] if request is None else self.outputs.cancel(request)
 
     def generate(
         self,
@@ -195,7 +189,7 @@ class Engine:
             raise ConfigError(f"{len(prompts)} prompts but {len(each)} sampling params and {len(keys)} keys")
         results: list[dict[int, Completion]] = [{} for _ in prompts]
         ids: dict[int, int] = {}
-        done, total = 0, sum(p.n for p in each)
+        total = sum(p.n for p in each)
         try:
             for place, (prompt, p, key) in enumerate(zip(prompts, each, keys, strict=True)):
                 ids[self._open(prompt, p, key=key)] = place
@@ -205,9 +199,8 @@ class Engine:
                     for event in self._collect(request_id):
                         if event.completion is not None:
                             results[ids[request_id]][event.sample] = event.completion
-                            done += 1
                 if on_progress is not None:
-                    on_progress(done, total)
+                    on_progress(sum(map(len, results)), total)
         finally:
             for request_id in ids:
                 self._close(request_id)
@@ -269,5 +262,4 @@ class Engine:
         events = self.outputs.draw(ready, logits) if logits is not None else []
         self.stats.sample_seconds += time.perf_counter() - began
         for event in events:
-            inbox = self._inbox.get(event.request_id)
-            (self._unclaimed if inbox is None else inbox).append(event)
+            self._inbox.get(event.request_id, self._unclaimed).append(event)

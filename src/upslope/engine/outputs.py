@@ -1,19 +1,82 @@
-"""What a step brings forth: tokens drawn from logits, groups split, stops found, completions handed out."""
+"""What a step brings forth: tokens drawn, groups split, text as it arrives, stops found, completions handed out."""
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from upslope.engine.beam import Beam
-from upslope.engine.request import Event, Request, Sequence
+from upslope.engine.request import Beam, Event, Request, Sequence
 from upslope.engine.runner import Runner
 from upslope.engine.sampling import Row, beam_candidates, sample, uniforms
 from upslope.engine.scheduler import Scheduler
-from upslope.engine.text import TextStream, Tokenizer
 from upslope.errors import DataError, ModelError, UpslopeError
 from upslope.types import FinishReason
+
+
+class Tokenizer(Protocol):
+    """What the engine needs of a tokenizer."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        """Text of the tokens; bytes that are no whole character become U+FFFD."""
+        ...
+
+
+class TextStream:
+    """The text of one completion while its tokens arrive: whole characters, stop strings across token borders.
+
+    `text` ends before the first stop string. `take` hands out what can no longer change: bytes of an unfinished
+    character and a tail that may become a stop string are held back until they are decided or the end has come;
+    the pieces taken add up to `text`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = ()) -> None:
+        self.tokenizer = tokenizer
+        self.stop = stop
+        self.text = ""
+        self.stopped = False
+        self._ids: list[int] = []
+        self._context = 0  # decoding starts here, so that a word's first token keeps its leading space
+        self._read = 0  # tokens whose text is in `text`
+        self._context_text = ""
+        self._taken = 0
+        self._final = False
+
+    def push(self, tokens: list[int], *, final: bool = False) -> bool:
+        """Add tokens; True when a stop string has been completed. `final` flushes what was held back."""
+        if self.stopped:
+            return True
+        self._final = final
+        self._ids += tokens
+        window = self.tokenizer.decode(self._ids[self._context :], skip_special_tokens=True)
+        if not window.endswith("\ufffd") or final:
+            self._append(window[len(self._context_text) :])
+        return self.stopped
+
+    def take(self) -> str:
+        """The newly decided text since the last call."""
+        end = len(self.text) if self._final or self.stopped else len(self.text) - self._held()
+        piece, self._taken = self.text[self._taken : end], max(self._taken, end)
+        return piece
+
+    def _append(self, piece: str) -> None:
+        if piece:
+            self._context, self._read = self._read, len(self._ids)
+            self._context_text = self.tokenizer.decode(self._ids[self._context : self._read], skip_special_tokens=True)
+        before = len(self.text)
+        self.text += piece
+        hits = [self.text.find(s, max(0, before - len(s) + 1)) for s in self.stop]
+        found = [hit for hit in hits if hit >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+
+    def _held(self) -> int:
+        """Length of the longest tail that begins a stop string."""
+        longest = max((len(s) for s in self.stop), default=1) - 1
+        for length in range(min(longest, len(self.text)), 0, -1):
+            if any(len(s) > length and s.startswith(self.text[-length:]) for s in self.stop):
+                return length
+        return 0
 
 
 class OutputProcessor:
@@ -47,8 +110,8 @@ class OutputProcessor:
         unfinished = self.scheduler.sequences(request)
         if request.id not in self.beams:
             unfinished += [first.child(i) for first in unfinished[:1] for i in range(1, first.forks + 1)]
-        unfinished = sorted(unfinished, key=lambda s: s.sample)[: request.params.n]
-        events = [self._finished(seq, "cancelled") for seq in unfinished]
+        first = sorted(unfinished, key=lambda s: s.sample)[: request.params.n]
+        events = [self._finished(seq, "cancelled") for seq in first]
         self._drop(request)
         return events
 
@@ -61,9 +124,7 @@ class OutputProcessor:
         return children
 
     def _draw_samples(self, seqs: list[Sequence], logits: Tensor) -> list[Event]:
-        events: list[Event] = []
-        scored = [seq for seq in seqs if not seq.request.limit]
-        events += [self._end(seq, "length") for seq in scored]
+        events = [self._end(seq, "length") for seq in seqs if not seq.request.limit]
         rows, failed = self._rows(seqs)
         drawn = sample(logits, rows)
         for i, seq in enumerate(seqs):
@@ -92,11 +153,10 @@ class OutputProcessor:
         )
         rows, failed = [], {}
         for seq, uniform in zip(seqs, numbers.tolist(), strict=True):
-            row = Row(seq.request.params, uniform)
-            if seq.request.params.repetition_penalty != 1.0:
+            params = seq.request.params
+            row = Row(params, uniform, generated=seq.generated if params.counted else [])
+            if params.repetition_penalty != 1.0:
                 row.history = seq.generated if self.runner.model.whole_prompts else seq.tokens
-            if seq.request.params.counted:
-                row.generated = seq.generated
             if seq.request.token_mask is not None:
                 try:
                     row.allowed = self._allowed(seq)
@@ -160,9 +220,7 @@ class OutputProcessor:
         request, token = seq.request, seq.tokens[-1]
         if self.tokenizer is not None and seq.text is None and (request.stream or request.params.stop):
             seq.text = TextStream(self.tokenizer, request.params.stop)
-        if token in request.stop_ids:
-            return self._end(seq, "stop")
-        if seq.text is not None and seq.text.push([token]):
+        if token in request.stop_ids or (seq.text is not None and seq.text.push([token])):
             return self._end(seq, "stop")
         if seq.num_generated >= request.limit:
             return self._end(seq, "length")

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from upslope.engine.beam import Candidate
+from upslope.engine.request import Candidate
 from upslope.functional.logprobs import log_softmax
-from upslope.kernels import usable, vocabulary
+from upslope.kernels import rows as fused
+from upslope.kernels import usable
 from upslope.types import SamplingParams
 
 _CHUNK = 256
@@ -146,7 +147,7 @@ def _draw_kind(logits_NV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
         )
         temperature = 1.0
     if usable(logits_NV):
-        return vocabulary.sample(logits_NV, uniform, temperature)
+        return fused.sample(logits_NV, uniform, temperature)
     logp = log_softmax(logits_NV, temperature)
     tokens = draw(logp, uniform)
     return tokens, logp.gather(1, tokens[:, None])[:, 0]
@@ -154,7 +155,7 @@ def _draw_kind(logits_NV: Tensor, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 def _logprobs_of(logits_NV: Tensor, tokens_N: Tensor, temperature: float) -> Tensor:
     if usable(logits_NV):
-        return vocabulary.statistics(logits_NV, tokens_N, temperature).logp
+        return fused.statistics(logits_NV, tokens_N, temperature).logp
     return log_softmax(logits_NV, temperature).gather(1, tokens_N[:, None])[:, 0]
 
 

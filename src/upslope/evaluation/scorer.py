@@ -17,8 +17,7 @@ from torch import Tensor
 from upslope.data.batching import collate, split_by_tokens
 from upslope.errors import ConfigError, DataError, ModelError
 from upslope.functional.logprobs import token_logprobs
-from upslope.models.modes import evaluating
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, evaluating
 from upslope.training.step import Forward
 from upslope.types import Batch, Example
 

@@ -61,12 +61,13 @@ def check_broadcast(**tensors: Tensor) -> None:
 
 
 def check_range(
-    name: str, value: float, low: float = -math.inf, high: float = math.inf, *, open_low: bool = False
+    low: float = -math.inf, high: float = math.inf, /, *, open_low: bool = False, **values: float | None
 ) -> None:
-    """ValueError unless low <= value <= high (low < value with open_low); NaN is refused."""
-    if not (low <= value <= high) or (open_low and value == low):
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], got {value}")
+    """ValueError unless low <= value <= high (low < value with open_low) for each that is not None; NaN is refused."""
+    for name, value in values.items():
+        if value is not None and (not (low <= value <= high) or (open_low and value == low)):
+            bracket = "(" if open_low else "["
+            raise ValueError(f"{name} must lie in {bracket}{low:g}, {high:g}], got {value}")
 
 
 def as_mask(mask: Tensor, **like: Tensor) -> Tensor:

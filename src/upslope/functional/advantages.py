@@ -31,7 +31,7 @@ def group_normalized(
     The division up-weights prompts that are nearly always or nearly never solved: with 0/1 rewards it ascends
     E[2 asin sqrt p] in large groups, not E[p]. `unbiased` divides the variance by n - 1.
     """
-    check_range("eps", eps, 0.0)
+    check_range(0.0, eps=eps)
     group = _statistics(rewards_PG, mask_PG)
     variance_P1 = group.centred_PG.square().sum(1, keepdim=True) / (group.count_P1 - int(unbiased)).clamp(min=1)
     std_P1 = torch.where(group.varied_P1, variance_P1, torch.ones_like(variance_P1)).sqrt()

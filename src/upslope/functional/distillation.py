@@ -52,8 +52,8 @@ def linear_divergence(
             f"student and teacher must agree in rows and vocabulary: {shape(hidden_ND)} and "
             f"{shape(teacher_hidden_NE)} rows, heads {shape(weight_VD)} and {shape(teacher_weight_VE)}"
         )
-    check_range("chunk", chunk, 1)
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range(1, chunk=chunk)
+    check_range(0.0, open_low=True, temperature=temperature)
     return _LinearDivergence.apply(
         hidden_ND, weight_VD, teacher_hidden_NE.detach(), teacher_weight_VE.detach(), (kind, weight, temperature), chunk
     )
@@ -78,9 +78,7 @@ class _LinearDivergence(torch.autograd.Function):
         options: tuple[Kind, float, float],
         chunk: int,
     ) -> Tensor:
-        values = torch.empty(
-            hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device
-        )
+        values = hidden.new_empty(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
         for part in _chunks(hidden.shape[0], chunk):
             student, teacher = _head(hidden[part], weight), _head(teacher_hidden[part], teacher_weight)
             values[part] = _rows(student, teacher, options).to(values.dtype)

@@ -96,9 +96,7 @@ class AdaptiveKL:
 
     def __init__(self, coef: float, target: float, horizon: float) -> None:
         """Start at `coef`; `target` in nats per sequence; `horizon` in sequences. ValueError unless all positive."""
-        check_range("coef", coef, 0.0, open_low=True)
-        check_range("target", target, 0.0, open_low=True)
-        check_range("horizon", horizon, 0.0, open_low=True)
+        check_range(0.0, open_low=True, coef=coef, target=target, horizon=horizon)
         self.coef = float(coef)
         self.target = float(target)
         self.horizon = float(horizon)
@@ -111,8 +109,8 @@ class AdaptiveKL:
         the horizon that the coefficient would not stay positive.
         """
         measured = float(kl)
-        check_range("kl", measured, -1e30, 1e30)
-        check_range("n", n, 1)
+        check_range(-1e30, 1e30, kl=measured)
+        check_range(1, n=n)
         error = min(max(measured / self.target - 1.0, -0.2), 0.2)
         factor = 1.0 + error * n / self.horizon
         if factor <= 0:
@@ -130,5 +128,5 @@ class AdaptiveKL:
         """Continue from `state_dict()`. ValueError: other keys, or a coefficient that is not positive."""
         if set(state) != {"coef"}:
             raise ValueError(f"state of AdaptiveKL must have the key 'coef' only, got {sorted(state)}")
-        check_range("coef", state["coef"], 0.0, open_low=True)
+        check_range(0.0, open_low=True, coef=state["coef"])
         self.coef = float(state["coef"])

@@ -2,7 +2,7 @@
 
 The log-softmax is computed in float32 (float64 for float64 logits), row by row, after the logits were divided by the
 temperature. `linear_token_logprobs` gives the same bits as `token_logprobs` on the logits of a linear head, without
-a tensor of the logits of all rows. On CPUs in float32 and bfloat16 all of it is done by upslope.kernels.vocabulary.
+a tensor of the logits of all rows. On CPUs in float32 and bfloat16 all of it is done by upslope.kernels.rows.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from upslope.kernels import usable, vocabulary
+from upslope.kernels import rows as fused
+from upslope.kernels import usable
 from upslope.kernels.products import least_rows, pad_rows
-from upslope.kernels.sums import accumulate_
+from upslope.kernels.rows import accumulate_
 
 from ._checks import check_range, check_rank, clean_rows, floats, nan_unless, select, shape
 
@@ -28,7 +29,7 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     ValueError: temperature not positive.
     """
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range(0.0, open_low=True, temperature=temperature)
     if _fused(logits):
         return _LogSoftmax.apply(logits, temperature)
     (logits,) = floats(logits)
@@ -51,7 +52,7 @@ def entropy(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
     This is the entropy of the distribution at that temperature. Logits of -inf contribute 0.
     """
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range(0.0, open_low=True, temperature=temperature)
     ok, logits = clean_rows(logits)
     fused = _fused(logits)
     return nan_unless(ok, _Entropy.apply(logits, temperature) if fused else _entropy(log_softmax(logits, temperature)))
@@ -112,8 +113,8 @@ def linear_token_logprobs(
             f"{shape(weight_VD)} {weight_VD.dtype}"
         )
     _check_tokens(tokens_N, hidden_ND.shape[:1], weight_VD.shape[0], hidden_ND=hidden_ND, weight_VD=weight_VD)
-    check_range("chunk", chunk, 1)
-    check_range("temperature", temperature, 0.0, open_low=True)
+    check_range(1, chunk=chunk)
+    check_range(0.0, open_low=True, temperature=temperature)
     room = KEPT_LOGITS_BYTES if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad) else 0
     logp_N, entropy_N, mean_N = _LinearTokenLogprobs.apply(
         hidden_ND, weight_VD, tokens_N, temperature, chunk, with_entropy, with_mean, room
@@ -144,7 +145,7 @@ def _fused(logits: Tensor) -> bool:
 class _LogSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, temperature: float) -> Tensor:
-        logp = vocabulary.log_softmax(logits, temperature)
+        logp = fused.log_softmax(logits, temperature)
         ctx.save_for_backward(logp)
         ctx.options = logits.dtype, temperature
         return logp
@@ -164,7 +165,7 @@ class _Entropy(torch.autograd.Function):
         ctx.temperature = temperature
         rows = logits.reshape(-1, logits.shape[-1])
         tokens = torch.zeros(rows.shape[0], dtype=torch.long)
-        entropies = vocabulary.statistics(rows, tokens, temperature, with_entropy=True).entropy
+        entropies = fused.statistics(rows, tokens, temperature, with_entropy=True).entropy
         assert entropies is not None
         return entropies.view(logits.shape[:-1])
 
@@ -191,11 +192,11 @@ def _chunks(rows: int, chunk: int) -> Iterator[slice]:
 
 def _statistics(
     logits: Tensor, tokens: Tensor, temperature: float, with_entropy: bool, with_mean: bool
-) -> vocabulary.Statistics:
+) -> fused.Statistics:
     if _fused(logits):
-        return vocabulary.statistics(logits, tokens, temperature, with_entropy=with_entropy, with_mean=with_mean)
+        return fused.statistics(logits, tokens, temperature, with_entropy=with_entropy, with_mean=with_mean)
     logp = log_softmax(logits, temperature)
-    return vocabulary.Statistics(
+    return fused.Statistics(
         _gather(logp, tokens),
         entropy=_entropy(logp) if with_entropy else None,
         mean=logp.mean(-1) if with_mean else None,
@@ -293,7 +294,7 @@ class _LinearTokenLogprobs(torch.autograd.Function):
 def _logits_gradient(
     logits: Tensor,
     tokens: Tensor,
-    found: vocabulary.Statistics,
+    found: fused.Statistics,
     temperature: float,
     grad_logp: Tensor,
     grad_entropy: Tensor | None,
@@ -305,7 +306,7 @@ def _logits_gradient(
     d H / d z_v = -p_v (log p_v + H), and the mean over the vocabulary has 1/V - p_v.
     """
     if _fused(logits):
-        return vocabulary.logits_gradient_(logits, tokens, found, temperature, grad_logp, grad_entropy, grad_mean)
+        return fused.logits_gradient_(logits, tokens, found, temperature, grad_logp, grad_entropy, grad_mean)
     logp, grad_logp = log_softmax(logits, temperature), grad_logp / temperature
     grad_entropy, grad_mean = (None if x is None else x / temperature for x in (grad_entropy, grad_mean))
     p = logp.exp()

@@ -55,7 +55,7 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8, shift_mean: bool = True) 
     Ziegler et al. 2019, arXiv 1909.08593). If all selected values are equal, the deviations are exactly 0 instead of
     rounding error divided by sqrt(eps).
     """
-    check_range("eps", eps, 0.0)
+    check_range(0.0, eps=eps)
     mask = as_mask(mask, x=x)
     (x,) = floats(x)
     safe = select(mask, x)
@@ -95,6 +95,6 @@ def loss_weights(mask_BT: Tensor, mode: Aggregation, *, constant: float | None =
     if mode == "sequence_mean_token_sum":
         return weights_BT, sequences
     if mode == "constant" and constant is not None:
-        check_range("constant", constant, 0.0, open_low=True)
+        check_range(0.0, open_low=True, constant=constant)
         return weights_BT, sequences * constant
     raise ValueError(f"unknown mode {mode!r}")

@@ -47,12 +47,11 @@ def clipped_surrogate(
     DAPO's clip-higher (2503.14476). `dual_clip` = c > 1 bounds the objective from below by c A where A < 0
     (Ye et al. 2019, 1912.09729). ValueError: shapes do not fit, a negative clip, dual_clip <= 1.
     """
-    check_range("clip_low", clip_low, 0.0)
-    check_range("clip_high", clip_high, 0.0)
+    check_range(0.0, clip_low=clip_low, clip_high=clip_high)
     ok, (logp, old_logp, advantages) = _aligned(logp, old_logp, advantages)
     objective = _clipped_objective(logp - old_logp, advantages, clip_low, clip_high)
     if dual_clip is not None:
-        check_range("dual_clip", dual_clip, 1.0, open_low=True)
+        check_range(1.0, open_low=True, dual_clip=dual_clip)
         objective = torch.where(advantages < 0, torch.maximum(objective, dual_clip * advantages), objective)
     return nan_unless(ok, -objective)
 
@@ -65,8 +64,7 @@ def sequence_clipped_surrogate(
     The ratio is the geometric mean over the mask, so the paper's clips are small (3e-4, 4e-4). 0 for a fully masked
     row. ValueError: shapes do not fit, a negative clip.
     """
-    check_range("clip_low", clip_low, 0.0)
-    check_range("clip_high", clip_high, 0.0)
+    check_range(0.0, clip_low=clip_low, clip_high=clip_high)
     check_rank(2, logp_BT=logp_BT)
     mask_BT = as_mask(mask_BT, logp_BT=logp_BT, old_logp_BT=old_logp_BT)
     if tuple(advantages_B.shape) != (logp_BT.shape[0],):
@@ -87,9 +85,7 @@ def clipped_is_reinforce(
     The clipped ratio is a constant weight, so no token loses its gradient. clip_high = 0.28 caps the ratio at 1.28
     (some libraries take the cap itself); clip_low None leaves the lower side free, as the paper does.
     """
-    check_range("clip_high", clip_high, 0.0)
-    if clip_low is not None:
-        check_range("clip_low", clip_low, 0.0)
+    check_range(0.0, clip_high=clip_high, clip_low=clip_low)
     ok, (logp, old_logp, advantages) = _aligned(logp, old_logp, advantages)
     low = None if clip_low is None else 1.0 - clip_low
     weight = (logp.detach() - old_logp).exp().clamp(min=low, max=1.0 + clip_high)
@@ -104,8 +100,7 @@ def soft_gated(
     A smooth trust region instead of a clip: f has slope 1 at rho = 1 and flattens away from it.
     ValueError: shapes do not fit, a tau not positive.
     """
-    check_range("tau_positive", tau_positive, 0.0, open_low=True)
-    check_range("tau_negative", tau_negative, 0.0, open_low=True)
+    check_range(0.0, open_low=True, tau_positive=tau_positive, tau_negative=tau_negative)
     ok, (logp, old_logp, advantages) = _aligned(logp, old_logp, advantages)
     positive, negative = (logp.new_full((), tau) for tau in (tau_positive, tau_negative))
     tau = torch.where(advantages > 0, positive, negative)
@@ -134,9 +129,8 @@ def importance_weights(
     """
     check_rank(2, train_logp_BT=train_logp_BT)
     mask_BT = as_mask(mask_BT, train_logp_BT=train_logp_BT, rollout_logp_BT=rollout_logp_BT)
-    check_range("high", high, 0.0, open_low=True)
-    if low is not None:
-        check_range("low", low, 0.0, high)
+    check_range(0.0, open_low=True, high=high)
+    check_range(0.0, high, low=low)
     train, rollout = floats(train_logp_BT.detach(), rollout_logp_BT.detach())
     log_ratio_BT = select(mask_BT, train) - select(mask_BT, rollout)
     if level == "sequence":

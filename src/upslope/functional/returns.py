@@ -136,9 +136,8 @@ def vtrace(
     With log_ratio = 0, targets are `lambda_returns`. The ratios are constants: no gradient flows into log_ratio.
     ValueError: shapes do not fit, gamma or lam outside [0, 1], a clip not positive.
     """
-    check_range("rho_clip", rho_clip, 0.0, open_low=True)
-    check_range("c_clip", c_clip, 0.0, open_low=True)
-    check_range("lam", lam, 0.0, 1.0)
+    check_range(0.0, open_low=True, rho_clip=rho_clip, c_clip=c_clip)
+    check_range(0.0, 1.0, lam=lam)
     (log_ratio_BT, rewards_BT, values_BT), mask_BT, next_value_B = _prepare(
         mask_BT, bootstrap_B, gamma, log_ratio_BT=log_ratio_BT, rewards_BT=rewards_BT, values_BT=values_BT
     )
@@ -163,7 +162,7 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float = 0.05) -> Tensor:
     The paper's formula is negative below length 1 / alpha; the clamp makes it 0 (one-step TD) there.
     ValueError: alpha not positive, a negative length.
     """
-    check_range("alpha", alpha, 0.0, open_low=True)
+    check_range(0.0, open_low=True, alpha=alpha)
     (lengths,) = floats(lengths)
     if bool((lengths < 0).any()):
         raise ValueError(f"lengths must not be negative, got {float(lengths.min())}")
@@ -174,7 +173,7 @@ def _prepare(
     mask_BT: Tensor, bootstrap_B: Tensor | None, gamma: float, **tensors: Tensor
 ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
     """Check, promote to one dtype, and zero what is masked: (tensors, boolean mask, bootstrap)."""
-    check_range("gamma", gamma, 0.0, 1.0)
+    check_range(0.0, 1.0, gamma=gamma)
     check_rank(2, mask_BT=mask_BT, **tensors)
     mask_BT = as_mask(mask_BT, **tensors)
     B = mask_BT.shape[0]
@@ -189,7 +188,7 @@ def _prepare(
 
 def _lam(lam: float | Tensor, like_BT: Tensor) -> float | Tensor:
     if not isinstance(lam, Tensor):
-        check_range("lam", lam, 0.0, 1.0)
+        check_range(0.0, 1.0, lam=lam)
         return lam
     if lam.dim() > 0 and tuple(lam.shape) != (like_BT.shape[0],):
         raise ValueError(f"lam must be a number or have shape [{like_BT.shape[0]}], got {shape(lam)}")

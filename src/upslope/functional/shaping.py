@@ -30,8 +30,8 @@ def soft_overlong_penalty(length: Tensor | int, max_length: int, cache: int) -> 
     Lengths in tokens, any shape. cache = 0 is the step: 0 up to max_length, -1 beyond.
     ValueError: not 0 <= cache <= max_length.
     """
-    check_range("max_length", max_length, 1)
-    check_range("cache", cache, 0, max_length)
+    check_range(1, max_length=max_length)
+    check_range(0, max_length, cache=cache)
     (lengths,) = floats(torch.as_tensor(length))
     if cache == 0:
         return -(lengths > max_length).to(lengths.dtype)

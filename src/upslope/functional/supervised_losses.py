@@ -35,7 +35,7 @@ def nll(logp: Tensor, label_smoothing: float = 0.0, mean_logp: Tensor | None = N
     `mean_logp` is the mean log-prob over the vocabulary at each position; it is needed when e > 0.
     ValueError: e outside [0, 1], e > 0 without mean_logp, shapes differ.
     """
-    check_range("label_smoothing", label_smoothing, 0.0, 1.0)
+    check_range(0.0, 1.0, label_smoothing=label_smoothing)
     if mean_logp is None:
         if label_smoothing > 0:
             raise ValueError(f"label_smoothing = {label_smoothing} needs mean_logp, the mean over the vocabulary")
@@ -65,7 +65,7 @@ def value_loss(
     if clip is None or old_values is None:
         ok, (values, targets) = aligned(values=values, targets=targets.detach())
         return nan_unless(ok, 0.5 * (values - targets).square())
-    check_range("clip", clip, 0.0, open_low=True)
+    check_range(0.0, open_low=True, clip=clip)
     ok, (values, targets, old) = aligned(values=values, targets=targets.detach(), old_values=old_values.detach())
     clipped = old + (values - old).clamp(-clip, clip)
     return nan_unless(ok, 0.5 * torch.maximum((values - targets).square(), (clipped - targets).square()))
@@ -77,7 +77,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor, margin: float | Tensor = 0.0
     Margin: Llama 2 (arXiv 2307.09288, eq. 2). Centering: Eisenstein et al. 2023 (2312.09244), 0.01 there; it fixes the
     constant that the comparison leaves free.
     """
-    check_range("centering", centering, 0.0)
+    check_range(0.0, centering=centering)
     if isinstance(margin, Tensor):
         check_broadcast(chosen=chosen, rejected=rejected, margin=margin)
         margin = margin.detach()
@@ -100,7 +100,7 @@ def dpo(
     h = (chosen - ref_chosen) - (rejected - ref_rejected), of sums over tokens. e = label_smoothing in [0, 0.5) is the
     probability that a label is flipped (conservative DPO).
     """
-    check_range("label_smoothing", label_smoothing, 0.0, 0.5)
+    check_range(0.0, 0.5, label_smoothing=label_smoothing)
     h = beta * _preference_margin(chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp, beta)
     loss = -(1 - label_smoothing) * F.logsigmoid(h)
     return loss - label_smoothing * F.logsigmoid(-h) if label_smoothing else loss
@@ -133,9 +133,8 @@ def kto(
     w_u (1 - sigmoid(beta (z - h))). `kl` estimates KL(pi || ref) in nats per sequence: the mean of h over pairs of a
     prompt with another prompt's completion; it is a constant. ValueError: shapes do not fit, beta or a weight <= 0.
     """
-    check_range("beta", beta, 0.0, open_low=True)
-    check_range("desirable_weight", desirable_weight, 0.0)
-    check_range("undesirable_weight", undesirable_weight, 0.0)
+    check_range(0.0, open_low=True, beta=beta)
+    check_range(0.0, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
     desirable = as_mask(desirable, logp=logp, ref_logp=ref_logp)
     logp, ref_logp = floats(logp, ref_logp.detach())
     reference = (kl.detach() if isinstance(kl, Tensor) else torch.tensor(kl)).to(logp).clamp(min=0.0)
@@ -154,10 +153,10 @@ def orpo(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, *, lam: float) ->
     odds = P / (1 - P) with P = exp(mean log-prob). P within one unit of rounding of 1 counts as that far below 1.
     ValueError: shapes differ, lam negative, a mean log-prob above 0.
     """
-    check_range("lam", lam, 0.0)
+    check_range(0.0, lam=lam)
     chosen, rejected = alike(chosen_mean_logp=chosen_mean_logp, rejected_mean_logp=rejected_mean_logp)
     highest = max(float(x.detach().max()) if x.numel() else 0.0 for x in (chosen, rejected))
-    check_range("mean log-prob", highest, high=0.0)
+    check_range(-math.inf, 0.0, **{"mean log-prob": highest})  # pyright: ignore[reportArgumentType]
     return -chosen - lam * F.logsigmoid(_log_odds(chosen) - _log_odds(rejected))
 
 
@@ -166,7 +165,7 @@ def simpo(chosen_mean_logp: Tensor, rejected_mean_logp: Tensor, *, beta: float, 
 
     `margin` is the paper's gamma, in units of the scaled difference. [B], [B] -> [B].
     """
-    check_range("beta", beta, 0.0, open_low=True)
+    check_range(0.0, open_low=True, beta=beta)
     chosen, rejected = alike(chosen_mean_logp=chosen_mean_logp, rejected_mean_logp=rejected_mean_logp)
     return -F.logsigmoid(beta * (chosen - rejected) - margin)
 
@@ -177,7 +176,7 @@ def minimum_risk(logp_PG: Tensor, costs_PG: Tensor, mask_PG: Tensor | None = Non
     `logp_PG` are sums over tokens; the mask removes duplicates (the paper's set has none) and missing entries.
     A group with one entry has gradient 0; an empty one is 0. ValueError: shapes differ, alpha not positive.
     """
-    check_range("alpha", alpha, 0.0, open_low=True)
+    check_range(0.0, open_low=True, alpha=alpha)
     check_rank(2, logp_PG=logp_PG, costs_PG=costs_PG)
     mask = torch.ones_like(logp_PG, dtype=torch.bool) if mask_PG is None else mask_PG
     mask = as_mask(mask, logp_PG=logp_PG, costs_PG=costs_PG)
@@ -235,7 +234,7 @@ def classification_policy_gradient(logits: Tensor, rewards_per_class: Tensor) ->
 def _preference_margin(
     chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor, beta: float
 ) -> Tensor:
-    check_range("beta", beta, 0.0, open_low=True)
+    check_range(0.0, open_low=True, beta=beta)
     chosen, rejected, ref_chosen, ref_rejected = alike(
         chosen_logp=chosen,
         rejected_logp=rejected,

@@ -1,23 +1,26 @@
 """Attention on the CPU over blocks of 64 keys: packed segments, and sequences in a block cache (attention.cpp).
 
 A query's output is the same bits in both, alone and in company. All tensors are contiguous, of one dtype (float32 or
-bfloat16); arithmetic is float32.
+bfloat16); arithmetic is float32. Around attention, all blocks of a decoder for new tokens of cached sequences in one
+call (decoder.cpp), in bfloat16.
 
-Shapes: T rows of tokens, H query heads, K key/value heads, d head width.
+Shapes: T rows of tokens, L layers, D width, F feed-forward width, H query heads, K key/value heads, d head width.
 """
 
 from __future__ import annotations
 
+import ctypes
 from array import array
-from collections.abc import Iterable
-from ctypes import c_float, c_int, c_int64, c_void_p
-from typing import Any
+from collections.abc import Iterable, Sequence
+from ctypes import Structure, c_float, c_int, c_int64, c_void_p
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from upslope.kernels import Functions, addresses, kind_of
+from upslope.kernels.products import Reordered
 
 _lib = Functions(
     attention_packed=[c_int, *[c_void_p] * 6, *[c_int64] * 4, c_int, c_float],
@@ -28,6 +31,7 @@ _lib = Functions(
         *(*[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 3, c_float),
     ],
     cache_write=[c_int, *[c_void_p] * 5, c_int64, c_void_p, *[c_int64] * 2, c_int],
+    decode=[c_void_p] * 5,
 )
 
 
@@ -172,3 +176,124 @@ def attention_step(
     room, cached = addresses(scales, q, k, v, *angles), addresses(keys, values, out_TC, lse_TH)
     sizes = *_described(segments), tables, *_sizes(q, k)
     _lib.attention_step(kind_of(q.dtype), *before, eps, *room, q.shape[0], *cached, *sizes, scale)
+
+
+class DecoderShape(Structure):
+    """The sizes of the blocks (d of a head), the eps of their norms, and what scales their scores."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("layers", "width", "intermediate", "heads", "kv_heads", "d")),
+        *((name, c_float) for name in ("eps", "scale")),
+    )
+
+
+Product = TypeVar("Product")
+Weight = tuple[Reordered, Tensor | None]
+"""A product's weight, and its bias."""
+
+
+class BlockWeights(NamedTuple, Generic[Product]):
+    """One block: norm weights, those of the heads where there are any, and what its four products are made with."""
+
+    first_norm: Tensor
+    second_norm: Tensor
+    head_norms: tuple[Tensor, Tensor] | None
+    attend: Product
+    out: Product
+    widen: Product
+    narrow: Product
+
+
+class KeptRows(NamedTuple):
+    """Where each layer's results go, [L, R, .] each, from row `first` on (models/decoder/fast.py); float32 lse."""
+
+    products: Tensor
+    attended: Tensor
+    middle: Tensor
+    gates: Tensor
+    ends: Tensor
+    lse: Tensor
+    first: int
+
+
+class _Product(Structure):
+    _fields_ = (("weight", c_void_p), ("bias", c_void_p), ("block", c_int64))
+
+
+class _Block(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("first_norm", "second_norm", "q_norm", "k_norm")),
+        *((name, _Product) for name in ("attend", "out", "widen", "narrow")),
+    )
+
+
+class _Call(Structure):
+    _fields_ = (
+        ("rows", c_int64),
+        *((name, c_void_p) for name in ("x", "normed", "delta", "gated", "q", "k", "v", "scales", "cosine", "sine")),
+        *((name, c_void_p) for name in ("keys", "values")),
+        ("cache_stride", c_int64),
+        ("segments", c_void_p),
+        ("size", c_int64),
+        ("tables", c_void_p),
+    )
+
+
+class _Results(Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("products", "attended", "middle", "gates", "ends", "lse")),
+        *((f"{name}_stride", c_int64) for name in ("products", "attended", "middle", "gates", "ends", "lse")),
+    )
+
+
+class DecoderBlocks:
+    """The blocks of a decoder, and the norm after the last; their weights are held as they are now."""
+
+    def __init__(self, shape: DecoderShape, blocks: Sequence[BlockWeights[Weight]], last_norm: Tensor) -> None:
+        self.shape, self._held, self._last_norm = shape, list(blocks), last_norm
+        self._blocks = (_Block * len(blocks))(*map(_in_c, blocks))
+
+    def run(
+        self,
+        x_TD: Tensor,
+        angles_Td: tuple[Tensor, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        segments: array[int],
+        tables: array[int],
+        kept: KeptRows | None = None,
+    ) -> Tensor:
+        """Normed hidden states [T, D] of embedded tokens x (overwritten).
+
+        keys, values: the cache [L, ., K, 64, d]; segments and tables as `kernels.attention.attention_step` reads them;
+        angles: cosines and sines [T, d / 2], float32.
+        """
+        s, rows = self.shape, x_TD.shape[0]
+        if x_TD.dtype != torch.bfloat16 or x_TD.shape[1] != s.width or keys.shape[0] != s.layers:
+            raise ValueError(f"x {list(x_TD.shape)} in {x_TD.dtype}, cache {list(keys.shape)}: not of this decoder")
+        cosine, sine = angles_Td
+        normed, delta = torch.empty_like(x_TD), torch.empty_like(x_TD)
+        gated = x_TD.new_empty(rows, s.intermediate)
+        q, k, v = (x_TD.new_empty(rows, n * s.d) for n in (s.heads, s.kv_heads, s.kv_heads))
+        scales = torch.empty(max(rows, s.heads), dtype=torch.float32)
+        room = (x_TD, normed, delta, gated, q, k, v, scales, cosine, sine, keys, values)
+        call = _Call(rows, *addresses(*room), keys.stride(0), *_described(segments), tables.buffer_info()[0])
+        if kept is None:
+            products = x_TD.new_empty(rows, (s.heads + 2 * s.kv_heads) * s.d)
+            attended = x_TD.new_empty(rows, s.heads * s.d)
+            gates = x_TD.new_empty(rows, 2 * s.intermediate)
+            results = _Results(*addresses(products, attended, x_TD, gates, x_TD))
+        else:
+            stores = kept[:-1]
+            starts = (x.data_ptr() + kept.first * x.stride(1) * x.element_size() for x in stores)
+            results = _Results(*starts, *(x.stride(0) for x in stores))
+        structures = map(ctypes.addressof, (s, call, results))
+        _lib.decode(ctypes.addressof(self._blocks), self._last_norm.data_ptr(), *structures)
+        return normed
+
+
+def _in_c(block: BlockWeights[Weight]) -> _Block:
+    norms = (block.first_norm, block.second_norm, *(block.head_norms or (None, None)))
+    products = (block.attend, block.out, block.widen, block.narrow)
+    described = (_Product(*addresses(weight.weight, bias), weight.block) for weight, bias in products)
+    return _Block(*addresses(*norms), *described)

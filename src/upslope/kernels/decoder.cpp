@@ -25,7 +25,7 @@ struct Product {
   int64_t block;
 };
 
-// The field names and their order are kernels/decoder.py's, here and below.
+// The field names and their order are kernels/attention.py's, here and below.
 struct Block {
   const void *first_norm, *second_norm, *q_norm, *k_norm;
   Product attend, out, widen, narrow;

@@ -11,7 +11,7 @@ from upslope.functional.kl import AdaptiveKL, k1
 from upslope.functional.metrics import explained_variance
 from upslope.functional.returns import discounted_returns
 from upslope.functional.supervised_losses import value_loss
-from upslope.models.heads import ScalarHead
+from upslope.models.protocol import ScalarHead
 from upslope.options import PPOOptions, ReinforceOptions, RunOptions
 from upslope.training.checkpoint import Part
 from upslope.training.experience import Experience

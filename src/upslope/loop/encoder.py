@@ -27,15 +27,17 @@ from upslope.loop.learner import Learner
 from upslope.models.encoder.items import (
     Input,
     ItemBatch,
+    Start,
+    check_length,
     groups_of,
     item_logits,
     keys_of,
     likeliest,
+    load_start,
     padded_batch,
     pads_of,
     scores,
 )
-from upslope.models.encoder.labellers import Start, check_length, load_start
 from upslope.models.encoder.network import Encoder, Kind, load_encoder
 from upslope.options.supervised import EncoderOptions
 from upslope.runs.encoding import to_json

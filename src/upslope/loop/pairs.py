@@ -22,7 +22,7 @@ from upslope.loop.fingerprint import prompt_row
 from upslope.loop.kept import BEYOND, DataAccount, Split, tell_task, too_long
 from upslope.loop.learner import PolicyLearner
 from upslope.models.files.loading import save_model
-from upslope.models.seq2seq.config import Seq2SeqConfig
+from upslope.models.seq2seq.layers import Seq2SeqConfig
 from upslope.models.seq2seq.network import Seq2Seq
 from upslope.options.supervised import SCRATCH, Seq2SeqOptions
 from upslope.rewards.functions import nearest, references_of, similarity

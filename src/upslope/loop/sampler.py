@@ -20,7 +20,7 @@ from upslope.evaluation.measurement import mean_of
 from upslope.evaluation.verdicts import evaluate
 from upslope.functional.advantages import has_signal
 from upslope.loop.prompts import ask
-from upslope.models.decoder.activations import Activations
+from upslope.models.decoder.fast import Activations
 from upslope.options import GRPOOptions, RLOptions
 from upslope.rewards.judge import Judge
 from upslope.rewards.summands import Surroundings

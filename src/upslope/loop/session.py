@@ -24,7 +24,7 @@ from upslope.loop import fingerprint
 from upslope.loop.closing import commands_of, last_words, measured, opening_words, told_when_stopped
 from upslope.loop.launch import Begun, begin, of_run, open_run, state_errors
 from upslope.loop.learner import Learner
-from upslope.models.encoder.labellers import Start
+from upslope.models.encoder.items import Start
 from upslope.options import RunOptions
 from upslope.runs.folder import HELD_OUT, Run
 from upslope.runs.lines import in_words

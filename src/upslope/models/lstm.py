@@ -231,29 +231,24 @@ class _Recurrence(torch.autograd.Function):
 
 
 class _Layers(nn.Module):
-    """The weights of a stack of LSTM layers, named and shaped as torch.nn.LSTM names and shapes them."""
+    """The weights of a stack of LSTM layers, named and shaped as torch.nn.LSTM names and shapes them.
+
+    Uniform in +-1/sqrt(H) as torch does; the forget gate's bias is 1, so that a fresh cell remembers (Gers et al. 2000;
+    Jozefowicz, Zaremba & Sutskever 2015).
+    """
 
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
-        self.width, self.layers = width, layers
         for layer in range(layers):
-            for name, shape in (("weight_ih", (4 * width, width)), ("weight_hh", (4 * width, width))):
+            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"):
+                shape = (4 * width, width) if name.startswith("weight") else (4 * width,)
                 self.register_parameter(f"{name}_l{layer}", nn.Parameter(torch.empty(shape)))
-            for name in ("bias_ih", "bias_hh"):
-                self.register_parameter(f"{name}_l{layer}", nn.Parameter(torch.empty(4 * width)))
-        self.reset()
-
-    def reset(self) -> None:
-        """Uniform in +-1/sqrt(H) as torch does; the forget gate's bias is 1, so that a fresh cell remembers.
-
-        (Gers et al. 2000; Jozefowicz, Zaremba & Sutskever 2015.)
-        """
-        bound = self.width**-0.5
+        bound = width**-0.5
         for name, parameter in self.named_parameters():
             nn.init.zeros_(parameter) if "bias" in name else nn.init.uniform_(parameter, -bound, bound)
-        for layer in range(self.layers):
-            with torch.no_grad():
-                getattr(self, f"bias_ih_l{layer}")[self.width : 2 * self.width] = 1.0
+        with torch.no_grad():
+            for layer in range(layers):
+                getattr(self, f"bias_ih_l{layer}")[width : 2 * width] = 1.0
 
     def forward(self, x: Tensor, layer: int, h0: Tensor, c0: Tensor, schedule: _Schedule) -> tuple[Tensor, Tensor]:
         """States h, c [T, H] of one layer for its inputs [T, H], both in the schedule's order."""
@@ -279,9 +274,7 @@ class LSTM(CausalModel):
     """
 
     def __init__(self, config: LSTMConfig, *, gradient_checkpointing: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
+        super().__init__(config, gradient_checkpointing)
         self.model = _Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -1,9 +1,10 @@
 """What every network gives the engine and the trainer: hidden states of packed tokens, and a head over them.
 
-Shapes: T tokens laid end to end, H query heads, K key/value heads, d head width, D model width, V vocabulary.
+Shapes: T tokens laid end to end, N rows, H query heads, K key/value heads, d head width, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from upslope.errors import ModelError
-from upslope.kernels.products import least_rows, pad_rows
-from upslope.models.linear import PackedWeights
+from upslope.kernels.products import PackedWeights, least_rows, pad_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,21 @@ def check_rows(rows: int, count: int, where: object) -> None:
         )
 
 
-class CausalModel(nn.Module):
+class Network(nn.Module):
+    """A module that says where its weights are and what it computes in."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+
+class CausalModel(Network):
     """A network that predicts the next token of packed sequences, with a linear head over its hidden states.
 
     `whole_prompts` says that a prompt must enter in one call, from its first token on: the engine then never cuts one
@@ -97,7 +111,11 @@ class CausalModel(nn.Module):
     spec: ModelSpec
     whole_prompts: bool = False
     captures: bool = False
-    gradient_checkpointing: bool = False
+
+    def __init__(self, config: Any = None, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = gradient_checkpointing
 
     def forward(self, tokens_T: Tensor, context: Context) -> Tensor:
         """Hidden states [T, D] after the last norm, before the head."""
@@ -130,25 +148,15 @@ class CausalModel(nn.Module):
         """
         rows = len(self.output_weight)
         check_rows(rows, count, where)
-        shared = self.spec.input_vocab_size == self.spec.vocab_size
-        inputs = count if shared else self.spec.input_vocab_size
-        self.spec = replace(self.spec, vocab_size=count, input_vocab_size=inputs)
+        inputs = self.spec.input_vocab_size
+        shared = inputs == self.spec.vocab_size
+        self.spec = replace(self.spec, vocab_size=count, input_vocab_size=count if shared else inputs)
         return rows - count
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The compute dtype."""
-        return next(self.parameters()).dtype
 
     @property
     def exact(self) -> bool:
         """Whether decoding gives the bits of the packed forward pass: true of upslope's own networks on a CPU."""
         return self.device.type == "cpu"
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
 
     def run(self, layer: nn.Module, *args: Any) -> Any:
         """layer(*args), by way of a checkpoint where activations are not to be kept."""
@@ -162,3 +170,46 @@ class CausalModel(nn.Module):
         rows = pad_rows(hidden_ND, least=least_rows(weight.numel()))
         every = F.linear(rows, weight) if packed is None else packed.linear(rows, weight)
         return every[: hidden_ND.shape[0]]
+
+
+@contextmanager
+def evaluating(*modules: torch.nn.Module | None) -> Iterator[None]:
+    """Dropout off and no gradient, and the previous modes back afterwards."""
+    real = [m for m in modules if m is not None]
+    modes = [m.training for m in real]
+    for module in real:
+        module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in zip(real, modes, strict=True):
+            module.train(mode)
+
+
+class ScalarHead(nn.Module):
+    """One number per hidden state, computed in float32: [N, D] -> [N].
+
+    Starts at zero, so that a fresh critic says V = 0 everywhere and the first advantages are the returns. The weight
+    has the name and shape [1, D] of Hugging Face's sequence classifiers with one label, so that a reward model's head
+    loads as a critic's.
+    """
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.score.weight)
+        nn.init.zeros_(self.score.bias)
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
+        """Move with the model, but stay in float32 (or float64): a value is a regression target, not a logit."""
+        super()._apply(fn, recurse)
+        for parameter in self.parameters():
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+        return self
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """Row by row, as a sum of products: independent of how many rows there are."""
+        weight = self.score.weight
+        return (hidden_ND.to(weight.dtype) * weight[0]).sum(-1) + self.score.bias

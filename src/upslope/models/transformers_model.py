@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from upslope.errors import ModelError, one_line
-from upslope.kernels.products import pad_rows
+from upslope.kernels.products import PackedWeights, pad_rows
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.config_json import LIBRARY_ERRORS, check_sizes, transformers_config
 from upslope.models.files.folders import listed
 from upslope.models.files.weights import check_finite, read_shapes
-from upslope.models.linear import PackedWeights
 from upslope.models.protocol import CausalModel, Context, ModelSpec
 
 ATTENTION = "upslope"
@@ -46,17 +45,17 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """The attention function transformers calls: q [1, H, T, d], k and v [1, K, T, d] -> [1, T, H, d]."""
     name = type(module).__name__
-    if upslope_context is None:
-        raise ModelError(f"{name} does not pass keyword arguments on to its attention, which the adapter needs")
-    if not getattr(module, "is_causal", True):
-        raise ModelError(f"{name} is not causal")
-    if options.get("softcap") is not None or options.get("s_aux") is not None:
-        raise ModelError(f"{name} uses attention sinks or softcapping")
+    layer, capped = getattr(module, "layer_idx", None), options.get("softcap") is not None
+    for refused, why in (
+        (upslope_context is None, "does not pass keyword arguments on to its attention, which the adapter needs"),
+        (not getattr(module, "is_causal", True), "is not causal"),
+        (capped or options.get("s_aux") is not None, "uses attention sinks or softcapping"),
+        (layer is None, "does not know its layer's number"),
+    ):
+        if refused:
+            raise ModelError(f"{name} {why}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    layer = getattr(module, "layer_idx", None)
-    if layer is None:
-        raise ModelError(f"{name} does not know its layer's number")
     return upslope_context.attend(layer, q, k, v, scale)[None], None
 
 
@@ -284,13 +283,8 @@ def _quiet_config(folder: Path | str) -> PreTrainedConfig:
 
 def _check_report(report: Mapping[str, Any], folder: Path | str) -> None:
     """transformers warns and fills gaps with random numbers; here a gap is an error."""
-    parts = []
-    for key, kind in (
-        ("missing_keys", "missing"),
-        ("unexpected_keys", "unexpected"),
-        ("mismatched_keys", "misshapen"),
-        ("error_msgs", "unreadable"),
-    ):
+    parts, faults = [], {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "misshapen"}
+    for key, kind in {**faults, "error_msgs": "unreadable"}.items():
         names = sorted(str(item[0]) if isinstance(item, tuple) else str(item) for item in report.get(key) or ())
         if names:
             parts.append(listed(kind, names))
@@ -304,42 +298,33 @@ def _refusal(config: PreTrainedConfig, network: PreTrainedModel | None = None) -
     kinds = set(get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     window = sliding_window(config)
     softcap = next((key for key in ("attn_logit_softcapping", "final_logit_softcapping") if get(key)), None)
-    if config.is_encoder_decoder:
-        return "is an encoder-decoder"
-    if config.get_text_config() is not config:
-        return "takes more than text"
-    if get("quantization_config"):
-        return "has quantised weights; take the unquantised model"
-    if kinds:
-        return f"has layers other than full attention ({', '.join(sorted(kinds))})"
-    if window is not None:
-        return f"has a sliding window of {window}, shorter than its context"
-    if get("attention_chunk_size"):
-        return "attends in chunks"
-    if softcap:
-        return f"caps its logits ({softcap})"
-    if get("alibi") or get("position_embedding_type") == "alibi":
-        return "adds position biases to the scores (ALiBi)"
-    if network is None:
-        return None
-    if getattr(network, "_is_stateful", False):
-        return "keeps a recurrent state"
-    if not network._supports_attention_backend:
-        return "does not call transformers' attention interface"
-    if any(name.rpartition(".")[2] == "sinks" for name, _ in network.named_parameters()):
-        return "uses attention sinks"
-    return None
+    more = not config.is_encoder_decoder and config.get_text_config() is not config
+    reasons = [
+        (config.is_encoder_decoder, "is an encoder-decoder"),
+        (more, "takes more than text"),
+        (get("quantization_config"), "has quantised weights; take the unquantised model"),
+        (kinds, f"has layers other than full attention ({', '.join(sorted(kinds))})"),
+        (window is not None, f"has a sliding window of {window}, shorter than its context"),
+        (get("attention_chunk_size"), "attends in chunks"),
+        (softcap, f"caps its logits ({softcap})"),
+        (get("alibi") or get("position_embedding_type") == "alibi", "adds position biases to the scores (ALiBi)"),
+    ]
+    if network is not None:
+        sinks = any(name.rpartition(".")[2] == "sinks" for name, _ in network.named_parameters())
+        reasons += [
+            (getattr(network, "_is_stateful", False), "keeps a recurrent state"),
+            (not network._supports_attention_backend, "does not call transformers' attention interface"),
+            (sinks, "uses attention sinks"),
+        ]
+    return next((reason for applies, reason in reasons if applies), None)
 
 
 def sliding_window(config: PreTrainedConfig) -> int | None:
     """The sliding window in effect, or None when every token of the longest context sees all before it."""
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
-        return None
-    if types and "sliding_attention" not in types:
-        return None
-    return window if window < _max_positions(config) else None
+    unused = getattr(config, "use_sliding_window", True) is False or (types and "sliding_attention" not in types)
+    return window if window and not unused and window < _max_positions(config) else None
 
 
 def _max_positions(config: PreTrainedConfig) -> int:
@@ -369,7 +354,5 @@ def _logit_scale(config: PreTrainedConfig) -> float:
 
 def _intermediate_size(config: PreTrainedConfig) -> int:
     """Width of the feed-forward layers (an estimate of 4 D where the configuration does not say)."""
-    for key in ("intermediate_size", "ffn_dim", "n_inner"):
-        if isinstance(size := getattr(config, key, None), int):
-            return size
-    return 4 * config.hidden_size
+    sizes = (getattr(config, key, None) for key in ("intermediate_size", "ffn_dim", "n_inner"))
+    return next((size for size in sizes if isinstance(size, int)), None) or 4 * config.hidden_size

@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from upslope.loop.sampler import room_for_activations
 from upslope.loop.session import peak_memory_gb, resident_memory_gb
 from upslope.models.attention.context import BLOCK, KVCache
-from upslope.models.decoder.activations import bytes_per_token
+from upslope.models.decoder.fast import bytes_per_token
 from upslope.options import DPOOptions, ExpertOptions, RLOptions, RunOptions
 from upslope.preview.plan import Plan, plan_of
 from upslope.recipes.dpo import REFERENCED

@@ -29,8 +29,7 @@ from upslope.errors import ConfigError
 from upslope.evaluation.classification import classification_report, pearson, spearman
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, prepared, rewards_of, tell_counts
 from upslope.loop.session import Recipe
-from upslope.models.encoder.items import Input
-from upslope.models.encoder.labellers import Start, inputs_of
+from upslope.models.encoder.items import Input, Start, inputs_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.supervised import ClassifyOptions
 from upslope.runs.progress import told

@@ -39,8 +39,7 @@ from upslope.loop.session import Recipe
 from upslope.models.attention.context import PackedContext
 from upslope.models.files.loading import load_model
 from upslope.models.files.sources import resolve
-from upslope.models.modes import evaluating
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, evaluating
 from upslope.options import DistillOptions
 from upslope.rollout import length_metrics, sample
 from upslope.runs.progress import told

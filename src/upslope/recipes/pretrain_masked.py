@@ -23,10 +23,9 @@ from upslope.functional.logprobs import log_softmax
 from upslope.functional.supervised_losses import nll
 from upslope.loop.encoder import EncoderLearner
 from upslope.loop.texts import load_texts
-from upslope.models.encoder.items import Input, ItemBatch, item_logits
-from upslope.models.encoder.labellers import Start
+from upslope.models.encoder.items import Input, ItemBatch, Start, item_logits
 from upslope.models.encoder.network import Encoder
-from upslope.models.modes import evaluating
+from upslope.models.protocol import evaluating
 from upslope.options.supervised import PretrainOptions
 from upslope.training.stopping import Evaluation, StepResult
 

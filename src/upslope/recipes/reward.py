@@ -39,7 +39,7 @@ from upslope.models.files.loading import (
     stored_score,
 )
 from upslope.models.files.weights import load as load_weights
-from upslope.models.heads import ScalarHead
+from upslope.models.protocol import ScalarHead
 from upslope.options import RewardOptions
 from upslope.training.optim import Group
 from upslope.training.step import Forward, Loss, Outputs, Unit, after_tokens

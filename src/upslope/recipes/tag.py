@@ -26,7 +26,7 @@ from upslope.data.labels import (
 from upslope.evaluation.classification import entity_report, token_report
 from upslope.loop.encoder import Data, LabelLearner, Rows, account_of, prepared, rewards_of, tell_counts
 from upslope.loop.session import Recipe
-from upslope.models.encoder.labellers import Sentences, Start, cut_words, pieces_of
+from upslope.models.encoder.items import Sentences, Start, cut_words, pieces_of
 from upslope.models.encoder.network import Encoder
 from upslope.options.supervised import TagOptions
 from upslope.training.stopping import Evaluation

@@ -38,8 +38,7 @@ from upslope.errors import ConfigError, DataError, ModelError
 from upslope.models.encoder.network import Encoder, load_encoder
 from upslope.models.files.loading import RewardSettings, load_model, load_reward_folder
 from upslope.models.files.sources import resolve
-from upslope.models.heads import ScalarHead
-from upslope.models.protocol import CausalModel
+from upslope.models.protocol import CausalModel, ScalarHead
 from upslope.rewards.functions import distinct_share
 from upslope.rewards.summands import Surroundings
 from upslope.training.step import Forward, after_tokens, score

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 from upslope.data.chat import encode_text
 from upslope.data.pieces import PairTokenizer, encode_pieces
-from upslope.devices.threads import apart
+from upslope.devices.hardware import apart
 from upslope.engine import Engine, TokenMask
 from upslope.errors import ModelError, RunError, UpslopeError
 from upslope.models.files.weights import check_shapes

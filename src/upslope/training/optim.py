@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from upslope.devices.hardware import keep_freed_memory
 from upslope.errors import ConfigError, RunError
-from upslope.kernels.sums import accumulate_
+from upslope.kernels.rows import accumulate_
 from upslope.options import EncoderOptions, ExpertOptions, PretrainOptions, RunOptions, Seq2SeqOptions, SFTOptions
 from upslope.options.finetune import PreferenceData
 

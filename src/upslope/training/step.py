@@ -24,10 +24,8 @@ from upslope.data.batching import collate, padded_from_flat, split_by_tokens
 from upslope.errors import RunError
 from upslope.functional.logprobs import linear_token_logprobs
 from upslope.models.attention.context import PackedContext
-from upslope.models.heads import ScalarHead
-from upslope.models.lora_dropout import dropping, packed_keys
-from upslope.models.modes import evaluating
-from upslope.models.protocol import CausalModel
+from upslope.models.lora import dropping, packed_keys
+from upslope.models.protocol import CausalModel, ScalarHead, evaluating
 from upslope.training.optim import MasterAdamW
 from upslope.types import Batch, Example
 

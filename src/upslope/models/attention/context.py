@@ -3,8 +3,12 @@
 The sum over keys always runs block by block with a float32 running maximum, normaliser and accumulator, so that a
 query's output is the same number, bit for bit, whether it is computed alone from the cache (decode), in a packed
 batch (training) or behind a shared prompt. Here stands which rows are queries and keys of a call. The arithmetic is
-in kernels.attention for float32 and bfloat16 on a CPU, in models.attention.gpu on a GPU (fast, but not of the same bits
-in training and decoding), in models.attention.padded everywhere else.
+in kernels.attention for float32 and bfloat16 on a CPU, in models.attention.padded everywhere but on a GPU.
+
+There it is fast, but not of the same bits in training and decoding: packed segments by torch's flex_attention, cached
+sequences by kernels.paged_triton. What a packed token may see is a mask of its own segment and the one that this
+continues; which tiles of 128 x 128 have anything to compute is known from the segments, so a shared prompt lies there
+once and is read by all that continue it. FlexAttention: Dong et al. 2024, arXiv 2412.05496.
 
 Shapes: L layers, T packed tokens, H query heads, K key/value heads, d head width, S sequences.
 """
@@ -13,19 +17,131 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
+from importlib.util import find_spec
 from itertools import accumulate, chain
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from upslope.kernels import usable
 from upslope.kernels.attention import describe, packed_attention, paged_attention, write_cache
-from upslope.models.attention.block_softmax import BLOCK
-from upslope.models.attention.gpu import PackedFlex, PagedTiles, fused_on
-from upslope.models.attention.padded import PackedBuckets, PagedBuckets
-from upslope.models.linear import PackedWeights
+from upslope.kernels.products import PackedWeights
+from upslope.models.attention.padded import BLOCK, PackedBuckets, PagedBuckets
 from upslope.models.protocol import Context, ModelSpec, Segment
+
+TILE = 128
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fused_on(x: Tensor) -> bool:
+    """Whether the fused attention of a GPU takes this tensor: on CUDA, with Triton, not in float64."""
+    return x.is_cuda and x.dtype in _DTYPES and fused_attention()
+
+
+@cache
+def fused_attention() -> bool:
+    """Whether a GPU's fused attention can be used here: Triton is installed."""
+    return find_spec("triton") is not None
+
+
+class PackedFlex:
+    """The segments of a PackedContext as a block mask; differentiable. Off CUDA it runs unfused, for tests."""
+
+    def __init__(self, segments: Sequence[Segment], *, causal: bool, device: torch.device | str) -> None:
+        from torch.nn.attention.flex_attention import BlockMask  # takes a second: only where it is used
+
+        self.total = segments[-1].row + segments[-1].count
+        self.extra = -self.total % TILE
+        # what fills the last tile up is a segment of its own, so that every row sees something
+        filled = [*segments, Segment(self.total, self.extra, 0)] if self.extra else list(segments)
+        counts = torch.tensor([s.count for s in filled])
+        own = torch.arange(len(filled)).repeat_interleave(counts).to(device)
+        parent = torch.tensor([s.parent for s in filled]).repeat_interleave(counts).to(device)
+        place = torch.cat([torch.arange(s.start, s.start + s.count) for s in filled]).to(device)
+
+        def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            related = (own[q] == own[k]) | (parent[q] == own[k])
+            return related & (place[k] <= place[q]) if causal else related
+
+        some, every = _tiles(filled, causal=causal)
+        tiles = *_ordered(some & ~every), *_ordered(every)
+        self.mask = BlockMask.from_kv_blocks(
+            *tiles, BLOCK_SIZE=TILE, mask_mod=sees, seq_lengths=(self.total + self.extra,) * 2
+        ).to(device)
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
+        """Attention within each segment and what it continues, [T, H, d]."""
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, self.extra)).transpose(0, 1)[None] for x in (q_THd, k_TKd, v_TKd))
+        out = _flex_attention(compiled=q.is_cuda)(q, k, v, block_mask=self.mask, scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)[: self.total]
+
+
+class PagedTiles:
+    """The new tokens of a PagedContext in tiles of consecutive tokens of one sequence, and its block tables."""
+
+    def __init__(
+        self, tables: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int], device: torch.device
+    ) -> None:
+        width = max(map(len, tables))
+        self.tables_SB = torch.tensor([[*t, *[0] * (width - len(t))] for t in tables], dtype=torch.int32).to(device)
+        self._columns = tuple(starts), tuple(counts)
+        self._tiles: dict[int, Tensor] = {}
+
+    def attend(self, q_THd: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+        """Attention to everything up to each query in one layer's blocks [., K, BLOCK, d]; [T, H, d]."""
+        from upslope.kernels.paged_triton import paged_attention_gpu, tile_tokens
+
+        longest = min(tile_tokens(q_THd.shape[1], keys.shape[1]), max(self._columns[1]))
+        tiles = self._tiles.get(longest)
+        if tiles is None:
+            tiles = self._tiles[longest] = self._tiles_of(longest).to(q_THd.device)
+        return paged_attention_gpu(q_THd, keys, values, self.tables_SB, tiles, scale=scale, longest=longest)
+
+    def _tiles_of(self, longest: int) -> Tensor:
+        """int32 [n, 4]: sequence, row of the call, position in the sequence, number of tokens."""
+        found, row = [], 0
+        for sequence, (start, count) in enumerate(zip(*self._columns, strict=True)):
+            for offset in range(0, count, longest):
+                found.append([sequence, row + offset, start + offset, min(longest, count - offset)])
+            row += count
+        return torch.tensor(found, dtype=torch.int32)
+
+
+@cache
+def _flex_attention(*, compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+
+
+def _tiles(segments: Sequence[Segment], *, causal: bool) -> tuple[Tensor, Tensor]:
+    """Which key tiles the rows of a query tile see something of, and which all of them see whole: two bool [n, n]."""
+    count = -(-(segments[-1].row + segments[-1].count) // TILE)
+    some = torch.zeros(count, count, dtype=torch.bool)
+    whole = torch.zeros(count, count, dtype=torch.int32)
+    members = torch.zeros(count, 1, dtype=torch.int32)
+    for s in segments:
+        for tile in range(s.row // TILE, (s.row + s.count - 1) // TILE + 1):
+            first, end = max(s.row, tile * TILE), min(s.row + s.count, (tile + 1) * TILE)
+            members[tile] += 1
+            spans = [(s.row, end, first + 1) if causal else (s.row, s.row + s.count, s.row + s.count)]
+            if s.parent != -1:
+                p = segments[s.parent]
+                spans.append((p.row, p.row + p.count, p.row + p.count))
+            for low, high, seen_by_all in spans:
+                some[tile, low // TILE : (high - 1) // TILE + 1] = True
+                whole[tile, -(-low // TILE) : seen_by_all // TILE] += 1
+    return some, whole == members
+
+
+def _ordered(tiles_nn: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles are set in each row, and the numbers of the set ones, in order, before all others; int32."""
+    counts = tiles_nn.sum(1, dtype=torch.int32)
+    order = torch.argsort((~tiles_nn).to(torch.uint8), dim=1, stable=True).to(torch.int32)
+    return counts[None, None], order[None, None]
 
 
 class KVCache:
@@ -173,12 +289,9 @@ class PagedContext(Context):
         return describe(zip(self._rows, self._counts, self._starts, first_block, strict=False))
 
     @cached_property
-    def _buckets(self) -> PagedBuckets:
-        return PagedBuckets(self._tables, self._starts, self._counts, self.cache.keys.device)
-
-    @cached_property
-    def _on_gpu(self) -> PagedTiles:
-        return PagedTiles(self._tables, self._starts, self._counts, self.cache.keys.device)
+    def _laid_out(self) -> PagedBuckets | PagedTiles:
+        kind = PagedTiles if fused_on(self.cache.keys) else PagedBuckets
+        return kind(self._tables, self._starts, self._counts, self.cache.keys.device)
 
     @cached_property
     def _slots(self) -> tuple[Tensor, Tensor]:
@@ -223,43 +336,4 @@ class PagedContext(Context):
             write_cache(k_TKd, v_TKd, keys, values, self.described, self.blocks, by_column=True)
             return paged_attention(q_THd, keys, values, self.described, self.blocks, scale=scale)
         self.write(layer, k_TKd, v_TKd)
-        if fused_on(q_THd):
-            return self._on_gpu.attend(q_THd, keys, values, scale)
-        return self._buckets.attend(q_THd, keys, values, scale)
-
-
-class StepContext(Context):
-    """One new token for each of T sequences: positions int64 [T], and the cache's blocks int32 [T, B] of each.
-
-    Its tensors stay where they are, so that a captured CUDA graph can be replayed: what they hold when a call runs
-    counts, not what they held when this was made. Not differentiable. B is the number of blocks of a table.
-    """
-
-    def __init__(self, cache: KVCache, positions_T: Tensor, tables_TB: Tensor) -> None:
-        self.cache, self.positions_T, self.tables_TB = cache, positions_T, tables_TB
-        rows = torch.arange(len(positions_T), dtype=torch.int32, device=positions_T.device)
-        self.tiles_T4 = torch.stack([rows, rows, positions_T.to(torch.int32), torch.ones_like(rows)], dim=1)
-        self.blocks_T = tables_TB.gather(1, (positions_T // BLOCK)[:, None])[:, 0].long()
-        self.places_T = positions_T % BLOCK
-
-    @property
-    def segments(self) -> tuple[Segment, ...]:
-        """Not known here: they would have to be read back from the device."""
-        raise TypeError("the segments of a captured step are not known to the host")
-
-    def write(self, layer: int, k_TKd: Tensor, v_TKd: Tensor) -> None:
-        """Put the call's keys and values of `layer` into the cache."""
-        self.cache.keys[layer][self.blocks_T, :, self.places_T] = k_TKd
-        self.cache.values[layer][self.blocks_T, :, self.places_T] = v_TKd
-
-    def before(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Not offered: no network that can be captured asks for it."""
-        raise TypeError("a captured step does not keep what stands before it")
-
-    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, scale: float) -> Tensor:
-        """Put the new keys and values of `layer` into the cache, then attend to everything up to each query."""
-        from upslope.kernels.paged_triton import paged_attention_gpu
-
-        self.write(layer, k_TKd, v_TKd)
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        return paged_attention_gpu(q_THd, keys, values, self.tables_TB, self.tiles_T4, scale=scale, longest=1)
+        return self._laid_out.attend(q_THd, keys, values, scale)

@@ -24,8 +24,7 @@ from torch.nn import functional as F
 from upslope import kernels
 from upslope.errors import ModelError
 from upslope.kernels import rows
-from upslope.kernels.products import least_rows, pad_rows
-from upslope.models.linear import PackedWeights, joined_linear, lay_end_to_end, linear
+from upslope.kernels.products import PackedWeights, joined_linear, lay_end_to_end, least_rows, linear, pad_rows
 from upslope.models.protocol import CausalModel, Context, ModelSpec
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -91,7 +90,8 @@ class DecoderConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The config.json that transformers reads back into the same network."""
-        config: dict[str, Any] = {
+        scaling = {k: v for k, v in self.rope.items() if k != "rope_theta"}
+        return {
             **self.extra,
             "architectures": [_ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
@@ -101,12 +101,9 @@ class DecoderConfig:
             "rope_theta": self.rope["rope_theta"],
             "tie_word_embeddings": self.tie_word_embeddings,
             "initializer_range": self.initializer_range,
+            **({"rope_scaling": scaling} if self.rope["rope_type"] != "default" else {}),
+            **({"attention_bias": self.attention_bias} if self.model_type in ("llama", "qwen3") else {}),
         }
-        if self.rope["rope_type"] != "default":
-            config["rope_scaling"] = {k: v for k, v in self.rope.items() if k != "rope_theta"}
-        if self.model_type in ("llama", "qwen3"):
-            config["attention_bias"] = self.attention_bias
-        return config
 
 
 def _rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -283,13 +280,11 @@ class Decoder(CausalModel):
     captures = True
 
     def __init__(self, config: DecoderConfig, *, gradient_checkpointing: bool = False) -> None:
-        super().__init__()
+        super().__init__(config, gradient_checkpointing)
         if config.num_attention_heads % config.num_key_value_heads:
             raise ModelError(
                 f"{config.num_attention_heads} query heads cannot share {config.num_key_value_heads} key heads evenly"
             )
-        self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
         self.model = _Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -26,7 +26,7 @@ from upslope.models.files.config_json import one_model_error, quiet, transformer
 from upslope.models.files.folders import check_intact, copy_companions, new_folder, read_config, write_json
 from upslope.models.files.weights import Tokenizer, check_finite, check_shapes
 from upslope.models.lora import ALL, inject, target_layers
-from upslope.models.protocol import check_rows
+from upslope.models.protocol import Network, check_rows
 from upslope.models.transformers_model import load_network
 
 Kind = Literal["classify", "tag", "masked"]
@@ -44,7 +44,7 @@ _SIZES = {
 }
 
 
-class Encoder(nn.Module):
+class Encoder(Network):
     """A transformers encoder with its head; parameter names are those of the wrapped network.
 
     kind; labels (of class 0, 1, ...; empty for "masked"); max_positions (longest input in tokens, None: any);
@@ -93,16 +93,6 @@ class Encoder(nn.Module):
         super().train(mode)
         self.network.train(mode)
         return self
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What it computes in."""
-        return next(self.parameters()).dtype
 
     def to_compute(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Encoder:
         """Move and cast in place; `masters` keeps what casting rounded, in float32."""
@@ -203,7 +193,8 @@ def load_encoder(
     raw = read_config(path)
     config = transformers_config(path)
     _check_kind(config, kind, str(path))
-    named = _has_head(raw, config, kind)
+    wanted = getattr(modeling_auto, _AUTO[kind][1]).get(config.model_type)
+    named = kind != "masked" and wanted in (raw.get("architectures") or ())  # the folder has a head of this kind
     stored = tuple(config.id2label[i] for i in range(len(config.id2label))) if named else ()
     if kind != "masked" and labels is None and not named:
         raise ModelError(f"{path}: has no head to {kind}; give the labels of a new one")
@@ -312,12 +303,6 @@ def _check_kind(config: PretrainedConfig, kind: Kind, where: str) -> None:
             f"{where}: model type {config.model_type!r} is no encoder that can {kind}; give a BERT, RoBERTa, "
             "DistilBERT, XLNet or like folder, or the alias minilm"
         )
-
-
-def _has_head(raw: Mapping[str, Any], config: PretrainedConfig, kind: Kind) -> bool:
-    """Whether the folder was saved with a head of this kind."""
-    wanted = getattr(modeling_auto, _AUTO[kind][1]).get(config.model_type)
-    return kind != "masked" and wanted in (raw.get("architectures") or ())
 
 
 def _with_labels(config: PretrainedConfig, labels: Sequence[str]) -> PretrainedConfig:

@@ -26,12 +26,11 @@ from upslope.models.files.folders import (
     write_json,
 )
 from upslope.models.files.weights import Tokenizer, check_shapes, load, read_shapes, save_folder
-from upslope.models.heads import ScalarHead
 from upslope.models.lstm import LSTM, LSTMConfig
 from upslope.models.lstm import MODEL_TYPE as LSTM_TYPE
-from upslope.models.protocol import CausalModel
-from upslope.models.seq2seq.files import is_seq2seq, load_seq2seq, stored_tensors
-from upslope.models.seq2seq.network import Seq2Seq
+from upslope.models.protocol import CausalModel, ScalarHead
+from upslope.models.seq2seq.layers import is_seq2seq
+from upslope.models.seq2seq.network import Seq2Seq, load_seq2seq, stored_tensors
 
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 _IGNORED_ENDINGS = (".rotary_emb.inv_freq",)  # tables that old checkpoints stored; they are computed here

@@ -1,4 +1,4 @@
-"""The encoder-decoder Transformer behind the protocol of a decoder: same engine, same packed trainer.
+"""The encoder-decoder Transformer behind the protocol of a decoder (same engine, same packed trainer), and its folders.
 
 A sequence is [source tokens..., decoder_start, target tokens...]; the row of decoder_start predicts the first target
 token. The encoder reads the source rows of every sequence that begins in the call, all to all. The decoder runs over
@@ -14,7 +14,9 @@ Shapes: T rows of a call, S source rows, N target rows, D width, H heads, d head
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +25,15 @@ from torch.nn import functional as F
 from upslope.errors import DataError, ModelError
 from upslope.kernels.products import least_rows, pad_rows
 from upslope.models.attention.context import PackedContext
+from upslope.models.files.config_json import check_sizes, transformers_config
+from upslope.models.files.folders import read_config
+from upslope.models.files.weights import check_shapes, load, read_shapes
 from upslope.models.protocol import CausalModel, Context, ModelSpec, Segment
-from upslope.models.seq2seq.config import Seq2SeqConfig
-from upslope.models.seq2seq.layers import Drop, Layout, Side, Trunk, padded_head_dim, sinusoids
+from upslope.models.seq2seq.layers import Drop, Layout, Seq2SeqConfig, Side, Trunk, padded_head_dim, sinusoids
+
+_BIAS, _SCORE, _SHARED, _HEAD = "final_logits_bias", "score.weight", "model.shared.weight", "lm_head.weight"
+_SOURCE, _TARGET = (f"model.{side}.embed_tokens.weight" for side in ("encoder", "decoder"))
+_POSITIONS = tuple(f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder"))
 
 
 class Seq2Seq(CausalModel):
@@ -41,9 +49,7 @@ class Seq2Seq(CausalModel):
     final_logits_bias: Tensor
 
     def __init__(self, config: Seq2SeqConfig, *, gradient_checkpointing: bool = False) -> None:
-        super().__init__()
-        self.config = config
-        self.gradient_checkpointing = gradient_checkpointing
+        super().__init__(config, gradient_checkpointing)
         self.use_dropout = False
         self.model = Trunk(config)
         self.register_buffer("final_logits_bias", torch.zeros(1, config.vocab_size))
@@ -171,6 +177,7 @@ class Seq2Seq(CausalModel):
         marks = (tokens_T == self.config.decoder_start_token_id).nonzero()[:, 0].tolist()
         sources = [0 if s.parent != -1 else self._source_length(s, marks) for s in segments]
         lengths, source, source_at, target, target_at = [], [], [], [], []
+        most = self.config.max_position_embeddings
         for own, s in zip(sources, segments, strict=True):
             size = own if s.parent == -1 else sources[s.parent]
             inside = max(0, size - s.start)
@@ -181,7 +188,9 @@ class Seq2Seq(CausalModel):
             first = s.start + inside - size
             target.append(torch.arange(s.row + inside, s.row + s.count))
             target_at.append(torch.arange(first, first + s.count - inside))
-            self._check_room(size, first + s.count - inside)
+            for side, length in (("source", size), ("target", first + s.count - inside)):
+                if length > most:
+                    raise ModelError(f"a {side} of {length} tokens is longer than max_position_embeddings {most}")
         none = [torch.empty(0, dtype=torch.long)]
         columns = (source or none, source_at or none, target, target_at)
         return Layout(tokens_T.shape[0], tuple(lengths), *(torch.cat(c).to(tokens_T.device) for c in columns))
@@ -204,8 +213,68 @@ class Seq2Seq(CausalModel):
             raise ModelError(f"decoder_start_token_id {start} stands inside a prompt instead of at its end")
         return size
 
-    def _check_room(self, source: int, target: int) -> None:
-        most = self.config.max_position_embeddings
-        for side, length in (("source", source), ("target", target)):
-            if length > most:
-                raise ModelError(f"a {side} of {length} tokens is longer than max_position_embeddings {most}")
+
+def load_seq2seq(folder: Path | str, *, dtype: torch.dtype, gradient_checkpointing: bool = False) -> Seq2Seq:
+    """The network of a Marian or Pegasus folder; keys that config.json leaves out get transformers' defaults for it.
+
+    Tables of positions that a folder stores must be the sinusoids; copies of the shared embedding must be equal to it.
+    A final_logits_bias that is not zero is kept as a constant column of the head. Raises ModelError as load_model does.
+    """
+    raw = read_config(folder)
+    if raw.get("quantization_config"):
+        raise ModelError(f"{folder}: holds quantised weights; training needs the unquantised model")
+    defaults = {key: value for key, value in transformers_config(folder).to_dict().items() if value is not None}
+    config = Seq2SeqConfig.from_hf({**defaults, **{k: v for k, v in raw.items() if v is not None or k not in defaults}})
+    config = replace(config, extra={key: value for key, value in config.extra.items() if key in raw})
+    found = read_shapes(folder)
+    check_sizes(vars(config), found, Path(folder) / "config.json")
+    with torch.device("meta"):
+        model = Seq2Seq(config, gradient_checkpointing=gradient_checkpointing)
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    found.pop(_SCORE, None)
+    bias = load(folder, dtype, names=[_BIAS])[_BIAS] if found.pop(_BIAS, None) else None
+    for name in _POSITIONS:
+        if found.pop(name, None):
+            _check_positions(folder, name)
+    state = {} if config.source_vocab_size is not None else _shared(folder, found, dtype)
+    if config.source_vocab_size is not None and found.pop(_HEAD, None):
+        _check_equal(folder, _HEAD, _TARGET)
+    check_shapes(expected, {**found, **{name: tuple(t.shape) for name, t in state.items()}}, where=folder)
+    state |= load(folder, dtype, names=[name for name in expected if name not in state])
+    if bias is not None and tuple(bias.shape) != (1, config.vocab_size):
+        raise ModelError(f"{folder}: {_BIAS} is {list(bias.shape)} instead of {[1, config.vocab_size]}")
+    model.load_state_dict({**state, _BIAS: torch.zeros(1, config.vocab_size, dtype=dtype)}, assign=True)
+    model.set_logits_bias(bias)
+    return model
+
+
+def stored_tensors(model: Seq2Seq, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters with the fixed tensors that transformers expects to find beside them."""
+    stored = {**parameters, _BIAS: model.final_logits_bias}
+    if model.config.norm == "pre":
+        table = sinusoids(model.config.max_position_embeddings, model.config.hidden_size).float()
+        stored |= {name: table.clone() for name in _POSITIONS}
+    return stored
+
+
+def _shared(folder: Path | str, found: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The one embedding under its own name; its stored copies are taken out of `found`."""
+    names = [name for name in (_SHARED, _TARGET, _SOURCE, _HEAD) if name in found]
+    for name in names[1:]:
+        _check_equal(folder, name, names[0])
+    for name in names:
+        del found[name]
+    return {_SHARED: load(folder, dtype, names=names[:1])[names[0]]} if names else {}
+
+
+def _check_equal(folder: Path | str, first: str, second: str) -> None:
+    pair = load(folder, names=[first, second])
+    if not torch.equal(pair[first], pair[second]):
+        raise ModelError(f"{folder}: {first} differs from {second}, but config.json makes them one matrix")
+
+
+def _check_positions(folder: Path | str, name: str) -> None:
+    stored = load(folder, torch.float64, names=[name])[name]
+    gap = (stored - sinusoids(*stored.shape)).abs().max()
+    if not float(gap) < 0.02:  # bfloat16 rounds to 0.004
+        raise ModelError(f"{folder}: {name} is not the table of sinusoids, the only positions this network has")

@@ -1,17 +1,22 @@
-"""What sampling computed of its sequences, kept so that the update need not compute it again.
+"""The decoder's fast paths: new tokens of cached sequences, and an update on what has just been sampled.
+
+Of the pass over new tokens all that stays the same from step to step is prepared. The same kernels and products in the
+same order as in network.py, so the same bits. With a few rows the way through modules costs as much time as the
+arithmetic: where all products are the kernels' own (bfloat16), the blocks are one call; elsewhere there is one call
+between two products.
 
 On a CPU a token's activations are the same bits in sampling and in training. Where a step trains on sequences that the
 very same weights have just sampled, its backward pass can therefore start from the sampler's activations: no forward
 pass, and gradients that are bit for bit those after one.
 
-Shapes: L layers, R kept rows (one per token), T rows of a packed batch, D width, F feed-forward width, H query heads,
-K key/value heads, d head width.
+Shapes: L layers, R kept rows (one per token), T rows, D width, F feed-forward width, H query heads, K key/value heads,
+d head width.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +24,96 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from upslope.kernels.attention import packed_attention_gradient
-from upslope.kernels.decoder import KeptRows
-from upslope.kernels.products import padded_row_count
-from upslope.kernels.rows import join_rotate, norm, norm_gradient, split, swiglu, swiglu_gradient
-from upslope.models.attention.context import PackedContext
+from upslope.kernels import attention, rows, usable
+from upslope.kernels.products import PackedWeights, Reordered, joined, pad_rows, padded_row_count
+from upslope.models.attention.context import PackedContext, PagedContext
 from upslope.models.decoder.network import Decoder, DecoderConfig, Layer
-from upslope.models.decoder.prepared import PreparedDecoder
-from upslope.models.linear import PackedWeights, joined
 from upslope.models.protocol import CausalModel
 from upslope.types import Batch
+
+Product = Callable[[Tensor], Tensor]
+
+
+class PreparedDecoder:
+    """A decoder's layers as `BlockWeights` of products; valid until its weights change or `PackedWeights.clear`."""
+
+    def __init__(
+        self, decoder: Decoder, layers: list[attention.BlockWeights[Product]], blocks: attention.DecoderBlocks | None
+    ) -> None:
+        self.decoder, self.layers, self.blocks = decoder, layers, blocks
+        self.last_norm = decoder.model.norm.weight.detach()
+
+    @classmethod
+    def of(cls, model: CausalModel, packed: PackedWeights) -> PreparedDecoder | None:
+        """The decoder prepared; None for another network, layers that are not plain (adapters), or no kernels."""
+        if not isinstance(model, Decoder) or model.config.head_dim % 2:
+            return None
+        config, last_norm, layers, blocks = model.config, model.model.norm.weight, [], []
+        if not usable(last_norm, model.head_weight):
+            return None
+        for layer in model.model.layers:
+            a, m = layer.self_attn, layer.mlp
+            groups = (a.q_proj, a.k_proj, a.v_proj), (a.o_proj,), (m.gate_proj, m.up_proj), (m.down_proj,)
+            found = [whole for group in groups if (whole := joined(*group)) is not None]
+            if len(found) < len(groups):
+                return None
+            heads = (a.q_norm.weight.detach(), a.k_norm.weight.detach()) if config.qk_norm else None
+            norms = layer.input_layernorm.weight.detach(), layer.post_attention_layernorm.weight.detach(), heads
+            layers.append(attention.BlockWeights(*norms, *(packed.product(*one) for one in found)))
+            copies = [(copy, bias) for weight, bias in found if isinstance(copy := packed.copy(weight), Reordered)]
+            if len(copies) == len(found):
+                blocks.append(attention.BlockWeights(*norms, *copies))
+        shape = attention.DecoderShape(
+            layers=config.num_hidden_layers,
+            width=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            d=config.head_dim,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+        )
+        whole = len(blocks) == len(layers)
+        return cls(model, layers, attention.DecoderBlocks(shape, blocks, last_norm.detach()) if whole else None)
+
+    @torch.no_grad()
+    def forward(self, tokens_T: Tensor, context: PagedContext, kept: attention.KeptRows | None = None) -> Tensor:
+        """The decoder's hidden states [T, D]; what lies between goes into T rows of `kept`, where it is given."""
+        decoder, c, cache, real = self.decoder, self.decoder.config, context.cache, tokens_T.shape[0]
+        angles, embedding = decoder.angles(context.positions_T), decoder.model.embed_tokens.weight
+        if self.blocks is not None:
+            x = F.embedding(tokens_T, embedding)
+            return self.blocks.run(x, angles, cache.keys, cache.values, context.described, context.blocks, kept)
+        x = F.embedding(pad_rows(tokens_T, least=decoder.least_rows), embedding)
+        count, heads, kv_heads = x.shape[0], c.num_attention_heads, c.num_key_value_heads
+        normed, scales = torch.empty_like(x), torch.empty(count, dtype=torch.float32)
+        q, k, v = (x.new_empty(real, n, c.head_dim) for n in (heads, kv_heads, kv_heads))
+        out, gated = x.new_zeros(count, heads * c.head_dim), x.new_empty(count, c.intermediate_size)
+        how: dict[str, Any] = {"qkv": (q, k, v), "angles": angles, "scale": c.head_dim**-0.5, "eps": c.rms_norm_eps}
+        at = None if kept is None else slice(kept.first, kept.first + real)
+        delta = None
+        for number, layer in enumerate(self.layers):
+            rows.norm_into(x, delta, layer.first_norm, x, normed, scales, c.rms_norm_eps)
+            everything = layer.attend(normed)
+            if kept is not None:
+                if number:
+                    kept.ends[number - 1, at].copy_(x[:real])
+                kept.products[number, at].copy_(everything[:real])
+                how["lse_TH"] = kept.lse[number, at]
+            described = cache.keys[number], cache.values[number], context.described, context.blocks
+            attention.attention_step(everything, out, *described, norms=layer.head_norms, **how)
+            rows.norm_into(x, layer.out(out), layer.second_norm, x, normed, scales, c.rms_norm_eps)
+            both = layer.widen(normed)
+            if kept is not None:
+                kept.attended[number, at].copy_(out[:real])
+                kept.middle[number, at].copy_(x[:real])
+                kept.gates[number, at].copy_(both[:real])
+            rows.swiglu_into(both, gated)
+            delta = layer.narrow(gated)
+        rows.norm_into(x, delta, self.last_norm, x, normed, scales, c.rms_norm_eps)
+        if kept is not None:
+            kept.ends[-1, at].copy_(x[:real])
+        return normed[:real]
 
 
 def _widths(config: DecoderConfig) -> dict[str, int]:
@@ -56,19 +141,18 @@ class Activations:
         self.decoder, self.capacity, size = decoder, capacity, (decoder.config.num_hidden_layers, capacity)
         rooms = {name: torch.empty(*size, n, dtype=decoder.dtype) for name, n in _widths(decoder.config).items()}
         lse = torch.empty(*size, decoder.config.num_attention_heads, dtype=torch.float32)
-        self.kept = KeptRows(**rooms, lse=lse, first=0)
+        self.kept = attention.KeptRows(**rooms, lse=lse, first=0)
         self._rows: dict[tuple[int, ...], array[int]] = {}
         self._taken = 0
 
     @classmethod
     def of(cls, model: CausalModel, *, tokens: int, limit_bytes: int) -> Activations | None:
         """Room for `tokens`, or for as many as the limit allows; None for a network whose layers cannot be replayed."""
-        if not isinstance(model, Decoder) or not model.exact:
+        if not isinstance(model, Decoder) or not model.exact or model.config.qk_norm or model.config.output_bias:
             return None
-        c = model.config
-        if c.qk_norm or c.output_bias or PreparedDecoder.of(model, PackedWeights()) is None:
+        if PreparedDecoder.of(model, PackedWeights()) is None:
             return None
-        capacity = min(tokens, limit_bytes // bytes_per_token(c, model.dtype))
+        capacity = min(tokens, limit_bytes // bytes_per_token(model.config, model.dtype))
         return cls(model, capacity) if capacity else None
 
     def clear(self) -> None:
@@ -81,7 +165,7 @@ class Activations:
         """Whether a token came for which there was no room."""
         return self._taken > self.capacity
 
-    def take(self, count: int) -> KeptRows | None:
+    def take(self, count: int) -> attention.KeptRows | None:
         """The next `count` rows, to be written to; None, now and until `clear`, where there are no more so many."""
         first, self._taken = self._taken, self._taken + count
         return None if self.full else self.kept._replace(first=first)
@@ -134,7 +218,7 @@ class _Replay(NamedTuple):
         x = F.embedding(tokens_T, decoder.model.embed_tokens.weight)
         for number, layer in enumerate(decoder.model.layers):
             at = _Place(self.store, self.rows_T, number, layer, context, cos, sin)
-            x = _Layer.apply(x, at, *_parameters(layer))
+            x = _Replayed.apply(x, at, *_parameters(layer))
         return decoder.model.norm(x)
 
 
@@ -152,23 +236,20 @@ class _Place(NamedTuple):
 
 
 def _parameters(layer: Layer) -> list[nn.Parameter]:
-    """In the order in which `_Layer.backward` gives their gradients."""
+    """In the order in which `_Replayed.backward` gives their gradients."""
     a, m = layer.self_attn, layer.mlp
     qkv = a.q_proj, a.k_proj, a.v_proj
-    biases = [p.bias for p in qkv if p.bias is not None]
     return [
         layer.input_layernorm.weight,
         *(p.weight for p in qkv),
-        *biases,
+        *(p.bias for p in qkv if p.bias is not None),
         a.o_proj.weight,
         layer.post_attention_layernorm.weight,
-        m.gate_proj.weight,
-        m.up_proj.weight,
-        m.down_proj.weight,
+        *(p.weight for p in (m.gate_proj, m.up_proj, m.down_proj)),
     ]
 
 
-class _Layer(torch.autograd.Function):
+class _Replayed(torch.autograd.Function):
     """A decoder block whose forward pass is looked up; its backward pass is the sequence of the modules' own."""
 
     @staticmethod
@@ -189,30 +270,30 @@ class _Layer(torch.autograd.Function):
         parts = [a.q_proj.weight.shape[0], a.k_proj.weight.shape[0], a.v_proj.weight.shape[0]]
 
         both = at.take(kept.gates)
-        d_down = grad.t() @ swiglu(both)
-        d_both = swiglu_gradient(both, grad @ m.down_proj.weight)
+        d_down = grad.t() @ rows.swiglu(both)
+        d_both = rows.swiglu_gradient(both, grad @ m.down_proj.weight)
         middle = at.take(kept.middle)
-        normed, _, scales = norm(middle, None, second.weight, second.eps)
+        normed, _, scales = rows.norm(middle, None, second.weight, second.eps)
         d_wide = d_both.t() @ normed
-        d_middle, d_second = norm_gradient(middle, second.weight, scales, d_both @ wide[0], grad)
+        d_middle, d_second = rows.norm_gradient(middle, second.weight, scales, d_both @ wide[0], grad)
 
         attended = at.take(kept.attended)
         d_out = d_middle.t() @ attended
         heads = attended.shape[0], a.heads, a.head_dim
-        q, k, v = split(at.take(kept.products), at.cos, at.sin, a.heads, a.kv_heads)
+        q, k, v = rows.split(at.take(kept.products), at.cos, at.sin, a.heads, a.kv_heads)
         d_attended = (d_middle @ a.o_proj.weight).view(heads)
         context = at.context
-        d_heads = packed_attention_gradient(
+        d_heads = attention.packed_attention_gradient(
             *(q, k, v, attended.view(heads), at.take(kept.lse), d_attended),
             *(context.described, context.causal, a.scale),
         )
-        d_products = join_rotate(*d_heads, at.cos, at.sin)
-        normed, _, scales = norm(x, None, first.weight, first.eps)
+        d_products = rows.join_rotate(*d_heads, at.cos, at.sin)
+        normed, _, scales = rows.norm(x, None, first.weight, first.eps)
         d_attend = d_products.t() @ normed
         d_biases = () if attend[1] is None else d_products.sum(0).split(parts)
         # the first block's sum is made by autograd from two gradients, every other one's by the norm's own kernel
         through = d_middle if at.number else None
-        d_x, d_first = norm_gradient(x, first.weight, scales, d_products @ attend[0], through)
+        d_x, d_first = rows.norm_gradient(x, first.weight, scales, d_products @ attend[0], through)
         if not at.number:
             d_x = d_x + d_middle
         gates = d_wide.split(m.gate_proj.weight.shape[0])
