@@ -49,6 +49,34 @@ def test_imports_go_down_the_floors(root: Path, monkeypatch: pytest.MonkeyPatch)
     assert "0 broken" in done.stdout
 
 
+def imported(path: Path, module: str, modules: set[str]) -> set[str]:
+    """The project's modules that a file imports, also inside functions and for types alone."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: -node.level] if path.name != "__init__.py" else module.split(".")
+            home = node.module if not node.level else ".".join([*above, *([node.module] if node.module else [])])
+            names = {f"{home}.{alias.name}" for alias in node.names} & modules
+            found |= names or {str(home)} & modules
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names} & modules
+    return found - {module}
+
+
+def test_no_file_imports_itself_through_others(root: Path) -> None:
+    """Wherever the imports stand: what is left after taking away, again and again, what imports nothing that is left."""
+    files = {
+        ".".join(path.relative_to(root / "src").with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (root / "src/upslope").rglob("*.py")
+    }
+    left = {module: imported(path, module, set(files)) for module, path in files.items()}
+    assert sum(map(len, left.values())) > len(files)
+    while settled := [module for module, needs in left.items() if not needs & left.keys()]:
+        for module in settled:
+            del left[module]
+    assert not left, f"in circles, or above them: {sorted(left)}"
+
+
 @pytest.mark.parametrize("cls", OPTIONS, ids=lambda cls: cls.__name__)
 def test_options_are_few(cls: type) -> None:
     """What a class adds to what all recipes share: at most 25, so that a recipe stays readable."""

@@ -59,7 +59,7 @@ SIZES = {
 LAUNCHED = set(LaunchOptions.__dataclass_fields__)
 RL_CLASSES = options.RLOptions.__mro__
 SHARED = {
-    "training/schedule.py": "BatchOptions",
+    "training/optim.py": "BatchOptions",
     "loop/learner.py": "SFTOptions PretrainOptions Seq2SeqOptions",
     "loop/objective.py": "PPOOptions GRPOOptions ReinforceOptions",
 }
