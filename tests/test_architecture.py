@@ -64,7 +64,7 @@ def imported(path: Path, module: str, modules: set[str]) -> set[str]:
 
 
 def test_no_file_imports_itself_through_others(root: Path) -> None:
-    """Wherever the imports stand: what is left after taking away, again and again, what imports nothing that is left."""
+    """Wherever the imports stand: taking away, again and again, what imports nothing that is left, leaves nothing."""
     files = {
         ".".join(path.relative_to(root / "src").with_suffix("").parts).removesuffix(".__init__"): path
         for path in (root / "src/upslope").rglob("*.py")
