@@ -91,7 +91,7 @@ def their_gap(folder: Path, prompts: list[list[int]], tokens: int, dtype: torch.
 def our_gap(model: CausalModel, task: Task) -> dict[str, float]:
     """The engine against `training.step.score`."""
     held = Experience.of(task.rollout(task.engine(model)))
-    return gap(held.flat["rollout_logp"], trainer_logp(model, held))
+    return gap(held.policy_logprobs, trainer_logp(model, held))
 
 
 def trainer_logp(model: CausalModel, held: Experience) -> Tensor:
@@ -116,7 +116,7 @@ def price(learner: Learner, task: Task, rounds: int) -> dict[str, Any]:
                 change = seconds_of(lambda g=groups: learner.update(experience(g)))
                 if turn == 0:  # the warm-up
                     held = Experience.of(task.rollout(engines[form]))
-                    gaps[form] = gap(held.flat["rollout_logp"], trainer_logp(learner.model, held))
+                    gaps[form] = gap(held.policy_logprobs, trainer_logp(learner.model, held))
                     continue
             for part, value in zip(("rollout", "update", "step"), (rollout, change, rollout + change), strict=True):
                 seconds[form][part].append(value)

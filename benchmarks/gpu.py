@@ -130,7 +130,7 @@ def ours(
         groups: list[Any] = []
         rollout = seconds_of(lambda g=groups: g.extend(task.rollout(engine)), device)
         held = experience(groups)
-        difference = gap(held.flat["rollout_logp"], trainer_logp(model, held))
+        difference = gap(held.policy_logprobs, trainer_logp(model, held))
         change = seconds_of(lambda e=held: learner.update(e), device)
         if turn >= asked["warmup"]:
             for part, seconds in zip(parts, (rollout, change, rollout + change), strict=True):

@@ -128,9 +128,8 @@ class _Paged(PagedContext):
         *,
         prompts: Sequence[int] | None = None,
         packed: PackedWeights | None = None,
-        kept: None = None,
     ) -> None:
-        super().__init__(cache, tables, starts, counts, prompts=prompts, packed=packed, kept=kept)
+        super().__init__(cache, tables, starts, counts, prompts=prompts, packed=packed)
         device = cache.keys.device
         ends = [s + c for s, c in zip(starts, counts, strict=True)]
         covered = [list(t[: -(-end // BLOCK)]) for t, end in zip(tables, ends, strict=True)]

@@ -79,7 +79,7 @@ class Learner:
 def surrogate(batch: Batch, out: Outputs) -> tuple[Tensor, Mapping[str, Tensor]]:
     """GRPO's clipped loss without a reference."""
     f = batch.fields
-    return clipped_surrogate(out.logp_N, f["old_logp"], f["advantages"], clip_low=0.2, clip_high=0.2), {}
+    return clipped_surrogate(out.logp_N, f["old_logprobs"], f["advantages"], clip_low=0.2, clip_high=0.2), {}
 
 
 @dataclass(slots=True)
@@ -152,15 +152,15 @@ def _judged(prompt: list[int], completion: Completion, sample: int) -> Rollout:
     return rollout
 
 
-def experience(groups: Sequence[RolloutGroup], *, old_logp: Tensor | None = None) -> Experience:
+def experience(groups: Sequence[RolloutGroup], *, old_logprobs: Tensor | None = None) -> Experience:
     """What GRPO's update eats: advantages drawn at random, so that no token is without gradient.
 
-    old_logp None: the rollout's own, which on a CPU are the trainer's.
+    old_logprobs None: the rollout's own, which on a CPU are the trainer's.
     """
     made = Experience.of(groups)
     generator = torch.Generator().manual_seed(0)
-    made.flat["old_logp"] = made.flat["rollout_logp"] if old_logp is None else old_logp
-    made.flat["advantages"] = made.per_sequence(torch.randn(made.size, generator=generator))
+    made.old_logprobs = made.policy_logprobs if old_logprobs is None else old_logprobs
+    made.advantages = made.per_sequence(torch.randn(made.size, generator=generator))
     made.set_weights(range(made.size), "token")
     return made
 

@@ -204,7 +204,7 @@ class TestExactness:
         out = Forward()(model, batches[0])
         out.logp_N.sum().backward()
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
-        torch.testing.assert_close(held.flat["rollout_logp"], ours, rtol=0, atol=1e-4)
+        torch.testing.assert_close(held.policy_logprobs, ours, rtol=0, atol=1e-4)
         for a, b in zip(gradients, [p.grad for p in model.parameters() if p.grad is not None], strict=True):
             assert float((a - b).norm() / b.norm()) < 1e-4
 

@@ -67,14 +67,14 @@ def test_token_ratios_are_what_the_clip_sees_before_any_mean() -> None:
     logp, old, a = torch.randn(3, 400)
     logp.requires_grad_()
     clipped_surrogate(logp, old, a, clip_low=0.2, clip_high=0.28).sum().backward()
-    found = token_ratios(logp, old, a, clip_low=0.2, clip_high=0.28)
+    ratio, kl, clipped = token_ratios(logp, old, a, clip_low=0.2, clip_high=0.28)
     log_ratio = logp.detach() - old
-    assert torch.equal(found.ratio, log_ratio.exp())
-    assert torch.equal(found.approx_kl, log_ratio.exp() - 1 - log_ratio)
-    assert torch.equal(found.clipped, logp.grad == 0)
-    assert not any(x.requires_grad for x in found)
+    assert torch.equal(ratio, log_ratio.exp())
+    assert torch.equal(kl, log_ratio.exp() - 1 - log_ratio)
+    assert torch.equal(clipped, logp.grad == 0)
+    assert not any(x.requires_grad for x in (ratio, kl, clipped))
     fraction = clip_fraction(logp, old, a, torch.ones(400), clip_low=0.2, clip_high=0.28)
-    assert fraction == found.clipped.float().mean()
+    assert fraction == clipped.float().mean()
     with pytest.raises(ValueError, match="shapes must be equal"):
         token_ratios(logp, old[:1], a, clip_low=0.2, clip_high=0.28)
 

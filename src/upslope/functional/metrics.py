@@ -1,7 +1,5 @@
 """What a run reports about an update, over the trained tokens only (padding does not dilute it). No gradients."""
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -19,25 +17,20 @@ def approx_kl(logp: Tensor, old_logp: Tensor, mask: Tensor) -> Tensor:
     return masked_mean(k3(old_logp, logp), mask)
 
 
-class Ratios(NamedTuple):
-    """Of each token: rho = pi / pi_old, rho - 1 - log rho, and whether the clip takes its gradient away (bool)."""
-
-    ratio: Tensor
-    approx_kl: Tensor
-    clipped: Tensor
-
-
 @torch.no_grad()
-def token_ratios(logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float) -> Ratios:
+def token_ratios(
+    logp: Tensor, old_logp: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """What an update reports of each token, before any mean: `val/ratio`, `policy/approx_kl`, `policy/clipfrac`.
 
-    Any shape, the same for all. `clipped` is where `policy_losses.clipped_surrogate` has gradient 0.
+    Any shape, the same for all. -> (rho = pi / pi_old, rho - 1 - log rho, clipped); clipped (bool) is where
+    `policy_losses.clipped_surrogate` has gradient 0.
     """
     logp, old_logp, advantages = alike(logp=logp, old_logp=old_logp, advantages=advantages)
     log_ratio = logp - old_logp
     ratio = log_ratio.exp()
     clipped = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
-    return Ratios(ratio, ratio - 1 - log_ratio, clipped)
+    return ratio, ratio - 1 - log_ratio, clipped
 
 
 @torch.no_grad()
@@ -46,10 +39,10 @@ def clip_fraction(
 ) -> Tensor:
     """Share of tokens whose gradient `policy_losses.clipped_surrogate` sets to 0. `policy/clipfrac`. -> scalar."""
     mask = as_mask(mask, logp=logp, old_logp=old_logp, advantages=advantages)
-    found = token_ratios(
+    ratio, _, clipped = token_ratios(
         *(select(mask, x) for x in (logp, old_logp, advantages)), clip_low=clip_low, clip_high=clip_high
     )
-    return masked_mean(found.clipped.to(found.ratio.dtype), mask)
+    return masked_mean(clipped.to(ratio.dtype), mask)
 
 
 @torch.no_grad()

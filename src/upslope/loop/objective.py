@@ -222,8 +222,8 @@ def corrected(loss: PolicyLoss, options: Any, batch: Batch, out: Outputs) -> tup
         raise DataError(f"loss = {options.loss}: its shape is {found}; it must be {wanted}, one for each trained token")
     if "importance" in batch.fields:
         loss_N = loss_N * batch.fields["importance"]
-    found = token_ratios(x.logprobs, x.old_logprobs, x.advantages, **x.clip)
-    ratios = {"policy/approx_kl": found.approx_kl, "policy/clipfrac": found.clipped.float(), "val/ratio": found.ratio}
+    ratio, approx_kl, clipped = token_ratios(x.logprobs, x.old_logprobs, x.advantages, **x.clip)
+    ratios = {"policy/approx_kl": approx_kl, "policy/clipfrac": clipped.float(), "val/ratio": ratio}
     return loss_N, {"loss/policy": loss_N, **ratios}
 
 
