@@ -10,8 +10,8 @@ from upslope.version import __version__
 
 _HOME = {
     "upslope.build": (
-        "Critic",
         "Policy",
+        "ValueNetwork",
         "load_critic",
         "load_inference",
         "load_policy",

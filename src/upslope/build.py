@@ -141,7 +141,7 @@ def _to_compute(model: nn.Module, dtype: torch.dtype, device: torch.device) -> d
     return masters
 
 
-def take_masters(part: Policy | Critic) -> dict[str, Tensor]:
+def take_masters(part: Policy | ValueNetwork) -> dict[str, Tensor]:
     """The float32 weights of a policy or critic, for its optimizer: once, where there are any.
 
     RunError after that: the optimizer that took them changes them, and what is left is rounded.
@@ -176,7 +176,7 @@ def load_reference(policy: Policy, options: RunOptions) -> CausalModel | None:
 
 
 @dataclass(slots=True)
-class Critic:
+class ValueNetwork:
     """Where values come from: a head on the policy's trunk (`model` is None), or on a trunk of its own.
 
     `masters` as those of a policy.
@@ -194,11 +194,11 @@ class Critic:
         return named
 
 
-def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
+def load_critic(policy: Policy, choice: str, options: RunOptions) -> ValueNetwork:
     """shared: a zero head on the policy's trunk; separate: a copy of `--model`; else a reward model's folder."""
     head = ScalarHead(policy.model.spec.hidden_size)
     if choice == "shared":
-        return Critic(head.to(policy.model.device), None, {})
+        return ValueNetwork(head.to(policy.model.device), None, {})
     source = resolve(options.model if choice == "separate" else choice)
     trunk = load_model(source, gradient_checkpointing=options.gradient_checkpointing, trunk=True)
     rows, own = len(trunk.output_weight), len(policy.model.output_weight)
@@ -212,7 +212,7 @@ def load_critic(policy: Policy, choice: str, options: RunOptions) -> Critic:
             raise ModelError(f"{choice}: no score.weight in it; a critic starts from a reward model with a scalar head")
         head.score.weight.data.copy_(weight)
     masters = _to_compute(trunk, policy.model.dtype, policy.model.device)
-    return Critic(head.to(policy.model.device), trunk, {f"critic.{name}": x for name, x in masters.items()})
+    return ValueNetwork(head.to(policy.model.device), trunk, {f"critic.{name}": x for name, x in masters.items()})
 
 
 def make_engine(policy: Policy, *, sequences: int, longest: int, max_batch: int = 256) -> Engine:
