@@ -227,6 +227,18 @@ def test_actor_critic(critic: str, whiten: bool, truncated: str, table_model: Pa
             assert_gradient(taken[0], policy + 0.3 * value, named)
 
 
+def test_without_vf_coef_the_head_alone_learns_the_value_at_full_weight(table_model: Path) -> None:
+    learner = learner_of(Reinforce, table_model, baseline="learned", gamma=0.9, lam=0.6, vf_coef=0.0)
+    taken, _ = stepped(learner, sampled(REWARDS))
+    with before(learner, taken[0]) as (x, named):
+        head = {name: p for name, p in named.items() if name.startswith("critic")}
+        v_ST, _ = x.values(learner.critic.network.head)
+        a_ST = x.gae(x.last(x.of(REWARDS)), v_ST.detach(), gamma=0.9, lam=0.6, after_S=0.0)
+        assert_gradient(taken[0], x.token_mean(0.5 * (v_ST - a_ST - v_ST.detach()) ** 2), head)
+        trunk = {name: p for name, p in named.items() if name not in head}
+        assert_gradient(taken[0], -x.token_mean(a_ST * x.logp_ST), trunk)
+
+
 def test_the_greedy_baseline_is_that_of_the_prompt(table_model: Path) -> None:
     """R(y) - R(greedy reply to the same prompt), both with their penalties."""
     learner = learner_of(Reinforce, table_model, baseline="greedy", missing_eos_penalty=0.7)
