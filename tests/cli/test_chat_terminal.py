@@ -95,6 +95,7 @@ def chat(model: str, home: Path, *options: str) -> Iterator[Terminal]:
     (home / "kernels").symlink_to(kernels)
     pid, descriptor = pty.fork()
     if not pid:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job is born deaf to it
         os.environ |= {"UPSLOPE_HOME": str(home), "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
         os.environ |= {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "upslope", "chat", model, "--dtype", "float32", "--temperature", "0"]

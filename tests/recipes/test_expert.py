@@ -19,10 +19,11 @@ from upslope.errors import ConfigError, DataError, RunError
 from upslope.functional.policy_losses import reinforce
 from upslope.loop import fingerprint
 from upslope.loop.expert_rows import Candidate, row_of, select
+from upslope.loop.launch import begin
+from upslope.loop.session import train
 from upslope.models.files.weights import load as load_weights
 from upslope.options import ExpertOptions, GRPOOptions
 from upslope.preview.dry_run import run as dry_run
-from upslope.recipes import expert as expert_module
 from upslope.recipes.expert import Expert, expert
 from upslope.recipes.grpo import grpo
 from upslope.runs.folder import Run
@@ -250,8 +251,8 @@ def watched(o: ExpertOptions) -> list[list[tuple[list[int], bool]]]:
 
     learner = Watched(o, load_policy(o))
     try:
-        with expert_module.begin(learner.options) as begun:
-            expert_module.train("expert", learner.options, learner, begun)
+        with begin(learner.options) as begun:
+            train("expert", learner.options, learner, begun)
     finally:
         learner.close()
     return seen

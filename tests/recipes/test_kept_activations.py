@@ -30,7 +30,11 @@ RUNS: list[tuple[str, dict[str, Any]]] = [
     ("ppo", {"critic": "separate", "truncated": "bootstrap", "entropy_coef": 0.01}),
     ("ppo", {"value_pretraining_steps": 1, "temperature": 0.7}),
     ("grpo", {"dtype": "bfloat16", "beta": 0.04, "num_iterations": 2, "micro_batch_tokens": 64}),
-    ("grpo", {"dynamic_sampling": True, "truncated": "mask", "max_completion_length": 40, "num_generations": 16}),
+    (
+        "grpo",
+        {"dynamic_sampling": True, "dynamic_sampling_rounds": 64, "num_generations": 32}
+        | {"truncated": "mask", "max_completion_length": 40},
+    ),
     ("reinforce", {"baseline": "greedy"}),
 ]
 OF_ONE = ("rollout/replayed", "rollout/max_logprob_diff", "rollout/mean_logprob_diff", "rollout/differing_tokens")

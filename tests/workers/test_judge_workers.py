@@ -230,7 +230,8 @@ def test_a_task_with_its_own_verifier_through_the_pool() -> None:
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is born deaf to it
 sys.path.insert(0, sys.argv[1])
 from upslope.workers.rewards import RewardPool
 from upslope.types import Prompt, Rollout, RolloutGroup
