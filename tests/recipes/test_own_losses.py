@@ -15,7 +15,7 @@ from upslope.functional.policy_losses import clipped_surrogate
 from upslope.loop.objective import LossInput
 from upslope.options import GRPOOptions, PPOOptions
 from upslope.recipes.grpo import GRPO, grpo
-from upslope.recipes.ppo import PPO
+from upslope.recipes.ppo import PPO, ppo
 
 OWN = """
 import torch
@@ -43,8 +43,38 @@ def one_for_all(x):
     return x.logprobs.mean()
 
 
+def number(x):
+    return 0.0
+
+
+def detached(x):
+    return -x.logprobs.detach()
+
+
+def raising(x):
+    return {}["no key"]
+
+
 def too_short(a):
     return a.rewards_BT[:, :1]
+
+
+def too_few(a):
+    return a.rewards_B[1:]
+
+
+def forgotten(a):
+    a.rewards_B - 1
+
+
+def three(a):
+    return a.rewards_BT, a.rewards_BT, a.rewards_BT
+
+
+def half(a):
+    advantages = a.rewards_B.clone()
+    advantages[::2] = float("nan")
+    return advantages
 """
 REWARDS = rewards_of()
 
@@ -101,11 +131,22 @@ def test_a_function_of_the_program_is_a_loss(table_model: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "name", "said"),
     [
-        ("loss", "one_for_all", r"loss = .*own.py:one_for_all: its shape is \[\]; it must be \[\d+\], one for each"),
-        ("advantage", "too_short", r"advantage = .*too_short: advantages of shape \[128, 1\]; they must be \[128, 3\]"),
+        (
+            "loss",
+            "one_for_all",
+            r"= .*own.py:one_for_all: it is of shape \[\]; it must be a tensor of shape \[\d+\], one",
+        ),
+        ("loss", "number", r"= .*own.py:number: it is of type float; it must be a tensor of shape \[\d+\]"),
+        ("loss", "detached", r"= .*own.py:detached: it has no gradient; compute it from x.logprobs"),
+        ("loss", "raising", r"loss = .*own.py:raising: .*own.py:\d+: KeyError: 'no key'"),
+        ("advantage", "raising", r"advantage = .*own.py:raising: .*own.py:\d+: KeyError: 'no key'"),
+        ("advantage", "too_short", r"= .*too_short: advantages of shape \[128, 1\]; they must be .* \[128, 3\]"),
+        ("advantage", "too_few", r"= .*too_few: advantages of shape \[127\]; they must be .* \[128\]"),
+        ("advantage", "forgotten", r"= .*forgotten: advantages of type NoneType; they must be a tensor"),
+        ("advantage", "three", r"= .*three: advantages of type tuple; they must be a tensor"),
     ],
 )
-def test_a_shape_that_does_not_fit_is_one_line(option: str, name: str, said: str, table_model: Path, own: Path) -> None:
+def test_what_does_not_fit_is_one_line(option: str, name: str, said: str, table_model: Path, own: Path) -> None:
     with pytest.raises(DataError, match=said):
         gradients(GRPO, table_model, **{option: f"{own}:{name}"})
 
@@ -126,6 +167,17 @@ def test_mistakes_are_said_before_anything_is_loaded(
 ) -> None:
     assert main([word.replace("OWN", str(own)) for word in words] + ["--model", "no-such-model"]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("make", "options"), [(grpo, GRPOOptions), (ppo, PPOOptions)])
+def test_an_advantage_that_is_no_number_stops_the_run(
+    make: Any, options: Any, table_model: Path, own: Path, tmp_path: Path
+) -> None:
+    """Neither left out as one of advantage 0 nor whitened away."""
+    asked: dict[str, Any] = {"task": "chain_sum", "num_prompts": 2, "num_generations": 4, "max_completion_length": 2}
+    asked |= {"num_train_prompts": 4, "eval_samples": 0, "max_steps": 1, "model": str(table_model)}
+    with pytest.raises(RunError, match="is nan"):
+        make(options(**asked, advantage=f"{own}:half", output_dir=str(tmp_path / "run")))
 
 
 def test_a_changed_loss_is_another_run(table_model: Path, own: Path, tmp_path: Path) -> None:

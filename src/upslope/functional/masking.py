@@ -61,7 +61,10 @@ def whiten(x: Tensor, mask: Tensor, eps: float = 1e-8, shift_mean: bool = True) 
     safe = select(mask, x)
     mean = masked_mean(x, mask)
     infinity = torch.full((), torch.inf, dtype=x.dtype, device=x.device)
-    varied = torch.where(mask, x, -infinity).max() > torch.where(mask, x, infinity).min() if x.numel() else mask.any()
+    # Not (max <= min), so that a NaN varies and stays one.
+    varied = (
+        ~(torch.where(mask, x, -infinity).max() <= torch.where(mask, x, infinity).min()) if x.numel() else mask.any()
+    )
     variance = torch.where(varied, masked_var(x, mask), torch.ones_like(mean))
     scaled = select(varied, (safe - mean) * torch.rsqrt(variance + eps))
     return select(mask, scaled if shift_mean else scaled + mean)

@@ -7,12 +7,14 @@ LossInput and returns the loss per trained token [N]; KL, value and entropy term
 the mean over the step are the recipe's.
 """
 
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import Tensor
 
+from upslope import plugins
 from upslope.data.batching import padded_from_flat
 from upslope.errors import DataError
 from upslope.functional.advantages import group_centered, group_normalized, leave_one_out
@@ -128,16 +130,34 @@ def reinforce_plus_plus(a: AdvantageInput) -> Tensor:
     return a.by_group(lambda rewards_PG, mask_PG: whiten(group_centered(rewards_PG, mask_PG), mask_PG))
 
 
+def _asked(kind: str, function: Callable[[Any], Any], given: Any) -> Any:
+    """What a function of the tables or of the user's returns. DataError: a user's has raised."""
+    try:
+        return function(given)
+    except Exception as error:
+        if getattr(function, "__module__", None) == __name__:
+            raise
+        frames = traceback.extract_tb(error.__traceback__)[:2]  # the call here, and the user's line
+        at = f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {plugins.first_line(error)}"
+        raise DataError(f"{kind} = {getattr(given.options, kind)}: {at}") from error
+
+
+def _kind_of(x: Any) -> str:
+    return f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+
+
 def estimate(advantage: Advantage, a: AdvantageInput) -> Tensor:
     """Advantages [B, T]; with a critic the experience's returns are filled in. DataError: a shape that does not fit."""
-    found = advantage(a)
-    advantages, returns_BT = found if isinstance(found, tuple) else (found, None)
+    found = _asked("advantage", advantage, a)
+    advantages_BT, returns_BT = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     mask_BT = a.mask_BT
-    advantages_BT = advantages[:, None].expand(mask_BT.shape) if advantages.dim() == 1 else advantages
-    for name, x_BT in {"advantages": advantages_BT, "returns": returns_BT}.items():
-        if x_BT is not None and x_BT.shape != mask_BT.shape:
+    if isinstance(advantages_BT, Tensor) and advantages_BT.shape == mask_BT.shape[:1]:
+        advantages_BT = advantages_BT[:, None].expand(mask_BT.shape)
+    given = {"advantages": advantages_BT} | ({} if returns_BT is None else {"returns": returns_BT})
+    for name, x_BT in given.items():
+        if getattr(x_BT, "shape", None) != mask_BT.shape:
             raise DataError(
-                f"advantage = {a.options.advantage}: {name} of shape {list(x_BT.shape)}; they must be "
+                f"advantage = {a.options.advantage}: {name} of {_kind_of(x_BT)}; they must be a tensor of shape "
                 f"{list(mask_BT.shape)}, sequences by tokens, or [{len(mask_BT)}], one for each sequence"
             )
     if "values" in a.x.columns():
@@ -216,10 +236,12 @@ def sapo(x: LossInput) -> Tensor:
 def corrected(loss: PolicyLoss, options: Any, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, corrected where the sampler's policy was another, and what it says of the ratio, per token [N]."""
     x = LossInput.of(options, batch, out)
-    loss_N = loss(x)
-    if loss_N.shape != x.logprobs.shape:
-        wanted, found = list(x.logprobs.shape), list(loss_N.shape)
-        raise DataError(f"loss = {options.loss}: its shape is {found}; it must be {wanted}, one for each trained token")
+    loss_N = _asked("loss", loss, x)
+    if getattr(loss_N, "shape", None) != x.logprobs.shape:
+        wanted = f"a tensor of shape {list(x.logprobs.shape)}, one number for each trained token"
+        raise DataError(f"loss = {options.loss}: it is of {_kind_of(loss_N)}; it must be {wanted}")
+    if x.logprobs.requires_grad and not loss_N.requires_grad:
+        raise DataError(f"loss = {options.loss}: it has no gradient; compute it from x.logprobs, not detached")
     if "importance" in batch.fields:
         loss_N = loss_N * batch.fields["importance"]
     ratio, approx_kl, clipped = token_ratios(x.logprobs, x.old_logprobs, x.advantages, **x.clip)

@@ -61,7 +61,7 @@ class KLOptions(PolicyOptions):
     kl_coef: float = option(0.0, 0)
     """Weight of the KL divergence to the reference model, in the reward (k1) unless ppo's kl_placement is loss; at 0 no
     reference is loaded."""
-    kl_target: float | None = option(None, 0, needs="kl_coef")
+    kl_target: float | None = option(None, 1e-6, needs="kl_coef")
     """Adapt kl_coef so that the KL per completion stays here (arXiv 1909.08593)."""
     kl_horizon: int = option(10000, 1)
     """Samples over which kl_coef adapts."""
@@ -115,11 +115,11 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     """V-trace: largest importance weight of a temporal difference and of the policy gradient."""
     c_clip: float = option(1.0, 1e-6, needs="advantage=vtrace")
     """V-trace: largest importance weight in the trace."""
-    dual_clip: float | None = option(None, 1)
+    dual_clip: float | None = option(None, 1.000001)
     """Bound on the loss of bad actions whose ratio has grown (arXiv 1912.09729); default: off."""
     num_epochs: int = option(2, 1)
     """Passes over each batch of rollouts."""
-    value_clip: float | None = option(None, 0)
+    value_clip: float | None = option(None, 1e-6)
     """Clip range of the value around the rollout's value; default: off."""
     value_pretraining_steps: int = option(0, 0)
     """Steps that train only the critic before the policy moves."""
@@ -127,7 +127,7 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     """reward: subtracted per token before GAE (k1); loss: added to the loss with its exact gradient."""
     rollout_kl_coef: float = option(0.0, 0)
     """Weight of a KL penalty to the policy before the step's first update (PPO's penalty form)."""
-    target_kl: float | None = option(None, 0)
+    target_kl: float | None = option(None, 1e-6)
     """End the passes over a batch when the KL to the policy before them exceeds 1.5 times this in a minibatch."""
     whiten_advantages: bool = True
     """Give the advantages of a step mean 0 and variance 1."""

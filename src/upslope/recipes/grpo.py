@@ -97,7 +97,7 @@ class GRPO(RolloutLearner):
         o = self.options
         if o.beta or o.entropy_coef or o.loss not in LOSSES:
             return members, 1.0
-        moving_B = x.sequence_sums(x.advantages.abs()) > 0
+        moving_B = x.sequence_sums(x.advantages.abs()) != 0
         trained = [i for i in members if moving_B[i]] or members[:1]
         weight_B = x.sequence_sums(x.weight)
         return trained, float(weight_B[trained].sum() / weight_B[members].sum())
