@@ -205,6 +205,8 @@ def _read(name: str, options_class: type[Any], words: Iterable[str]) -> tuple[di
             known = [f"--{_kebab(other)}" for other in [*names, "config", "help"]]
             nearest = f"--{_kebab(meant(key, names))}"
             raise ConfigError(f"unknown option {flag!r} for upslope {name}{_or_all(nearest, known, all_of='')}")
+        if off and equals:
+            raise ConfigError(f"{flag} is a switch: it takes no value, got {value!r}")
         field, where = names[key], f"--{_kebab(key)}"
         hint, before = hints[field], given.get(field)
         if before is not None and before.where != where:

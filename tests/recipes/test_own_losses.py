@@ -51,6 +51,19 @@ def detached(x):
     return -x.logprobs.detach()
 
 
+def whole(x):
+    return x.sequence_N
+
+
+def ending(x):
+    raise SystemExit(0)
+
+
+def changing(x):
+    x.advantages.mul_(2)
+    return -x.logprobs * x.advantages
+
+
 def raising(x):
     return {}["no key"]
 
@@ -69,6 +82,23 @@ def forgotten(a):
 
 def three(a):
     return a.rewards_BT, a.rewards_BT, a.rewards_BT
+
+
+def returning(a):
+    return a.rewards_BT, a.rewards_BT
+
+
+def short_returns(a):
+    return a.rewards_BT, a.rewards_B
+
+
+def one(a):
+    return a.rewards_B[:1]
+
+
+def zeroing(a):
+    a.x.old_logprobs.zero_()
+    return a.rewards_B
 
 
 def half(a):
@@ -134,16 +164,23 @@ def test_a_function_of_the_program_is_a_loss(table_model: Path) -> None:
         (
             "loss",
             "one_for_all",
-            r"= .*own.py:one_for_all: it is of shape \[\]; it must be a tensor of shape \[\d+\], one",
+            r"= .*own.py:one_for_all: it is of shape \[\] and torch.float64; it must be floats of shape \[\d+\], one",
         ),
-        ("loss", "number", r"= .*own.py:number: it is of type float; it must be a tensor of shape \[\d+\]"),
+        ("loss", "number", r"= .*own.py:number: it is of type float; it must be floats of shape \[\d+\]"),
         ("loss", "detached", r"= .*own.py:detached: it has no gradient; compute it from x.logprobs"),
         ("loss", "raising", r"loss = .*own.py:raising: .*own.py:\d+: KeyError: 'no key'"),
         ("advantage", "raising", r"advantage = .*own.py:raising: .*own.py:\d+: KeyError: 'no key'"),
-        ("advantage", "too_short", r"= .*too_short: advantages of shape \[128, 1\]; they must be .* \[128, 3\]"),
-        ("advantage", "too_few", r"= .*too_few: advantages of shape \[127\]; they must be .* \[128\]"),
-        ("advantage", "forgotten", r"= .*forgotten: advantages of type NoneType; they must be a tensor"),
-        ("advantage", "three", r"= .*three: advantages of type tuple; they must be a tensor"),
+        ("advantage", "too_short", r"= .*too_short: advantages of shape \[128, 1\] and .*; they must be .* \[128, 3\]"),
+        ("advantage", "too_few", r"= .*too_few: advantages of shape \[127\] and .*; they must be .* \[128\]"),
+        ("advantage", "forgotten", r"= .*forgotten: advantages of type NoneType; they must be floats"),
+        ("advantage", "three", r"= .*three: advantages of type tuple; they must be floats"),
+        ("advantage", "one", r"= .*one: advantages of shape \[1\] and .*; they must be .* \[128\]"),
+        ("advantage", "returning", r"= .*returning: returns are for a critic, and there is none here"),
+        ("advantage", "short_returns", r"returns of shape \[128\] and .*; they must be .*, sequences by tokens$"),
+        ("advantage", "zeroing", r"= .*zeroing: it changes \w+_logprobs in place; work on a copy"),
+        ("loss", "changing", r"= .*changing: it changes advantages in place; work on a copy"),
+        ("loss", "whole", r"= .*whole: it is of shape \[\d+\] and torch.int64; it must be floats"),
+        ("loss", "ending", r"= .*ending: .*own.py:\d+: SystemExit: 0"),
     ],
 )
 def test_what_does_not_fit_is_one_line(option: str, name: str, said: str, table_model: Path, own: Path) -> None:
@@ -159,6 +196,14 @@ def test_what_does_not_fit_is_one_line(option: str, name: str, said: str, table_
         (["ppo", "--advantage", "rloo"], "no advantage is called 'rloo'"),
         (["ppo", "--loss", "nowhere.py:fn"], "nowhere.py: no such file"),
         (["grpo", "--advantage", "OWN:centered"], "has nothing called 'centered'; did you mean 'centred'?"),
+        (["ppo", "--advantage", "n_step", "--n-step", "9" * 20], "it must be between 1 and 1e+06"),
+        (["ppo", "--dual-clip", "1"], "dual_clip is 1.0; it must be at least 1.00001"),
+        (["ppo", "--value-clip", "0"], "value_clip is 0.0; it must be at least 1e-06"),
+        (["ppo", "--target-kl", "0"], "target_kl is 0.0; it must be at least 1e-12"),
+        (["ppo", "--kl-coef", "1", "--kl-target", "0"], "kl_target is 0.0; it must be at least 1e-12"),
+        (["ppo", "--kl-placement", "loss"], "kl_placement goes with kl_coef"),
+        (["grpo", "--dynamic-sampling-rounds", "3"], "dynamic_sampling_rounds goes with dynamic_sampling"),
+        (["grpo", "--no-dynamic-sampling=false"], "--no-dynamic-sampling is a switch: it takes no value, got 'false'"),
         (["ppo", "--n-step", "3"], "n_step belongs to advantage = n_step"),
     ],
 )

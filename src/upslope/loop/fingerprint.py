@@ -129,6 +129,7 @@ def _named(options: Any) -> Iterator[tuple[str, Iterable[Path]]]:
 
 def _of_spec(text: Any) -> Iterator[Path]:
     if not isinstance(text, str):
+        text = getattr(text, "func", text)  # of functools.partial
         module = sys.modules.get(text.__module__)  # of an object its class's, of a function its own
         yield from _python_files(Path(getattr(module, "__file__", None) or ""))
         return

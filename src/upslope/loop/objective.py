@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from upslope import plugins
@@ -130,36 +131,48 @@ def reinforce_plus_plus(a: AdvantageInput) -> Tensor:
     return a.by_group(lambda rewards_PG, mask_PG: whiten(group_centered(rewards_PG, mask_PG), mask_PG))
 
 
-def _asked(kind: str, function: Callable[[Any], Any], given: Any) -> Any:
-    """What a function of the tables or of the user's returns. DataError: a user's has raised."""
+def _asked(kind: str, function: Callable[[Any], Any], given: Any, tensors: dict[str, Tensor]) -> Any:
+    """What a function of the tables or of the user's returns. DataError: a user's raises, or changes what it reads."""
+    versions = {name: x._version for name, x in tensors.items()}
     try:
-        return function(given)
-    except Exception as error:
+        found = function(given)
+    except (Exception, SystemExit) as error:
         if getattr(function, "__module__", None) == __name__:
             raise
         frames = traceback.extract_tb(error.__traceback__)[:2]  # the call here, and the user's line
         at = f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {plugins.first_line(error)}"
         raise DataError(f"{kind} = {getattr(given.options, kind)}: {at}") from error
+    for name, x in tensors.items():
+        if x._version != versions[name]:
+            raise DataError(f"{kind} = {getattr(given.options, kind)}: it changes {name} in place; work on a copy")
+    return found
+
+
+def _fits(x: Any, shape: torch.Size) -> bool:
+    return isinstance(x, Tensor) and x.shape == shape and x.is_floating_point()
 
 
 def _kind_of(x: Any) -> str:
-    return f"shape {list(x.shape)}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
+    return f"shape {list(x.shape)} and {x.dtype}" if isinstance(x, Tensor) else f"type {type(x).__name__}"
 
 
 def estimate(advantage: Advantage, a: AdvantageInput) -> Tensor:
     """Advantages [B, T]; with a critic the experience's returns are filled in. DataError: a shape that does not fit."""
-    found = _asked("advantage", advantage, a)
+    found = _asked("advantage", advantage, a, a.x.columns() | {"rewards_B": a.rewards_B, "rewards_BT": a.rewards_BT})
     advantages_BT, returns_BT = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     mask_BT = a.mask_BT
     if isinstance(advantages_BT, Tensor) and advantages_BT.shape == mask_BT.shape[:1]:
         advantages_BT = advantages_BT[:, None].expand(mask_BT.shape)
     given = {"advantages": advantages_BT} | ({} if returns_BT is None else {"returns": returns_BT})
     for name, x_BT in given.items():
-        if getattr(x_BT, "shape", None) != mask_BT.shape:
+        if not _fits(x_BT, mask_BT.shape):
+            one = f", or [{len(mask_BT)}], one for each sequence" if name == "advantages" else ""
             raise DataError(
-                f"advantage = {a.options.advantage}: {name} of {_kind_of(x_BT)}; they must be a tensor of shape "
-                f"{list(mask_BT.shape)}, sequences by tokens, or [{len(mask_BT)}], one for each sequence"
+                f"advantage = {a.options.advantage}: {name} of {_kind_of(x_BT)}; they must be floats of shape "
+                f"{list(mask_BT.shape)}, sequences by tokens{one}"
             )
+    if "values" not in a.x.columns() and returns_BT is not None:
+        raise DataError(f"advantage = {a.options.advantage}: returns are for a critic, and there is none here")
     if "values" in a.x.columns():
         a.x.returns = a.x.unpadded(advantages_BT + a.values_BT if returns_BT is None else returns_BT)
     return advantages_BT
@@ -236,9 +249,10 @@ def sapo(x: LossInput) -> Tensor:
 def corrected(loss: PolicyLoss, options: Any, batch: Batch, out: Outputs) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss, corrected where the sampler's policy was another, and what it says of the ratio, per token [N]."""
     x = LossInput.of(options, batch, out)
-    loss_N = _asked("loss", loss, x)
-    if getattr(loss_N, "shape", None) != x.logprobs.shape:
-        wanted = f"a tensor of shape {list(x.logprobs.shape)}, one number for each trained token"
+    read = {name: getattr(x, name) for name in ("logprobs", "old_logprobs", "advantages")}
+    loss_N = _asked("loss", loss, x, read)
+    if not _fits(loss_N, x.logprobs.shape):
+        wanted = f"floats of shape {list(x.logprobs.shape)}, one for each trained token"
         raise DataError(f"loss = {options.loss}: it is of {_kind_of(loss_N)}; it must be {wanted}")
     if x.logprobs.requires_grad and not loss_N.requires_grad:
         raise DataError(f"loss = {options.loss}: it has no gradient; compute it from x.logprobs, not detached")

@@ -61,7 +61,7 @@ class KLOptions(PolicyOptions):
     kl_coef: float = option(0.0, 0)
     """Weight of the KL divergence to the reference model, in the reward (k1) unless ppo's kl_placement is loss; at 0 no
     reference is loaded."""
-    kl_target: float | None = option(None, 1e-6, needs="kl_coef")
+    kl_target: float | None = option(None, 1e-12, needs="kl_coef")
     """Adapt kl_coef so that the KL per completion stays here (arXiv 1909.08593)."""
     kl_horizon: int = option(10000, 1)
     """Samples over which kl_coef adapts."""
@@ -107,7 +107,7 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     advantage: Named = "gae"
     """gae; n_step: the rewards of n tokens, then the value; vtrace: corrects for rollouts of older weights inside the
     estimator (arXiv 1802.01561); or your own, my_advantages.py:fn (docs/learners.md)."""
-    n_step: int = option(5, 1, needs="advantage=n_step")
+    n_step: int = option(5, 1, 1_000_000, needs="advantage=n_step")
     """Tokens whose rewards an n_step advantage adds up before it takes the critic's word."""
     loss: Named = "clipped"
     """clipped: the surrogate of PPO; or your own, my_losses.py:fn (docs/learners.md)."""
@@ -115,7 +115,7 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     """V-trace: largest importance weight of a temporal difference and of the policy gradient."""
     c_clip: float = option(1.0, 1e-6, needs="advantage=vtrace")
     """V-trace: largest importance weight in the trace."""
-    dual_clip: float | None = option(None, 1.000001)
+    dual_clip: float | None = option(None, 1.00001)
     """Bound on the loss of bad actions whose ratio has grown (arXiv 1912.09729); default: off."""
     num_epochs: int = option(2, 1)
     """Passes over each batch of rollouts."""
@@ -123,11 +123,11 @@ class PPOOptions(ClipOptions, CriticOptions, KLOptions):
     """Clip range of the value around the rollout's value; default: off."""
     value_pretraining_steps: int = option(0, 0)
     """Steps that train only the critic before the policy moves."""
-    kl_placement: Literal["reward", "loss"] = "reward"
+    kl_placement: Literal["reward", "loss"] = option("reward", needs="kl_coef")
     """reward: subtracted per token before GAE (k1); loss: added to the loss with its exact gradient."""
     rollout_kl_coef: float = option(0.0, 0)
     """Weight of a KL penalty to the policy before the step's first update (PPO's penalty form)."""
-    target_kl: float | None = option(None, 1e-6)
+    target_kl: float | None = option(None, 1e-12)
     """End the passes over a batch when the KL to the policy before them exceeds 1.5 times this in a minibatch."""
     whiten_advantages: bool = True
     """Give the advantages of a step mean 0 and variance 1."""
@@ -171,7 +171,7 @@ class GRPOOptions(ClipOptions):
     """Weight of the KL divergence to the reference model in the loss; at 0 no reference is loaded."""
     dynamic_sampling: bool = False
     """Replace prompts whose completions all have one reward, penalties included, until the batch is full (DAPO)."""
-    dynamic_sampling_rounds: int = option(8, 1)
+    dynamic_sampling_rounds: int = option(8, 1, needs="dynamic_sampling")
     """Give up with an error after this many rounds."""
 
     def _check(self) -> None:

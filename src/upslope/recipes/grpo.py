@@ -95,7 +95,7 @@ class GRPO(RolloutLearner):
         nothing but the denominator, which it stays in. One is kept where all are such: the moments still decay.
         """
         o = self.options
-        if o.beta or o.entropy_coef or o.loss not in LOSSES:
+        if o.beta or o.entropy_coef or str(o.loss) not in LOSSES:
             return members, 1.0
         moving_B = x.sequence_sums(x.advantages.abs()) != 0
         trained = [i for i in members if moving_B[i]] or members[:1]
