@@ -148,8 +148,8 @@ def take_masters(part: Policy | ValueNetwork) -> dict[str, Tensor]:
     """
     if part.masters is None:
         raise RunError(
-            f"the float32 weights of this {type(part).__name__.lower()} are another optimizer's, and those it computes "
-            "with are rounded; load it again for a second optimizer"
+            f"the float32 weights of this {'policy' if isinstance(part, Policy) else 'critic'} are another optimizer's, "
+            "and those it computes with are rounded; load it again for a second optimizer"
         )
     masters, part.masters = part.masters, None if part.masters else {}
     return masters
