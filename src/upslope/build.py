@@ -147,9 +147,10 @@ def take_masters(part: Policy | ValueNetwork) -> dict[str, Tensor]:
     RunError after that: the optimizer that took them changes them, and what is left is rounded.
     """
     if part.masters is None:
+        kind = "policy" if isinstance(part, Policy) else "critic"
         raise RunError(
-            f"the float32 weights of this {'policy' if isinstance(part, Policy) else 'critic'} are another optimizer's, "
-            "and those it computes with are rounded; load it again for a second optimizer"
+            f"the float32 weights of this {kind} are another optimizer's, and those it computes with are rounded; "
+            "load it again for a second optimizer"
         )
     masters, part.masters = part.masters, None if part.masters else {}
     return masters
