@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -18,7 +19,6 @@ from torch.nn import functional as F
 
 import upslope.engine.runner
 import upslope.training.step
-from upslope.kernels.products import PackedWeights
 from upslope.models.attention.context import BLOCK, KVCache, PackedContext, PagedContext
 from upslope.models.decoder.fast import PreparedDecoder
 
@@ -125,11 +125,9 @@ class _Paged(PagedContext):
         tables: Sequence[Sequence[int]],
         starts: Sequence[int],
         counts: Sequence[int],
-        *,
-        prompts: Sequence[int] | None = None,
-        packed: PackedWeights | None = None,
+        **more: Any,
     ) -> None:
-        super().__init__(cache, tables, starts, counts, prompts=prompts, packed=packed)
+        super().__init__(cache, tables, starts, counts, **more)
         device = cache.keys.device
         ends = [s + c for s, c in zip(starts, counts, strict=True)]
         covered = [list(t[: -(-end // BLOCK)]) for t, end in zip(tables, ends, strict=True)]

@@ -157,8 +157,9 @@ def _kind_of(x: Any) -> str:
 
 
 def estimate(advantage: Advantage, a: AdvantageInput) -> Tensor:
-    """Advantages [B, T]; with a critic the experience's returns are filled in. DataError: a shape that does not fit."""
-    found = _asked("advantage", advantage, a, a.x.columns() | {"rewards_B": a.rewards_B, "rewards_BT": a.rewards_BT})
+    """Advantages [B, T]; with a critic the experience's returns are filled in. DataError: what does not fit."""
+    columns = a.x.columns()
+    found = _asked("advantage", advantage, a, columns | {"rewards_B": a.rewards_B, "rewards_BT": a.rewards_BT})
     advantages_BT, returns_BT = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     mask_BT = a.mask_BT
     if isinstance(advantages_BT, Tensor) and advantages_BT.shape == mask_BT.shape[:1]:
@@ -171,10 +172,10 @@ def estimate(advantage: Advantage, a: AdvantageInput) -> Tensor:
                 f"advantage = {a.options.advantage}: {name} of {_kind_of(x_BT)}; they must be floats of shape "
                 f"{list(mask_BT.shape)}, sequences by tokens{one}"
             )
-    if "values" not in a.x.columns() and returns_BT is not None:
-        raise DataError(f"advantage = {a.options.advantage}: returns are for a critic, and there is none here")
-    if "values" in a.x.columns():
+    if "values" in columns:
         a.x.returns = a.x.unpadded(advantages_BT + a.values_BT if returns_BT is None else returns_BT)
+    elif returns_BT is not None:
+        raise DataError(f"advantage = {a.options.advantage}: returns are for a critic, and there is none here")
     return advantages_BT
 
 
