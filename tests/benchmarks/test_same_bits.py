@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import same_bits
-from benchmarks.same_bits import Revision, counted, differences, read_case, renamed
+from benchmarks.same_bits import Revision
+from benchmarks.same_bits_results import counted, differences, read_case, renamed
 
 WEIGHTS = (1.0, -2.5, 0.0)
 
