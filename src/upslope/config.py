@@ -134,15 +134,15 @@ def build(options: type[T], settings: Mapping[str, Setting]) -> T:
 def check(options: Options) -> None:
     """What `load` checks of a file, of options made in Python. Errors: ConfigError."""
     for name, hint in hints_of(type(options)).items():
-        coerce(name, _in_text(name, getattr(options, name)), hint, type(options).__name__)
+        coerce(name, in_text(name, getattr(options, name)), hint, type(options).__name__)
     getattr(options, "validate", lambda: None)()
 
 
-def _in_text(name: str, value: Any) -> Any:
+def in_text(name: str, value: Any) -> Any:
     """The value of an option as a file has it: python:MODULE:NAME for a plug-in that is an object."""
     if name in PLUGINS and isinstance(value, list | tuple):
         pairs = [item if isinstance(item, tuple) else (item, None) for item in value]
-        return tuple(_in_text("task", x) if w is None else f"{_in_text('task', x)}@{w:g}" for x, w in pairs)
+        return tuple(in_text("task", x) if w is None else f"{in_text('task', x)}@{w:g}" for x, w in pairs)
     if name not in PLUGINS or value is None or isinstance(value, str):
         return value
     named = value if hasattr(value, "__qualname__") else type(value)
@@ -158,7 +158,7 @@ def dump(options: Options) -> str:
     hints = hints_of(type(options))
     lines = []
     for field in dataclasses.fields(options):
-        value = _in_text(field.name, getattr(options, field.name))
+        value = in_text(field.name, getattr(options, field.name))
         if value is None:
             value = NONE
         elif isinstance(value, str) and value.lower() == NONE and type(None) in typing.get_args(hints[field.name]):

@@ -64,8 +64,12 @@ def changing(x):
     return -x.logprobs * x.advantages
 
 
+def looked_up(key):
+    return {}[key]  # the fault
+
+
 def raising(x):
-    return {}["no key"]
+    return looked_up("no key")
 
 
 def too_short(a):
@@ -92,6 +96,14 @@ def short_returns(a):
     return a.rewards_BT, a.rewards_B
 
 
+def critical(a):
+    return a.values_BT
+
+
+def integral(a):
+    return a.rewards_B.long()
+
+
 def one(a):
     return a.rewards_B[:1]
 
@@ -106,6 +118,7 @@ def half(a):
     advantages[::2] = float("nan")
     return advantages
 """
+FAULT = next(i for i, line in enumerate(OWN.splitlines(), 1) if "# the fault" in line)
 REWARDS = rewards_of()
 
 
@@ -153,6 +166,11 @@ def test_a_function_of_the_program_is_a_loss(table_model: Path) -> None:
     def mine(x: LossInput) -> Any:
         return clipped_surrogate(x.logprobs, x.old_logprobs, x.advantages, clip_low=0.2, clip_high=0.2)
 
+    def half(x: LossInput) -> Any:
+        return mine(x).detach()
+
+    with pytest.raises(DataError, match=r"loss = python:.*test_own_losses:.*half: it has no gradient"):
+        gradients(GRPO, table_model, loss=half)
     found, expected = gradients(GRPO, table_model, loss=mine), gradients(GRPO, table_model)
     assert all((found[name] - g).abs().max() < 1e-12 for name, g in expected.items())
 
@@ -168,7 +186,9 @@ def test_a_function_of_the_program_is_a_loss(table_model: Path) -> None:
         ),
         ("loss", "number", r"= .*own.py:number: it is of type float; it must be floats of shape \[\d+\]"),
         ("loss", "detached", r"= .*own.py:detached: it has no gradient; compute it from x.logprobs"),
-        ("loss", "raising", r"loss = .*own.py:raising: .*own.py:\d+: KeyError: 'no key'"),
+        ("loss", "raising", rf"loss = .*own.py:raising: .*own.py:{FAULT}: KeyError: 'no key'"),
+        ("advantage", "critical", r"= .*critical: .*own.py:\d+: DataError: there are values only where .* critic"),
+        ("advantage", "integral", r"= .*integral: advantages of shape \[128\] and torch.int64; they must be floats"),
         ("advantage", "raising", r"advantage = .*own.py:raising: .*own.py:\d+: KeyError: 'no key'"),
         ("advantage", "too_short", r"= .*too_short: advantages of shape \[128, 1\] and .*; they must be .* \[128, 3\]"),
         ("advantage", "too_few", r"= .*too_few: advantages of shape \[127\] and .*; they must be .* \[128\]"),
@@ -239,6 +259,25 @@ def test_a_changed_loss_is_another_run(table_model: Path, own: Path, tmp_path: P
     with pytest.raises(RunError, match=r"own.py \(--loss\) has changed since"):
         grpo(GRPOOptions(**options | {"resume": True, "max_steps": 2}))
     shutil.rmtree(tmp_path / "run")
+
+
+def surrogate(x: LossInput) -> Any:
+    return clipped_surrogate(x.logprobs, x.old_logprobs, x.advantages, clip_low=0.2, clip_high=0.2)
+
+
+def test_from_python(table_model: Path, tmp_path: Path) -> None:
+    """No command that could not run is offered, and what only the command does is refused."""
+    options: dict[str, Any] = {"model": str(table_model), "loss": surrogate, "output_dir": str(tmp_path / "run")}
+    options |= {"task": "chain_sum", "num_prompts": 2, "num_generations": 2, "max_completion_length": 2}
+    options |= {"num_train_prompts": 4, "eval_samples": 0, "max_steps": 1}
+    with pytest.raises(ConfigError, match=r"dry_run: a recipe trains; `upslope.preview.dry_run.run\(options\)` shows"):
+        grpo(GRPOOptions(**options, dry_run=True))
+    assert not (tmp_path / "run").exists()
+    assert "continue" not in grpo(GRPOOptions(**options))["commands"]
+    assert (
+        "continue"
+        in grpo(GRPOOptions(**options | {"loss": "clipped", "output_dir": str(tmp_path / "two")}))["commands"]
+    )
 
 
 def test_an_object_cannot_come_from_a_file() -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from upslope.config import OBJECT, dump
 from upslope.data.readers import rows_of
 from upslope.data.records import record_of
 from upslope.errors import UpslopeError
@@ -49,7 +50,8 @@ def commands_of(verb: str, options: Any, folder: Path, stop: StopWhen, tokenizer
         found["serve"] = ["serve", run]
     if verb == "reward":
         found["use"] = ["grpo", "--model", options.model, "--reward", format_spec(Spec("reward_model", {"path": run}))]
-    found["continue"] = [verb, "--resume", "--output-dir", run, *_further(options, stop)]
+    if f'"{OBJECT}' not in dump(options):  # else only the program that holds the object can
+        found["continue"] = [verb, "--resume", "--output-dir", run, *_further(options, stop)]
     return {name: shlex.join(["upslope", *words]) for name, words in found.items()}
 
 

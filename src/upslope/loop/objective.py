@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from upslope import plugins
+from upslope.config import in_text
 from upslope.data.batching import padded_from_flat
 from upslope.errors import DataError
 from upslope.functional.advantages import group_centered, group_normalized, leave_one_out
@@ -61,7 +62,9 @@ class AdvantageInput:
 
     @property
     def values_BT(self) -> Tensor:
-        """The critic's value of the state in which each token was chosen; only where there is a critic."""
+        """The critic's value of the state in which each token was chosen. DataError: there is no critic."""
+        if "values" not in self.x.columns():
+            raise DataError("there are values only where there is a critic, in ppo")
         return self.x.padded(self.x.values)
 
     @property
@@ -139,13 +142,18 @@ def _asked(kind: str, function: Callable[[Any], Any], given: Any, tensors: dict[
     except (Exception, SystemExit) as error:
         if getattr(function, "__module__", None) == __name__:
             raise
-        frames = traceback.extract_tb(error.__traceback__)[:2]  # the call here, and the user's line
-        at = f"{frames[-1].filename}:{frames[-1].lineno}: {type(error).__name__}: {plugins.first_line(error)}"
-        raise DataError(f"{kind} = {getattr(given.options, kind)}: {at}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        inside = [frame for frame in frames if frame.filename == frames[:2][-1].filename]  # the user's file
+        at = f"{inside[-1].filename}:{inside[-1].lineno}: {type(error).__name__}: {plugins.first_line(error)}"
+        raise _refused(kind, given.options, at) from error
     for name, x in tensors.items():
         if x._version != versions[name]:
-            raise DataError(f"{kind} = {getattr(given.options, kind)}: it changes {name} in place; work on a copy")
+            raise _refused(kind, given.options, f"it changes {name} in place; work on a copy")
     return found
+
+
+def _refused(kind: str, options: Any, why: str) -> DataError:
+    return DataError(f"{kind} = {in_text(kind, getattr(options, kind))}: {why}")
 
 
 def _fits(x: Any, shape: torch.Size) -> bool:
@@ -162,20 +170,18 @@ def estimate(advantage: Advantage, a: AdvantageInput) -> Tensor:
     found = _asked("advantage", advantage, a, columns | {"rewards_B": a.rewards_B, "rewards_BT": a.rewards_BT})
     advantages_BT, returns_BT = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     mask_BT = a.mask_BT
-    if isinstance(advantages_BT, Tensor) and advantages_BT.shape == mask_BT.shape[:1]:
+    if _fits(advantages_BT, mask_BT.shape[:1]):
         advantages_BT = advantages_BT[:, None].expand(mask_BT.shape)
     given = {"advantages": advantages_BT} | ({} if returns_BT is None else {"returns": returns_BT})
     for name, x_BT in given.items():
         if not _fits(x_BT, mask_BT.shape):
             one = f", or [{len(mask_BT)}], one for each sequence" if name == "advantages" else ""
-            raise DataError(
-                f"advantage = {a.options.advantage}: {name} of {_kind_of(x_BT)}; they must be floats of shape "
-                f"{list(mask_BT.shape)}, sequences by tokens{one}"
-            )
+            wanted = f"floats of shape {list(mask_BT.shape)}, sequences by tokens{one}"
+            raise _refused("advantage", a.options, f"{name} of {_kind_of(x_BT)}; they must be {wanted}")
     if "values" in columns:
         a.x.returns = a.x.unpadded(advantages_BT + a.values_BT if returns_BT is None else returns_BT)
     elif returns_BT is not None:
-        raise DataError(f"advantage = {a.options.advantage}: returns are for a critic, and there is none here")
+        raise _refused("advantage", a.options, "returns are for a critic, and there is none here")
     return advantages_BT
 
 
@@ -254,9 +260,9 @@ def corrected(loss: PolicyLoss, options: Any, batch: Batch, out: Outputs) -> tup
     loss_N = _asked("loss", loss, x, read)
     if not _fits(loss_N, x.logprobs.shape):
         wanted = f"floats of shape {list(x.logprobs.shape)}, one for each trained token"
-        raise DataError(f"loss = {options.loss}: it is of {_kind_of(loss_N)}; it must be {wanted}")
+        raise _refused("loss", options, f"it is of {_kind_of(loss_N)}; it must be {wanted}")
     if x.logprobs.requires_grad and not loss_N.requires_grad:
-        raise DataError(f"loss = {options.loss}: it has no gradient; compute it from x.logprobs, not detached")
+        raise _refused("loss", options, "it has no gradient; compute it from x.logprobs, not detached")
     if "importance" in batch.fields:
         loss_N = loss_N * batch.fields["importance"]
     ratio, approx_kl, clipped = token_ratios(x.logprobs, x.old_logprobs, x.advantages, **x.clip)

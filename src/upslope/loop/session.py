@@ -19,7 +19,7 @@ from torch import Tensor
 
 from upslope.build import Policy
 from upslope.config import OBJECT, dump
-from upslope.errors import RunError, UpslopeError
+from upslope.errors import ConfigError, RunError, UpslopeError
 from upslope.loop import fingerprint
 from upslope.loop.closing import commands_of, last_words, measured, opening_words, told_when_stopped
 from upslope.loop.launch import Begun, begin, of_run, open_run, state_errors
@@ -48,6 +48,8 @@ class Recipe:
 
     def __call__(self, options: Any, *, policy: Policy | None = None, start: Start | None = None) -> dict[str, Any]:
         """Train, and return the summary that is also in the run folder."""
+        if options.dry_run:
+            raise ConfigError("dry_run: a recipe trains; `upslope.preview.dry_run.run(options)` shows what it would do")
         with begin(options) as begun, self.make_learner(options, policy or start) as learner:
             return learner.reported(train(self.verb, learner.options, learner, begun))
 
