@@ -11,7 +11,7 @@ summary.json, and whatever else a run writes; not what tells times, speeds or me
 nor IGNORED files. Options and names that a later revision spells otherwise stand in WORDS and NAMES of the cases' file.
 
 Exit code 0: every case ran in both revisions, was found to hold tensors and metrics, and is the same. 1: anything else.
-What `--keep` holds is of one machine; a commit's case is run again when its words, its data, torch or Python changed.
+What `--keep` holds is of one machine; a commit's case is run again when its command, its data, torch or Python has changed.
 The second revision's runs that are not the same are left in its folder `differing`.
 """
 
@@ -216,16 +216,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revisions", nargs="*", metavar="REV", help="two revisions; . is the working tree as it is")
     parser.add_argument("--only", action="append", metavar="PATTERN", help="only these cases, as 'ppo*' (repeatable)")
-    parser.add_argument("--list", action="store_true", help="print the cases and stop")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time; left out: one per core")
-    parser.add_argument("--keep", type=Path, help="folder in which results of commits are kept; left out: none are")
+    parser.add_argument(
+        "--list", action="store_true", help="print the cases with their commands and stop; OUT is the run's folder"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: one per core)")
+    parser.add_argument("--keep", type=Path, help="folder in which results of commits are kept (default: none are)")
     parser.add_argument("--fresh", action="store_true", help="run the second revision anew, kept or not")
-    parser.add_argument("--most", type=int, default=3, help="files shown of a case, and differences of each")
+    parser.add_argument(
+        "--most", type=int, default=3, help="files shown of a case, and differences of each (default: 3)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output, with all differences")
     arguments = parser.parse_args()
     cases = [case for case in CASES if not arguments.only or any(fnmatch.fnmatch(case, p) for p in arguments.only)]
     if arguments.list:
-        print("\n".join(f"{case}: {CASES[case]}" for case in cases))
+        print("\n".join(f"{case}: {' && '.join(lines_of(case))}" for case in cases))
         return 0
     if len(arguments.revisions) != 2 or not cases:
         parser.error("name two revisions, as in: main ." if cases else f"no case is called {arguments.only}")
