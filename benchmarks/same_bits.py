@@ -11,7 +11,8 @@ summary.json, and whatever else a run writes; not what tells times, speeds or me
 nor IGNORED files. Options and names that a later revision spells otherwise stand in WORDS and NAMES of the cases' file.
 
 Exit code 0: every case ran in both revisions, was found to hold tensors and metrics, and is the same. 1: anything else.
-What `--keep` holds is of one machine; a commit's case is run again when its command, its data, torch or Python has changed.
+What `--keep` holds is of one machine; a commit's case is run again when its command, its data, torch or Python has
+changed.
 The second revision's runs that are not the same are left in its folder `differing`.
 """
 
